@@ -1,0 +1,245 @@
+"""``merge_tokens`` and ``unmerge_tokens``: the size-weighted mean of every slot, and back to one row a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["group_slots", "merge_tokens", "unmerge_tokens"]
+
+
+def _triton_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    from ..kernels import merge_tokens as kernels
+
+    return kernels.group_slots(slot, num_out)
+
+
+def _triton_merge(
+    x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import merge_tokens as kernels
+
+    return kernels.merge_tokens(
+        dense_rows(x), order, offsets, size, None if residual is None else dense_rows(residual)
+    )
+
+
+def _reference_merge(
+    x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return reference.merge_tokens(x, slot, offsets.shape[1] - 1, size, residual)
+
+
+def _triton_merge_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
+    from ..kernels import merge_tokens as kernels
+
+    return kernels.spread_slots(dense_rows(grad), slot, size, total)
+
+
+def _triton_unmerge(x: Tensor, slot: Tensor) -> Tensor:
+    from ..kernels import merge_tokens as kernels
+
+    return kernels.spread_slots(dense_rows(x), slot)
+
+
+def _triton_unmerge_backward(grad: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    from ..kernels import merge_tokens as kernels
+
+    return kernels.sum_slots(dense_rows(grad), slot, num_slots)
+
+
+def _fake_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    batch, tokens = slot.shape
+    return slot.new_empty(batch, tokens, dtype=torch.int32), slot.new_empty(batch, num_out + 1, dtype=torch.int32)
+
+
+def _fake_merge(
+    x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    num_out = offsets.shape[1] - 1
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    merged = x.new_empty(x.shape[0], num_out, x.shape[2], dtype=dtype)
+    return merged, x.new_empty(x.shape[0], num_out, dtype=reference.accumulator(x.dtype))
+
+
+_group = register(
+    "group_slots(Tensor slot, SymInt num_out) -> (Tensor, Tensor)",
+    triton=_triton_group,
+    reference=reference.group_slots,
+    fake=_fake_group,
+)
+_merge = register(
+    "merge_tokens(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor? residual)"
+    " -> (Tensor, Tensor)",
+    triton=_triton_merge,
+    reference=_reference_merge,
+    fake=_fake_merge,
+)
+_merge_backward = register(
+    "merge_tokens_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor",
+    triton=_triton_merge_backward,
+    reference=reference.merge_tokens_backward,
+    fake=lambda grad, slot, size, total: grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
+)
+_unmerge = register(
+    "unmerge_tokens(Tensor x, Tensor slot) -> Tensor",
+    triton=_triton_unmerge,
+    reference=reference.unmerge_tokens,
+    fake=lambda x, slot: x.new_empty(x.shape[0], slot.shape[1], x.shape[2]),
+)
+_unmerge_backward = register(
+    "unmerge_tokens_backward(Tensor grad, Tensor slot, SymInt num_slots) -> Tensor",
+    triton=_triton_unmerge_backward,
+    reference=reference.sum_slots,
+    fake=lambda grad, slot, num_slots: grad.new_empty(grad.shape[0], num_slots, grad.shape[2]),
+)
+
+
+class MergeTokens(torch.autograd.Function):
+    """Gradient of x: every token gets its share size / total of its slot's gradient. Slots and sizes get none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        merged, total = _merge(x, slot, order, offsets, size, residual)
+        ctx.save_for_backward(slot, size, total)
+        ctx.x_dtype = x.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.mark_non_differentiable(total)
+        return merged, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        grad_x = grad_residual = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _merge_backward(grad, *ctx.saved_tensors).to(ctx.x_dtype)
+        if ctx.needs_input_grad[5]:
+            grad_residual = grad.to(ctx.residual_dtype)
+        return grad_x, None, None, None, None, grad_residual
+
+
+class UnmergeTokens(torch.autograd.Function):
+    """Gradient: every slot gets the sum over its tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.num_slots = x.shape[1]
+        return _unmerge(x, slot)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _unmerge_backward(grads[0], ctx.saved_tensors[0], ctx.num_slots), None
+
+
+def _check_slot(slot: Tensor) -> None:
+    check_shape("slot", slot, "B N")
+    check_index("slot", slot)
+
+
+def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Group tokens by slot, for several :func:`merge_tokens` over the same slots.
+
+    Args:
+        slot: (B, N) int64 or int32, values -1 .. num_out - 1; -1 belongs nowhere.
+        num_out: number of slots.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        order (B, N) and offsets (B, num_out + 1), int32: slot m holds the tokens
+        ``order[b, offsets[b, m] : offsets[b, m + 1]]``, in ascending index.
+    """
+    _check_slot(slot)
+    check_count("num_out", num_out, 1, 2**31 - 2)
+    if resolve(backend, slot) == "reference":
+        return reference.group_slots(slot, num_out)
+    return _group(slot, num_out)
+
+
+def merge_tokens(
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    *,
+    size: Tensor | None = None,
+    residual: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace the tokens of every slot by their size-weighted mean, and add a residual (ToMe, section 3).
+
+    ``merged[m] = sum(size[n] * x[n]) / sum(size[n]) + residual[m]`` over the tokens n with ``slot[n] == m``.
+
+    Args:
+        x: (B, N, C) tokens. float32, float16, bfloat16 (reference: any); sums are float32.
+        slot: (B, N) int64 or int32, values 0 .. num_out - 1, not checked. An empty slot gives zeros and size 0.
+        num_out: number of slots.
+        size: (B, N), how many patches each token stands for, or None for ones. It gets no gradient.
+        residual: (B, num_out, C) to be added, or None.
+        groups: what :func:`group_slots` returned for this slot, to save that step; the reference does not need it.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        merged (B, num_out, C) and the new sizes (B, num_out), float32 (float64 for float64 x).
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, ``num_out < 1``.
+        TypeError: x not floating point, slot not an integer tensor.
+    """
+    check_shape("x", x, "B N C")
+    check_floating("x", x)
+    _check_slot(slot)
+    check_same("x", x, "slot", slot)
+    check_count("num_out", num_out, 1, 2**31 - 2)
+    if shape_of(slot) != shape_of(x)[:2]:
+        raise ValueError(f"slot must have shape {shape_of(x)[:2]}, got {shape_of(slot)}")
+    if size is not None:
+        check_same("x", x, "size", size)
+        if shape_of(size) != shape_of(slot):
+            raise ValueError(f"size must have shape {shape_of(slot)}, got {shape_of(size)}")
+    if residual is not None:
+        check_same("x", x, "residual", residual)
+        expected = (x.shape[0], num_out, x.shape[2])
+        if shape_of(residual) != expected:
+            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+    if resolve(backend, x) == "reference":
+        return reference.merge_tokens(x, slot, num_out, size, residual)
+    order, offsets = _group(slot, num_out) if groups is None else groups
+    return MergeTokens.apply(x, slot, order, offsets, size, residual)
+
+
+def unmerge_tokens(x: Tensor, slot: Tensor, *, backend: str | None = None) -> Tensor:
+    """Give every token the row of its slot, and zeros to those that were dropped.
+
+    Equivalent PyTorch: ``x.gather(1, slot.unsqueeze(-1).expand(-1, -1, C))`` where no slot is -1.
+
+    Args:
+        x: (B, M, C) rows.
+        slot: (B, N) int64 or int32, values -1 .. M - 1, not checked; -1 gives zeros.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, N, C) in x's dtype. Differentiable in x.
+
+    Raises:
+        ValueError: wrong shapes, or devices that differ.
+        TypeError: x not floating point, slot not an integer tensor.
+    """
+    check_shape("x", x, "B M C")
+    check_floating("x", x)
+    _check_slot(slot)
+    check_same("x", x, "slot", slot)
+    if slot.shape[0] != x.shape[0]:
+        raise ValueError(f"slot must have x's batch size {x.shape[0]}, got shape {shape_of(slot)}")
+    if resolve(backend, x) == "reference":
+        return reference.unmerge_tokens(x, slot)
+    return UnmergeTokens.apply(x, slot)

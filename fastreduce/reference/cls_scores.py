@@ -1,0 +1,38 @@
+"""Class attention averaged over heads, without the N x N matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._rows import accumulator
+
+__all__ = ["cls_scores", "cls_scores_backward"]
+
+
+def cls_scores(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
+
+    q (B, H, D), k (B, H, N, D) -> scores (B, N - prefix), and for the backward pass logits (B, H, N) and their
+    logsumexp (B, H).
+    """
+    dtype = accumulator(k.dtype)
+    # An elementwise product and a sum: matmul would first copy the strided K (measured 3 : 1).
+    logits = (k.to(dtype) * q.to(dtype).unsqueeze(2)).sum(-1) * scale
+    logsumexp = torch.logsumexp(logits, dim=-1)
+    attention = torch.exp(logits[:, :, prefix:] - logsumexp.unsqueeze(-1))
+    return attention.mean(1), logits, logsumexp
+
+
+def cls_scores_backward(
+    grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, H, D) of q and (B, H, N, D) of k for grad (B, N - prefix)."""
+    heads = k.shape[1]
+    attention = torch.exp(logits - logsumexp.unsqueeze(-1))  # (B, H, N)
+    upstream = torch.nn.functional.pad(grad.to(logits.dtype), (prefix, 0)).unsqueeze(1) / heads  # (B, 1, N)
+    mean = (attention * upstream).sum(-1, keepdim=True)
+    grad_logits = (attention * (upstream - mean) * scale).unsqueeze(-1)  # (B, H, N, 1)
+    grad_q = (grad_logits * k.to(logits.dtype)).sum(2)
+    grad_k = grad_logits * q.to(logits.dtype).unsqueeze(2)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype)

@@ -1,0 +1,46 @@
+"""Kept rows and one score-weighted sum of all the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._rows import accumulator, flat_rows, take_rows, with_prefix
+
+__all__ = ["fuse_tokens", "fuse_tokens_backward"]
+
+
+def _rest_weights(order: Tensor, scores: Tensor, k: int) -> Tensor:
+    """(B, P): the score of every token that is not kept, zero for the kept ones."""
+    return scores.scatter(1, order[:, :k].long(), 0.0)
+
+
+def fuse_tokens(
+    x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None
+) -> Tensor:
+    """Rows ``[prefix, order[:k], sum of scores[n] * x[n] over n in order[k:]]``, plus the residual.
+
+    x (B, N, C), order (B, P) a permutation of the P = N - prefix patch tokens, scores (B, P),
+    residual (B, prefix + k + 1, C) or None -> (B, prefix + k + 1, C).
+    """
+    dtype = accumulator(x.dtype)
+    kept = take_rows(x, with_prefix(order[:, :k], prefix))
+    weights = _rest_weights(order, scores.to(dtype), k).unsqueeze(1)
+    fused = torch.bmm(weights, x[:, prefix:].to(dtype)).to(x.dtype)  # no copy of the rest
+    out = torch.cat([kept, fused], dim=1)
+    return out if residual is None else out + residual
+
+
+def fuse_tokens_backward(
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, N, C) of x and (B, P) of the scores for grad (B, prefix + k + 1, C)."""
+    batch, tokens, channels = x.shape
+    dtype = accumulator(x.dtype)
+    grad_fused = grad[:, -1:].to(dtype)  # (B, 1, C)
+    weights = torch.nn.functional.pad(_rest_weights(order, scores.to(dtype), k), (prefix, 0)).unsqueeze(-1)
+    grad_x = (weights * grad_fused).reshape(batch * tokens, channels)
+    rows = flat_rows(with_prefix(order[:, :k], prefix), tokens)
+    grad_x = grad_x.index_copy(0, rows, grad[:, :-1].reshape(-1, channels).to(dtype))
+    grad_scores = (x[:, prefix:].to(dtype) * grad_fused).sum(-1).scatter(1, order[:, :k].long(), 0.0)
+    return grad_x.view(batch, tokens, channels).to(x.dtype), grad_scores.to(scores.dtype)

@@ -1,0 +1,79 @@
+"""Kept rows, with the residual addition fused in: one read of what is kept, one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import row_tile
+
+
+@triton.jit
+def gather_tokens_kernel(
+    x,  # (B, N, C)
+    index,  # (B, K)
+    residual,  # (B, PREFIX + K, C) or None
+    out,  # (B, PREFIX + K, C), contiguous
+    num_out,
+    channels,
+    x_stride_b,
+    x_stride_n,
+    index_stride_b,
+    index_stride_k,
+    residual_stride_b,
+    residual_stride_n,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program copies ROWS output rows, BLOCK_C channels of them."""
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_rows = rows < num_out
+    is_patch = in_rows & (rows >= PREFIX)
+    picked = tl.load(index + batch * index_stride_b + (rows - PREFIX) * index_stride_k, mask=is_patch, other=0)
+    source = tl.where(is_patch, picked.to(tl.int64) + PREFIX, rows.to(tl.int64))
+    mask = in_rows[:, None] & (offsets_c < channels)[None, :]
+    value = tl.load(
+        x + batch * x_stride_b + source[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
+    if residual is not None:
+        value += tl.load(
+            residual + batch * residual_stride_b + rows[:, None] * residual_stride_n + offsets_c[None, :],
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
+    target = out + (batch * num_out + rows[:, None]) * channels + offsets_c[None, :]
+    tl.store(target, value.to(out.dtype.element_ty), mask=mask)
+
+
+def gather_tokens(
+    x: torch.Tensor, index: torch.Tensor, prefix: int, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """Launch; x (B, N, C) and residual with contiguous channels, index (B, K) of any strides."""
+    batch, _, channels = x.shape
+    num_out = prefix + index.shape[1]
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty(batch, num_out, channels, dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    tile = row_tile(channels)
+    grid = (triton.cdiv(num_out, tile.rows), batch, triton.cdiv(channels, tile.block_c))
+    gather_tokens_kernel[grid](
+        x,
+        index,
+        residual,
+        out,
+        num_out,
+        channels,
+        *x.stride()[:2],
+        *index.stride(),
+        *((0, 0) if residual is None else residual.stride()[:2]),
+        PREFIX=prefix,
+        ROWS=tile.rows,
+        BLOCK_C=tile.block_c,
+        num_warps=tile.num_warps,
+    )
+    return out

@@ -1,0 +1,216 @@
+"""Segmented sums and means over tokens, without atomics: group by slot, then one program walks each slot."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import row_tile
+
+
+@triton.jit
+def group_slots_kernel(
+    slot,  # (B, N), -1 for tokens that belong nowhere
+    order,  # (B, N) int32
+    offsets,  # (B, M + 1) int32
+    tokens,
+    num_out,
+    slot_stride_b,
+    slot_stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """Stable counting sort by ranks; a program ranks BLOCK_I tokens (and as many slot bounds) against all."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    in_i = i < tokens
+    base = slot + batch * slot_stride_b
+    slot_i = tl.load(base + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)
+    rank = tl.zeros((BLOCK_I,), tl.int32)
+    below = tl.zeros((BLOCK_I,), tl.int32)
+    for start in range(0, tokens, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        in_j = j < tokens
+        slot_j = tl.load(base + j * slot_stride_n, mask=in_j, other=0).to(tl.int32)
+        smaller = slot_j[None, :] < slot_i[:, None]
+        tied = (slot_j[None, :] == slot_i[:, None]) & (j[None, :] < i[:, None])
+        rank += tl.sum(((smaller | tied) & in_j[None, :]).to(tl.int32), 1)
+        below += tl.sum(((slot_j[None, :] < i[:, None]) & in_j[None, :]).to(tl.int32), 1)
+    tl.store(order + batch * tokens + rank, i, mask=in_i)
+    tl.store(offsets + batch * (num_out + 1) + i, below, mask=i <= num_out)
+
+
+@triton.jit
+def reduce_slots_kernel(
+    x,  # (B, N, C)
+    size,  # (B, N) or None
+    residual,  # (B, M, C) or None
+    order,  # (B, N) int32
+    offsets,  # (B, M + 1) int32
+    out,  # (B, M, C), contiguous
+    total,  # (B, M) float32 or None: then plain sums are wanted
+    tokens,
+    num_out,
+    channels,
+    x_stride_b,
+    x_stride_n,
+    size_stride_b,
+    size_stride_n,
+    residual_stride_b,
+    residual_stride_m,
+    BLOCK_C: tl.constexpr,
+):
+    """One program walks the tokens of one slot in index order: deterministic, no shared memory."""
+    m = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = offsets_c < channels
+    start = tl.load(offsets + batch * (num_out + 1) + m)
+    end = tl.load(offsets + batch * (num_out + 1) + m + 1)
+    acc = tl.zeros((BLOCK_C,), tl.float32)
+    weight_sum = 0.0
+    for position in range(start, end):
+        n = tl.load(order + batch * tokens + position)
+        row = tl.load(x + batch * x_stride_b + n * x_stride_n + offsets_c, mask=mask, other=0.0).to(tl.float32)
+        weight = 1.0
+        if size is not None:
+            weight = tl.load(size + batch * size_stride_b + n * size_stride_n).to(tl.float32)
+        acc += weight * row
+        weight_sum += weight
+    if total is not None:
+        acc = acc / tl.maximum(weight_sum, 1e-30)
+        if tl.program_id(2) == 0:
+            tl.store(total + batch * num_out + m, weight_sum)
+    if residual is not None:
+        acc += tl.load(
+            residual + batch * residual_stride_b + m * residual_stride_m + offsets_c, mask=mask, other=0.0
+        ).to(tl.float32)
+    tl.store(out + (batch * num_out + m) * channels + offsets_c, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def spread_slots_kernel(
+    x,  # (B, M, C)
+    slot,  # (B, N)
+    size,  # (B, N) or None
+    total,  # (B, M) float32 or None
+    out,  # (B, N, C), contiguous
+    tokens,
+    num_slots,
+    channels,
+    x_stride_b,
+    x_stride_m,
+    slot_stride_b,
+    slot_stride_n,
+    size_stride_b,
+    size_stride_n,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``out[n] = share[n] * x[slot[n]]``, zeros where the slot is -1; share = size / total, or 1 without totals."""
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_rows = rows < tokens
+    in_channels = offsets_c < channels
+    source = tl.load(slot + batch * slot_stride_b + rows * slot_stride_n, mask=in_rows, other=-1).to(tl.int64)
+    found = in_rows & (source >= 0)
+    value = tl.load(
+        x + batch * x_stride_b + source[:, None] * x_stride_m + offsets_c[None, :],
+        mask=found[:, None] & in_channels[None, :],
+        other=0.0,
+    )
+    if total is not None:
+        share = 1.0 / tl.load(total + batch * num_slots + source, mask=found, other=1.0)
+        if size is not None:
+            weight = tl.load(size + batch * size_stride_b + rows * size_stride_n, mask=in_rows, other=0.0)
+            share = share * weight.to(tl.float32)
+        value = (value.to(tl.float32) * share[:, None]).to(out.dtype.element_ty)
+    target = out + (batch * tokens + rows[:, None]) * channels + offsets_c[None, :]
+    tl.store(target, value, mask=in_rows[:, None] & in_channels[None, :])
+
+
+def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; slot (B, N) -> order (B, N) and offsets (B, num_out + 1), both int32."""
+    batch, tokens = slot.shape
+    order = torch.empty(batch, tokens, dtype=torch.int32, device=slot.device)
+    offsets = torch.empty(batch, num_out + 1, dtype=torch.int32, device=slot.device)
+    if batch:
+        grid = (triton.cdiv(max(tokens, num_out + 1), 64), batch)
+        group_slots_kernel[grid](
+            slot, order, offsets, tokens, num_out, *slot.stride(), BLOCK_I=64, BLOCK_J=64, num_warps=4
+        )
+    return order, offsets
+
+
+def _reduce(x, size, residual, order, offsets, *, mean):
+    batch, tokens, channels = x.shape
+    num_out = offsets.shape[1] - 1
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty(batch, num_out, channels, dtype=dtype, device=x.device)
+    total = torch.empty(batch, num_out, dtype=torch.float32, device=x.device) if mean else None
+    if batch and num_out:
+        tile = row_tile(channels)
+        reduce_slots_kernel[(num_out, batch, triton.cdiv(channels, tile.block_c))](
+            x,
+            size,
+            residual,
+            order,
+            offsets,
+            out,
+            total,
+            tokens,
+            num_out,
+            channels,
+            *x.stride()[:2],
+            *((0, 0) if size is None else size.stride()),
+            *((0, 0) if residual is None else residual.stride()[:2]),
+            BLOCK_C=tile.block_c,
+            num_warps=max(1, tile.block_c // 256),  # 8 channels a thread: one 16-byte load of half precision
+        )
+    return out, total
+
+
+def sum_slots(x: torch.Tensor, slot: torch.Tensor, num_out: int) -> torch.Tensor:
+    """Two launches; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
+    return _reduce(x, None, None, *group_slots(slot, num_out), mean=False)[0]
+
+
+def merge_tokens(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    size: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; x (B, N, C) grouped by order and offsets -> merged (B, M, C) and sizes (B, M) float32."""
+    return _reduce(x, size, residual, order, offsets, mean=True)
+
+
+def spread_slots(
+    x: torch.Tensor, slot: torch.Tensor, size: torch.Tensor | None = None, total: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Launch; x (B, M, C), slot (B, N) -> (B, N, C)."""
+    batch, num_slots, channels = x.shape
+    tokens = slot.shape[1]
+    out = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
+    if out.numel():
+        tile = row_tile(channels)
+        spread_slots_kernel[(triton.cdiv(tokens, tile.rows), batch, triton.cdiv(channels, tile.block_c))](
+            x,
+            slot,
+            size,
+            total,
+            out,
+            tokens,
+            num_slots,
+            channels,
+            *x.stride()[:2],
+            *slot.stride(),
+            *((0, 0) if size is None else size.stride()),
+            ROWS=tile.rows,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+    return out

@@ -1,0 +1,18 @@
+"""The error budget: a kernel may err, against float64, no more than the reference does in the same dtype plus a rounding."""
+
+import torch
+
+EPS = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 2**-52}
+
+
+def assert_within_budget(kernel: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, *, steps: float = 1.0):
+    """kernel and reference in one dtype, exact in float64; ``steps`` roundings of the largest value are allowed."""
+    assert kernel.dtype == reference.dtype, (kernel.dtype, reference.dtype)
+    assert kernel.shape == exact.shape == reference.shape, (kernel.shape, reference.shape, exact.shape)
+    if kernel.numel() == 0:
+        return
+    assert torch.isfinite(kernel).all() or not torch.isfinite(exact).all(), "the kernel made a NaN or an infinity"
+    step = steps * EPS[kernel.dtype] * exact.abs().max().item()
+    kernel_error = (kernel.double() - exact).abs().max().item()
+    reference_error = (reference.double() - exact).abs().max().item()
+    assert kernel_error <= reference_error + step, (kernel_error, reference_error, step)
