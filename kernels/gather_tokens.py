@@ -49,9 +49,7 @@ def gather_tokens_kernel(
     tl.store(target, value.to(out.dtype.element_ty), mask=mask)
 
 
-def gather_tokens(
-    x: torch.Tensor, index: torch.Tensor, prefix: int, residual: torch.Tensor | None
-) -> torch.Tensor:
+def gather_tokens(x: torch.Tensor, index: torch.Tensor, prefix: int, residual: torch.Tensor | None) -> torch.Tensor:
     """Launch; x (B, N, C) and residual with contiguous channels, index (B, K) of any strides."""
     batch, _, channels = x.shape
     num_out = prefix + index.shape[1]

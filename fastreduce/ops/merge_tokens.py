@@ -12,7 +12,7 @@ from ..backends import resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
 
-__all__ = ["group_slots", "merge_tokens", "unmerge_tokens"]
+__all__ = ["group_slots", "merge_tokens", "prepare_merge", "unmerge_tokens"]
 
 
 def _triton_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,7 @@ def _triton_merge(
 ) -> tuple[Tensor, Tensor]:
     from ..kernels import merge_tokens as kernels
 
-    return kernels.merge_tokens(
-        dense_rows(x), order, offsets, size, None if residual is None else dense_rows(residual)
-    )
+    return kernels.merge_tokens(dense_rows(x), order, offsets, size, None if residual is None else dense_rows(residual))
 
 
 def _reference_merge(
@@ -163,6 +161,11 @@ def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tu
     if resolve(backend, slot) == "reference":
         return reference.group_slots(slot, num_out)
     return _group(slot, num_out)
+
+
+def prepare_merge(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor] | None:
+    """What several :func:`merge_tokens` over one slot share: the groups for the kernels, None for the reference."""
+    return None if resolve(backend, slot) == "reference" else group_slots(slot, num_out, backend=backend)
 
 
 def merge_tokens(

@@ -10,6 +10,7 @@ from .fuse_tokens import fuse_tokens, fuse_tokens_backward
 from .gather_tokens import gather_tokens, scatter_tokens
 from .match_tokens import match_tokens
 from .merge_tokens import group_slots, merge_tokens, merge_tokens_backward, sum_slots, unmerge_tokens
+from .received_scores import received_scores
 from .select_topk import select_topk
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "match_tokens",
     "merge_tokens",
     "merge_tokens_backward",
+    "received_scores",
     "scatter_tokens",
     "select_topk",
     "sum_slots",

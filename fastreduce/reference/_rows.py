@@ -20,7 +20,7 @@ def flat_rows(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x (B, N, C), rows (B, M) -> (B, M, C): ``x[b, rows[b, m]]``."""
+    """X (B, N, C), rows (B, M) -> (B, M, C): ``x[b, rows[b, m]]``."""
     batch, tokens, channels = x.shape
     flat = x.reshape(batch * tokens, channels)
     return flat.index_select(0, flat_rows(rows, tokens)).view(batch, rows.shape[1], channels)

@@ -15,9 +15,7 @@ def _rest_weights(order: Tensor, scores: Tensor, k: int) -> Tensor:
     return scores.scatter(1, order[:, :k].long(), 0.0)
 
 
-def fuse_tokens(
-    x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None
-) -> Tensor:
+def fuse_tokens(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None) -> Tensor:
     """Rows ``[prefix, order[:k], sum of scores[n] * x[n] over n in order[k:]]``, plus the residual.
 
     x (B, N, C), order (B, P) a permutation of the P = N - prefix patch tokens, scores (B, P),

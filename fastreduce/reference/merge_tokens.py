@@ -23,7 +23,7 @@ def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
 
 
 def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
-    """x (B, N, C) -> (B, num_out, C): sum of the rows of each slot; rows of slot -1 are left out."""
+    """X (B, N, C) -> (B, num_out, C): sum of the rows of each slot; rows of slot -1 are left out."""
     batch, _, channels = x.shape
     spare = slot.long() + 1  # one more slot in front takes what was dropped
     total = torch.zeros(batch * (num_out + 1), channels, dtype=x.dtype, device=x.device)
@@ -59,6 +59,6 @@ def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total
 
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
-    """x (B, M, C), slot (B, N) -> (B, N, C): the row of every token's slot, zeros where the slot is -1."""
+    """X (B, M, C), slot (B, N) -> (B, N, C): the row of every token's slot, zeros where the slot is -1."""
     rows = take_rows(x, slot.long().clamp_min(0))
     return rows.masked_fill((slot < 0).unsqueeze(-1), 0.0)

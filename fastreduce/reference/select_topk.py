@@ -9,6 +9,6 @@ __all__ = ["select_topk"]
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:
-    """scores (B, N) -> indices (B, k), best first; ties go to the lower index, NaN counts as the worst score."""
+    """Scores (B, N) -> indices (B, k), best first; ties go to the lower index, NaN counts as the worst score."""
     # Ascending order of the negated scores: that is the direction in which torch sorts NaN last.
     return torch.sort(-scores, dim=1, stable=True)[1][:, :k]

@@ -7,7 +7,9 @@ from bench.compile_report import SHARED_LIMIT, KernelReport, compiled_for
 ARCHES = (80, 90)
 
 
-def check_gates(arch: int, launches: Callable[[], object], *, wide: bool = True, mma: bool = False) -> list[KernelReport]:
+def check_gates(
+    arch: int, launches: Callable[[], object], *, wide: bool = True, mma: bool = False
+) -> list[KernelReport]:
     """Compile all that ``launches`` launches; no spill, no atomic, no float64, shared memory within the limit.
 
     ``wide``: at least one load and one store of the last kernel are 16 bytes a thread. ``mma``: tensor cores are used.

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.compiled.gates import ARCHES, check_gates
-from tests.inputs import DTYPES
 
 from fastreduce.kernels import gather_tokens as kernels
+from tests.compiled.gates import ARCHES, check_gates
+from tests.inputs import DTYPES
 
 
 @pytest.mark.parametrize("arch", ARCHES)

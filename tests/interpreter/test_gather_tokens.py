@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.budget import assert_within_budget
-from tests.inputs import DTYPES, distinct_indices, tokens
 
 from fastreduce import ops
+from tests.budget import assert_within_budget
+from tests.inputs import DTYPES, distinct_indices, tokens
 
 SHAPES = [(2, 17, 5, 24, 1), (1, 2, 1, 1, 1), (3, 9, 4, 33, 0), (2, 12, 0, 16, 5), (0, 9, 3, 8, 1), (1, 9, 3, 1030, 2)]
 

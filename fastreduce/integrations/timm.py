@@ -1,0 +1,527 @@
+"""Reduce the tokens of a timm Vision Transformer, in place and reversibly. The only module that imports timm."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import vision_transformer as vit
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from ..backends import check_backend
+from ..reducers import ModelShape, Reducer, attend_all, make_reducer
+from ..reducers.schedule import Keep, KeepRate
+from ..tokens import Plan, Tokens, compose_kept, compose_slots, unmerge
+
+__all__ = ["Record", "Stage", "create_model", "load_official", "patch", "record", "reduced_counts", "unpatch"]
+
+create_model = timm.create_model
+
+
+class ReducedBlock(nn.Module):
+    """A timm ``Block`` that takes and gives :class:`~fastreduce.tokens.Tokens`; it shares the block's own submodules.
+
+    The first of them also takes a tensor, and the last gives one, so that ``model.blocks`` keeps its interface however
+    it is called: as a whole, one by one, or through timm's ``checkpoint_seq``.
+    """
+
+    norm1: nn.Module
+    attn: nn.Module
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+
+    def __init__(self, block: vit.Block, index: int, model: nn.Module, reducer: Reducer):
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+        self.index = index
+        self.training = block.training
+        self.has_class_token = model.cls_token is not None
+        self.first = index == reducer.blocks[0]
+        self.last = index == len(model.blocks) - 1
+        self.stage = reducer.blocks.index(index) if index in reducer.blocks else None
+        self.recorder: Record | None = None
+        # Not registered: neither may appear a second time in the state dict.
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_reducer", reducer)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention logits."""
+        return self.attn.scale
+
+    @property
+    def commutes(self) -> bool:
+        """Whether merging may come before the output projection."""
+        dropout = self.training and self.attn.proj_drop.p > 0
+        return type(self.attn.proj) is nn.Linear and not dropout
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The norm before attention."""
+        return self.norm1(x)
+
+    def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, N, parts * H * D) -> ``parts`` views of (B, H, N, D)."""
+        batch, tokens, width = projected.shape
+        heads = self.attn.num_heads
+        return projected.view(batch, tokens, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _project(self, normed: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Thirds ``start`` to ``stop`` of the packed query, key, value projection."""
+        qkv = self.attn.qkv
+        if type(qkv) is not nn.Linear:  # somebody's adapter or quantised layer: call it whole
+            return self._heads(qkv(normed), 3)[start:stop]
+        width = qkv.out_features // 3
+        rows = slice(start * width, stop * width)
+        bias = None if qkv.bias is None else qkv.bias[rows]
+        return self._heads(F.linear(normed, qkv.weight[rows], bias), stop - start)
+
+    def query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> three of (B, H, N, D)."""
+        q, k, v = self._heads(self.attn.qkv(normed), 3)
+        return self.attn.q_norm(q), self.attn.k_norm(k), v
+
+    def query(self, normed: Tensor) -> Tensor:
+        """(B, M, C) -> (B, H, M, D)."""
+        return self.attn.q_norm(self._project(normed, 0, 1)[0])
+
+    def key_value(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> two of (B, H, N, D)."""
+        k, v = self._project(normed, 1, 3)
+        return self.attn.k_norm(k), v
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, size: Tensor | None) -> Tensor:
+        """Attention of M queries over N keys, timm's optional norm and gate -> (B, M, H * D)."""
+        attn = self.attn
+        bias = None
+        if size is not None:
+            # Half precision would round log 98 by a hundredth; on the CPU SDPA takes a float32 bias beside half inputs.
+            bias = size.log()[:, None, None, :].to(q.dtype if q.is_cuda else torch.promote_types(q.dtype, size.dtype))
+        dropout = attn.attn_drop.p if self.training else 0.0
+        if attn.fused_attn:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
+        else:
+            logits = (q * attn.scale) @ k.transpose(-2, -1)
+            weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+            out = attn.attn_drop(weights.to(v.dtype)) @ v
+        out = out.transpose(1, 2).flatten(2)
+        if (norm := getattr(attn, "norm", None)) is not None:
+            out = norm(out)
+        if (gate := getattr(attn, "gate", None)) is not None:
+            out = out * gate(normed).sigmoid()
+        return out
+
+    def branch(self, attended: Tensor, weight_sum: Tensor | None = None) -> Tensor:
+        """Output projection, dropout, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
+        proj = self.attn.proj
+        if weight_sum is None or proj.bias is None:
+            projected = proj(attended)
+        else:
+            projected = F.linear(attended, proj.weight)
+            projected = projected + weight_sum.unsqueeze(-1).to(projected.dtype) * proj.bias.to(projected.dtype)
+        return self.drop_path1(self.ls1(self.attn.proj_drop(projected)))
+
+    def step(self, tokens: Tokens) -> Tokens:
+        """One block: reduction, attention, MLP."""
+        if self.stage is None:
+            tokens = attend_all(self, tokens)
+        else:
+            entered = tokens
+            tokens = self._reducer.before(tokens, self.stage)
+            tokens = self._reducer.attend(self, tokens, self.stage)
+            if self.recorder is not None:
+                self.recorder._add(entered, tokens)
+        x = tokens.x
+        return tokens.replace(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+
+    def start(self, x: Tensor | Tokens) -> Tokens:
+        """Take what the block before gave."""
+        if isinstance(x, Tokens):
+            return x
+        if not self.first:
+            raise TypeError(
+                f"block {self.index} of a reduced model takes fastreduce.Tokens, as block {self.index - 1} gives them, "
+                f"got {type(x).__name__}"
+            )
+        prefix = self._model.num_prefix_tokens
+        return Tokens(x, prefix=prefix, patches=x.shape[1] - prefix)
+
+    def finish(self, tokens: Tokens) -> Tensor:
+        """What ``model.norm`` and the pooling get. Where pooling looks at patches, each patch counts once."""
+        pooled_by_token = self._model.global_pool in ("", "token")
+        if tokens.size is None or pooled_by_token:
+            return tokens.x
+        return tokens.dense(backend=self._reducer.backend)
+
+    def forward(self, x: Tensor | Tokens, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Tokens:
+        """Tokens to Tokens; the first reduced block also takes a tensor (B, N, C), the last block returns one."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("a reduced model takes no attn_mask and no is_causal: its tokens are not the input's")
+        tokens = self.step(self.start(x))
+        return self.finish(tokens) if self.last else tokens
+
+
+class ReducedBlocks(nn.Sequential):
+    """Stands in for ``model.blocks``, with the same child names; keeps the original for :func:`unpatch`."""
+
+    def _attach(self, original: nn.Sequential, reducer: Reducer) -> ReducedBlocks:
+        object.__setattr__(self, "_original", original)
+        object.__setattr__(self, "_reducer", reducer)
+        return self
+
+
+def _reduced_blocks(model: nn.Module, reducer: Reducer) -> ReducedBlocks:
+    first = reducer.blocks[0]
+    blocks = [
+        block if index < first else ReducedBlock(block, index, model, reducer)
+        for index, block in enumerate(model.blocks)
+    ]
+    return ReducedBlocks(*blocks)._attach(model.blocks, reducer)
+
+
+def _forward_intermediates(
+    model: nn.Module,
+    x: Tensor,
+    indices: int | Sequence[int] | None = None,
+    return_prefix_tokens: bool = False,
+    norm: bool = False,
+    stop_early: bool = False,
+    output_fmt: str = "NCHW",
+    intermediates_only: bool = False,
+    output_dict: bool = False,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Any:
+    """Timm's ``forward_intermediates`` on the full grid: every patch shows the token that it is in, dropped ones zeros."""
+    if output_fmt not in ("NCHW", "NLC"):
+        raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+    if attn_mask is not None or is_causal:
+        raise ValueError("a reduced model takes no attn_mask and no is_causal: its tokens are not the input's")
+    take, last = feature_take_indices(len(model.blocks), indices)
+    height, width = x.shape[-2:]
+    prefix = model.num_prefix_tokens
+    backend = model.blocks._reducer.backend
+    state: Tensor | Tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    spatial: list[Tensor] = []
+    heads: list[Tensor] = []
+    final: Tensor | None = None
+    for index, block in enumerate(model.blocks):
+        if stop_early and index > last:
+            break
+        if isinstance(block, ReducedBlock):
+            tokens = block.step(block.start(state))
+            state, final = tokens, block.finish(tokens)
+        else:
+            final = block(state)
+            state = final
+        if index in take:
+            if isinstance(state, Tokens):
+                normed = state.replace(model.norm(state.x)) if norm else state
+                full = normed.dense(backend=backend)
+            else:
+                full = model.norm(state) if norm else state
+            heads.append(full[:, :prefix])
+            spatial.append(full[:, prefix:])
+    if output_fmt == "NCHW":
+        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        spatial = [y.reshape(len(y), rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in spatial]
+    with_prefix = return_prefix_tokens and prefix > 0
+    if output_dict:
+        result: dict[str, Any] = {"image_intermediates": spatial}
+        if with_prefix:
+            result["image_intermediates_prefix"] = heads
+        if not intermediates_only:
+            result["image_features"] = model.norm(final)
+        return result
+    intermediates = list(zip(spatial, heads, strict=True)) if with_prefix else spatial
+    return intermediates if intermediates_only else (model.norm(final), intermediates)
+
+
+class _ForwardIntermediates:
+    """A model's own ``forward_intermediates`` while it is patched; copies and pickles with the model."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _forward_intermediates(self.model, *args, **kwargs)
+
+
+_REASONS = {
+    "Eva": "its attention uses rotary positions, which would be attached to the wrong tokens",
+    "VisionTransformerRelPos": "its attention uses relative positions, which need the full grid",
+    "Beit": "its attention uses relative positions, which need the full grid",
+    "SwinTransformer": "its windows need the full grid",
+    "SwinTransformerV2": "its windows need the full grid",
+}
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise, with the reason, unless every part that a reducer relies on is the one it knows."""
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("the model is compiled already: call fastreduce.patch first and torch.compile after it")
+    name = type(model).__name__
+    if not isinstance(model, vit.VisionTransformer):
+        reason = _REASONS.get(name, "it is not a timm VisionTransformer")
+        raise TypeError(f"{name} cannot be reduced: {reason}")
+    if type(model).forward_features is not vit.VisionTransformer.forward_features:
+        raise TypeError(f"{name} cannot be reduced: it has a forward_features of its own")
+    if isinstance(model.blocks, ReducedBlocks):
+        raise ValueError(
+            f"the model is already patched with {model.blocks._reducer.name!r}; call fastreduce.unpatch(model) first"
+        )
+    for index, block in enumerate(model.blocks):
+        if type(block) is not vit.Block:
+            raise TypeError(f"{name} cannot be reduced: block {index} is a {type(block).__name__}, not a timm Block")
+        if type(block.attn) is not vit.Attention:
+            raise TypeError(
+                f"{name} cannot be reduced: block {index} has a {type(block.attn).__name__} attention, "
+                "of which the reducers do not know whether it depends on positions"
+            )
+
+
+def _shape_of(model: nn.Module) -> ModelShape:
+    return ModelShape(
+        depth=len(model.blocks),
+        grid=tuple(model.patch_embed.grid_size),
+        prefix=model.num_prefix_tokens,
+        has_class_token=model.cls_token is not None,
+        channels=model.embed_dim,
+    )
+
+
+def patch(
+    model: nn.Module,
+    method: str,
+    *,
+    keep_rate: KeepRate = None,
+    keep: Keep = None,
+    at: int | Sequence[int] | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> nn.Module:
+    """Reduce the tokens of a timm Vision Transformer, in place.
+
+    Weights, checkpoint keys and the calling interface stay as they are; :func:`unpatch` undoes it.
+
+    Args:
+        model: a timm ``VisionTransformer`` (DeiT, AugReg, DeiT-III, DINOv2, CLIP, SigLIP, ...).
+        method: ``"topk"``, ``"evit"``, ``"tome"`` or ``"radial"``.
+        keep_rate: a rate r: stage i keeps ``int(patches * r ** (i + 1))`` tokens; or a sequence of absolute fractions,
+            one for each stage. In (0, 1]. The default is 0.7 (none for radial, whose default schedule is contiguous).
+        keep: instead, the numbers of patch tokens kept, one for each stage.
+        at: blocks at which the stages stand, from 0; the default is a quarter, half and three quarters of the depth.
+        backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
+        **options: the method's own. ``evit``: ``normalize``. ``tome``: ``r``, ``rounds``. ``radial``: ``norm``,
+            ``schedule``, ``min_radius``. See the classes in :mod:`fastreduce.reducers`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: unknown method, values out of range, a model that is patched or compiled already.
+        TypeError: a model that cannot be reduced (the message says why), unknown options, values of the wrong kind.
+            Whatever is raised, the model is as it was.
+
+    Notes:
+        Models without a class token (SigLIP) are scored by the attention that a token receives, averaged over heads and
+        queries, where the others use the attention of the class token. Scores are those before attention dropout.
+    """
+    check_backend(backend)
+    _check_model(model)
+    reducer = make_reducer(method, _shape_of(model), at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
+    if not isinstance(model.patch_drop, nn.Identity) and method == "radial":
+        raise ValueError("radial patterns need every patch in its place, but the model has a patch_drop_rate")
+    reducer.to(next(model.parameters()).device)
+    model.blocks = _reduced_blocks(model, reducer)
+    model.forward_intermediates = _ForwardIntermediates(model)
+    if list(reducer.buffers()) or list(reducer.parameters()):
+        model.reducers = reducer
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`: the model gets its very own blocks back. Returns the model.
+
+    Raises:
+        ValueError: if the model is not patched.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, ReducedBlocks):
+        raise ValueError("the model is not patched")
+    original = blocks._original
+    for block, reduced in zip(original, blocks, strict=True):
+        if isinstance(reduced, ReducedBlock):
+            for name, child in reduced.named_children():  # whatever was replaced meanwhile stays replaced
+                setattr(block, name, child)
+            block.training = reduced.training
+    original.training = blocks.training
+    model.blocks = original
+    del model.forward_intermediates
+    if hasattr(model, "reducers"):
+        del model.reducers
+    return model
+
+
+def _reducer_of(model: nn.Module) -> Reducer:
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, ReducedBlocks):
+        raise ValueError("the model is not patched; call fastreduce.patch first")
+    return blocks._reducer
+
+
+def reduced_counts(model: nn.Module) -> list[int]:
+    """Patch tokens after each stage of a patched model, at its own image size."""
+    return _reducer_of(model).counts(_shape_of(model))
+
+
+class Stage:
+    """What one stage did with one batch. Indices never count the prefix tokens (class, distillation, registers).
+
+    Attributes:
+        block: index of the transformer block.
+        num_in: patch tokens before, ``num_out`` after the stage.
+        kept: (B, num_out) index of the input token that each output token is, -1 for EViT's fused one; None for ToMe.
+        kept_patches: (B, num_out) the same in original patches; None after a merge.
+        slot: (B, num_in) output token that each input token went into, -1 for dropped ones.
+        patch_slot: (B, P) output token that each original patch is in, -1 for dropped ones.
+        sizes: (B, num_out) how many original patches each output token stands for.
+    """
+
+    def __init__(self, plans: Sequence[Plan], batch: int, prefix: int):
+        self._plans, self._prefix = tuple(plans), prefix
+        plan = plans[-1]
+        self.block, self.num_in, self.num_out = plan.block, plan.num_in, plan.num_out
+        self.kept = plan.kept_indices(batch)
+        self.kept_patches = compose_kept(plans, batch)
+        self.slot = plan.slots(batch)
+        self.patch_slot = compose_slots(plans, batch)
+        counts = torch.zeros(batch, self.num_out + 1, dtype=torch.int64, device=self.slot.device)
+        ones = torch.ones_like(self.patch_slot)
+        self.sizes = counts.scatter_add(1, self.patch_slot + 1, ones)[:, 1:]
+
+    def unmerge(self, features: Tensor) -> Tensor:
+        """Bring this stage's features to the full grid: (B, num_out, C) -> (B, P, C), zeros where a patch was dropped.
+
+        (B, prefix + num_out, C) works too and keeps its prefix: (B, prefix + P, C).
+        """
+        rows = features.shape[1]
+        if rows not in (self.num_out, self.num_out + self._prefix):
+            raise ValueError(
+                f"features must have {self.num_out} tokens (or {self.num_out + self._prefix} with the prefix), "
+                f"got {rows}"
+            )
+        return unmerge(features, self._plans, rows - self.num_out)
+
+
+class Record:
+    """The stages of the latest forward pass inside :func:`record`, in order."""
+
+    def __init__(self) -> None:
+        self.stages: list[Stage] = []
+
+    def _add(self, entered: Tokens, left: Tokens) -> None:
+        if not entered.plans:
+            self.stages = []
+        if len(left.plans) > len(entered.plans):
+            self.stages.append(Stage(left.plans, left.x.shape[0], left.prefix))
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Record]:
+    """Record what a patched model keeps and merges.
+
+    Example::
+
+        with fastreduce.record(model) as seen:
+            model(images)
+        seen.stages[0].kept_patches      # (B, num_out)
+
+    A stage that reduces nothing (keep rate 1) leaves no entry.
+
+    Raises:
+        ValueError: if the model is not patched.
+    """
+    _reducer_of(model)
+    reduced = [block for block in model.blocks if isinstance(block, ReducedBlock)]
+    recorder = Record()
+    for block in reduced:
+        block.recorder = recorder
+    try:
+        yield recorder
+    finally:
+        for block in reduced:
+            block.recorder = None
+
+
+def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | os.PathLike[str]) -> nn.Module:
+    """Load weights of the paper's released code (TokenReduction, timm 0.4.12 names) into a patched or plain timm model.
+
+    Args:
+        model: a timm Vision Transformer of the checkpoint's geometry.
+        weights: a state dict, a ``.safetensors`` file, or a ``torch.save`` file (read with ``weights_only=True``); a dict
+            that holds it under ``"model"``, ``"state_dict"`` or ``"model_ema"`` and keys with a ``module.`` prefix are
+            understood.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ValueError: keys or shapes that do not fit; the message names them and the model is as it was.
+    """
+    state = read_weights(weights) if isinstance(weights, (str, os.PathLike)) else weights
+    for wrapper in ("model", "state_dict", "model_ema"):
+        if wrapper in state and isinstance(state[wrapper], Mapping):
+            state = state[wrapper]
+            break
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    own = model.state_dict()
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict(state)
+    return model
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a ``.safetensors`` file, or a pickled checkpoint with ``weights_only=True``.
+
+    Raises:
+        ValueError: if the file cannot be read as either; OSError if it cannot be opened.
+    """
+    path = os.fspath(path)
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read with weights_only=True: {error}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return dict(state)

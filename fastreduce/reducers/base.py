@@ -1,0 +1,163 @@
+"""What a reducer is, and what it may ask of a transformer block."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..tokens import Tokens
+from .schedule import Keep, KeepRate, keep_schedule, stage_blocks
+
+__all__ = ["AttentionBlock", "ModelShape", "Reducer", "attend_all", "importance", "rest_sum", "with_last"]
+
+
+class AttentionBlock(Protocol):
+    """The attention half of a pre-norm transformer block, in the pieces between which a reducer can act.
+
+    Shapes: tokens (B, N, C); H heads of dimension D; M query rows.
+    """
+
+    index: int
+    scale: float
+    has_class_token: bool
+
+    @property
+    def commutes(self) -> bool:
+        """Whether the branch is linear in each token, so that merging may come before it (no dropout is active)."""
+        ...
+
+    def norm(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C), the norm before attention."""
+        ...
+
+    def query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> three of (B, H, N, D)."""
+        ...
+
+    def query(self, normed: Tensor) -> Tensor:
+        """(B, M, C) -> (B, H, M, D)."""
+        ...
+
+    def key_value(self, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> two of (B, H, N, D)."""
+        ...
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, size: Tensor | None) -> Tensor:
+        """Attention of M queries over N keys -> (B, M, H * D), before the output projection.
+
+        ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them); ``size`` (B, N) or None are the
+        sizes of the key tokens, whose logarithm is added to the logits (proportional attention).
+        """
+        ...
+
+    def branch(self, attended: Tensor, weight_sum: Tensor | None = None) -> Tensor:
+        """Output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C).
+
+        ``weight_sum`` (B, M): each row is a sum of tokens with weights that add up to this, so the projection's bias
+        enters as often. None stands for ones.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelShape:
+    """What a reducer may know of the model when it is made."""
+
+    depth: int
+    grid: tuple[int, int]
+    prefix: int
+    has_class_token: bool
+    channels: int
+
+    @property
+    def patches(self) -> int:
+        """Number of patch tokens."""
+        return self.grid[0] * self.grid[1]
+
+
+class Reducer(nn.Module, abc.ABC):
+    """A token reduction method, with its schedule. One instance serves all stages of a model.
+
+    A subclass overrides :meth:`before` (reduction of the block's input) or :meth:`attend` (reduction within its
+    attention half). Both first make a plan, without gradient through indices, and then apply it.
+
+    Attributes:
+        name: the method's name in :func:`fastreduce.patch`.
+        blocks: the blocks at which the stages stand, ascending.
+        backend: passed to every op.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, blocks: tuple[int, ...], backend: str = "auto"):
+        super().__init__()
+        self.blocks = blocks
+        self.backend = backend
+
+    @classmethod
+    def make(
+        cls,
+        shape: ModelShape,
+        *,
+        at: int | Sequence[int] | None,
+        keep_rate: KeepRate,
+        keep: Keep,
+        backend: str,
+        **options: Any,
+    ) -> Reducer:
+        """Build the reducer from what the user wrote, or raise ValueError / TypeError."""
+        blocks = stage_blocks(at, shape.depth)
+        schedule = keep_schedule(keep_rate, keep, len(blocks), shape.patches)
+        return cls(blocks, schedule, backend=backend, **options)  # type: ignore[call-arg, arg-type, misc]
+
+    def before(self, tokens: Tokens, stage: int) -> Tokens:
+        """Reduce the tokens that enter the block of this stage; by default they pass."""
+        return tokens
+
+    def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
+        """Run the attention half of the block of this stage, residual included, and reduce in it."""
+        return attend_all(block, tokens)
+
+    @abc.abstractmethod
+    def counts(self, shape: ModelShape) -> list[int]:
+        """Patch tokens after each stage, on a model of this shape (a fused token counts)."""
+
+    def extra_repr(self) -> str:
+        """The method and where it acts."""
+        return f"{self.name}, blocks={self.blocks}, backend={self.backend!r}"
+
+
+def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
+    """The attention half of a block that reduces nothing."""
+    normed = block.norm(tokens.x)
+    q, k, v = block.query_key_value(normed)
+    attended = block.attention(q, k, v, normed, tokens.size)
+    return tokens.replace(tokens.x + block.branch(attended))
+
+
+def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, backend: str) -> Tensor:
+    """Score of every patch token, (B, N - prefix): class attention, or attention received where there is no class token.
+
+    Both are averages over heads of softmax weights, the second also over queries; each sums to at most one per image.
+    Scores are those before attention dropout. ``q`` (B, H, M, D) needs only row 0 where there is a class token.
+    """
+    if block.has_class_token:
+        return ops.cls_scores(q[:, :, 0], k, prefix=prefix, scale=block.scale, backend=backend)
+    received = ops.received_scores(q, k, scale=block.scale, backend=backend)
+    return received[:, prefix:] / (q.shape[1] * q.shape[2])
+
+
+def rest_sum(scores: Tensor, order: Tensor, k: int) -> Tensor:
+    """(B,): the sum of the scores of the tokens that are not among the first k of the order."""
+    return scores.gather(1, order[:, k:].long()).sum(1)
+
+
+def with_last(values: Tensor, rows: int) -> Tensor:
+    """(B,) -> (B, rows): ones, and the value in the last place."""
+    return torch.nn.functional.pad(values.unsqueeze(1), (rows - 1, 0), value=1.0)

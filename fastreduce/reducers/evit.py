@@ -1,0 +1,61 @@
+"""EViT: Top-K, and one more token that fuses all the others by their scores (Liang et al. 2022; METHODS.md section 2)."""
+
+from __future__ import annotations
+
+from .. import ops
+from ..tokens import Plan, Tokens
+from .base import AttentionBlock, ModelShape, Reducer, attend_all, importance, rest_sum, with_last
+from .schedule import KeepSchedule
+
+__all__ = ["EViT"]
+
+
+class EViT(Reducer):
+    """Attend for all, then project only the kept rows and the fused one.
+
+    Args:
+        blocks: where the stages stand.
+        schedule: tokens kept at each stage; the fused token comes on top.
+        normalize: weigh the fused token's parts by score / (sum of their scores), as the method's paper writes it.
+            The default, raw scores, is what the released code computes.
+        backend: see :func:`fastreduce.backend`.
+    """
+
+    name = "evit"
+
+    def __init__(self, blocks: tuple[int, ...], schedule: KeepSchedule, normalize: bool = False, backend: str = "auto"):
+        super().__init__(blocks, backend)
+        self.schedule = schedule
+        self.normalize = normalize
+
+    def counts(self, shape: ModelShape) -> list[int]:
+        """Patch tokens after each stage, the fused one included."""
+        counts, present = [], shape.patches
+        for stage in range(len(self.blocks)):
+            present = min(present, self.schedule.count(stage, shape.patches) + 1)
+            counts.append(present)
+        return counts
+
+    def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
+        """Attention half with fusion: prefix, kept tokens best first, fused token."""
+        keep = self.schedule.count(stage, tokens.patches)
+        if keep >= tokens.num_patches:
+            return attend_all(block, tokens)
+        prefix, backend = tokens.prefix, self.backend
+        normed = block.norm(tokens.x)
+        q, k, v = block.query_key_value(normed)
+        scores = importance(block, q, k, prefix, backend=backend)
+        order = ops.select_topk(scores, tokens.num_patches, backend=backend)
+        if self.normalize:
+            scores = scores / rest_sum(scores, order, keep).unsqueeze(1)
+        attended = block.attention(q, k, v, normed, tokens.size)
+        if block.commutes:
+            fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
+            weight_sum = None if self.normalize else with_last(rest_sum(scores, order, keep), fused.shape[1])
+            residual = block.branch(fused, weight_sum)
+            x = ops.fuse_tokens(tokens.x, order, scores, keep, prefix=prefix, residual=residual, backend=backend)
+        else:
+            x = tokens.x + block.branch(attended)
+            x = ops.fuse_tokens(x, order, scores, keep, prefix=prefix, backend=backend)
+        plan = Plan(block.index, tokens.num_patches, keep + 1, kept=order[:, :keep], fused=True)
+        return tokens.replace(x, plans=(*tokens.plans, plan))

@@ -1,0 +1,139 @@
+"""ToMe: merge the most similar tokens by bipartite matching of their keys (Bolya et al. 2023; METHODS.md section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from .. import ops
+from ..tokens import Plan, Tokens
+from .base import AttentionBlock, ModelShape, Reducer, attend_all
+from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
+
+__all__ = ["ToMe"]
+
+Rounds = Literal["official", "exact"]
+
+
+class ToMe(Reducer):
+    """Merge attention outputs before the projection, and the residual stream in one pass with its addition.
+
+    Args:
+        blocks: where the stages stand.
+        schedule: tokens wanted after each stage; None if ``r`` is given.
+        r: tokens to merge away at each stage, as in ToMe's own interface: at most half of those present are.
+        rounds: a matching can merge at most half of the tokens. ``"official"`` stops there and never catches up (a keep
+            rate of 0.25 ends at 98, 61, 52 tokens instead of 49, 12, 3); ``"exact"`` matches again until the count is met.
+        backend: see :func:`fastreduce.backend`.
+    """
+
+    name = "tome"
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        schedule: KeepSchedule | None,
+        r: Sequence[int] | None = None,
+        rounds: Rounds = "official",
+        backend: str = "auto",
+    ):
+        super().__init__(blocks, backend)
+        if rounds not in ("official", "exact"):
+            raise ValueError(f"rounds must be 'official' or 'exact', got {rounds!r}")
+        self.schedule = schedule
+        self.r = None if r is None else tuple(r)
+        self.rounds = rounds
+
+    @classmethod
+    def make(
+        cls,
+        shape: ModelShape,
+        *,
+        at: int | Sequence[int] | None,
+        keep_rate: KeepRate,
+        keep: Keep,
+        backend: str,
+        r: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> ToMe:
+        """``r`` (an integer, or one for each block) excludes ``keep_rate`` and ``keep``; its default place is every block."""
+        if r is None:
+            blocks = stage_blocks(at, shape.depth)
+            schedule = keep_schedule(keep_rate, keep, len(blocks), shape.patches)
+            return cls(blocks, schedule, backend=backend, **options)
+        if keep_rate is not None or keep is not None:
+            raise ValueError(f"give r or a keep schedule, got r={r!r}, keep_rate={keep_rate!r} and keep={keep!r}")
+        blocks = tuple(range(shape.depth)) if at is None else stage_blocks(at, shape.depth)
+        counts = (r,) * len(blocks) if isinstance(r, int) else tuple(r)
+        if len(counts) != len(blocks):
+            raise ValueError(f"r must have one entry for each of the {len(blocks)} blocks, got {len(counts)}: {r!r}")
+        for count in counts:
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"r must hold integers, got {count!r}")
+            if count < 0:
+                raise ValueError(f"r must not be negative, got {count}")
+        return cls(blocks, None, counts, backend=backend, **options)
+
+    def _merges(self, stage: int, patches: int, present: int) -> list[int]:
+        """How many tokens each matching round of a stage merges, with ``present`` patch tokens there."""
+        if self.r is not None:
+            wanted = self.r[stage]
+        else:
+            assert self.schedule is not None
+            target = self.schedule.count(stage, patches)
+            if self.rounds == "exact":
+                wanted = present - target
+            else:  # the released code assumes that earlier stages reached their target
+                wanted = (self.schedule.count(stage - 1, patches) if stage else patches) - target
+        merges = []
+        while wanted > 0 and present > 1:
+            merges.append(min(wanted, present // 2))
+            wanted, present = wanted - merges[-1], present - merges[-1]
+            if self.rounds == "official":
+                break
+        return merges
+
+    def counts(self, shape: ModelShape) -> list[int]:
+        """Patch tokens after each stage."""
+        counts, present = [], shape.patches
+        for stage in range(len(self.blocks)):
+            present -= sum(self._merges(stage, shape.patches, present))
+            counts.append(present)
+        return counts
+
+    def _match(self, metric: Tensor, tokens: Tokens, merges: list[int]) -> Tensor:
+        """(B, N) slot of every token after all rounds; later rounds compare the mean keys of what was merged."""
+        slot = ops.match_tokens(metric, merges[0], prefix=tokens.prefix, backend=self.backend)
+        present = metric.shape[1] - merges[0]
+        for count in merges[1:]:
+            merged, _ = ops.merge_tokens(metric, slot, present, size=tokens.size, backend=self.backend)
+            following = ops.match_tokens(merged, count, prefix=tokens.prefix, backend=self.backend)
+            slot = following.gather(1, slot)
+            present -= count
+        return slot
+
+    def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
+        """Attention half with merging: prefix, unmerged tokens of even position, then those of odd position."""
+        merges = self._merges(stage, tokens.patches, tokens.num_patches)
+        if not merges:
+            return attend_all(block, tokens)
+        backend = self.backend
+        normed = block.norm(tokens.x)
+        q, k, v = block.query_key_value(normed)
+        slot = self._match(k.detach().mean(1), tokens, merges)  # (B, N)
+        num_out = tokens.x.shape[1] - sum(merges)
+        groups = ops.prepare_merge(slot, num_out, backend=backend)
+        attended = block.attention(q, k, v, normed, tokens.size)
+        if block.commutes:
+            merged, _ = ops.merge_tokens(attended, slot, num_out, size=tokens.size, groups=groups, backend=backend)
+            x, residual = tokens.x, block.branch(merged)
+        else:
+            x, residual = tokens.x + block.branch(attended), None
+        x, size = ops.merge_tokens(
+            x, slot, num_out, size=tokens.size, residual=residual, groups=groups, backend=backend
+        )
+        prefix = tokens.prefix
+        plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot[:, prefix:] - prefix)
+        return tokens.replace(x, size=size, plans=(*tokens.plans, plan))
