@@ -1,4 +1,4 @@
-"""The two values that reduction is made of: what walks the model (:class:`Tokens`) and what a stage decided (:class:`Plan`)."""
+"""The two values of reduction: what walks the model (:class:`Tokens`) and what a stage decided (:class:`Plan`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error budget: a kernel may err, against float64, no more than the reference does in the same dtype plus a rounding."""
+"""The error budget: against float64, a kernel errs no more than the reference in the same dtype, plus a rounding."""
 
 import torch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -32,15 +32,17 @@ class ReducedBlock(nn.Module):
     """
 
     norm1: nn.Module
-    attn: nn.Module
+    attn: Any  # timm's Attention, whose attributes nn.Module does not type
     ls1: nn.Module
     drop_path1: nn.Module
     norm2: nn.Module
     mlp: nn.Module
     ls2: nn.Module
     drop_path2: nn.Module
+    _model: Any
+    _reducer: Reducer
 
-    def __init__(self, block: vit.Block, index: int, model: nn.Module, reducer: Reducer):
+    def __init__(self, block: vit.Block, index: int, model: Any, reducer: Reducer):
         super().__init__()
         for name, child in block.named_children():
             self.add_module(name, child)
@@ -174,13 +176,16 @@ class ReducedBlock(nn.Module):
 class ReducedBlocks(nn.Sequential):
     """Stands in for ``model.blocks``, with the same child names; keeps the original for :func:`unpatch`."""
 
+    _original: nn.Sequential
+    _reducer: Reducer
+
     def _attach(self, original: nn.Sequential, reducer: Reducer) -> ReducedBlocks:
         object.__setattr__(self, "_original", original)
         object.__setattr__(self, "_reducer", reducer)
         return self
 
 
-def _reduced_blocks(model: nn.Module, reducer: Reducer) -> ReducedBlocks:
+def _reduced_blocks(model: Any, reducer: Reducer) -> ReducedBlocks:
     first = reducer.blocks[0]
     blocks = [
         block if index < first else ReducedBlock(block, index, model, reducer)
@@ -190,7 +195,7 @@ def _reduced_blocks(model: nn.Module, reducer: Reducer) -> ReducedBlocks:
 
 
 def _forward_intermediates(
-    model: nn.Module,
+    model: Any,
     x: Tensor,
     indices: int | Sequence[int] | None = None,
     return_prefix_tokens: bool = False,
@@ -202,12 +207,14 @@ def _forward_intermediates(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Any:
-    """Timm's ``forward_intermediates`` on the full grid: every patch shows the token that it is in, dropped ones zeros."""
+    """As timm's, on the full grid: every patch shows the token that it is in, dropped patches zeros."""
     if output_fmt not in ("NCHW", "NLC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
     if attn_mask is not None or is_causal:
         raise ValueError("a reduced model takes no attn_mask and no is_causal: its tokens are not the input's")
-    take, last = feature_take_indices(len(model.blocks), indices)
+    take, last = feature_take_indices(
+        len(model.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
+    )
     height, width = x.shape[-2:]
     prefix = model.num_prefix_tokens
     backend = model.blocks._reducer.backend
@@ -266,7 +273,7 @@ _REASONS = {
 }
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: Any) -> None:
     """Raise, with the reason, unless every part that a reducer relies on is the one it knows."""
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError("the model is compiled already: call fastreduce.patch first and torch.compile after it")
@@ -290,7 +297,14 @@ def _check_model(model: nn.Module) -> None:
             )
 
 
-def _shape_of(model: nn.Module) -> ModelShape:
+def _reduced(model: nn.Module) -> ReducedBlocks:
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, ReducedBlocks):
+        raise ValueError("the model is not patched; call fastreduce.patch first")
+    return blocks
+
+
+def _shape_of(model: Any) -> ModelShape:
     return ModelShape(
         depth=len(model.blocks),
         grid=tuple(model.patch_embed.grid_size),
@@ -300,8 +314,11 @@ def _shape_of(model: nn.Module) -> ModelShape:
     )
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def patch(
-    model: nn.Module,
+    model: Model,
     method: str,
     *,
     keep_rate: KeepRate = None,
@@ -309,7 +326,7 @@ def patch(
     at: int | Sequence[int] | None = None,
     backend: str = "auto",
     **options: Any,
-) -> nn.Module:
+) -> Model:
     """Reduce the tokens of a timm Vision Transformer, in place.
 
     Weights, checkpoint keys and the calling interface stay as they are; :func:`unpatch` undoes it.
@@ -344,21 +361,19 @@ def patch(
         raise ValueError("radial patterns need every patch in its place, but the model has a patch_drop_rate")
     reducer.to(next(model.parameters()).device)
     model.blocks = _reduced_blocks(model, reducer)
-    model.forward_intermediates = _ForwardIntermediates(model)
+    object.__setattr__(model, "forward_intermediates", _ForwardIntermediates(model))
     if list(reducer.buffers()) or list(reducer.parameters()):
         model.reducers = reducer
     return model
 
 
-def unpatch(model: nn.Module) -> nn.Module:
+def unpatch(model: Model) -> Model:
     """Undo :func:`patch`: the model gets its very own blocks back. Returns the model.
 
     Raises:
         ValueError: if the model is not patched.
     """
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, ReducedBlocks):
-        raise ValueError("the model is not patched")
+    blocks = _reduced(model)
     original = blocks._original
     for block, reduced in zip(original, blocks, strict=True):
         if isinstance(reduced, ReducedBlock):
@@ -367,22 +382,15 @@ def unpatch(model: nn.Module) -> nn.Module:
             block.training = reduced.training
     original.training = blocks.training
     model.blocks = original
-    del model.forward_intermediates
+    object.__delattr__(model, "forward_intermediates")
     if hasattr(model, "reducers"):
         del model.reducers
     return model
 
 
-def _reducer_of(model: nn.Module) -> Reducer:
-    blocks = getattr(model, "blocks", None)
-    if not isinstance(blocks, ReducedBlocks):
-        raise ValueError("the model is not patched; call fastreduce.patch first")
-    return blocks._reducer
-
-
 def reduced_counts(model: nn.Module) -> list[int]:
     """Patch tokens after each stage of a patched model, at its own image size."""
-    return _reducer_of(model).counts(_shape_of(model))
+    return _reduced(model)._reducer.counts(_shape_of(model))
 
 
 class Stage:
@@ -452,8 +460,7 @@ def record(model: nn.Module) -> Iterator[Record]:
     Raises:
         ValueError: if the model is not patched.
     """
-    _reducer_of(model)
-    reduced = [block for block in model.blocks if isinstance(block, ReducedBlock)]
+    reduced = [block for block in _reduced(model) if isinstance(block, ReducedBlock)]
     recorder = Record()
     for block in reduced:
         block.recorder = recorder
@@ -464,14 +471,14 @@ def record(model: nn.Module) -> Iterator[Record]:
             block.recorder = None
 
 
-def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | os.PathLike[str]) -> nn.Module:
+def load_official(model: Model, weights: Mapping[str, Any] | str | os.PathLike[str]) -> Model:
     """Load weights of the paper's released code (TokenReduction, timm 0.4.12 names) into a patched or plain timm model.
 
     Args:
         model: a timm Vision Transformer of the checkpoint's geometry.
-        weights: a state dict, a ``.safetensors`` file, or a ``torch.save`` file (read with ``weights_only=True``); a dict
-            that holds it under ``"model"``, ``"state_dict"`` or ``"model_ema"`` and keys with a ``module.`` prefix are
-            understood.
+        weights: a state dict, a ``.safetensors`` file, or a ``torch.save`` file (read with ``weights_only=True``).
+            A dict that holds it under ``"model"``, ``"state_dict"`` or ``"model_ema"``, and keys with a ``module.``
+            prefix, are understood.
 
     Returns:
         The model itself.
@@ -479,7 +486,7 @@ def load_official(model: nn.Module, weights: Mapping[str, Tensor] | str | os.Pat
     Raises:
         ValueError: keys or shapes that do not fit; the message names them and the model is as it was.
     """
-    state = read_weights(weights) if isinstance(weights, (str, os.PathLike)) else weights
+    state: Mapping[str, Any] = read_weights(weights) if isinstance(weights, (str, os.PathLike)) else weights
     for wrapper in ("model", "state_dict", "model_ema"):
         if wrapper in state and isinstance(state[wrapper], Mapping):
             state = state[wrapper]

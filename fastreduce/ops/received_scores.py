@@ -1,4 +1,4 @@
-"""``received_scores``: the attention that every key receives. Reference only, until the fused attention kernel stands."""
+"""``received_scores``: the attention that every key receives. Reference only: there is no kernel for it yet."""
 
 from __future__ import annotations
 

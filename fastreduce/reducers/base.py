@@ -24,8 +24,12 @@ class AttentionBlock(Protocol):
     """
 
     index: int
-    scale: float
     has_class_token: bool
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention logits."""
+        ...
 
     @property
     def commutes(self) -> bool:
@@ -51,8 +55,8 @@ class AttentionBlock(Protocol):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, size: Tensor | None) -> Tensor:
         """Attention of M queries over N keys -> (B, M, H * D), before the output projection.
 
-        ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them); ``size`` (B, N) or None are the
-        sizes of the key tokens, whose logarithm is added to the logits (proportional attention).
+        ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them). ``size`` (B, N) or None are
+        the sizes of the key tokens, whose logarithm is added to the logits (proportional attention).
         """
         ...
 
@@ -142,7 +146,7 @@ def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
 
 
 def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, backend: str) -> Tensor:
-    """Score of every patch token, (B, N - prefix): class attention, or attention received where there is no class token.
+    """Score of every patch token, (B, N - prefix): class attention, or what it receives where there is no class token.
 
     Both are averages over heads of softmax weights, the second also over queries; each sums to at most one per image.
     Scores are those before attention dropout. ``q`` (B, H, M, D) needs only row 0 where there is a class token.

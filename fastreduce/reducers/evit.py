@@ -1,4 +1,4 @@
-"""EViT: Top-K, and one more token that fuses all the others by their scores (Liang et al. 2022; METHODS.md section 2)."""
+"""EViT: Top-K, and one more token that fuses all the others by their scores (Liang et al. 2022)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Static radial patterns: keep what lies near the centre of the image (Haurum et al. 2023; METHODS.md section 10)."""
+"""Static radial patterns: keep what lies near the centre of the image (Haurum et al. 2023)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def contiguous_radii(radius: Tensor, grid: tuple[int, int], first: int, last: in
 
 
 def radii_of_counts(radius: Tensor, counts: list[int]) -> Tensor:
-    """(stages,) for every wanted count the radius whose disc holds the nearest number of patches, the smaller on a tie."""
+    """(stages,) the radius whose disc comes nearest to each wanted number of patches, the smaller on a tie."""
     values = torch.unique(radius)
     held = (radius.unsqueeze(0) <= values.unsqueeze(1)).sum(1)  # (R,)
     nearest = (held.unsqueeze(0) - torch.tensor(counts).unsqueeze(1)).abs().argmin(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ def stage_blocks(at: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
             raise TypeError(f"at must hold block indices (integers), got {block!r}")
         if not 0 <= block < depth:
             raise ValueError(f"at must hold block indices between 0 and {depth - 1}, got {block}")
-    if any(later <= earlier for earlier, later in zip(blocks, blocks[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(blocks)):
         raise ValueError(f"at must be strictly increasing, got {blocks}")
     return blocks
 
@@ -58,9 +59,7 @@ def _check_rate(rate: object) -> float:
 
 def _check_length(name: str, values: Sequence[object], stages: int) -> None:
     if len(values) != stages:
-        raise ValueError(
-            f"{name} must have one entry for each of the {stages} blocks in at, got {len(values)}: {values}"
-        )
+        raise ValueError(f"{name} must have one entry for each of the {stages} blocks in at, got {values!r}")
 
 
 def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) -> KeepSchedule:

@@ -1,4 +1,4 @@
-"""ToMe: merge the most similar tokens by bipartite matching of their keys (Bolya et al. 2023; METHODS.md section 5)."""
+"""ToMe: merge the most similar tokens by bipartite matching of their keys (Bolya et al. 2023)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ class ToMe(Reducer):
         blocks: where the stages stand.
         schedule: tokens wanted after each stage; None if ``r`` is given.
         r: tokens to merge away at each stage, as in ToMe's own interface: at most half of those present are.
-        rounds: a matching can merge at most half of the tokens. ``"official"`` stops there and never catches up (a keep
-            rate of 0.25 ends at 98, 61, 52 tokens instead of 49, 12, 3); ``"exact"`` matches again until the count is met.
+        rounds: a matching can merge at most half of the tokens. ``"official"`` stops there and never catches up (a
+            keep rate of 0.25 ends at 98, 61, 52 tokens instead of 49, 12, 3); ``"exact"`` matches again until the
+            count is met.
         backend: see :func:`fastreduce.backend`.
     """
 
@@ -58,7 +59,7 @@ class ToMe(Reducer):
         r: int | Sequence[int] | None = None,
         **options: Any,
     ) -> ToMe:
-        """``r`` (an integer, or one for each block) excludes ``keep_rate`` and ``keep``; its default place is every block."""
+        """``r`` (an integer, or one a block) excludes ``keep_rate`` and ``keep``; it acts in every block by default."""
         if r is None:
             blocks = stage_blocks(at, shape.depth)
             schedule = keep_schedule(keep_rate, keep, len(blocks), shape.patches)

@@ -1,4 +1,4 @@
-"""Top-K: keep the tokens that the class token attends to most (Haurum et al. 2023, section 3; METHODS.md section 1)."""
+"""Top-K: keep the tokens that the class token attends to most (Haurum et al. 2023)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["TopK"]
 
 
 class TopK(Reducer):
-    """Select before attention: only kept tokens are queried, attended, projected and added; all keys and values stay."""
+    """Select before attention: only kept tokens are queried, attended, projected and added; all keys, values stay."""
 
     name = "topk"
 
