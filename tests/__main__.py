@@ -1,0 +1,22 @@
+"""``python -m tests``: the whole suite, in the two processes that it needs.
+
+Kernels are run in Triton's interpreter, which is chosen once for a process, and compiled ahead of time, which a process
+that interprets cannot do. Arguments go to both pytest runs.
+"""
+
+import os
+import subprocess
+import sys
+
+
+def main(arguments: list[str]) -> int:
+    """Run both kinds of test; non-zero if either fails."""
+    plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    pytest = [sys.executable, "-m", "pytest"]
+    ordinary = subprocess.call([*pytest, "tests", "--ignore=tests/interpreter", *arguments], env=plain)
+    interpreter = subprocess.call([*pytest, "tests/interpreter", *arguments], env={**plain, "TRITON_INTERPRET": "1"})
+    return ordinary or interpreter
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
