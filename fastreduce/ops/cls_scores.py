@@ -1,0 +1,127 @@
+"""``cls_scores``: how much the class token attends to every patch token, without the attention matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["cls_scores"]
+
+
+def _triton_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import cls_scores as kernels
+
+    return kernels.cls_scores(dense_rows(q), dense_rows(k), prefix, scale)
+
+
+def _reference_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    scores, logits, logsumexp = reference.cls_scores(q, k, prefix, scale)
+    return scores.contiguous(), logits.contiguous(), logsumexp.contiguous()
+
+
+def _fake_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, _ = k.shape
+    dtype = reference.accumulator(k.dtype)
+    scores = k.new_empty(batch, tokens - prefix, dtype=dtype)
+    return scores, k.new_empty(batch, heads, tokens, dtype=dtype), k.new_empty(batch, heads, dtype=dtype)
+
+
+def _triton_backward(
+    grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import cls_scores as kernels
+
+    return kernels.cls_scores_backward(grad, dense_rows(q), dense_rows(k), logits, logsumexp, prefix, scale)
+
+
+def _reference_backward(
+    grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    grad_q, grad_k = reference.cls_scores_backward(grad, q, k, logits, logsumexp, prefix, scale)
+    return grad_q.contiguous(), grad_k.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake_backward(
+    grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, head_dim = k.shape
+    # The memory order of the packed qkv, so that its gradient can be put together without a transposition.
+    return q.new_empty(q.shape), k.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+_forward = register(
+    "cls_scores(Tensor q, Tensor k, int prefix, float scale) -> (Tensor, Tensor, Tensor)",
+    triton=_triton_forward,
+    reference=_reference_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    "cls_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor logits, Tensor logsumexp, int prefix, float scale)"
+    " -> (Tensor, Tensor)",
+    triton=_triton_backward,
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+
+
+class ClsScores(torch.autograd.Function):
+    """Gradient: that of a softmax, from the logits and their logsumexp kept by the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, prefix: int, scale: float) -> Tensor:
+        scores, logits, logsumexp = _forward(q, k, prefix, scale)
+        ctx.save_for_backward(q, k, logits, logsumexp)
+        ctx.prefix, ctx.scale = prefix, scale
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.scale), None, None
+
+
+def cls_scores(
+    q: Tensor, k: Tensor, *, prefix: int = 1, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """Score every patch token by the attention that the class token pays to it, averaged over heads (EViT, section 3).
+
+    Equivalent PyTorch::
+
+        attention = torch.softmax(scale * q.unsqueeze(2) @ k.transpose(2, 3), dim=-1)  # (B, H, 1, N)
+        attention[:, :, 0, prefix:].mean(1)
+
+    Args:
+        q: (B, H, D) the class query of every head. float32, float16, bfloat16 (reference: any).
+        k: (B, H, N, D) all keys, those of the prefix included, in q's dtype. Any strides; with a dense last axis, as a
+            view of a packed qkv has it, nothing is copied.
+        prefix: number of leading keys that take part in the softmax but get no score.
+        scale: factor on the dot products; None means ``D ** -0.5``.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, N - prefix), float32 (float64 for float64 inputs). Differentiable in q and k.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. N.
+        TypeError: q or k not floating point, or of two dtypes.
+    """
+    check_shape("q", q, "B H D")
+    check_shape("k", k, "B H N D")
+    check_floating("q", q)
+    check_same("q", q, "k", k, dtype=True)
+    batch, heads, tokens, head_dim = k.shape
+    if shape_of(q) != (batch, heads, head_dim):
+        raise ValueError(f"q must have shape {(batch, heads, head_dim)} to go with k {shape_of(k)}, got {shape_of(q)}")
+    if min(heads, tokens, head_dim) < 1:
+        raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
+    check_count("prefix", prefix, 0, tokens)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if resolve(backend, q, k) == "reference":
+        return reference.cls_scores(q, k, prefix, scale)[0]
+    return ClsScores.apply(q, k, prefix, scale)

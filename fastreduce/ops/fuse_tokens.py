@@ -1,0 +1,157 @@
+"""``fuse_tokens``: the rows that stay, and one row made of all the others, in one pass with the residual addition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["fuse_tokens"]
+
+
+def _triton_forward(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None) -> Tensor:
+    from ..kernels import fuse_tokens as kernels
+
+    return kernels.fuse_tokens(
+        dense_rows(x), order, scores, k, prefix, None if residual is None else dense_rows(residual)
+    )
+
+
+def _reference_forward(
+    x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None
+) -> Tensor:
+    return reference.fuse_tokens(x, order, scores, k, prefix, residual).contiguous()
+
+
+def _fake_forward(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None) -> Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(x.shape[0], prefix + k + 1, x.shape[2], dtype=dtype)
+
+
+def _triton_backward(
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import fuse_tokens as kernels
+
+    return kernels.fuse_tokens_backward(dense_rows(grad), dense_rows(x), order, scores, k, prefix)
+
+
+def _reference_backward(
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_scores = reference.fuse_tokens_backward(grad, x, order, scores, k, prefix)
+    return grad_x.contiguous(), grad_scores.contiguous()
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scores.new_empty(scores.shape)
+
+
+_forward = register(
+    "fuse_tokens(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual) -> Tensor",
+    triton=_triton_forward,
+    reference=_reference_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    "fuse_tokens_backward(Tensor grad, Tensor x, Tensor order, Tensor scores, SymInt k, int prefix)"
+    " -> (Tensor, Tensor)",
+    triton=_triton_backward,
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+
+
+class FuseTokens(torch.autograd.Function):
+    """Gradient: a kept row takes its own, every other row its score's share of the fused row's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, order, scores)
+        ctx.k, ctx.prefix = k, prefix
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return _forward(x, order, scores, k, prefix, residual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        grad_x = grad_scores = grad_residual = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            grad_x, grad_scores = _backward(grad, *ctx.saved_tensors, ctx.k, ctx.prefix)
+        if ctx.needs_input_grad[5]:
+            grad_residual = grad.to(ctx.residual_dtype)
+        return grad_x, None, grad_scores, None, None, grad_residual
+
+
+def fuse_tokens(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Keep the prefix and the k best patch tokens, sum up all the others with their scores (EViT, section 3).
+
+    Equivalent PyTorch::
+
+        kept, rest = order[:, :k], order[:, k:]
+        patches = x[:, prefix:]
+        weights = scores.gather(1, rest).unsqueeze(1)  # raw: they do not sum to one
+        fused = weights @ patches.gather(1, rest.unsqueeze(-1).expand(-1, -1, C))
+        kept = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, C))
+        torch.cat([x[:, :prefix], kept, fused], dim=1) + residual
+
+    Args:
+        x: (B, N, C) tokens, the first ``prefix`` of them are always kept. float32, float16, bfloat16 (reference: any).
+        order: (B, P) int64 or int32, a permutation of the P = N - prefix patch tokens, best first: what
+            ``select_topk(scores, P)`` returns. Values are not checked.
+        scores: (B, P) the weight of every patch token, in token order, of any floating dtype and any strides.
+        k: how many patch tokens to keep, 0 .. P. With k = P nothing is left to sum and the last row is zero.
+        prefix: number of leading tokens that are never reduced (class, distillation, registers).
+        residual: (B, prefix + k + 1, C) to be added, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, prefix + k + 1, C), in x's dtype or, with a residual, the promoted one; the fused row is the last one and
+        its sum is float32. Differentiable in x, scores and residual.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, a k outside 0 .. P.
+        TypeError: x or scores not floating point, order not an integer tensor.
+    """
+    check_shape("x", x, "B N C")
+    check_shape("order", order, "B P")
+    check_shape("scores", scores, "B P")
+    check_floating("x", x)
+    check_index("order", order)
+    check_floating("scores", scores)
+    check_same("x", x, "order", order)
+    check_same("x", x, "scores", scores)
+    check_count("prefix", prefix, 0, x.shape[1])
+    expected: tuple[int, ...] = (x.shape[0], x.shape[1] - prefix)
+    for name, tensor in (("order", order), ("scores", scores)):
+        if shape_of(tensor) != expected:
+            raise ValueError(f"{name} must have shape {expected}, one entry a patch token, got {shape_of(tensor)}")
+    check_count("k", k, 0, expected[1])
+    if residual is not None:
+        check_same("x", x, "residual", residual)
+        expected = (x.shape[0], prefix + k + 1, x.shape[2])
+        if shape_of(residual) != expected:
+            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+    tensors = (x, scores) if residual is None else (x, scores, residual)
+    if resolve(backend, *tensors) == "reference":
+        return reference.fuse_tokens(x, order, scores, k, prefix, residual)
+    return FuseTokens.apply(x, order, scores, k, prefix, residual)

@@ -1,0 +1,73 @@
+"""``match_tokens``: ToMe's bipartite soft matching, from the metric to one output slot a token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["match_tokens"]
+
+
+def _triton(metric: Tensor, r: int, prefix: int) -> Tensor:
+    from ..kernels import match_tokens as kernels
+
+    return kernels.match_tokens(dense_rows(metric), r, prefix)
+
+
+def _fake(metric: Tensor, r: int, prefix: int) -> Tensor:
+    return metric.new_empty(metric.shape[0], metric.shape[1], dtype=torch.int64)
+
+
+_match = register(
+    "match_tokens(Tensor metric, SymInt r, int prefix) -> Tensor",
+    triton=_triton,
+    reference=reference.match_tokens,
+    fake=_fake,
+)
+
+
+def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None = None) -> Tensor:
+    """Match tokens of even position with tokens of odd position and merge the r closest pairs (ToMe, section 3).
+
+    Every token of even position looks for the token of odd position with the highest cosine similarity. The r tokens
+    that found the highest ones move into the slot of their partner; all others keep a slot of their own. Slots are
+    numbered: the prefix in its order, the even tokens that stay in ascending position, the odd tokens in theirs.
+    Ties go to the lower position, of the partner as of the moving token. A zero vector has similarity 0 to all; a
+    similarity that is NaN counts as -2, below every other. Prefix tokens neither move nor receive.
+
+    Equivalent PyTorch, without prefix::
+
+        unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)
+        moving = (-best).sort(dim=1, stable=True).indices[:, :r]
+
+    Args:
+        metric: (B, N, D), N at least 2: what similarity is measured in, in ToMe the keys averaged over heads.
+            float32, float16, bfloat16 (reference: any). Products are summed in float32.
+        r: number of tokens to merge, 0 .. (N - prefix) // 2.
+        prefix: number of leading tokens that are never reduced (class, distillation, registers).
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        slot (B, N) int64, values 0 .. N - r - 1, for :func:`merge_tokens` with ``num_out = N - r``. No gradient.
+
+    Raises:
+        ValueError: wrong shape, fewer than 2 tokens, r or prefix out of range.
+        TypeError: metric not floating point, r or prefix not an integer.
+    """
+    check_shape("metric", metric, "B N D")
+    check_floating("metric", metric)
+    tokens = metric.shape[1]
+    if tokens < 2:
+        raise ValueError(f"metric must have at least 2 tokens, got shape {shape_of(metric)}")
+    check_count("prefix", prefix, 0, tokens)
+    check_count("r", r, 0, (tokens - prefix) // 2)
+    metric = metric.detach()
+    if resolve(backend, metric) == "reference":
+        return reference.match_tokens(metric, r, prefix)
+    return _match(metric, r, prefix)

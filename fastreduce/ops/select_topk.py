@@ -1,0 +1,59 @@
+"""``select_topk``: which tokens stay, in an order that does not depend on chance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_shape
+from ._library import register
+
+__all__ = ["select_topk"]
+
+
+def _triton_select(scores: Tensor, k: int) -> Tensor:
+    from ..kernels import select_topk as kernels
+
+    return kernels.select_topk(scores, k)
+
+
+def _reference_select(scores: Tensor, k: int) -> Tensor:
+    return reference.select_topk(scores, k).clone(memory_format=torch.contiguous_format)
+
+
+_select = register(
+    "select_topk(Tensor scores, SymInt k) -> Tensor",
+    triton=_triton_select,
+    reference=_reference_select,
+    fake=lambda scores, k: scores.new_empty(scores.shape[0], k, dtype=torch.int64),
+)
+
+
+def select_topk(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
+    """Indices of the k highest scores of every image, highest first.
+
+    Ties go to the lower index, ``-0.0`` equals ``0.0``, and NaN counts as lower than ``-inf``.
+
+    Equivalent PyTorch: ``torch.sort(-scores, dim=1, stable=True).indices[:, :k]``.
+
+    Args:
+        scores: (B, N) scores of any strides. float32, float16, bfloat16 (reference: any floating dtype).
+        k: how many, 0 .. N. With k = N this is the whole order, as :func:`fuse_tokens` takes it.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, k) int64. No gradient flows through indices.
+
+    Raises:
+        ValueError: wrong shape, or a k outside 0 .. N.
+        TypeError: scores not floating point, or a k that is not an integer.
+    """
+    check_shape("scores", scores, "B N")
+    check_floating("scores", scores)
+    check_count("k", k, 0, scores.shape[1])
+    scores = scores.detach()
+    if resolve(backend, scores) == "reference":
+        return reference.select_topk(scores, k)
+    return _select(scores, k)

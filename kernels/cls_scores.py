@@ -1,0 +1,278 @@
+"""Class attention averaged over heads: K is read once, its softmax is put together from partial ones."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTile:
+    """Keys and channels that one program holds at a time."""
+
+    block_n: int
+    block_d: int
+    num_warps: int
+
+
+def key_tile(head_dim: int) -> KeyTile:
+    """4,096 elements a program: 32 a thread, four 16-byte loads of half precision in flight each."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    return KeyTile(block_n=max(1, 4096 // block_d), block_d=block_d, num_warps=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTile:
+    """All heads of BLOCK_N keys, and of BLOCK_P partial softmaxes."""
+
+    block_h: int
+    block_n: int
+    block_p: int
+    num_warps: int
+
+
+def head_tile(heads: int, parts: int) -> HeadTile:
+    """2,048 elements a program, 16 a thread; heads lie within a thread or a warp, keys across lanes."""
+    block_h = triton.next_power_of_2(heads)
+    block_n = max(32, 2048 // block_h)
+    return HeadTile(block_h, block_n, block_p=min(block_n, triton.next_power_of_2(parts)), num_warps=4)
+
+
+@triton.jit
+def class_logits_kernel(
+    q,  # (B, H, D)
+    k,  # (B, H, N, D)
+    logits,  # (B, H, N) float32, contiguous
+    part_max,  # (B, H, P) float32, contiguous
+    part_sum,  # (B, H, P) float32, contiguous
+    scale,
+    heads,
+    tokens,
+    parts,
+    q_stride_b,
+    q_stride_h,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: the logits of BLOCK_N keys of one head, their maximum and the sum of their exponentials."""
+    head = tl.program_id(0)
+    part = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    offsets_n = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_n = offsets_n < tokens
+    in_d = offsets_d < D
+    query = tl.load(q + batch * q_stride_b + head * q_stride_h + offsets_d, mask=in_d, other=0.0).to(tl.float32)
+    keys = k + batch * k_stride_b + head * k_stride_h
+    keys = keys + offsets_n.to(tl.int64)[:, None] * k_stride_n + offsets_d[None, :]
+    key = tl.load(keys, mask=in_n[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+    logit = tl.sum(key * query[None, :], 1) * scale
+    row = batch * heads + head
+    tl.store(logits + row * tokens + offsets_n, logit, mask=in_n)
+    logit = tl.where(in_n, logit, float("-inf"))
+    maximum = tl.maximum(tl.max(logit, 0), LOWEST)
+    tl.store(part_max + row * parts + part, maximum)
+    tl.store(part_sum + row * parts + part, tl.sum(tl.exp(logit - maximum), 0))
+
+
+@triton.jit
+def head_mean_kernel(
+    logits,  # (B, H, N) float32, contiguous
+    part_max,  # (B, H, P) float32, contiguous
+    part_sum,  # (B, H, P) float32, contiguous
+    scores,  # (B, N - PREFIX) float32, contiguous
+    logsumexp,  # (B, H) float32, contiguous
+    heads,
+    tokens,
+    parts,
+    PREFIX: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One program: the scores of BLOCK_N keys. It joins the partial softmaxes itself, which are few."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_h = tl.arange(0, BLOCK_H)
+    in_h = offsets_h < heads
+    rows = batch * heads + offsets_h
+    running_max = tl.full((BLOCK_H,), LOWEST, tl.float32)
+    running_sum = tl.zeros((BLOCK_H,), tl.float32)
+    for start in range(0, parts, BLOCK_P):
+        offsets_p = start + tl.arange(0, BLOCK_P)
+        mask = in_h[:, None] & (offsets_p < parts)[None, :]
+        sources = rows[:, None] * parts + offsets_p[None, :]
+        maximum = tl.load(part_max + sources, mask=mask, other=LOWEST)
+        total = tl.load(part_sum + sources, mask=mask, other=0.0)
+        new_max = tl.maximum(running_max, tl.max(maximum, 1))
+        running_sum = running_sum * tl.exp(running_max - new_max)
+        running_sum += tl.sum(total * tl.exp(maximum - new_max[:, None]), 1)
+        running_max = new_max
+    lse = running_max + tl.log(tl.where(in_h, running_sum, 1.0))
+    if tl.program_id(0) == 0:
+        tl.store(logsumexp + rows, lse, mask=in_h)
+    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offsets_n < tokens - PREFIX
+    sources = rows[:, None] * tokens + PREFIX + offsets_n[None, :]
+    logit = tl.load(logits + sources, mask=in_h[:, None] & in_n[None, :], other=float("-inf"))
+    attention = tl.exp(logit - lse[:, None])
+    tl.store(scores + batch * (tokens - PREFIX) + offsets_n, tl.sum(attention, 0) / heads, mask=in_n)
+
+
+@triton.jit
+def class_logits_backward_kernel(
+    grad,  # (B, N - PREFIX)
+    q,  # (B, H, D)
+    k,  # (B, H, N, D)
+    logits,  # (B, H, N) float32, contiguous
+    logsumexp,  # (B, H) float32, contiguous
+    grad_q,  # (B, H, D), contiguous
+    grad_k,  # (B, N, H, D), contiguous
+    scale,
+    heads,
+    tokens,
+    grad_stride_b,
+    grad_stride_n,
+    q_stride_b,
+    q_stride_h,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    PREFIX: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program: one head of one image. First the mean of the upstream gradient under the attention, then K."""
+    head = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    row = batch * heads + head
+    lse = tl.load(logsumexp + row)
+    upstream = grad + batch * grad_stride_b
+    weighted = tl.zeros((BLOCK_S,), tl.float32)
+    for start in range(0, tokens, BLOCK_S):
+        offsets_n = start + tl.arange(0, BLOCK_S)
+        in_n = offsets_n < tokens
+        attention = tl.exp(tl.load(logits + row * tokens + offsets_n, mask=in_n, other=float("-inf")) - lse)
+        patches = (offsets_n - PREFIX).to(tl.int64)
+        slope = tl.load(upstream + patches * grad_stride_n, mask=in_n & (offsets_n >= PREFIX), other=0.0)
+        weighted += attention * slope.to(tl.float32)
+    mean = tl.sum(weighted, 0)
+
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_d = offsets_d < D
+    query = tl.load(q + batch * q_stride_b + head * q_stride_h + offsets_d, mask=in_d, other=0.0).to(tl.float32)
+    keys = k + batch * k_stride_b + head * k_stride_h + offsets_d[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        offsets_n = start + tl.arange(0, BLOCK_N)
+        in_n = offsets_n < tokens
+        mask = in_n[:, None] & in_d[None, :]
+        attention = tl.exp(tl.load(logits + row * tokens + offsets_n, mask=in_n, other=float("-inf")) - lse)
+        patches = (offsets_n - PREFIX).to(tl.int64)
+        slope = tl.load(upstream + patches * grad_stride_n, mask=in_n & (offsets_n >= PREFIX), other=0.0)
+        grad_logit = attention * (slope.to(tl.float32) - mean) * (scale / heads)
+        key = tl.load(keys + offsets_n.to(tl.int64)[:, None] * k_stride_n, mask=mask, other=0.0).to(tl.float32)
+        acc += grad_logit[:, None] * key
+        target = ((batch * tokens + offsets_n[:, None]) * heads + head) * D + offsets_d[None, :]
+        tl.store(grad_k + target, (grad_logit[:, None] * query[None, :]).to(grad_k.dtype.element_ty), mask=mask)
+    tl.store(grad_q + row * D + offsets_d, tl.sum(acc, 0).to(grad_q.dtype.element_ty), mask=in_d)
+
+
+def cls_scores(
+    q: torch.Tensor, k: torch.Tensor, prefix: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two launches; q (B, H, D), k (B, H, N, D), dense last axes -> scores (B, N - prefix), logits, logsumexp."""
+    batch, heads, tokens, head_dim = k.shape
+    tile = key_tile(head_dim)
+    parts = triton.cdiv(tokens, tile.block_n)
+    scores = torch.empty(batch, tokens - prefix, dtype=torch.float32, device=k.device)
+    logits = torch.empty(batch, heads, tokens, dtype=torch.float32, device=k.device)
+    logsumexp = torch.empty(batch, heads, dtype=torch.float32, device=k.device)
+    if batch == 0:
+        return scores, logits, logsumexp
+    part_max = torch.empty(batch, heads, parts, dtype=torch.float32, device=k.device)
+    part_sum = torch.empty_like(part_max)
+    # Heads vary fastest: in the packed layout neighbouring programs read neighbouring memory.
+    class_logits_kernel[(heads, parts, batch)](
+        q,
+        k,
+        logits,
+        part_max,
+        part_sum,
+        scale,
+        heads,
+        tokens,
+        parts,
+        *q.stride()[:2],
+        *k.stride()[:3],
+        D=head_dim,
+        BLOCK_N=tile.block_n,
+        BLOCK_D=tile.block_d,
+        num_warps=tile.num_warps,
+    )
+    mean_tile = head_tile(heads, parts)
+    head_mean_kernel[(max(1, triton.cdiv(tokens - prefix, mean_tile.block_n)), batch)](
+        logits,
+        part_max,
+        part_sum,
+        scores,
+        logsumexp,
+        heads,
+        tokens,
+        parts,
+        PREFIX=prefix,
+        BLOCK_H=mean_tile.block_h,
+        BLOCK_N=mean_tile.block_n,
+        BLOCK_P=mean_tile.block_p,
+        num_warps=mean_tile.num_warps,
+    )
+    return scores, logits, logsumexp
+
+
+def cls_scores_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    logits: torch.Tensor,
+    logsumexp: torch.Tensor,
+    prefix: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; grad (B, N - prefix) of any strides -> gradients of q (B, H, D) and of k (B, H, N, D)."""
+    batch, heads, tokens, head_dim = k.shape
+    grad_q = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
+    grad_k = torch.empty(batch, tokens, heads, head_dim, dtype=k.dtype, device=k.device)
+    if batch:
+        tile = key_tile(head_dim)
+        class_logits_backward_kernel[(heads, batch)](
+            grad,
+            q,
+            k,
+            logits,
+            logsumexp,
+            grad_q,
+            grad_k,
+            scale,
+            heads,
+            tokens,
+            *grad.stride(),
+            *q.stride()[:2],
+            *k.stride()[:3],
+            PREFIX=prefix,
+            D=head_dim,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=tile.block_d,
+            BLOCK_S=min(512, triton.next_power_of_2(tokens)),
+            num_warps=tile.num_warps,
+        )
+    return grad_q, grad_k.transpose(1, 2)

@@ -1,0 +1,301 @@
+"""Kept rows and one score-weighted sum of all the others, with the residual addition fused in."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import row_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class RestTile:
+    """Rows and channels that a program working on the rest holds at a time."""
+
+    rows: int
+    block_c: int
+    num_warps: int
+
+
+# Summing: narrow blocks of channels give a small batch many programs; 64 rows a step are four 16-byte loads a thread.
+SUM_TILE = RestTile(rows=64, block_c=64, num_warps=4)
+# Sharing out: whole rows in steps of 128 channels, which most widths are a multiple of; the fused row is read once.
+SHARE_TILE = RestTile(rows=16, block_c=128, num_warps=4)
+
+
+@triton.jit
+def _copy_kept(
+    x,
+    order,
+    residual,
+    out,
+    num_kept,
+    channels,
+    x_stride_n,
+    order_stride_n,
+    residual_stride_n,
+    row_block,
+    channel_block,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = row_block * ROWS + tl.arange(0, ROWS)
+    offsets_c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_rows = rows < num_kept
+    is_patch = in_rows & (rows >= PREFIX)
+    picked = tl.load(order + (rows - PREFIX).to(tl.int64) * order_stride_n, mask=is_patch, other=0)
+    source = tl.where(is_patch, picked.to(tl.int64) + PREFIX, rows.to(tl.int64))
+    mask = in_rows[:, None] & (offsets_c < channels)[None, :]
+    value = tl.load(x + source[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        targets = rows.to(tl.int64)[:, None] * residual_stride_n + offsets_c[None, :]
+        value += tl.load(residual + targets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + rows[:, None] * channels + offsets_c[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_rest(
+    x,
+    order,
+    scores,
+    residual,
+    out,
+    num_kept,
+    tokens,
+    channels,
+    x_stride_n,
+    order_stride_n,
+    scores_stride_n,
+    residual_stride_n,
+    channel_block,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    offsets_c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = offsets_c < channels
+    acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    for start in range(num_kept - PREFIX, tokens - PREFIX, ROWS):
+        positions = start + tl.arange(0, ROWS)
+        in_rest = positions < tokens - PREFIX
+        picked = tl.load(order + positions.to(tl.int64) * order_stride_n, mask=in_rest, other=0).to(tl.int64)
+        weight = tl.load(scores + picked * scores_stride_n, mask=in_rest, other=0.0).to(tl.float32)
+        rows = tl.load(
+            x + (picked + PREFIX)[:, None] * x_stride_n + offsets_c[None, :],
+            mask=in_rest[:, None] & in_channels[None, :],
+            other=0.0,
+        )
+        acc += weight[:, None] * rows.to(tl.float32)
+    fused = tl.sum(acc, 0)
+    last = tl.cast(num_kept, tl.int64)
+    if residual is not None:
+        fused += tl.load(residual + last * residual_stride_n + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
+    tl.store(out + last * channels + offsets_c, fused.to(out.dtype.element_ty), mask=in_channels)
+
+
+@triton.jit
+def fuse_tokens_kernel(
+    x,  # (B, N, C)
+    order,  # (B, N - PREFIX)
+    scores,  # (B, N - PREFIX)
+    residual,  # (B, num_kept + 1, C) or None
+    out,  # (B, num_kept + 1, C), contiguous
+    num_kept,  # PREFIX + k
+    tokens,
+    channels,
+    x_stride_b,
+    x_stride_n,
+    order_stride_b,
+    order_stride_n,
+    scores_stride_b,
+    scores_stride_n,
+    residual_stride_b,
+    residual_stride_n,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
+    SUM_BLOCK_C: tl.constexpr,
+):
+    """The first programs sum the rest, SUM_BLOCK_C channels each, because they take longest; the others copy rows."""
+    batch = tl.program_id(1).to(tl.int64)
+    x += batch * x_stride_b
+    order += batch * order_stride_b
+    out += batch * (num_kept + 1) * channels
+    if residual is not None:
+        residual += batch * residual_stride_b
+    sums = tl.cdiv(channels, SUM_BLOCK_C)
+    program = tl.program_id(0)
+    if program < sums:
+        _sum_rest(
+            x,
+            order,
+            scores + batch * scores_stride_b,
+            residual,
+            out,
+            num_kept,
+            tokens,
+            channels,
+            x_stride_n,
+            order_stride_n,
+            scores_stride_n,
+            residual_stride_n,
+            program,
+            PREFIX,
+            SUM_ROWS,
+            SUM_BLOCK_C,
+        )
+    else:
+        channel_blocks = tl.cdiv(channels, BLOCK_C)
+        _copy_kept(
+            x,
+            order,
+            residual,
+            out,
+            num_kept,
+            channels,
+            x_stride_n,
+            order_stride_n,
+            residual_stride_n,
+            (program - sums) // channel_blocks,
+            (program - sums) % channel_blocks,
+            PREFIX,
+            ROWS,
+            BLOCK_C,
+        )
+
+
+@triton.jit
+def fuse_tokens_backward_kernel(
+    grad,  # (B, num_kept + 1, C)
+    x,  # (B, N, C)
+    order,  # (B, N - PREFIX)
+    scores,  # (B, N - PREFIX)
+    grad_x,  # (B, N, C), contiguous
+    grad_scores,  # (B, N - PREFIX), contiguous
+    num_kept,  # PREFIX + k
+    tokens,
+    channels,
+    grad_stride_b,
+    grad_stride_n,
+    x_stride_b,
+    x_stride_n,
+    order_stride_b,
+    order_stride_n,
+    scores_stride_b,
+    scores_stride_n,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: ROWS whole rows, taken in the order [prefix, order]; rows of the rest share the fused gradient."""
+    batch = tl.program_id(1).to(tl.int64)
+    rest_blocks = tl.cdiv(tokens - num_kept, ROWS)
+    is_rest = tl.program_id(0) < rest_blocks
+    first = tl.where(is_rest, num_kept + tl.program_id(0) * ROWS, (tl.program_id(0) - rest_blocks) * ROWS)
+    positions = first + tl.arange(0, ROWS)
+    in_rows = positions < tl.where(is_rest, tokens, num_kept)
+    is_patch = in_rows & (positions >= PREFIX)
+    patches = (positions - PREFIX).to(tl.int64)
+    picked = tl.load(order + batch * order_stride_b + patches * order_stride_n, mask=is_patch, other=0).to(tl.int64)
+    rows = tl.where(is_patch, picked + PREFIX, positions.to(tl.int64))
+    grad += batch * grad_stride_b
+    x += batch * x_stride_b
+    grad_x += batch * tokens * channels
+    dot = tl.zeros((ROWS,), tl.float32)
+    if is_rest:
+        scores += batch * scores_stride_b
+        weight = tl.load(scores + picked * scores_stride_n, mask=in_rows, other=0.0).to(tl.float32)
+        grad_fused = grad + tl.cast(num_kept, tl.int64) * grad_stride_n
+        acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        for start in range(0, channels, BLOCK_C):
+            offsets_c = start + tl.arange(0, BLOCK_C)
+            in_channels = offsets_c < channels
+            mask = in_rows[:, None] & in_channels[None, :]
+            fused = tl.load(grad_fused + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
+            token = tl.load(x + rows[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0)
+            acc += token.to(tl.float32) * fused[None, :]
+            share = (weight[:, None] * fused[None, :]).to(grad_x.dtype.element_ty)
+            tl.store(grad_x + rows[:, None] * channels + offsets_c[None, :], share, mask=mask)
+        dot = tl.sum(acc, 1)
+    else:
+        for start in range(0, channels, BLOCK_C):
+            offsets_c = start + tl.arange(0, BLOCK_C)
+            mask = in_rows[:, None] & (offsets_c < channels)[None, :]
+            sources = positions.to(tl.int64)[:, None] * grad_stride_n + offsets_c[None, :]
+            value = tl.load(grad + sources, mask=mask, other=0.0).to(grad_x.dtype.element_ty)
+            tl.store(grad_x + rows[:, None] * channels + offsets_c[None, :], value, mask=mask)
+    target = grad_scores + batch * (tokens - PREFIX) + picked
+    tl.store(target, dot.to(grad_scores.dtype.element_ty), mask=is_patch)
+
+
+def fuse_tokens(
+    x: torch.Tensor, order: torch.Tensor, scores: torch.Tensor, k: int, prefix: int, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """Launch; x (B, N, C) and residual with contiguous channels, order and scores (B, N - prefix) of any strides."""
+    batch, tokens, channels = x.shape
+    num_kept = prefix + k
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty(batch, num_kept + 1, channels, dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    tile = row_tile(channels)
+    copies = triton.cdiv(num_kept, tile.rows) * triton.cdiv(channels, tile.block_c)
+    fuse_tokens_kernel[(triton.cdiv(channels, SUM_TILE.block_c) + copies, batch)](
+        x,
+        order,
+        scores,
+        residual,
+        out,
+        num_kept,
+        tokens,
+        channels,
+        *x.stride()[:2],
+        *order.stride(),
+        *scores.stride(),
+        *((0, 0) if residual is None else residual.stride()[:2]),
+        PREFIX=prefix,
+        ROWS=tile.rows,
+        BLOCK_C=tile.block_c,
+        SUM_ROWS=SUM_TILE.rows,
+        SUM_BLOCK_C=SUM_TILE.block_c,
+        num_warps=SUM_TILE.num_warps,
+    )
+    return out
+
+
+def fuse_tokens_backward(
+    grad: torch.Tensor, x: torch.Tensor, order: torch.Tensor, scores: torch.Tensor, k: int, prefix: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; grad (B, prefix + k + 1, C) with contiguous channels -> gradients of x and of the scores."""
+    batch, tokens, channels = x.shape
+    num_kept = prefix + k
+    grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
+    grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
+    if batch and tokens:
+        tile = SHARE_TILE
+        programs = triton.cdiv(tokens - num_kept, tile.rows) + triton.cdiv(num_kept, tile.rows)
+        fuse_tokens_backward_kernel[(programs, batch)](
+            grad,
+            x,
+            order,
+            scores,
+            grad_x,
+            grad_scores,
+            num_kept,
+            tokens,
+            channels,
+            *grad.stride()[:2],
+            *x.stride()[:2],
+            *order.stride(),
+            *scores.stride(),
+            PREFIX=prefix,
+            ROWS=tile.rows,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+    return grad_x, grad_scores

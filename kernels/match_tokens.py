@@ -1,0 +1,207 @@
+"""Bipartite soft matching in two launches: the best partner of every even token, then the slot of every token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+
+# Up to 8,192 tokens the keys stay in registers, 16 a thread; longer sequences read them again at every step.
+MAX_KEYS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchTile:
+    """Even tokens, odd tokens and channels of one step of the similarity."""
+
+    block_a: int
+    block_b: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def match_tile(channels: int, dtype: torch.dtype) -> MatchTile:
+    """Found by compiling: the settings that never spill for sm_80 and sm_90, with channels aligned or not."""
+    block_d = max(triton.next_power_of_2(channels), 16)  # the least that tensor cores take
+    if dtype == torch.float32:  # an exact dot holds its operands in registers: 32 channels at once spill
+        return MatchTile(block_a=32, block_b=64, block_d=16, num_warps=4, num_stages=2)
+    # 8 warps take 57 to 128 registers where 4 take up to 255 and spill in part.
+    return MatchTile(block_a=64, block_b=64, block_d=min(block_d, 64), num_warps=8, num_stages=3)
+
+
+@triton.jit
+def best_match_kernel(
+    metric,  # (B, N, D)
+    best,  # (B, A) float32, -inf for prefix tokens
+    destination,  # (B, A) int32
+    tokens,
+    channels,
+    stride_b,
+    stride_n,
+    PREFIX: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program compares BLOCK_A even tokens with every odd one; similarities never leave the registers."""
+    batch = tl.program_id(1).to(tl.int64)
+    num_a, num_b = (tokens + 1) // 2, tokens // 2
+    position_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    offsets_d = tl.arange(0, BLOCK_D)
+    rows = metric + batch * stride_b
+    # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
+    row_a = (2 * tl.minimum(position_a, num_a - 1)).to(tl.int64)
+    pointers_a = rows + row_a[:, None] * stride_n + offsets_d[None, :]
+    squares_a = tl.zeros((BLOCK_A,), tl.float32)
+    for start_d in range(0, channels, BLOCK_D):
+        a = tl.load(pointers_a + start_d, mask=(start_d + offsets_d < channels)[None, :], other=0.0)
+        squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+    inverse_a = tl.rsqrt(tl.maximum(squares_a, 1e-24))  # the reference clamps the norm at 1e-12
+    if ONE_CHUNK:
+        a = tl.load(pointers_a, mask=(offsets_d < channels)[None, :], other=0.0)
+
+    best_a = tl.full((BLOCK_A,), float("-inf"), tl.float32)
+    destination_a = tl.zeros((BLOCK_A,), tl.int32)
+    for start_b in range(0, num_b, BLOCK_B):
+        position_b = start_b + tl.arange(0, BLOCK_B)
+        row_b = (2 * tl.minimum(position_b, num_b - 1) + 1).to(tl.int64)
+        pointers_b = rows + row_b[:, None] * stride_n + offsets_d[None, :]
+        dots = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+        squares_b = tl.zeros((BLOCK_B,), tl.float32)
+        if ONE_CHUNK:
+            b = tl.load(pointers_b, mask=(offsets_d < channels)[None, :], other=0.0)
+            squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
+            dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+        else:
+            for start_d in range(0, channels, BLOCK_D):
+                in_d = (start_d + offsets_d < channels)[None, :]
+                a_chunk = tl.load(pointers_a + start_d, mask=in_d, other=0.0)
+                b = tl.load(pointers_b + start_d, mask=in_d, other=0.0)
+                squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
+                dots = tl.dot(a_chunk, tl.trans(b), dots, input_precision="ieee")
+        inverse_b = tl.rsqrt(tl.maximum(squares_b, 1e-24))
+        similarity = dots * inverse_b[None, :] * inverse_a[:, None]
+        similarity = tl.where(similarity == similarity, similarity, -2.0)
+        receives = (position_b >= PREFIX // 2) & (position_b < num_b)
+        similarity = tl.where(receives[None, :], similarity, float("-inf"))
+        tile_best, tile_argmax = tl.max(similarity, 1, return_indices=True, return_indices_tie_break_left=True)
+        better = tile_best > best_a  # strict: the earlier tile wins ties
+        best_a = tl.where(better, tile_best, best_a)
+        destination_a = tl.where(better, start_b + tile_argmax, destination_a)
+
+    best_a = tl.where(position_a < (PREFIX + 1) // 2, float("-inf"), best_a)
+    tl.store(best + batch * num_a + position_a, best_a, mask=position_a < num_a)
+    tl.store(destination + batch * num_a + position_a, destination_a, mask=position_a < num_a)
+
+
+@triton.jit
+def _load_keys(best, position, num_a):
+    """Unsigned integers in the order of the floats; both zeros give one key."""
+    value = tl.load(best + position, mask=position < num_a, other=float("-inf"))
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+
+
+@triton.jit
+def assign_slots_kernel(
+    best,  # (B, A) float32
+    destination,  # (B, A) int32
+    slot,  # (B, N) int64, contiguous
+    tokens,
+    r,
+    PREFIX: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCAN_BLOCK: tl.constexpr,
+):
+    """One program an image. The r best of set A are a set, not a ranking: bit by bit, no sort."""
+    batch = tl.program_id(0).to(tl.int64)
+    num_a, num_b = (tokens + 1) // 2, tokens // 2
+    best += batch * num_a
+    destination += batch * num_a
+    offsets = tl.arange(0, BLOCK)
+    if ONE_BLOCK:
+        keys = _load_keys(best, offsets, num_a)
+
+    threshold = tl.full((), 0, tl.uint32)  # the greatest value that r keys reach
+    num_above = tl.full((), 0, tl.int32)  # keys beyond it: how many reached the last candidate that failed
+    for step in range(32):
+        candidate = threshold | (tl.full((), 0x80000000, tl.uint32) >> step)
+        count = tl.full((), 0, tl.int32)
+        if ONE_BLOCK:
+            count += tl.sum((keys >= candidate).to(tl.int32), 0)
+        else:
+            for start in range(0, num_a, BLOCK):
+                count += tl.sum((_load_keys(best, start + offsets, num_a) >= candidate).to(tl.int32), 0)
+        enough = count >= r
+        threshold = tl.where(enough, candidate, threshold)
+        num_above = tl.where(enough, num_above, count)
+
+    ties_to_merge = r - num_above
+    above_before = tl.full((), 0, tl.int32)
+    tied_before = tl.full((), 0, tl.int32)
+    for start in range(0, num_a, SCAN_BLOCK):
+        position = start + tl.arange(0, SCAN_BLOCK)
+        scanned = _load_keys(best, position, num_a)
+        above, tied = (scanned > threshold).to(tl.int32), (scanned == threshold).to(tl.int32)
+        above_through = above_before + tl.cumsum(above, 0)
+        tied_through = tied_before + tl.cumsum(tied, 0)
+        above_before += tl.sum(above, 0)
+        tied_before += tl.sum(tied, 0)
+        merged = (above > 0) | ((tied > 0) & (tied_through <= ties_to_merge))
+        merged_before = above_through + tl.minimum(tied_through, ties_to_merge)  # where not merged itself
+
+        target = tl.load(destination + position, mask=position < num_a, other=0)
+        stays = tl.where(position < (PREFIX + 1) // 2, 2 * position, position + PREFIX // 2 - merged_before)
+        slot_a = tl.where(merged, tokens - r - num_b + target, stays)
+        slot_b = tl.where(position < PREFIX // 2, 2 * position + 1, tokens - r - num_b + position)
+        pair = tl.join(slot_a, slot_b).to(tl.int64)
+        token = 2 * position[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(slot + batch * tokens + token, pair, mask=token < tokens)
+
+
+def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> torch.Tensor:
+    """Two launches; metric (B, N, D) with contiguous channels -> slot (B, N) int64. Any N from 2, any D."""
+    batch, tokens, channels = metric.shape
+    num_a = (tokens + 1) // 2
+    best = torch.empty(batch, num_a, dtype=torch.float32, device=metric.device)
+    destination = torch.empty(batch, num_a, dtype=torch.int32, device=metric.device)
+    slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
+    if batch == 0:
+        return slot
+    tile = match_tile(channels, metric.dtype)
+    best_match_kernel[(triton.cdiv(num_a, tile.block_a), batch)](
+        metric,
+        best,
+        destination,
+        tokens,
+        channels,
+        *metric.stride()[:2],
+        PREFIX=prefix,
+        ONE_CHUNK=channels <= tile.block_d,
+        BLOCK_A=tile.block_a,
+        BLOCK_B=tile.block_b,
+        BLOCK_D=tile.block_d,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    block = min(triton.next_power_of_2(num_a), MAX_KEYS)
+    num_warps = min(max(1, block // 128), 8)
+    assign_slots_kernel[(batch,)](
+        best,
+        destination,
+        slot,
+        tokens,
+        r,
+        PREFIX=prefix,
+        ONE_BLOCK=num_a <= block,
+        BLOCK=block,
+        SCAN_BLOCK=min(block, 32 * num_warps),  # one a thread: the scans and slots of more spill here and there
+        num_warps=num_warps,
+    )
+    return slot

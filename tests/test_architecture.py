@@ -1,0 +1,115 @@
+"""The arrows of the house, and what goes into the wheel."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fastreduce"
+
+# Every room and the rooms of fastreduce that it may import; external packages that are not named are the core's.
+ROOMS = {
+    "kernels": set(),
+    "reference": set(),
+    "backends": set(),
+    "ops": {"reference", "backends", "kernels"},
+    "tokens": {"ops"},
+    "reducers": {"ops", "tokens"},
+    "integrations": {"ops", "tokens", "reducers", "backends"},
+    "plain": set(),
+}
+ONLY_HERE = {"timm": {"integrations"}, "triton": {"kernels"}}
+
+
+def _imports(path: Path) -> list[str]:
+    """Absolute dotted names of all that a file of the package imports."""
+    names = []
+    folder = ["fastreduce", *path.relative_to(PACKAGE).with_suffix("").parts][:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+FILES = sorted(p for p in PACKAGE.glob("**/*.py") if p.parent != PACKAGE / "kernels")
+FILES += sorted((PACKAGE / "kernels").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_run_one_way(path):
+    room = _room(path)
+    for name in _imports(path):
+        head, _, rest = name.partition(".")
+        if head == "fastreduce" and room in ROOMS:
+            target = rest.split(".")[0]
+            assert target == room or target in ROOMS[room], f"{path.name} of {room} imports {name}"
+        if head in ONLY_HERE:
+            assert room in ONLY_HERE[head], f"{path.name} imports {name}"
+        assert head not in ("bench", "tests"), f"{path.name} imports {name}"
+
+
+def test_the_walk_sees_imports():
+    assert any(name.startswith("timm") for name in _imports(PACKAGE / "integrations" / "timm.py"))
+    assert any(name.startswith("fastreduce.reference") for name in _imports(PACKAGE / "ops" / "gather_tokens.py"))
+
+
+def test_kernels_is_a_symlink_to_a_folder_without_init():
+    assert (PACKAGE / "kernels").is_symlink()
+    assert (PACKAGE / "kernels").resolve() == ROOT / "kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_wheel_holds_the_kernels_as_real_files(tmp_path):
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("fastreduce-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        for path in (ROOT / "kernels").glob("*.py"):
+            member = f"fastreduce/kernels/{path.name}"
+            assert member in names
+            assert archive.read(member) == path.read_bytes()
+    assert "fastreduce/py.typed" in names
+    roots = {name.split("/")[0] for name in names}
+    assert all(root == "fastreduce" or root.endswith(".dist-info") for root in roots), roots
+
+
+def test_a_text_file_in_place_of_the_symlink_is_said(tmp_path):
+    copy = tmp_path / "fastreduce"
+    copy.mkdir()
+    (copy / "__init__.py").write_text((PACKAGE / "__init__.py").read_text())
+    (copy / "kernels").write_text("../kernels")
+    done = subprocess.run([sys.executable, "-c", "import fastreduce"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "symlink" in done.stderr.splitlines()[-1]
+
+
+def test_without_triton_import_and_reference_work():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fastreduce\n"
+        "from timm.models.vision_transformer import VisionTransformer\n"
+        "model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=3)\n"
+        "images = torch.randn(2, 3, 32, 32)\n"
+        "for method in ('topk', 'evit', 'tome', 'radial'):\n"
+        "    fastreduce.patch(model, method, keep_rate=0.5, at=(1, 2))\n"
+        "    assert model(images).shape == (2, 3)\n"
+        "    fastreduce.unpatch(model)\n"
+        "assert not any(name.startswith('triton.') for name in sys.modules)\n"
+        "print('fine')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.endswith("fine\n"), done.stderr
