@@ -25,10 +25,10 @@ def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
 def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
     """X (B, N, C) -> (B, num_out, C): sum of the rows of each slot; rows of slot -1 are left out."""
     batch, _, channels = x.shape
-    spare = slot.long() + 1  # one more slot in front takes what was dropped
-    total = torch.zeros(batch * (num_out + 1), channels, dtype=x.dtype, device=x.device)
-    total = total.index_add(0, flat_rows(spare, num_out + 1), x.reshape(-1, channels))
-    return total.view(batch, num_out + 1, channels)[:, 1:]
+    rows = x.to(accumulator(x.dtype)).masked_fill((slot < 0).unsqueeze(-1), 0.0)
+    total = torch.zeros(batch * num_out, channels, dtype=rows.dtype, device=x.device)
+    total = total.index_add(0, flat_rows(slot.long().clamp_min(0), num_out), rows.reshape(-1, channels))
+    return total.view(batch, num_out, channels).to(x.dtype)
 
 
 def merge_tokens(
