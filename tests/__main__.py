@@ -12,7 +12,8 @@ import sys
 def main(arguments: list[str]) -> int:
     """Run both kinds of test; non-zero if either fails."""
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    pytest = [sys.executable, "-m", "pytest"]
+    workers = str(min(8, os.cpu_count() or 1))
+    pytest = [sys.executable, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal"]
     ordinary = subprocess.call([*pytest, "tests", "--ignore=tests/interpreter", *arguments], env=plain)
     interpreter = subprocess.call([*pytest, "tests/interpreter", *arguments], env={**plain, "TRITON_INTERPRET": "1"})
     return ordinary or interpreter
