@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 # Up to 8,192 tokens the keys stay in registers, 16 a thread; longer sequences read them again at every step.
 MAX_KEYS = 4096
 
@@ -25,11 +24,11 @@ class MatchTile:
 
 
 def match_tile(channels: int, dtype: torch.dtype) -> MatchTile:
-    """Found by compiling: the settings that never spill for sm_80 and sm_90, with channels aligned or not."""
+    """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
     block_d = max(triton.next_power_of_2(channels), 16)  # the least that tensor cores take
-    if dtype == torch.float32:  # an exact dot holds its operands in registers: 32 channels at once spill
-        return MatchTile(block_a=32, block_b=64, block_d=16, num_warps=4, num_stages=2)
-    # 8 warps take 57 to 128 registers where 4 take up to 255 and spill in part.
+    if dtype == torch.float32:  # exact dots hold their operands in registers: 32 channels or 4 warps spill
+        return MatchTile(block_a=64, block_b=64, block_d=16, num_warps=8, num_stages=2)
+    # 4 warps take up to 255 registers and spill in part; 8 take at most 128.
     return MatchTile(block_a=64, block_b=64, block_d=min(block_d, 64), num_warps=8, num_stages=3)
 
 

@@ -27,18 +27,19 @@ def group_slots_kernel(
     in_i = i < tokens
     base = slot + batch * slot_stride_b
     slot_i = tl.load(base + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)
-    rank = tl.zeros((BLOCK_I,), tl.int32)
-    below = tl.zeros((BLOCK_I,), tl.int32)
+    before = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
+    below = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
     for start in range(0, tokens, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         in_j = j < tokens
-        slot_j = tl.load(base + j * slot_stride_n, mask=in_j, other=0).to(tl.int32)
+        slot_j = tl.load(base + j * slot_stride_n, mask=in_j, other=0x7FFFFFFF).to(tl.int32)  # beyond every slot
         smaller = slot_j[None, :] < slot_i[:, None]
         tied = (slot_j[None, :] == slot_i[:, None]) & (j[None, :] < i[:, None])
-        rank += tl.sum(((smaller | tied) & in_j[None, :]).to(tl.int32), 1)
-        below += tl.sum(((slot_j[None, :] < i[:, None]) & in_j[None, :]).to(tl.int32), 1)
+        before += (smaller | tied).to(tl.int32)
+        below += (slot_j[None, :] < i[:, None]).to(tl.int32)
+    rank = tl.sum(before, 1)
     tl.store(order + batch * tokens + rank, i, mask=in_i)
-    tl.store(offsets + batch * (num_out + 1) + i, below, mask=i <= num_out)
+    tl.store(offsets + batch * (num_out + 1) + i, tl.sum(below, 1), mask=i <= num_out)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def reduce_slots_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program walks the tokens of one slot in index order: deterministic, no shared memory."""
-    m = tl.program_id(0)
+    m = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = offsets_c < channels
@@ -71,7 +72,7 @@ def reduce_slots_kernel(
     acc = tl.zeros((BLOCK_C,), tl.float32)
     weight_sum = 0.0
     for position in range(start, end):
-        n = tl.load(order + batch * tokens + position)
+        n = tl.load(order + batch * tokens + position).to(tl.int64)
         row = tl.load(x + batch * x_stride_b + n * x_stride_n + offsets_c, mask=mask, other=0.0).to(tl.float32)
         weight = 1.0
         if size is not None:
@@ -122,7 +123,8 @@ def spread_slots_kernel(
         other=0.0,
     )
     if total is not None:
-        share = 1.0 / tl.load(total + batch * num_slots + source, mask=found, other=1.0)
+        # Clamped as in the forward pass: a slot of size 0 gives its tokens no gradient.
+        share = 1.0 / tl.maximum(tl.load(total + batch * num_slots + source, mask=found, other=1.0), 1e-30)
         if size is not None:
             weight = tl.load(size + batch * size_stride_b + rows * size_stride_n, mask=in_rows, other=0.0)
             share = share * weight.to(tl.float32)
@@ -137,9 +139,9 @@ def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.T
     order = torch.empty(batch, tokens, dtype=torch.int32, device=slot.device)
     offsets = torch.empty(batch, num_out + 1, dtype=torch.int32, device=slot.device)
     if batch:
-        grid = (triton.cdiv(max(tokens, num_out + 1), 64), batch)
+        grid = (triton.cdiv(max(tokens, num_out + 1), 32), batch)
         group_slots_kernel[grid](
-            slot, order, offsets, tokens, num_out, *slot.stride(), BLOCK_I=64, BLOCK_J=64, num_warps=4
+            slot, order, offsets, tokens, num_out, *slot.stride(), BLOCK_I=32, BLOCK_J=64, num_warps=4
         )
     return order, offsets
 
@@ -211,6 +213,6 @@ def spread_slots(
             *((0, 0) if size is None else size.stride()),
             ROWS=tile.rows,
             BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            num_warps=tile.num_warps if channels % 8 == 0 else 8,  # unaligned: every element its own address, 4 spill
         )
     return out

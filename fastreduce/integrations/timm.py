@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,15 +13,44 @@ import torch.nn.functional as F
 from timm.models import vision_transformer as vit
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..backends import check_backend
 from ..reducers import ModelShape, Reducer, attend_all, make_reducer
 from ..reducers.schedule import Keep, KeepRate
 from ..tokens import Plan, Tokens, compose_kept, compose_slots, unmerge
 
-__all__ = ["Record", "Stage", "create_model", "load_official", "patch", "record", "reduced_counts", "unpatch"]
+__all__ = [
+    "Record",
+    "Stage",
+    "create_model",
+    "input_config",
+    "load_official",
+    "model_names",
+    "patch",
+    "record",
+    "reduced_counts",
+    "unpatch",
+]
 
 create_model = timm.create_model
+# timm before 1.0.15 has no such switch: there checkpoint_seq was always reentrant.
+_reentrant_checkpoints = getattr(timm.layers, "use_reentrant_ckpt", lambda: True)
+
+
+def model_names() -> list[str]:
+    """Names of all models that timm knows, reducible or not."""
+    return timm.list_models()
+
+
+def input_config(model: nn.Module) -> dict[str, Any]:
+    """What a model takes: ``input_size`` (3, height, width), ``mean``, ``std``, ``crop_pct`` and ``crop_mode``."""
+    return timm.data.resolve_model_data_config(model)
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output."""
+    return type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_hooks
 
 
 class ReducedBlock(nn.Module):
@@ -66,7 +95,7 @@ class ReducedBlock(nn.Module):
     def commutes(self) -> bool:
         """Whether merging may come before the output projection."""
         dropout = self.training and self.attn.proj_drop.p > 0
-        return type(self.attn.proj) is nn.Linear and not dropout
+        return _is_bare(self.attn.proj) and not dropout
 
     def norm(self, x: Tensor) -> Tensor:
         """The norm before attention."""
@@ -81,7 +110,7 @@ class ReducedBlock(nn.Module):
     def _project(self, normed: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Thirds ``start`` to ``stop`` of the packed query, key, value projection."""
         qkv = self.attn.qkv
-        if type(qkv) is not nn.Linear:  # somebody's adapter or quantised layer: call it whole
+        if not _is_bare(qkv):  # somebody's adapter or quantised layer: call it whole
             return self._heads(qkv(normed), 3)[start:stop]
         width = qkv.out_features // 3
         rows = slice(start * width, stop * width)
@@ -169,6 +198,11 @@ class ReducedBlock(nn.Module):
         """Tokens to Tokens; the first reduced block also takes a tensor (B, N, C), the last block returns one."""
         if attn_mask is not None or is_causal:
             raise ValueError("a reduced model takes no attn_mask and no is_causal: its tokens are not the input's")
+        if self._model.grad_checkpointing and _reentrant_checkpoints():
+            raise ValueError(
+                "timm's reentrant gradient checkpointing would lose the gradients of a reduced model: "
+                "call timm.layers.set_reentrant_ckpt(False) first (timm 1.0.15 or newer)"
+            )
         tokens = self.step(self.start(x))
         return self.finish(tokens) if self.last else tokens
 
@@ -183,6 +217,12 @@ class ReducedBlocks(nn.Sequential):
         object.__setattr__(self, "_original", original)
         object.__setattr__(self, "_reducer", reducer)
         return self
+
+    def __getitem__(self, index: Any) -> Any:
+        """One block. A slice would lose what :func:`unpatch` needs, and its last block would hand on Tokens."""
+        if isinstance(index, slice):
+            raise TypeError("the blocks of a reduced model cannot be sliced; call fastreduce.unpatch(model) first")
+        return super().__getitem__(index)
 
 
 def _reduced_blocks(model: Any, reducer: Reducer) -> ReducedBlocks:
@@ -222,14 +262,18 @@ def _forward_intermediates(
     spatial: list[Tensor] = []
     heads: list[Tensor] = []
     final: Tensor | None = None
+
+    def run(function: Callable[[Any], Any], value: Any) -> Any:
+        return checkpoint(function, value, use_reentrant=False) if model.grad_checkpointing else function(value)
+
     for index, block in enumerate(model.blocks):
         if stop_early and index > last:
             break
         if isinstance(block, ReducedBlock):
-            tokens = block.step(block.start(state))
+            tokens = run(block.step, block.start(state))
             state, final = tokens, block.finish(tokens)
         else:
-            final = block(state)
+            final = run(block, state)
             state = final
         if index in take:
             if isinstance(state, Tokens):
@@ -297,6 +341,15 @@ def _check_model(model: Any) -> None:
             )
 
 
+def _check_bare(module: nn.Module, name: str) -> None:
+    """Raise if somebody changed what calling a module does: a reduced block does not call it, so that would be lost."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise ValueError(
+            f"{name} has hooks or a forward of its own, which a reduced model would not call: "
+            "remove them, or register hooks after patching"
+        )
+
+
 def _reduced(model: nn.Module) -> ReducedBlocks:
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, ReducedBlocks):
@@ -346,7 +399,8 @@ def patch(
         The model itself.
 
     Raises:
-        ValueError: unknown method, values out of range, a model that is patched or compiled already.
+        ValueError: unknown method, values out of range, a model that is patched or compiled already, or whose blocks
+            have hooks that would no longer be called.
         TypeError: a model that cannot be reduced (the message says why), unknown options, values of the wrong kind.
             Whatever is raised, the model is as it was.
 
@@ -359,6 +413,10 @@ def patch(
     reducer = make_reducer(method, _shape_of(model), at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
     if not isinstance(model.patch_drop, nn.Identity) and method == "radial":
         raise ValueError("radial patterns need every patch in its place, but the model has a patch_drop_rate")
+    blocks: Any = model.blocks
+    for index in range(reducer.blocks[0], len(blocks)):
+        _check_bare(blocks[index], f"block {index}")
+        _check_bare(blocks[index].attn, f"the attention of block {index}")
     reducer.to(next(model.parameters()).device)
     model.blocks = _reduced_blocks(model, reducer)
     object.__setattr__(model, "forward_intermediates", _ForwardIntermediates(model))
@@ -374,6 +432,9 @@ def unpatch(model: Model) -> Model:
         ValueError: if the model is not patched.
     """
     blocks = _reduced(model)
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        unpatch(model._orig_mod)
+        return model
     original = blocks._original
     for block, reduced in zip(original, blocks, strict=True):
         if isinstance(reduced, ReducedBlock):
@@ -439,6 +500,8 @@ class Record:
         self.stages: list[Stage] = []
 
     def _add(self, entered: Tokens, left: Tokens) -> None:
+        if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs the block again
+            return
         if not entered.plans:
             self.stages = []
         if len(left.plans) > len(entered.plans):
@@ -461,6 +524,7 @@ def record(model: nn.Module) -> Iterator[Record]:
         ValueError: if the model is not patched.
     """
     reduced = [block for block in _reduced(model) if isinstance(block, ReducedBlock)]
+    outer = reduced[0].recorder
     recorder = Record()
     for block in reduced:
         block.recorder = recorder
@@ -468,7 +532,7 @@ def record(model: nn.Module) -> Iterator[Record]:
         yield recorder
     finally:
         for block in reduced:
-            block.recorder = None
+            block.recorder = outer
 
 
 def load_official(model: Model, weights: Mapping[str, Any] | str | os.PathLike[str]) -> Model:
@@ -495,11 +559,12 @@ def load_official(model: Model, weights: Mapping[str, Any] | str | os.PathLike[s
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    for key in own:
+        found = state.get(key, own[key])
+        if not isinstance(found, Tensor):
+            problems.append(f"{key} is a {type(found).__name__}, not a tensor")
+        elif found.shape != own[key].shape:
+            problems.append(f"{key} is {tuple(found.shape)}, the model needs {tuple(own[key].shape)}")
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")

@@ -21,11 +21,6 @@ def _triton_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Te
     return kernels.cls_scores(dense_rows(q), dense_rows(k), prefix, scale)
 
 
-def _reference_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    scores, logits, logsumexp = reference.cls_scores(q, k, prefix, scale)
-    return scores.contiguous(), logits.contiguous(), logsumexp.contiguous()
-
-
 def _fake_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, tokens, _ = k.shape
     dtype = reference.accumulator(k.dtype)
@@ -45,7 +40,7 @@ def _reference_backward(
     grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     grad_q, grad_k = reference.cls_scores_backward(grad, q, k, logits, logsumexp, prefix, scale)
-    return grad_q.contiguous(), grad_k.transpose(1, 2).contiguous().transpose(1, 2)
+    return grad_q, grad_k.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _fake_backward(
@@ -59,7 +54,7 @@ def _fake_backward(
 _forward = register(
     "cls_scores(Tensor q, Tensor k, int prefix, float scale) -> (Tensor, Tensor, Tensor)",
     triton=_triton_forward,
-    reference=_reference_forward,
+    reference=reference.cls_scores,
     fake=_fake_forward,
 )
 _backward = register(

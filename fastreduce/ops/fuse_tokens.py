@@ -23,12 +23,6 @@ def _triton_forward(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: in
     )
 
 
-def _reference_forward(
-    x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None
-) -> Tensor:
-    return reference.fuse_tokens(x, order, scores, k, prefix, residual).contiguous()
-
-
 def _fake_forward(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None) -> Tensor:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape[0], prefix + k + 1, x.shape[2], dtype=dtype)
@@ -42,13 +36,6 @@ def _triton_backward(
     return kernels.fuse_tokens_backward(dense_rows(grad), dense_rows(x), order, scores, k, prefix)
 
 
-def _reference_backward(
-    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
-) -> tuple[Tensor, Tensor]:
-    grad_x, grad_scores = reference.fuse_tokens_backward(grad, x, order, scores, k, prefix)
-    return grad_x.contiguous(), grad_scores.contiguous()
-
-
 def _fake_backward(
     grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
 ) -> tuple[Tensor, Tensor]:
@@ -58,14 +45,14 @@ def _fake_backward(
 _forward = register(
     "fuse_tokens(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual) -> Tensor",
     triton=_triton_forward,
-    reference=_reference_forward,
+    reference=reference.fuse_tokens,
     fake=_fake_forward,
 )
 _backward = register(
     "fuse_tokens_backward(Tensor grad, Tensor x, Tensor order, Tensor scores, SymInt k, int prefix)"
     " -> (Tensor, Tensor)",
     triton=_triton_backward,
-    reference=_reference_backward,
+    reference=reference.fuse_tokens_backward,
     fake=_fake_backward,
 )
 

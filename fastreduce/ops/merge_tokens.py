@@ -214,8 +214,8 @@ def merge_tokens(
         expected = (x.shape[0], num_out, x.shape[2])
         if shape_of(residual) != expected:
             raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
-    if resolve(backend, x) == "reference":
-        return reference.merge_tokens(x, slot, num_out, size, residual)
+    if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
+        return reference.merge_tokens(x, slot, num_out, None if size is None else size.detach(), residual)
     order, offsets = _group(slot, num_out) if groups is None else groups
     return MergeTokens.apply(x, slot, order, offsets, size, residual)
 

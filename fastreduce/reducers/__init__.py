@@ -42,6 +42,7 @@ def _options(cls: type[Reducer]) -> set[str]:
 def make_reducer(
     method: str,
     shape: ModelShape,
+    /,
     *,
     at: int | Sequence[int] | None = None,
     keep_rate: KeepRate = None,

@@ -25,6 +25,8 @@ class EViT(Reducer):
 
     def __init__(self, blocks: tuple[int, ...], schedule: KeepSchedule, normalize: bool = False, backend: str = "auto"):
         super().__init__(blocks, backend)
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be True or False, got {normalize!r}")
         self.schedule = schedule
         self.normalize = normalize
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -72,6 +73,10 @@ class Radial(Reducer):
         min_radius: float = 1.0,
         backend: str = "auto",
     ):
+        if isinstance(min_radius, bool) or not isinstance(min_radius, (int, float)):
+            raise TypeError(f"min_radius must be a number, got {min_radius!r}")
+        if not math.isfinite(min_radius):
+            raise ValueError(f"min_radius must be finite, got {min_radius}")
         radius = ring_radius(shape.grid, norm)
         if schedule is None:
             radii = contiguous_radii(radius, shape.grid, blocks[0], blocks[-1], float(min_radius))

@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
-__all__ = ["Keep", "KeepRate", "KeepSchedule", "keep_schedule", "stage_blocks"]
+__all__ = ["Keep", "KeepRate", "KeepSchedule", "as_tuple", "keep_schedule", "stage_blocks"]
 
 KeepRate = float | Sequence[float] | None
 Keep = int | Sequence[int] | None
@@ -29,6 +30,13 @@ class KeepSchedule:
         return int(self.fractions[stage] * patches)
 
 
+def as_tuple(name: str, values: object) -> tuple[Any, ...]:
+    """The entries of a sequence that a user gave, or TypeError."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}")
+    return tuple(values)
+
+
 def stage_blocks(at: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """Check ``at``: block indices from 0, strictly increasing, inside the model.
 
@@ -36,7 +44,7 @@ def stage_blocks(at: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """
     if at is None:
         return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-    blocks = (at,) if isinstance(at, int) else tuple(at)
+    blocks = (at,) if isinstance(at, int) else as_tuple("at", at)
     if not blocks:
         raise ValueError("at must name at least one block, got an empty sequence")
     for block in blocks:
@@ -80,17 +88,17 @@ def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) ->
         counts = (keep,) * stages if isinstance(keep, int) and stages == 1 else keep
         if isinstance(counts, int):
             raise ValueError(f"keep must have one entry for each of the {stages} blocks in at, got {keep}")
+        counts = as_tuple("keep", counts)
         for count in counts:
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"keep must hold token counts (integers), got {count!r}")
         _check_length("keep", counts, stages)
-        schedule = KeepSchedule(None, tuple(counts))
+        schedule = KeepSchedule(None, counts)
     elif isinstance(keep_rate, (int, float)):
         rate = _check_rate(keep_rate)
         schedule = KeepSchedule(tuple(rate ** (stage + 1) for stage in range(stages)), None)
     else:
-        assert keep_rate is not None
-        rates = tuple(_check_rate(rate) for rate in keep_rate)
+        rates = tuple(_check_rate(rate) for rate in as_tuple("keep_rate", keep_rate))
         _check_length("keep_rate", rates, stages)
         schedule = KeepSchedule(rates, None)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..tokens import Plan, Tokens
 from .base import AttentionBlock, ModelShape, Reducer, attend_all
-from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
+from .schedule import Keep, KeepRate, KeepSchedule, as_tuple, keep_schedule, stage_blocks
 
 __all__ = ["ToMe"]
 
@@ -67,7 +67,7 @@ class ToMe(Reducer):
         if keep_rate is not None or keep is not None:
             raise ValueError(f"give r or a keep schedule, got r={r!r}, keep_rate={keep_rate!r} and keep={keep!r}")
         blocks = tuple(range(shape.depth)) if at is None else stage_blocks(at, shape.depth)
-        counts = (r,) * len(blocks) if isinstance(r, int) else tuple(r)
+        counts = (r,) * len(blocks) if isinstance(r, int) else as_tuple("r", r)
         if len(counts) != len(blocks):
             raise ValueError(f"r must have one entry for each of the {len(blocks)} blocks, got {len(counts)}: {r!r}")
         for count in counts:

@@ -26,7 +26,7 @@ class TopK(Reducer):
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with selection; the kept tokens come out best first."""
         keep = self.schedule.count(stage, tokens.patches)
-        if keep == tokens.num_patches:
+        if keep >= tokens.num_patches:
             return attend_all(block, tokens)
         prefix, backend = tokens.prefix, self.backend
         normed = block.norm(tokens.x)

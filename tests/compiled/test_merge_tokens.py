@@ -8,22 +8,50 @@ from tests.compiled.gates import ARCHES, check_gates
 from tests.inputs import DTYPES
 
 
+def groups(num_tokens, num_out):
+    return torch.zeros(2, num_tokens, dtype=torch.int32), torch.zeros(2, num_out + 1, dtype=torch.int32)
+
+
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [192, 384, 768, 1024])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("num_tokens", [197, 576])
+def test_gates_of_the_groups(num_tokens, dtype, arch):
+    slot = torch.zeros(2, num_tokens, dtype=dtype)
+    (report,) = check_gates(arch, lambda: kernels.group_slots(slot, num_tokens // 2), wide=False)
+    assert report.registers <= 128, report
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(192, torch.float16), (384, torch.bfloat16), (1024, torch.float16), *((768, d) for d in DTYPES)],
+)
 def test_gates(channels, dtype, arch):
     x, residual = torch.zeros(2, 197, channels, dtype=dtype), torch.zeros(2, 99, channels, dtype=dtype)
-    slot, size, total = torch.zeros(2, 197, dtype=torch.int64), torch.ones(2, 197), torch.ones(2, 99)
-    groups = torch.zeros(2, 197, dtype=torch.int32), torch.zeros(2, 100, dtype=torch.int32)
-    check_gates(arch, lambda: kernels.merge_tokens(x, *groups, size, residual))
-    check_gates(arch, lambda: kernels.merge_tokens(x, *groups, None, None))
-    check_gates(arch, lambda: kernels.spread_slots(residual, slot, size, total))
-    check_gates(arch, lambda: kernels.spread_slots(residual, slot))
-    check_gates(arch, lambda: kernels.sum_slots(x, slot, 99))
+    slot, size, total = torch.zeros(2, 197, dtype=torch.int64), torch.zeros(2, 197), torch.zeros(2, 99)
+    for launch in (
+        lambda: kernels.merge_tokens(x, *groups(197, 99), size, residual),
+        lambda: kernels.merge_tokens(x, *groups(197, 99), None, None),
+        lambda: kernels.spread_slots(residual, slot, size, total),
+        lambda: kernels.spread_slots(residual, slot),
+    ):
+        (report,) = check_gates(arch, launch)
+        assert report.registers <= 64, report
+        assert report.shared_bytes == 0, report
+    *_, report = check_gates(arch, lambda: kernels.sum_slots(x, slot, 99))
+    assert report.registers <= 64, report
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("num_tokens", [197, 577, 1025, 4097])
-def test_gates_of_the_grouping(num_tokens, arch):
-    slot = torch.zeros(2, num_tokens, dtype=torch.int64)
-    check_gates(arch, lambda: kernels.group_slots(slot, num_tokens // 2), wide=False)
+@pytest.mark.parametrize(
+    ("width", "channels", "dtype"), [(33, 33, torch.float32), (75, 64, torch.float16), (1000, 250, torch.bfloat16)]
+)
+def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
+    x = torch.zeros(2, 198, width, dtype=dtype)[..., :channels]
+    slot, size, total = torch.zeros(2, 198, dtype=torch.int64), torch.zeros(2, 198), torch.zeros(2, 198)
+    for launch in (
+        lambda: kernels.merge_tokens(x, *groups(198, 198), size, x),
+        lambda: kernels.spread_slots(x, slot, size, total),
+        lambda: kernels.spread_slots(x, slot),
+    ):
+        check_gates(arch, launch, wide=False)

@@ -1,0 +1,685 @@
+"""What ``fastreduce compare`` measures. It prints nothing and draws nothing.
+
+Every method runs beside three others: the unreduced model, the free slice (an ideal whose decision costs nothing) and
+the official algorithm written plainly. All of them take turns in every round, and every method's logits are held
+against the official algorithm in float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import logging
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import __version__
+from .backends import check_backend, resolve
+from .integrations.timm import (
+    Record,
+    Stage,
+    create_model,
+    input_config,
+    load_official,
+    model_names,
+    patch,
+    record,
+    reduced_counts,
+)
+from .plain import FreeSlice, PlainModel
+from .reducers import REDUCERS
+from .reducers.schedule import stage_blocks
+
+__all__ = ["Comparison", "Drawn", "Entry", "Settings", "count_gmacs", "environment"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAMPLES = ("flower.jpg", "china.jpg")
+_VARIANTS: dict[str, list[dict[str, Any]]] = {"radial": [{"norm": norm} for norm in ("l1", "l2", "linf")]}
+_FIXED: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
+_CHECKED = 2  # images of the batch that are also run in float64, which is what takes the time there
+_BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (8, 16, 32, 64)}
+_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 20  # fewer only where the time is up before
+_PICTURE_SECONDS = 0.7
+_SUSPICIOUS = 8  # times the unreduced model's own difference to float64, before decisions are looked at
+
+Progress = Callable[[str, float, float], None]  # what is done, how much of it, out of how much
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to compare. None stands for a choice made from the model, the machine and the time.
+
+    Attributes:
+        image: a picture, or the name of one of scikit-learn's.
+        methods: names in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a single norm. Empty for all.
+        seconds: rounds are added until about this long after the start, if ``rounds`` is None.
+        threads: None for torch's choice, or 1 where that is faster (a busy machine).
+        seed: of the random weights, where there is no checkpoint.
+        fused_baseline: let the official algorithm use fused attention in blocks of which no one reads the matrix.
+    """
+
+    image: str = SAMPLES[0]
+    model: str = "deit_small_patch16_224"
+    checkpoint: str | None = None
+    pretrained: bool = False
+    methods: tuple[str, ...] = ()
+    keep_rates: tuple[float, ...] = (0.7, 0.5)
+    at: tuple[int, ...] | None = None
+    batch: int | None = None
+    rounds: int | None = None
+    seconds: float = 150.0
+    device: str | None = None
+    dtype: str = "float32"
+    backend: str = "auto"
+    compile: bool = False
+    fused_baseline: bool = False
+    threads: int | None = None
+    seed: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What there is to draw of one stage, for the first image: exactly one of the two is given.
+
+    Attributes:
+        block: the transformer block, ``count`` its patch tokens after the stage.
+        kept: (rows, columns) bool, patches that are still tokens of their own.
+        slot: (rows, columns) the token that each patch is in.
+    """
+
+    block: int
+    count: int
+    kept: NDArray[np.bool_] | None = None
+    slot: NDArray[np.int64] | None = None
+
+
+@dataclasses.dataclass
+class Entry:
+    """One method at one keep rate: the models that run, and what was found.
+
+    Attributes:
+        options: what tells it from other entries of the method; ``chosen`` is everything that :func:`patch` got.
+        counts: patch tokens after each stage.
+        exact: float64 logits of the official algorithm.
+        difference: of the logits to ``exact``, relative to the largest of these.
+        official_difference: the same of the official algorithm in the dtype that is timed.
+        changed: images for which other tokens were chosen than in float64; None where nothing gave reason to look.
+        stages: what there is to draw.
+    """
+
+    method: str
+    options: dict[str, Any]
+    keep_rate: float
+    chosen: dict[str, Any]
+    model: nn.Module
+    official: nn.Module
+    counts: tuple[int, ...]
+    exact: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    difference: float = math.nan
+    official_difference: float = math.nan
+    changed: int | None = None
+    stages: list[Drawn] = dataclasses.field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The method and whatever else tells it from the others: ``radial l2``."""
+        return " ".join([self.method, *(str(value) for value in self.options.values())])
+
+    @property
+    def slug(self) -> str:
+        """For file names: ``radial-l2-0.7``."""
+        return f"{self.label} {self.keep_rate:g}".replace(" ", "-")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _one_of(what: str, word: str, known: Sequence[str]) -> str:
+    if word not in known:
+        hint = _nearest(word, known) or f"; expected one of {', '.join(known)}"
+        raise ValueError(f"unknown {what} {word!r}{hint}")
+    return word
+
+
+def _variants(names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Every method with its options, in the order of the registry."""
+    every = {
+        "-".join([method, *map(str, options.values())]): (method, options)
+        for method in REDUCERS
+        for options in _VARIANTS.get(method, [{}])
+    }
+    if not names:
+        return list(every.values())
+    known = list(dict.fromkeys([*every, *REDUCERS]))
+    wanted = {_one_of("method", name, known) for name in names}
+    return [value for name, value in every.items() if name in wanted or value[0] in wanted]
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"unknown device {name!r}; expected cpu, cuda or cuda:N")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device here")
+        if index and int(index) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)"
+            )
+    return torch.device(name)
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value:g}")
+
+
+def _open_photo(name: str) -> Image.Image:
+    if name in SAMPLES and not os.path.exists(name):
+        from sklearn.datasets import load_sample_image
+
+        return Image.fromarray(load_sample_image(name))
+    if not os.path.isfile(name):
+        raise ValueError(f"there is no image {name!r}")
+    try:
+        photo = Image.open(name)
+        return ImageOps.exif_transpose(photo).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name!r} cannot be read as an image: {error}") from error
+
+
+def _build_model(settings: Settings) -> tuple[Any, str]:
+    """The model, and in words where its weights come from."""
+    name = settings.model
+    if settings.pretrained and settings.checkpoint is not None:
+        raise ValueError("give either --pretrained or --checkpoint")
+    if ":" in name and not settings.pretrained:
+        raise ValueError(f"model {name!r} would be downloaded: give --pretrained if that is wanted")
+    torch.manual_seed(settings.seed)
+    if settings.pretrained:
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; we tell the end
+    try:
+        model = create_model(name, pretrained=settings.pretrained).eval()
+    except Exception as error:
+        names = model_names()
+        if ":" not in name and name.split(".", 1)[0] not in names:
+            raise ValueError(f"unknown model {name!r}{_nearest(name, names)}") from error
+        what = "pretrained weights" if settings.pretrained else "model"
+        raise ValueError(f"the {what} {name!r} cannot be had: {error}") from error
+    if settings.checkpoint is not None:
+        if not os.path.isfile(settings.checkpoint):
+            raise ValueError(f"there is no checkpoint {settings.checkpoint!r}")
+        load_official(model, settings.checkpoint)
+        return model, f"checkpoint {Path(settings.checkpoint).name}"
+    return model, "pretrained weights" if settings.pretrained else f"random weights (seed {settings.seed})"
+
+
+def _share(model: nn.Module) -> Any:
+    """A copy of the modules that shares every parameter and buffer."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def _empty_copy(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and no content."""
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    memo |= {id(weight): nn.Parameter(weight.detach().to("meta"), False) for weight in model.parameters()}
+    return copy.deepcopy(model, memo)
+
+
+def _cut(
+    photo: Image.Image,
+    config: dict[str, Any],
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+) -> Image.Image:
+    """Cut ``box`` (left, top, right, bottom: fractions of what the model sees) out of the photo, at ``size`` (h, w)."""
+    height, width = size
+    if config["crop_mode"] == "squash":
+        wide, high = config["crop_pct"] * photo.width, config["crop_pct"] * photo.height
+    else:
+        scale = config["crop_pct"] * min(photo.width / width, photo.height / height)
+        wide, high = scale * width, scale * height
+    left, top = (photo.width - wide) / 2, (photo.height - high) / 2
+    edges = (left + box[0] * wide, top + box[1] * high, left + box[2] * wide, top + box[3] * high)
+    return photo.resize((width, height), Image.Resampling.BICUBIC, box=edges)
+
+
+def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) -> Tensor:
+    """(count, 3, height, width) float32: the photo as the model sees it, then random parts of that."""
+    generator = np.random.default_rng(seed)
+    size = config["input_size"][1:]
+    views = []
+    for index in range(count):
+        side = 1.0 if index == 0 else generator.uniform(0.5, 0.95)
+        x, y = generator.uniform(0, 1 - side, 2) if index else (0.0, 0.0)
+        view = _cut(photo, config, size, (x, y, x + side, y + side))
+        views.append(np.array(view if index % 2 == 0 else ImageOps.mirror(view)))
+    pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+def count_gmacs(model: nn.Module, images: Tensor) -> float:
+    """10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
+    # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 2e9 / len(images)
+
+
+def _difference(logits: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value."""
+    logits = logits[: len(exact)].double()
+    return ((logits - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+
+
+def _partition(stage: Stage) -> Tensor:
+    """(B, P) every patch's group, named by its first patch, -1 for dropped ones: independent of the tokens' order."""
+    slot = stage.patch_slot
+    position = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
+    first = torch.full((slot.shape[0], stage.num_out + 1), slot.shape[1], device=slot.device)
+    first = first.scatter_reduce(1, slot + 1, position, "amin")
+    return torch.where(slot < 0, slot, first.gather(1, slot + 1))
+
+
+def _changed_decisions(ours: Record, exact: Record, images: int) -> int:
+    """How many of the images end in other groups than in float64."""
+    if not exact.stages:
+        return 0
+    differs = torch.zeros(images, dtype=torch.bool, device=exact.stages[0].slot.device)
+    for mine, theirs in zip(ours.stages, exact.stages, strict=True):
+        differs |= (_partition(mine)[:images] != _partition(theirs)[:images]).any(1)
+    return int(differs.sum())
+
+
+def _drawn(seen: Record, blocks: Sequence[int], counts: Sequence[int], grid: tuple[int, int]) -> list[Drawn]:
+    """The first image's stages; a stage that reduced nothing shows what was there."""
+    kept: NDArray[np.bool_] | None = np.ones(grid, bool)
+    slot: NDArray[np.int64] | None = None
+    stages = {stage.block: stage for stage in seen.stages}
+    drawn = []
+    for block, count in zip(blocks, counts, strict=True):
+        if (stage := stages.get(block)) is not None and stage.kept_patches is not None:
+            own = stage.kept_patches[0].cpu().numpy()
+            kept, slot = np.zeros(math.prod(grid), bool), None
+            kept[own[own >= 0]] = True
+            kept = kept.reshape(grid)
+        elif stage is not None:
+            kept, slot = None, stage.patch_slot[0].cpu().numpy().reshape(grid)
+        drawn.append(Drawn(block, count, kept, slot))
+    return drawn
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
+    """How many times faster ``of`` is than ``to``: the median of the rounds, and the quartiles."""
+    ratios = [b / a for a, b in zip(of, to, strict=True)]
+    return {name: statistics.median(ratios), f"{name}_quartiles": list(_quartiles(ratios))}
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file is in, or None."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip() or None
+    return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a measurement was made."""
+    return {
+        "device": str(device),
+        "device_name": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "fastreduce": __version__,
+        "commit": _git_commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def usual_troubles() -> tuple[type[Exception], ...]:
+    """What can go wrong while measuring without being anybody's mistake in the code."""
+    return (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
+
+
+def _recompile_limits(limit: int) -> dict[str, int]:
+    """Settings of torch.compile, under the names that the installed version has."""
+    names = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
+    return {name: limit for name in names if hasattr(torch._dynamo.config, name)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+class Comparison:
+    """Made from settings, with every model built; then :meth:`check`, :meth:`measure`, :meth:`result`, in this order.
+
+    Args:
+        settings: what to compare.
+        started: ``time.perf_counter()`` when the clock of ``settings.seconds`` started.
+
+    Raises:
+        ValueError, TypeError, OSError: settings that cannot be met, with the reason. Nothing else is the user's doing.
+    """
+
+    def __init__(self, settings: Settings, started: float | None = None):
+        self.settings = settings
+        self.started = time.perf_counter() if started is None else started
+        for name in ("batch", "rounds", "seconds", "threads"):
+            _positive(name, getattr(settings, name))
+        if not settings.keep_rates:
+            raise ValueError("give at least one keep rate")
+        variants = _variants(settings.methods)
+        self.device = _device(settings.device)
+        self.dtype = DTYPES[_one_of("dtype", settings.dtype, list(DTYPES))]
+        try:
+            self.backend = resolve(
+                check_backend(settings.backend), torch.empty(0, device=self.device, dtype=self.dtype)
+            )
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.photo = _open_photo(settings.image)
+        model, self.weights = _build_model(settings)
+        self.model = model.to(self.device, self.dtype)
+        rates = dict.fromkeys(settings.keep_rates)
+        self.entries = [self._entry(method, options, rate) for rate in rates for method, options in variants]
+        self.slices = {entry.counts: FreeSlice(self.model, entry.counts, self.blocks) for entry in self.entries}
+        self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
+        self.config = input_config(model)
+        self.gmacs: dict[Any, float] = {}
+        self.difference = math.nan
+        self.images = torch.empty(0)
+        self.checked = 0
+        self.seconds: dict[Any, list[float]] = {}
+
+    def _entry(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry:
+        """Build the reduced and the official model."""
+        chosen = {"keep_rate": keep_rate, **_FIXED.get(method, {}), **options}
+        patched = patch(_share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
+        self.blocks = stage_blocks(self.settings.at, len(self.model.blocks))
+        official = self._official(self.model, method, chosen)
+        return Entry(method, options, keep_rate, chosen, patched, official, tuple(reduced_counts(patched)))
+
+    def _official(self, model: nn.Module, method: str, chosen: dict[str, Any]) -> nn.Module:
+        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, **chosen)
+        return plain.to(self.device).eval()
+
+    def _reference(self, model: nn.Module, entry: Entry) -> nn.Module:
+        """The reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
+        return patch(_share(model), entry.method, at=self.settings.at, backend="reference", **entry.chosen)
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether the patterns say nothing about a trained model."""
+        return self.settings.checkpoint is None and not self.settings.pretrained
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
+    @property
+    def rounds(self) -> int:
+        """Rounds measured."""
+        return len(self.seconds.get("unreduced", ()))
+
+    def picture(self) -> NDArray[np.uint8]:
+        """The photo as the model sees it, with a whole number of pixels for every patch."""
+        rows, columns = self.grid
+        cell = max(8, round(448 / max(rows, columns)))
+        return np.array(_cut(self.photo, self.config, (rows * cell, columns * cell)))
+
+    def _candidates(self) -> dict[Any, nn.Module]:
+        """Everything that takes a turn in a round; what is held against each other stands together."""
+        candidates: dict[Any, nn.Module] = {"unreduced": self.model}
+        for entry in self.entries:
+            candidates.setdefault(entry.counts, self.slices[entry.counts])
+            candidates[entry.slug] = entry.model
+            candidates[f"{entry.slug} official"] = entry.official
+        return candidates
+
+    def _time(self, model: nn.Module) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            model(self.images)
+            return time.perf_counter() - start
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        first.record()
+        model(self.images)
+        last.record()
+        torch.cuda.synchronize(self.device)
+        return first.elapsed_time(last) / 1e3
+
+    def _probe(self, count: int) -> float:
+        self._load_images(count)
+        self._time(self.model)
+        return statistics.median(self._time(self.model) for _ in range(3))
+
+    def _choose_threads(self) -> None:
+        """One thread where that is faster: on a busy machine threads mostly wait for each other."""
+        threads = torch.get_num_threads()
+        if self.settings.threads is None and self.device.type == "cpu" and threads > 1:
+            together = self._probe(2)
+            torch.set_num_threads(1)
+            if self._probe(2) > together:
+                torch.set_num_threads(threads)
+
+    def _choose_batch(self) -> int:
+        """The largest usual batch of which some rounds fit into the time that is left."""
+        if self.settings.batch is not None:
+            return self.settings.batch
+        largest = _BATCHES[self.device.type][-1]
+        if self.settings.rounds is not None:
+            return largest
+        one, four = self._probe(1), self._probe(4)
+        each = max(four - one, 0.0) / 3
+        fixed = max(one - each, 0.0)
+        reduced = 0.75  # of the time of a whole pass, on average
+        passes = (_FEWEST_ROUNDS + 1) * reduced * len(self._candidates())
+        checks = 3 * reduced * len(self.entries) * (fixed + _CHECKED * each)  # float64 takes two to three times as long
+        left = self.settings.seconds - self.elapsed - _PICTURE_SECONDS * len(self.entries) - checks
+        fitting = [size for size in _BATCHES[self.device.type] if passes * (fixed + size * each) <= left]
+        return max(fitting, default=1)
+
+    def _load_images(self, count: int) -> None:
+        views = _views(self.photo, self.config, count, self.settings.seed)
+        self.images = views.to(self.device, self.dtype)
+
+    def _is_far(self, entry: Entry) -> bool:
+        return not entry.difference <= _SUSPICIOUS * self.difference
+
+    def _count_work(self) -> None:
+        hollow, image = _empty_copy(self.model), self.images[:1].to("meta")
+        self.gmacs["unreduced"] = count_gmacs(hollow, image)
+        for counts in self.slices:
+            self.gmacs[counts] = count_gmacs(FreeSlice(hollow, counts, self.blocks), image)
+        for entry in self.entries:
+            self.gmacs[entry.slug] = count_gmacs(self._reference(hollow, entry), image)
+
+    @torch.inference_mode()
+    def check(self, progress: Progress) -> None:
+        """Run everything once: count the work, hold the logits against float64, record the first image's stages."""
+        total = len(self.entries) + 1
+        progress("checking", 0, total)
+        self._choose_threads()
+        self._load_images(self._choose_batch())
+        self.checked = min(_CHECKED, len(self.images))
+        exact_images = self.images[: self.checked].double()
+        exact_model = copy.deepcopy(self.model).double()
+        self._count_work()
+        self.difference = _difference(self.model(self.images), exact_model(exact_images))
+        for model in self.slices.values():
+            model(self.images)
+        for done, entry in enumerate(self.entries, 1):
+            progress(f"checking {entry.label} {entry.keep_rate:g}", done, total)
+            entry.exact = self._official(exact_model, entry.method, entry.chosen)(exact_images)
+            with record(entry.model) as seen:
+                entry.difference = _difference(entry.model(self.images), entry.exact)
+            entry.official_difference = _difference(entry.official(self.images), entry.exact)
+            entry.stages = _drawn(seen, self.blocks, entry.counts, self.grid)
+            if self._is_far(entry):
+                reduced = self._reference(exact_model, entry)
+                with record(reduced) as exact:
+                    reduced(exact_images)
+                entry.changed = _changed_decisions(seen, exact, self.checked)
+        progress("checking", total, total)
+
+    def _compiled(self, progress: Progress) -> dict[Any, Any]:
+        """Compile every candidate, and measure the differences of what will be timed."""
+        candidates = self._candidates()
+        entries = {entry.slug: entry for entry in self.entries}
+        compiled = {}
+        for done, (name, model) in enumerate(candidates.items()):
+            progress("compiling", done, len(candidates))
+            compiled[name] = torch.compile(model, dynamic=False)
+            logits = compiled[name](self.images)
+            if (entry := entries.get(name)) is not None:
+                entry.difference = _difference(logits, entry.exact)
+                if self._is_far(entry) and entry.changed is None:
+                    entry.changed = 0
+        return compiled
+
+    @torch.inference_mode()
+    def measure(self, progress: Progress) -> None:
+        """Time all candidates in turn, round after round, backwards in every second round."""
+        candidates: dict[Any, Any] = self._candidates()
+        if self.settings.compile:
+            # All models share the code of a few classes, and each needs its own compilation of it.
+            with torch._dynamo.config.patch(_recompile_limits(16 * len(candidates))):
+                candidates = self._compiled(progress)
+                self._rounds(candidates, progress)
+        else:
+            self._rounds(candidates, progress)
+
+    def _rounds(self, candidates: dict[Any, Any], progress: Progress) -> None:
+        self.seconds = {name: [] for name in candidates}
+        order = list(candidates)
+        start, finished = self.elapsed, 0
+        wanted = self.settings.rounds or _FEWEST_ROUNDS
+        while finished < wanted:
+            for done, name in enumerate(order):
+                progress("measuring", finished + done / len(order), wanted)
+                self.seconds[name].append(self._time(candidates[name]))
+            finished += 1
+            order.reverse()
+            if self.settings.rounds is None:
+                left = self.settings.seconds - _PICTURE_SECONDS * len(self.entries) - self.elapsed
+                fitting = finished + int(left * finished / (self.elapsed - start))
+                wanted = min(max(fitting, finished), _MOST_ROUNDS)
+        progress("measuring", finished, finished)
+
+    def _speed(self, name: Any) -> dict[str, Any]:
+        seconds = self.seconds[name]
+        low, high = _quartiles([len(self.images) / value for value in seconds])
+        return {
+            "images_per_second": len(self.images) / statistics.median(seconds),
+            "images_per_second_quartiles": [low, high],
+            "seconds": seconds,
+        }
+
+    def _slice_result(self, counts: tuple[int, ...]) -> dict[str, Any]:
+        ratio = _ratio("speedup", self.seconds[counts], self.seconds["unreduced"])
+        return {"counts": list(counts), "gmacs": self.gmacs[counts], **self._speed(counts), **ratio}
+
+    def _entry_result(self, entry: Entry) -> dict[str, Any]:
+        ours, official = entry.slug, f"{entry.slug} official"
+        return {
+            "label": entry.label,
+            "method": entry.method,
+            "options": entry.options,
+            "keep_rate": entry.keep_rate,
+            "counts": list(entry.counts),
+            "gmacs": self.gmacs[ours],
+            **self._speed(ours),
+            **_ratio("speedup", self.seconds[ours], self.seconds["unreduced"]),
+            **_ratio("share_of_free_slice", self.seconds[ours], self.seconds[entry.counts]),
+            **_ratio("speedup_over_official", self.seconds[ours], self.seconds[official]),
+            "official": self._speed(official),
+            "relative_difference": entry.difference,
+            "official_relative_difference": entry.official_difference,
+            "images_with_other_decisions": entry.changed,
+        }
+
+    def result(self) -> dict[str, Any]:
+        """Everything that was measured and where, ready for JSON.
+
+        Ratios are medians over the rounds of the ratio within a round, above 1 where the method is the faster one.
+        """
+        settings = self.settings
+        return {
+            "environment": environment(self.device),
+            "model": settings.model,
+            "weights": self.weights,
+            "image": settings.image,
+            "blocks": list(self.blocks),
+            "grid": list(self.grid),
+            "batch": len(self.images),
+            "rounds": self.rounds,
+            "dtype": settings.dtype,
+            "backend": self.backend,
+            "compile": settings.compile,
+            "fused_baseline": settings.fused_baseline,
+            "images_checked": self.checked,
+            "unreduced": {
+                "gmacs": self.gmacs["unreduced"],
+                **self._speed("unreduced"),
+                "relative_difference": self.difference,
+            },
+            "free_slices": [self._slice_result(counts) for counts in self.slices],
+            "methods": [self._entry_result(entry) for entry in self.entries],
+        }

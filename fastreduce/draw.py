@@ -1,0 +1,137 @@
+"""Pictures of what a reduction did: pruned patches turned grey, merged regions in one colour and outlined."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Panel", "fill_merged", "grey_dropped", "save_panels", "side_by_side"]
+
+Pixels = NDArray[np.uint8]  # (height, width, 3)
+Panel = tuple[Pixels, str, str]  # picture, caption, second line of the caption
+
+DPI = 200
+_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def _cells(image: Pixels, rows: int, columns: int) -> NDArray[np.float32]:
+    """(rows * h, columns * w, 3) -> (rows, h, columns, w, 3) in [0, 255]."""
+    height, width, _ = image.shape
+    if height % rows or width % columns:
+        raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into {rows} x {columns} patches")
+    return image.reshape(rows, height // rows, columns, width // columns, 3).astype(np.float32)
+
+
+def _is_dark(image: Pixels) -> bool:
+    """Whether light lines and light greys stand out from the picture better than dark ones."""
+    return bool(np.median(image @ _LUMINANCE) < 140)
+
+
+def grey_dropped(image: Pixels, kept: NDArray[np.bool_]) -> Pixels:
+    """Turn dropped patches into a grey ghost of themselves, light on a dark picture and dark on a light one.
+
+    Only lightness and an outline tell kept from dropped, so that the picture reads without colour vision.
+
+    Args:
+        image: (height, width, 3) uint8; height and width are multiples of the patch grid.
+        kept: (rows, columns) bool.
+
+    Returns:
+        A new picture; the inside of a kept patch stays as it was.
+    """
+    rows, columns = kept.shape
+    cells = _cells(image, rows, columns)
+    grey = (cells @ _LUMINANCE)[..., None]
+    ghost = np.broadcast_to((205 if _is_dark(image) else 12) + 0.16 * grey, cells.shape)
+    out = np.where(kept[:, None, :, None, None], cells, ghost).reshape(image.shape)
+    return _outline(out.round().astype(np.uint8), kept.astype(np.int64), 64 if _is_dark(image) else 255)
+
+
+def fill_merged(image: Pixels, slot: NDArray[np.int64]) -> Pixels:
+    """Fill every group of merged patches with its mean colour and outline it; a patch on its own stays as it is.
+
+    Args:
+        image: (height, width, 3) uint8; height and width are multiples of the patch grid.
+        slot: (rows, columns) the token that each patch is in, from 0; -1 for dropped patches, which turn grey.
+
+    Returns:
+        A new picture.
+    """
+    rows, columns = slot.shape
+    cells = _cells(image, rows, columns)
+    flat = slot.ravel() + 1
+    size = np.bincount(flat)
+    means = cells.mean(axis=(1, 3)).reshape(-1, 3)
+    total = np.stack([np.bincount(flat, weights=means[:, channel]) for channel in range(3)], axis=1)
+    colour = (total / np.maximum(size, 1)[:, None])[flat].reshape(rows, 1, columns, 1, 3)
+    merged = (size[flat] > 1).reshape(rows, columns)
+    out = np.where(merged[:, None, :, None, None], colour, cells).reshape(image.shape).round().astype(np.uint8)
+    alone = np.where(merged, slot, -1)  # no line between two patches that nothing happened to
+    out = _outline(out, alone, 255 if _is_dark(image) else 0)
+    return grey_dropped(out, slot >= 0) if (slot < 0).any() else out
+
+
+def _outline(image: Pixels, label: NDArray[np.int64], value: int) -> Pixels:
+    """Draw a line between neighbouring patches of different labels."""
+    image = image.copy()
+    rows, columns = label.shape
+    high, wide = image.shape[0] // rows, image.shape[1] // columns
+    for row, column in np.argwhere(label[1:] != label[:-1]):
+        y, x = (row + 1) * high, column * wide
+        image[y - 1 : y + 1, max(x - 1, 0) : x + wide + 1] = value
+    for row, column in np.argwhere(label[:, 1:] != label[:, :-1]):
+        y, x = row * high, (column + 1) * wide
+        image[max(y - 1, 0) : y + high + 1, x - 1 : x + 1] = value
+    return image
+
+
+def side_by_side(panels: Sequence[Panel], title: str, subtitle: str = "", note: str = "") -> Figure:
+    """A figure with the pictures in a row, one screen pixel for each of theirs.
+
+    Args:
+        panels: pictures of one size, each with one or two lines below it.
+        title: in bold above them.
+        subtitle: in grey, on the right of the title.
+        note: a line of small print below.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height, width, _ = panels[0][0].shape
+    gap, margin, top, caption = 28, 28, 96, 84
+    bottom = margin + (40 if note else 0)
+    wide = 2 * margin + len(panels) * width + (len(panels) - 1) * gap
+    high = top + height + caption + bottom
+    figure = Figure(figsize=(wide / DPI, high / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def text(x: float, y: float, words: str, size: float, **style: object) -> None:
+        figure.text(x / wide, 1 - y / high, words, fontsize=size, **style)  # type: ignore[arg-type]
+
+    text(margin, 58, title, 14, weight="bold", color="#111111", va="baseline")
+    text(wide - margin, 58, subtitle, 8.5, color="#555555", va="baseline", ha="right")
+    for index, (picture, first, second) in enumerate(panels):
+        left = margin + index * (width + gap)
+        axes = figure.add_axes((left / wide, (bottom + caption) / high, width / wide, height / high))
+        axes.imshow(picture, interpolation="none", aspect="auto")
+        axes.set_axis_off()
+        middle = left + width / 2
+        text(middle, top + height + 34, first, 10, color="#111111", va="baseline", ha="center")
+        text(middle, top + height + 66, second, 8.5, color="#555555", va="baseline", ha="center")
+    if note:
+        text(margin, high - margin, note, 7.5, color="#777777", va="baseline")
+    return figure
+
+
+def save_panels(
+    path: str | os.PathLike[str], panels: Sequence[Panel], title: str, subtitle: str = "", note: str = ""
+) -> None:
+    """Write :func:`side_by_side` as a PNG of 200 dots an inch."""
+    side_by_side(panels, title, subtitle, note).savefig(path, dpi=DPI, metadata={"Software": "fastreduce"})

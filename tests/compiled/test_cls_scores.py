@@ -1,0 +1,35 @@
+"""cls_scores compiles for sm_80 and sm_90 at every shape class within the gates."""
+
+import pytest
+import torch
+
+from fastreduce.kernels import cls_scores as kernels
+from tests.compiled.gates import ARCHES, check_gates
+
+# (heads, tokens, head_dim): DeiT-T/S/B and more tokens, then head widths of which some are no powers of two
+CLASSES = [(3, 197, 64), (6, 577, 64), (12, 1025, 64), (16, 4097, 64)]
+WIDTHS = [(12, 197, 32), (8, 197, 80), (8, 197, 96), (8, 577, 128), (4, 197, 256)]
+CASES = [
+    *((shape, torch.float16) for shape in CLASSES + WIDTHS),
+    *((shape, torch.float32) for shape in (CLASSES[3], WIDTHS[0], WIDTHS[1], WIDTHS[4])),  # takes most registers
+    (CLASSES[1], torch.bfloat16),
+]
+
+
+def packed(heads, tokens, head_dim, dtype):
+    q, k, _ = torch.zeros(2, tokens, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    return q[:, :, 0], k
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_gates(shape, dtype, arch):
+    heads, tokens, head_dim = shape
+    q, k = packed(heads, tokens, head_dim, dtype)
+    logits, logsumexp = torch.zeros(2, heads, tokens), torch.zeros(2, heads)
+    grad = torch.zeros(2, tokens - 1)
+
+    stream, _ = check_gates(arch, lambda: kernels.cls_scores(q, k, 1, 0.125), wide=False)
+    assert max(stream.load_bytes) == 16, stream  # K; logits and scores start at odd rows and are few
+    (backward,) = check_gates(arch, lambda: kernels.cls_scores_backward(grad, q, k, logits, logsumexp, 1, 0.125))
+    assert backward.registers <= 128, backward

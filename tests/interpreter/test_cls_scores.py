@@ -1,0 +1,134 @@
+"""cls_scores: kernels against reference in the interpreter, under the sanitizer."""
+
+import pytest
+import torch
+
+from fastreduce import ops
+from fastreduce.kernels import cls_scores as kernels
+from tests.budget import assert_within_budget
+from tests.inputs import DTYPES, seeded, tokens
+
+# (batch, heads, tokens, head_dim, prefix); 67 keys take two programs, 130 three, 3 heads and 80 channels are masked
+SHAPES = [
+    (2, 3, 67, 64, 1),
+    (1, 1, 1, 1, 0),
+    (1, 2, 5, 80, 2),
+    (2, 1, 3, 8, 3),
+    (0, 2, 9, 16, 1),
+    (1, 3, 40, 256, 0),
+    (1, 5, 130, 33, 1),
+]
+
+
+def packed(batch, heads, num_tokens, head_dim, dtype, seed=0):
+    """q of the class token and K as views of one packed qkv."""
+    qkv = torch.randn(batch, num_tokens, 3, heads, head_dim, generator=seeded(seed)).to(dtype)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return q[:, :, 0], k
+
+
+def plain(q, k, prefix, scale):
+    attention = torch.softmax(scale * q.unsqueeze(2) @ k.transpose(2, 3), dim=-1)
+    return attention[:, :, 0, prefix:].mean(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "num_tokens", "head_dim", "prefix"), SHAPES)
+def test_forward_and_backward(batch, heads, num_tokens, head_dim, prefix, dtype):
+    q, k = packed(batch, heads, num_tokens, head_dim, dtype)
+    grad = tokens(batch, num_tokens - prefix, seed=2)
+    results = []
+    for backend, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaves = [q.to(cast).detach().requires_grad_(), k.to(cast).detach().requires_grad_()]
+        scores = ops.cls_scores(*leaves, prefix=prefix, backend=backend)
+        results.append([scores, *torch.autograd.grad(scores, leaves, grad.to(scores.dtype))])
+    exact = plain(q.double(), k.double(), prefix, head_dim**-0.5)
+    torch.testing.assert_close(results[2][0], exact, atol=1e-12, rtol=1e-12)
+    for triple in zip(*results, strict=True):
+        assert_within_budget(*triple, steps=4)  # a rounding of a logit near 4 is four of its exponential
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_inputs_are_read_in_place(dtype):
+    q, k = packed(2, 2, 21, 24, dtype)
+    ours = ops.cls_scores(q, k, backend="triton")
+    assert torch.equal(ours, ops.cls_scores(q.contiguous(), k.contiguous(), backend="triton"))
+    sequence_first = k.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    assert torch.equal(ours, ops.cls_scores(q, sequence_first, backend="triton"))
+    sparse_channels = torch.stack([k, k], -1).flatten(-2)[..., ::2]
+    assert torch.equal(ours, ops.cls_scores(q, sparse_channels, backend="triton"))
+    shared_keys = k[:1].expand(2, -1, -1, -1)
+    assert torch.equal(
+        ops.cls_scores(q, shared_keys, backend="triton"), ops.cls_scores(q, shared_keys.clone(), backend="triton")
+    )
+
+
+def test_explicit_scale_and_large_logits():
+    q, k = packed(1, 2, 70, 16, torch.float32)
+    for scale in (0.3, 40.0):
+        ours = ops.cls_scores(q, k, scale=scale, backend="triton")
+        reference = ops.cls_scores(q, k, scale=scale, backend="reference")
+        exact = ops.cls_scores(q.double(), k.double(), scale=scale, backend="reference")
+        assert_within_budget(ours, reference, exact, steps=2)
+
+
+def test_keys_of_weight_zero_in_a_whole_block():
+    # All logits of the first block of keys overflow to -inf: its partial softmax must count for nothing.
+    q, k = torch.ones(1, 1, 64), torch.zeros(1, 1, 80, 64)
+    k[:, :, :64] = -3e38
+    ours = ops.cls_scores(q, k, prefix=0, backend="triton")
+    assert torch.equal(ours, ops.cls_scores(q, k, prefix=0, backend="reference"))
+
+
+def test_nan_stays_in_its_image():
+    q, k = packed(2, 2, 9, 8, torch.float32)
+    spoilt = k.clone()
+    spoilt[0, 1, 3, 5] = float("nan")
+    ours = ops.cls_scores(q, spoilt, backend="triton")
+    assert ours[0].isnan().all()
+    assert torch.equal(ours[1:], ops.cls_scores(q, k, backend="triton")[1:])
+
+
+def test_backward_takes_an_expanded_gradient_and_keeps_the_packed_layout():
+    q, k = packed(2, 3, 20, 8, torch.float32)
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [q.detach().requires_grad_(), k.detach().requires_grad_()]
+        scores = ops.cls_scores(*leaves, backend=backend)
+        upstream = torch.ones(2, 1).expand(2, 19)
+        results.append(torch.autograd.grad(scores, leaves, upstream, retain_graph=True))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-7, rtol=1e-4)
+    _, logits, logsumexp = kernels.cls_scores(q, k, 1, 1.0)
+    _, grad_k = kernels.cls_scores_backward(torch.ones(2, 19), q, k, logits, logsumexp, 1, 1.0)
+    assert grad_k.transpose(1, 2).is_contiguous()
+
+
+def test_partial_softmaxes_are_joined_in_several_steps(monkeypatch):
+    q, k = packed(2, 3, 70, 16, torch.float32)
+    k[:, :, 40:] *= 3.0  # the maximum rises on the way
+    whole = kernels.cls_scores(q, k, 1, 1.0)
+    monkeypatch.setattr(kernels, "key_tile", lambda head_dim: kernels.KeyTile(block_n=8, block_d=16, num_warps=4))
+    monkeypatch.setattr(kernels, "head_tile", lambda heads, parts: kernels.HeadTile(4, 16, block_p=2, num_warps=4))
+    for ours, expected in zip(kernels.cls_scores(q, k, 1, 1.0), whole, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_saved_logits_and_logsumexp():
+    q, k = packed(2, 3, 70, 16, torch.float32)
+    _, logits, logsumexp = kernels.cls_scores(q, k, 1, 0.25)
+    exact = 0.25 * (q.double().unsqueeze(2) * k.double()).sum(-1)
+    torch.testing.assert_close(logits.double(), exact, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logsumexp.double(), exact.logsumexp(-1), atol=1e-6, rtol=1e-6)
+
+
+def test_batch_invariance_bitwise():
+    q, k = packed(4, 2, 75, 64, torch.float16)
+    grad = tokens(4, 74, seed=3)
+    results = []
+    for part in (slice(None), slice(2, 3)):
+        leaves = [q[part].detach().requires_grad_(), k[part].detach().requires_grad_()]
+        scores = ops.cls_scores(*leaves, backend="triton")
+        results.append([scores, *torch.autograd.grad(scores, leaves, grad[part])])
+    for whole, alone in zip(*results, strict=True):
+        assert torch.equal(whole[2:3], alone)

@@ -1,0 +1,205 @@
+"""Every timm family that can be reduced, at tiny cost: against itself unreduced, and against the plain algorithms."""
+
+import copy
+import functools
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Attention
+from torch import nn
+
+import fastreduce
+from fastreduce.plain import PlainModel
+
+from . import tiny
+
+FAMILIES = {
+    "deit": ("deit_tiny_patch16_224", {}),
+    "deit-distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "deit3": ("deit3_small_patch16_224", {}),
+    "augreg": ("vit_tiny_patch16_224", {}),
+    "flexivit": ("flexivit_small", {}),
+    "dinov2": ("vit_small_patch14_dinov2", {"img_size": 70}),
+    "dinov2-registers": ("vit_small_patch14_reg4_dinov2", {"img_size": 70}),
+    "dinov2-swiglu": ("vit_giant_patch14_dinov2", {"img_size": 70}),
+    "tips": ("vit_base_patch14_reg1_tipsv2", {"img_size": 70}),
+    "clip": ("vit_base_patch32_clip_224", {"img_size": 128}),
+    "clip-quickgelu": ("vit_base_patch32_clip_quickgelu_224", {"img_size": 128}),
+    "siglip": ("vit_base_patch16_siglip_224", {}),
+    "siglip-gap": ("vit_base_patch16_siglip_gap_224", {}),
+    "gap": ("vit_medium_patch16_gap_240", {}),
+    "registers-gap": ("vit_betwixt_patch16_reg4_gap_256", {}),
+    "registers-map": ("vit_so150m_patch16_reg4_map_256", {}),
+    "aimv2": ("aimv2_large_patch14_224", {"img_size": 70}),
+    "internvit": ("vit_intern300m_patch14_448", {"img_size": 70}),
+    "beit3": ("beit3_base_patch16_224", {}),
+    "hybrid": ("vit_tiny_r_s16_p8_224", {"img_size": 128}),
+    "test-vit3": ("test_vit3", {}),
+    "not-square": ("vit_tiny_patch16_224", {"img_size": (48, 96)}),
+    "odd-grid": ("vit_tiny_patch16_224", {"img_size": (80, 48)}),
+    "dynamic": ("vit_tiny_patch16_224", {"dynamic_img_size": True}),
+    "qk-norm": ("vit_tiny_patch16_224", {"qk_norm": True}),
+    "scale-norm": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "scale_mlp_norm": True}),
+    "no-bias": ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
+    "final-norm-off": ("vit_tiny_patch16_224", {"final_norm": False}),
+    "no-positions": ("vit_tiny_patch16_224", {"pos_embed": "none"}),
+    "class-avg": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "class-avgmax": ("vit_tiny_patch16_224", {"global_pool": "avgmax"}),
+    "class-max": ("vit_tiny_patch16_224", {"global_pool": "max"}),
+    "class-map": ("vit_tiny_patch16_224", {"global_pool": "map"}),
+    "class-prr": ("vit_tiny_patch16_224", {"global_pool": "prr"}),
+    "class-none": ("vit_tiny_patch16_224", {"global_pool": "", "num_classes": 0}),
+    "avg-with-prefix": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2}),
+    "no-class-max": ("vit_tiny_patch16_224", {"global_pool": "max", "class_token": False}),
+}
+AT = (0, 2)  # with a block after each stage that reduces nothing
+SCHEDULE = {"keep_rate": 0.5, "at": AT}
+
+
+@functools.cache
+def _build(family):
+    name, changes = FAMILIES[family]
+    return tiny.build(name, **{"img_size": 96, **changes}).double()
+
+
+def model_of(family):
+    return copy.deepcopy(_build(family))
+
+
+def _runs():
+    for name, arguments in tiny.METHODS.items():
+        # At a rate below a half, a stage of exact ToMe takes several rounds.
+        schedule = {**SCHEDULE, "keep_rate": 0.3} if name == "tome-exact" else SCHEDULE
+        yield pytest.param({**arguments, **schedule}, id=name)
+    yield pytest.param({"method": "radial", "norm": "linf", "at": tiny.AT, "min_radius": 0.5}, id="radial-contiguous")
+
+
+RUNS = list(_runs())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keep_rate_one_changes_nothing(family):
+    model = model_of(family)
+    images = tiny.images(model, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+        assert expected.std() > 1e-3, "the model does not look at its input"
+        for arguments in tiny.METHODS.values():
+            fastreduce.patch(model, keep_rate=1.0, at=AT, **arguments)
+            torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+            fastreduce.unpatch(model)
+
+
+@pytest.mark.parametrize("arguments", RUNS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_plain_algorithm(family, arguments):
+    model = model_of(family)
+    images = tiny.images(model, dtype=torch.float64)
+    with torch.no_grad():
+        unreduced = model(images)
+        expected = PlainModel(model, **arguments)(images)
+        logits = fastreduce.patch(model, **arguments)(images)
+    assert logits.shape == expected.shape
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-8 * expected.abs().max().item())
+    # It does reduce: tokens are gone, and with them something of the result.
+    assert fastreduce.reduced_counts(model)[-1] < model.patch_embed.num_patches
+    if logits.shape == unreduced.shape:
+        assert (logits - unreduced).abs().max() > 1e-4 * unreduced.abs().max()
+
+
+@pytest.mark.parametrize("arguments", RUNS)
+@pytest.mark.parametrize("family", ["deit3", "dinov2-registers", "siglip", "class-avgmax", "scale-norm"])
+def test_without_fused_attention(family, arguments):
+    model = model_of(family)
+    images = tiny.images(model, dtype=torch.float64)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    with torch.no_grad():
+        expected = PlainModel(model, **arguments)(images)
+        logits = fastreduce.patch(model, **arguments)(images)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-8 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("arguments", RUNS)
+def test_gated_attention(arguments):
+    """A gate passes a selection but not a merge, since the gate differs from token to token."""
+    model = tiny.build()
+    for block in model.blocks:
+        block.attn = Attention(48, num_heads=3, qkv_bias=True, gated=True, qk_norm=True, norm_layer=nn.LayerNorm)
+    tiny.randomize(model).double()
+    images = tiny.images(model, dtype=torch.float64)
+    with torch.no_grad():
+        expected = PlainModel(model, **arguments)(images)
+        logits = fastreduce.patch(model, **arguments)(images)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-8 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("arguments", [case for case in RUNS if not case.id.startswith("radial")])
+def test_images_of_another_size(arguments):
+    """Counts follow the patches that are there."""
+    model = model_of("dynamic")
+    images = torch.randn(2, 3, 80, 64, dtype=torch.float64, generator=tiny.seeded(3))
+    with torch.no_grad():
+        expected = PlainModel(model, **arguments)(images)
+        with fastreduce.record(fastreduce.patch(model, **arguments)) as seen:
+            logits = model(images)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-8 * expected.abs().max().item())
+    assert seen.stages[0].num_in == 20
+
+
+def test_radial_patterns_belong_to_one_size():
+    model = fastreduce.patch(model_of("dynamic"), "radial", **SCHEDULE)
+    with pytest.raises(ValueError, match="made for 36 patches, got 20"):
+        model(torch.zeros(1, 3, 80, 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("arguments", RUNS)
+@pytest.mark.parametrize("family", ["deit", "dinov2-registers", "siglip", "class-avg"])
+def test_lower_precision(family, arguments):
+    model = model_of(family)
+    images = tiny.images(model)
+    with torch.no_grad():
+        exact = PlainModel(copy.deepcopy(model), **arguments)(images.double())
+        logits = fastreduce.patch(model.float(), **arguments)(images)
+        torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-4 * exact.abs().max().item())
+        for dtype in (torch.bfloat16, torch.float16):
+            rough = model.to(dtype)(images.to(dtype))
+            assert rough.dtype == dtype
+            assert rough.shape == exact.shape
+            assert rough.isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_every_parameter(family):
+    """Of the model and of the input, as in the plain algorithm."""
+    arguments = {"method": "tome", **SCHEDULE}
+    if family in ("deit", "dinov2-registers", "siglip", "beit3"):
+        arguments = {"method": "evit", **SCHEDULE}
+    model = model_of(family).train()
+    images = tiny.images(model, dtype=torch.float64)
+    gradients = []
+    for run in (PlainModel(model, **arguments), fastreduce.patch(model, **arguments)):
+        model.zero_grad()
+        run(images).square().sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[0]) == set(gradients[1])
+    assert len(gradients[0]) > 20
+    for name, expected in gradients[0].items():
+        scale = max(expected.abs().max().item(), 1e-6)
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=1e-7 * scale, msg=name)
+
+
+def test_the_families_are_what_they_are_called():
+    """Should timm change one of them, these tests would no longer test what they say."""
+    assert _build("deit-distilled").num_prefix_tokens == 2
+    assert _build("dinov2-registers").num_prefix_tokens == 5
+    assert _build("registers-gap").cls_token is None
+    assert _build("siglip").num_prefix_tokens == 0
+    assert _build("siglip").attn_pool is not None
+    assert _build("deit3").blocks[0].ls1.gamma.std() > 0.1
+    assert not isinstance(_build("clip").norm_pre, nn.Identity)
+    assert not isinstance(_build("beit3").blocks[0].attn.norm, nn.Identity)
+    assert type(_build("hybrid").patch_embed) is not timm.layers.PatchEmbed
+    assert _build("not-square").patch_embed.grid_size == (3, 6)
