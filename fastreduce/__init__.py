@@ -1,6 +1,9 @@
 """Token reduction for Vision Transformers that is actually faster."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 __version__ = "0.1.0"
 
@@ -10,11 +13,28 @@ if not (_Path(__file__).parent / "kernels").is_dir():
         "clone again with `git clone -c core.symlinks=true`, or install the wheel."
     )
 
-from . import ops
-from .backends import backend
-from .integrations.timm import Record, Stage, load_official, patch, record, reduced_counts, unpatch
-from .reducers import REDUCERS
-from .tokens import Plan, Tokens
+if TYPE_CHECKING:
+    from . import ops
+    from .backends import backend
+    from .integrations.timm import Record, Stage, load_official, patch, record, reduced_counts, unpatch
+    from .reducers import REDUCERS
+    from .tokens import Plan, Tokens
+
+# Torch and timm are imported with the first name that needs them, so that `fastreduce --help` does not wait for them.
+_HOMES = {
+    "REDUCERS": "reducers",
+    "Plan": "tokens",
+    "Record": "integrations.timm",
+    "Stage": "integrations.timm",
+    "Tokens": "tokens",
+    "backend": "backends",
+    "load_official": "integrations.timm",
+    "ops": "ops",
+    "patch": "integrations.timm",
+    "record": "integrations.timm",
+    "reduced_counts": "integrations.timm",
+    "unpatch": "integrations.timm",
+}
 
 __all__ = [
     "REDUCERS",
@@ -30,3 +50,15 @@ __all__ = [
     "reduced_counts",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _import_module(f".{_HOMES[name]}", __name__)
+    value = globals()[name] = home if name == "ops" else getattr(home, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

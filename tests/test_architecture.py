@@ -1,6 +1,7 @@
 """The arrows of the house, and what goes into the wheel."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -63,6 +64,37 @@ def test_arrows_run_one_way(path):
 def test_the_walk_sees_imports():
     assert any(name.startswith("timm") for name in _imports(PACKAGE / "integrations" / "timm.py"))
     assert any(name.startswith("fastreduce.reference") for name in _imports(PACKAGE / "ops" / "gather_tokens.py"))
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_know_torch_triton_and_one_another_only(path):
+    for name in _imports(path):
+        head = name.partition(".")[0]
+        relative = name.startswith("fastreduce.kernels.")
+        assert relative or head in ("torch", "triton", "__future__") or head in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda p: p.name)
+def test_operators_import_kernels_when_they_launch_them(path):
+    """At the top of a module they would make triton a requirement of the reference."""
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert not [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "kernels" in (node.module or "")
+    ]
+
+
+def test_import_kernels_in_the_root_finds_the_other_distribution(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("name = 'the other one'")
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels; print(kernels.name)"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "the other one\n", done.stderr
 
 
 def test_kernels_is_a_symlink_to_a_folder_without_init():

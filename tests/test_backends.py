@@ -101,3 +101,80 @@ def test_environment_variable(value, code):
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == code
     assert value in (done.stdout if code == 0 else done.stderr.splitlines()[-1])
+
+
+def _calls(dtype):
+    """Every operator once, on CPU tensors."""
+    x, slot = torch.randn(2, 6, 8).to(dtype), torch.tensor([[0, 1, 2, 1, 0, 2]] * 2)
+    index, scores = torch.zeros(2, 3, dtype=torch.int64), torch.rand(2, 5).to(dtype)
+    order = torch.arange(5).expand(2, -1)
+    heads = x.view(2, 2, 3, 8)
+    return {
+        "cls_scores": lambda **kw: ops.cls_scores(heads[:, :, 0], heads, **kw),
+        "fuse_tokens": lambda **kw: ops.fuse_tokens(x, order, scores, 2, **kw),
+        "gather_tokens": lambda **kw: ops.gather_tokens(x, index, **kw),
+        "gather_tokens with residual": lambda **kw: ops.gather_tokens(x.float(), index, residual=x[:, :4], **kw),
+        "match_tokens": lambda **kw: ops.match_tokens(x, 2, **kw),
+        "merge_tokens": lambda **kw: ops.merge_tokens(x, slot, 3, **kw),
+        "merge_tokens with residual": lambda **kw: ops.merge_tokens(x.float(), slot, 3, residual=x[:, :3], **kw),
+        "select_topk": lambda **kw: ops.select_topk(scores, 2, **kw),
+        "unmerge_tokens": lambda **kw: ops.unmerge_tokens(x, slot, **kw),
+    }
+
+
+@pytest.mark.parametrize("name", _calls(torch.float64))
+def test_no_operator_takes_float64_to_the_kernels_silently(name, monkeypatch):
+    with pytest.raises(RuntimeError, match="float64"):
+        _calls(torch.float64)[name](backend="triton")
+    _calls(torch.float64)[name](backend="reference")
+    monkeypatch.setattr(backends, "INTERPRETING", True)  # nor where kernels can run at all
+    with pytest.raises(RuntimeError, match="float64"):
+        _calls(torch.float64)[name](backend="triton")
+
+
+@pytest.mark.parametrize("name", _calls(torch.float32))
+def test_every_operator_obeys_argument_and_context(name):
+    call = _calls(torch.float32)[name]
+    call()
+    for options in ({"backend": "triton"}, {}):
+        with fastreduce.backend("auto" if options else "triton"), pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+            call(**options)
+    with fastreduce.backend("triton"):
+        call(backend="reference")
+    with pytest.raises(ValueError, match="'fastest'"):
+        call(backend="fastest")
+
+
+def test_environment_gives_way_to_context_and_argument():
+    script = (
+        "import torch, fastreduce\n"
+        "x, slot = torch.randn(1, 4, 8), torch.zeros(1, 4, dtype=torch.int64)\n"
+        "fastreduce.ops.unmerge_tokens(x, slot, backend='reference')\n"
+        "with fastreduce.backend('reference'):\n"
+        "    fastreduce.ops.unmerge_tokens(x, slot)\n"
+        "print('both')\n"
+        "fastreduce.ops.unmerge_tokens(x, slot)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"FASTREDUCE_BACKEND": "triton"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "both\n"
+    assert done.stderr.splitlines()[-1].startswith("RuntimeError: backend 'triton' was asked for"), done.stderr
+
+
+def test_without_triton_every_operator_has_its_reference():
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import fastreduce.ops, torch\n"
+        "from tests.test_backends import _calls\n"
+        "for call in _calls(torch.float32).values():\n"
+        "    call(); call(backend='reference')\n"
+        "    try: call(backend='triton')\n"
+        "    except RuntimeError as error: assert 'triton is not installed' in str(error), error\n"
+        "    else: raise SystemExit('fell back silently')\n"
+        "assert not any(name.startswith(('triton.', 'fastreduce.kernels')) for name in sys.modules)\n"
+        "print('fine')\n"
+    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr

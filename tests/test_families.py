@@ -149,10 +149,18 @@ def test_images_of_another_size(arguments):
     assert seen.stages[0].num_in == 20
 
 
-def test_radial_patterns_belong_to_one_size():
-    model = fastreduce.patch(model_of("dynamic"), "radial", **SCHEDULE)
-    with pytest.raises(ValueError, match="made for 36 patches, got 20"):
-        model(torch.zeros(1, 3, 80, 64, dtype=torch.float64))
+def test_radial_patterns_belong_to_one_grid():
+    model = fastreduce.patch(tiny.build(img_size=(32, 64)), "radial", **SCHEDULE)
+    model.set_input_size((64, 32))  # as many patches, in other places
+    with pytest.raises(ValueError, match=r"made for a grid of \(\d+, \d+\), got"):
+        model(torch.zeros(1, 3, 64, 32))
+    model = fastreduce.patch(tiny.build(img_size=64, dynamic_img_size=True), "radial", **SCHEDULE)
+    other = torch.zeros(1, 3, 32, 128)
+    for reduced in (model, copy.deepcopy(model)):
+        reduced(torch.zeros(1, 3, 64, 64))
+        with pytest.raises(ValueError, match=r"made for a grid of \(\d+, \d+\), got"):
+            reduced(other)
+        fastreduce.unpatch(reduced)(other)
 
 
 @pytest.mark.parametrize("arguments", RUNS)

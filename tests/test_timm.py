@@ -215,6 +215,7 @@ BAD = [
     ),
     _bad("radius-nan", ValueError, ["nan"], method="radial", min_radius=math.nan),
     _bad("radius-text", TypeError, ["'far'"], method="radial", min_radius="far"),
+    _bad("radius-of-stages", ValueError, ["2.0", "contiguous"], method="radial", min_radius=2.0, keep_rate=0.5),
     _bad("normalize-text", TypeError, ["'yes'"], method="evit", normalize="yes"),
 ]
 

@@ -1,5 +1,7 @@
 """gather, group, merge, unmerge, match in an ordinary process: operators, gradients, compilation, errors, numbers."""
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,8 +11,9 @@ from torch import nn
 from fastreduce import ops, reference
 from fastreduce.ops.gather_tokens import GatherTokens
 from fastreduce.ops.merge_tokens import MergeTokens, UnmergeTokens
+from tests.budget import EPS
 from tests.inputs import distinct_indices, seeded, tokens
-from tests.matching import exact_metric, plain_slots
+from tests.matching import assert_slots_by_value, exact_metric, plain_slots
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 NATIVE = torch.ops.fastreduce
@@ -69,6 +72,21 @@ def test_opcheck_unmerge_and_match(dtype):
         torch.library.opcheck(NATIVE.unmerge_tokens_backward.default, (grad, slot, 4), test_utils=OPCHECKS)
     for metric in layouts(tokens(2, 9, 5, dtype=dtype)):
         torch.library.opcheck(NATIVE.match_tokens.default, (metric, 3, 1), test_utils=OPCHECKS)
+
+
+def test_opcheck_of_slots_in_any_layout_and_of_empty_batches():
+    slot = slots(low=-1)
+    for chosen in (*layouts(slot), slot.int(), slot[:1].expand(2, -1), slot[:0]):
+        torch.library.opcheck(NATIVE.group_slots.default, (chosen, 4), test_utils=OPCHECKS)
+        x = tokens(chosen.shape[0], 4, 5, dtype=torch.float16)
+        torch.library.opcheck(NATIVE.unmerge_tokens.default, (x, chosen), test_utils=OPCHECKS)
+    groups = NATIVE.group_slots(slot[:0], 4)
+    torch.library.opcheck(
+        NATIVE.merge_tokens.default, (tokens(0, 9, 5), slot[:0], *groups, None, None), test_utils=OPCHECKS
+    )
+    for metric in (tokens(0, 9, 5), tokens(1, 9, 5, dtype=torch.float16).expand(3, -1, -1), tokens(2, 5, 9).mT):
+        for r, prefix in ((0, 1), (4, 1), (3, 2)):
+            torch.library.opcheck(NATIVE.match_tokens.default, (metric, r, prefix), test_utils=OPCHECKS)
 
 
 # The CPU implementation of the operators is the reference, so gradcheck checks its explicit backward formulas.
@@ -135,6 +153,31 @@ def test_compile_fullgraph(stage, dynamic):
         torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in outs))
 
 
+def test_dynamic_batch_compiles_once():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(by_functions, fullgraph=True, dynamic=True, backend=counter)
+    for batch in (2, 3, 7):
+        compiled(leaf(tokens(batch, 9, 5)), tokens(batch, 9, 4))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "match", [lambda m, r: NATIVE.match_tokens(m, r, 1), lambda m, r: ops.match_tokens(m, r, backend="reference")]
+)
+def test_compile_with_a_count_that_follows_the_shape(match):
+    def shrink(x):
+        r = x.shape[1] // 4
+        return NATIVE.group_slots(match(x, r), x.shape[1] - r)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(shrink, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_tokens in (8, 12, 17):
+        x = tokens(2, num_tokens, 5)
+        for ours, expected in zip(compiled(x), shrink(x), strict=True):
+            assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("stage", [by_functions, by_reference])
 def test_export(stage):
     class Stage(nn.Module):
@@ -175,11 +218,47 @@ BAD_CALLS = [
     (ValueError, "r must be between 0 and 4, got -1", lambda: ops.match_tokens(METRIC, -1)),
     (ValueError, r"metric must have shape \(B, N, D\), got \(2, 9\)", lambda: ops.match_tokens(METRIC[..., 0], 1)),
     (TypeError, "metric must be floating point, got torch.int64", lambda: ops.match_tokens(METRIC.long(), 1)),
-    (ValueError, "unknown backend 'gpu'", lambda: ops.gather_tokens(X, INDEX, backend="gpu")),
+    (TypeError, "r must be an integer, got 1.0", lambda: ops.match_tokens(METRIC, 1.0)),
+    (TypeError, "r must be an integer, got True", lambda: ops.match_tokens(METRIC, True)),
+    (ValueError, "r must be between 0 and 3, got 4", lambda: ops.match_tokens(METRIC, 4, prefix=3)),
+    (ValueError, "prefix must be between 0 and 9, got 10", lambda: ops.match_tokens(METRIC, 0, prefix=10)),
+    (TypeError, "prefix must be an integer, got '1'", lambda: ops.match_tokens(METRIC, 0, prefix="1")),
+    (ValueError, r"at least 2 tokens, got shape \(2, 1, 4\)", lambda: ops.match_tokens(METRIC[:, :1], 0)),
+    (TypeError, "metric must be a tensor .* got NoneType", lambda: ops.match_tokens(None, 0)),
+    (ValueError, r"slot must have shape \(B, N\), got \(9,\)", lambda: ops.group_slots(SLOT[0], 4)),
+    (TypeError, "slot must hold .* got torch.uint8", lambda: ops.group_slots(SLOT.byte(), 4)),
+    (ValueError, "num_out must be .* got -2", lambda: ops.group_slots(SLOT, -2)),
+    (ValueError, r"x must have shape \(B, N, C\), got \(9, 5\)", lambda: ops.merge_tokens(X[0], SLOT, 4)),
+    (TypeError, "x must be floating point, got torch.bool", lambda: ops.merge_tokens(X.bool(), SLOT, 4)),
+    (ValueError, "x is on cpu and slot on meta", lambda: ops.merge_tokens(X, SLOT.to("meta"), 4)),
+    (ValueError, "x is on cpu and size on meta", lambda: ops.merge_tokens(X, SLOT, 4, size=sizes().to("meta"))),
+    (
+        ValueError,
+        "x is on cpu and residual on meta",
+        lambda: ops.merge_tokens(X, SLOT, 4, residual=X[:, :4].to("meta")),
+    ),
+    (ValueError, r"x must have shape \(B, M, C\), got \(2, 9\)", lambda: ops.unmerge_tokens(X[..., 0], SLOT)),
+    (TypeError, "x must be floating point, got torch.int64", lambda: ops.unmerge_tokens(X.long(), SLOT)),
+    (ValueError, "x is on cpu and slot on meta", lambda: ops.unmerge_tokens(X, SLOT.to("meta"))),
+    *(
+        (kind, message, functools.partial(call, backend=backend))
+        for backend, kind, message in (
+            ("gpu", ValueError, "unknown backend 'gpu'"),
+            ("triton", RuntimeError, "'triton' was asked for, but .*TRITON_INTERPRET=1"),
+        )
+        for call in (
+            functools.partial(ops.gather_tokens, X, INDEX),
+            functools.partial(ops.group_slots, SLOT, 4),
+            functools.partial(ops.prepare_merge, SLOT, 4),
+            functools.partial(ops.merge_tokens, X, SLOT, 4),
+            functools.partial(ops.unmerge_tokens, X, SLOT),
+            functools.partial(ops.match_tokens, METRIC, 1),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("kind", "message", "call"), BAD_CALLS, ids=[message for _, message, _ in BAD_CALLS])
+@pytest.mark.parametrize(("kind", "message", "call"), BAD_CALLS)
 def test_bad_input_is_quoted(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
@@ -202,21 +281,72 @@ def test_merge_is_the_loop(batch, num_tokens, num_out, channels, sized, seed):
             )
             torch.testing.assert_close(merged[b, m], expected)
             assert total[b, m] == weight.sum()
+    assert torch.equal(total.sum(1), size.sum(1))
     spread = ops.unmerge_tokens(merged, slot)
     torch.testing.assert_close((spread * size.unsqueeze(-1)).sum(1), (x * size.unsqueeze(-1)).sum(1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 10**6),
+)
+def test_merge_in_lower_precision_errs_by_its_roundings(dtype, num_tokens, sized, with_residual, seed):
+    x, slot = tokens(2, num_tokens, 3, dtype=dtype, seed=seed), slots(2, num_tokens, 4, seed=seed).int()
+    size = sizes(2, num_tokens) if sized else None
+    residual = tokens(2, 4, 3, dtype=dtype, seed=seed + 1) if with_residual else None
+    merged, total = ops.merge_tokens(x, slot, 4, size=size, residual=residual)
+    assert (merged.dtype, total.dtype) == (dtype, torch.float32)
+    wide = None if residual is None else residual.double()
+    exact, exact_total = ops.merge_tokens(x.double(), slot, 4, size=size, residual=wide)
+    assert torch.equal(total.double(), exact_total)
+    tolerance = 2 * EPS[dtype] * (x.abs().max() + 1 + (0 if residual is None else residual.abs().max())).item()
+    torch.testing.assert_close(merged.double(), exact, rtol=0, atol=tolerance)
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_match_is_the_plain_transcription(data):
     num_tokens = data.draw(st.integers(2, 14))
     prefix = data.draw(st.integers(0, min(5, num_tokens)))
     r = data.draw(st.integers(0, (num_tokens - prefix) // 2))
-    metric = exact_metric(2, num_tokens, data.draw(st.sampled_from([1, 4, 7])), seed=data.draw(st.integers(0, 10**6)))
-    if data.draw(st.booleans()):
-        metric[0, data.draw(st.integers(0, num_tokens - 1))] = float("nan")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    dim, seed = data.draw(st.sampled_from([1, 4, 7])), data.draw(st.integers(0, 10**6))
+    metric = exact_metric(2, num_tokens, dim, dtype=dtype, seed=seed)
+    for place in data.draw(st.lists(st.integers(0, num_tokens - 1), max_size=3)):
+        metric[0, place] = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
     slot = ops.match_tokens(metric, r, prefix=prefix)
     assert slot.tolist() == [plain_slots(rows, r, prefix) for rows in metric.tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_match_of_random_metrics_by_value(dtype):
+    for prefix in (0, 1, 2):
+        metric = tokens(2, 40, 24, dtype=dtype, seed=prefix)
+        slot = ops.match_tokens(metric, 13, prefix=prefix)
+        assert_slots_by_value(slot, metric, 13, prefix, tolerance=8 * EPS[torch.float32])
+
+
+def test_the_judgement_by_value_can_fail():
+    metric = tokens(1, 12, 6)
+    slot = ops.match_tokens(metric, 3)
+    wrong_count, wrong_number, wrong_partner = (slot.clone() for _ in range(3))
+    wrong_number[0, [1, 3]] = slot[0, [3, 1]]
+    mover = next(n for n in range(2, 12, 2) if slot[0, n] in slot[0, 1::2])
+    wrong_partner[0, mover] = slot[0, 1] if slot[0, mover] != slot[0, 1] else slot[0, 3]
+    for bad, r in ((wrong_count, 4), (wrong_number, 3), (wrong_partner, 3)):
+        with pytest.raises(AssertionError):
+            assert_slots_by_value(bad, metric, r, 1, tolerance=1e-6)
+
+
+def test_sizes_are_constants_of_the_gradient():
+    x, size = leaf(tokens(2, 9, 5)), leaf(sizes())
+    merged, total = ops.merge_tokens(x, slots(), 4, size=size)
+    assert not total.requires_grad
+    assert torch.autograd.grad(merged.sum(), size, allow_unused=True) == (None,)
 
 
 def test_unmerge_leaves_dropped_tokens_zero():
@@ -227,10 +357,16 @@ def test_unmerge_leaves_dropped_tokens_zero():
 
 def test_references_give_the_same_bits_in_any_batch():
     x, slot, metric, index = tokens(4, 9, 5), slots(4), tokens(4, 9, 6, seed=1), distinct_indices(4, 3, 8)
+    grad = tokens(4, 4, 5, seed=2)
+    total = reference.merge_tokens(x, slot, 4, sizes(4), None)[1]
     for run in (
         lambda rows: reference.gather_tokens(x[rows], index[rows], 1, None),
+        lambda rows: reference.scatter_tokens(grad[rows], index[rows], 1, 9),
+        lambda rows: reference.group_slots(slot[rows], 4)[0],
         lambda rows: reference.merge_tokens(x[rows], slot[rows], 4, sizes(4)[rows], None)[0],
+        lambda rows: reference.merge_tokens_backward(grad[rows], slot[rows], sizes(4)[rows], total[rows]),
         lambda rows: reference.unmerge_tokens(x[rows], slot[rows]),
+        lambda rows: reference.sum_slots(x[rows], slot[rows], 4),
         lambda rows: reference.match_tokens(metric[rows], 3, 1),
     ):
         whole = run(slice(None))

@@ -53,6 +53,17 @@ def _is_bare(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_hooks
 
 
+class _SameGrid:
+    """Hook on the patch embedding of a model of any image size: patterns that belong to one grid meet no other."""
+
+    def __init__(self, method: str, grid: tuple[int, int]):
+        self.method, self.grid = method, grid
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if (grid := tuple(output.shape[1:3])) != self.grid:  # (B, rows, columns, C)
+            raise ValueError(f"the {self.method} patterns were made for a grid of {self.grid}, got {grid}")
+
+
 class ReducedBlock(nn.Module):
     """A timm ``Block`` that takes and gives :class:`~fastreduce.tokens.Tokens`; it shares the block's own submodules.
 
@@ -184,6 +195,9 @@ class ReducedBlock(nn.Module):
                 f"block {self.index} of a reduced model takes fastreduce.Tokens, as block {self.index - 1} gives them, "
                 f"got {type(x).__name__}"
             )
+        made_for, grid = self._reducer.grid, tuple(self._model.patch_embed.grid_size)
+        if made_for not in (None, grid):
+            raise ValueError(f"the {self._reducer.name} patterns were made for a grid of {made_for}, got {grid}")
         prefix = self._model.num_prefix_tokens
         return Tokens(x, prefix=prefix, patches=x.shape[1] - prefix)
 
@@ -411,13 +425,16 @@ def patch(
     check_backend(backend)
     _check_model(model)
     reducer = make_reducer(method, _shape_of(model), at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
-    if not isinstance(model.patch_drop, nn.Identity) and method == "radial":
-        raise ValueError("radial patterns need every patch in its place, but the model has a patch_drop_rate")
+    if reducer.grid is not None and not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError(f"{method} patterns need every patch in its place, but the model has a patch_drop_rate")
     blocks: Any = model.blocks
     for index in range(reducer.blocks[0], len(blocks)):
         _check_bare(blocks[index], f"block {index}")
         _check_bare(blocks[index].attn, f"the attention of block {index}")
     reducer.to(next(model.parameters()).device)
+    if reducer.grid is not None and model.dynamic_img_size:
+        embed: Any = model.patch_embed
+        embed.register_forward_hook(_SameGrid(method, reducer.grid))
     model.blocks = _reduced_blocks(model, reducer)
     object.__setattr__(model, "forward_intermediates", _ForwardIntermediates(model))
     if list(reducer.buffers()) or list(reducer.parameters()):
@@ -442,6 +459,10 @@ def unpatch(model: Model) -> Model:
                 setattr(block, name, child)
             block.training = reduced.training
     original.training = blocks.training
+    embed: Any = model.patch_embed
+    hooks = embed._forward_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _SameGrid)]:
+        del hooks[key]
     model.blocks = original
     object.__delattr__(model, "forward_intermediates")
     if hasattr(model, "reducers"):
@@ -471,7 +492,8 @@ class Stage:
         self._plans, self._prefix = tuple(plans), prefix
         plan = plans[-1]
         self.block, self.num_in, self.num_out = plan.block, plan.num_in, plan.num_out
-        self.kept = plan.kept_indices(batch)
+        kept = plan.kept_indices(batch)
+        self.kept = None if kept is None else kept.clone()  # not a view of radial's own pattern
         self.kept_patches = compose_kept(plans, batch)
         self.slot = plan.slots(batch)
         self.patch_slot = compose_slots(plans, batch)

@@ -111,6 +111,6 @@ def gather_tokens(
         expected = (x.shape[0], prefix + index.shape[1], x.shape[2])
         if shape_of(residual) != expected:
             raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
-    if resolve(backend, x) == "reference":
+    if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
         return reference.gather_tokens(x, index, prefix, residual)
     return GatherTokens.apply(x, index, prefix, residual)

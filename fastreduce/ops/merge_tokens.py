@@ -70,7 +70,7 @@ def _fake_merge(
 _group = register(
     "group_slots(Tensor slot, SymInt num_out) -> (Tensor, Tensor)",
     triton=_triton_group,
-    reference=reference.group_slots,
+    reference=lambda slot, num_out: reference.group_slots(slot.contiguous(), num_out),  # a sort keeps the strides
     fake=_fake_group,
 )
 _merge = register(

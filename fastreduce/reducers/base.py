@@ -93,11 +93,13 @@ class Reducer(nn.Module, abc.ABC):
 
     Attributes:
         name: the method's name in :func:`fastreduce.patch`.
+        grid: the patch grid (rows, columns) that the patterns were made for, or None where any will do.
         blocks: the blocks at which the stages stand, ascending.
         backend: passed to every op.
     """
 
     name: ClassVar[str]
+    grid: tuple[int, int] | None = None
 
     def __init__(self, blocks: tuple[int, ...], backend: str = "auto"):
         super().__init__()

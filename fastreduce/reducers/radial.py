@@ -93,7 +93,7 @@ class Radial(Reducer):
             present = present[inside]
             # Not persistent: checkpoint keys stay those of the model.
             self.register_buffer(f"kept_{stage}", inside, persistent=False)
-        self.patches = shape.patches
+        self.grid = shape.grid
 
     @classmethod
     def make(
@@ -119,6 +119,10 @@ class Radial(Reducer):
                     f"a contiguous radial schedule has no keep rate, got keep_rate={keep_rate!r} and keep={keep!r}"
                 )
             return cls(blocks, shape, None, backend=backend, **options)
+        if "min_radius" in options:
+            raise ValueError(
+                f"min_radius belongs to the contiguous schedule, got {options['min_radius']!r} with 'stages'"
+            )
         wanted = keep_schedule(keep_rate, keep, len(blocks), shape.patches)
         return cls(blocks, shape, wanted, backend=backend, **options)
 
@@ -131,8 +135,6 @@ class Radial(Reducer):
 
     def before(self, tokens: Tokens, stage: int) -> Tokens:
         """Gather the patches inside the radius, in ascending position."""
-        if tokens.patches != self.patches:
-            raise ValueError(f"radial patterns were made for {self.patches} patches, got {tokens.patches}")
         kept = self._kept(stage)
         if len(kept) == tokens.num_patches:
             return tokens

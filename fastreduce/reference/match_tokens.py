@@ -31,7 +31,9 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     similarity[:, :prefix_a] = float("-inf")
     best, destination = similarity.max(dim=-1)
     merged_first = torch.sort(-best, dim=1, stable=True)[1][:, :r]
-    merged = torch.zeros_like(best, dtype=torch.bool).scatter(1, merged_first, True)
+    merged = torch.zeros_like(best, dtype=torch.bool).scatter(
+        1, merged_first, torch.ones_like(merged_first, dtype=torch.bool)
+    )
 
     position_a = torch.arange(num_a, device=metric.device)
     position_b = torch.arange(num_b, device=metric.device)
