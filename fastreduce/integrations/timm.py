@@ -163,14 +163,13 @@ class ReducedBlock(nn.Module):
             out = out * gate(normed).sigmoid()
         return out
 
-    def branch(self, attended: Tensor, weight_sum: Tensor | None = None) -> Tensor:
+    def branch(self, attended: Tensor, last_weight_sum: Tensor | None = None) -> Tensor:
         """Output projection, dropout, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
         proj = self.attn.proj
-        if weight_sum is None or proj.bias is None:
-            projected = proj(attended)
-        else:
-            projected = F.linear(attended, proj.weight)
-            projected = projected + weight_sum.unsqueeze(-1).to(projected.dtype) * proj.bias.to(projected.dtype)
+        projected = proj(attended)
+        if last_weight_sum is not None and proj.bias is not None:
+            surplus = (last_weight_sum - 1).unsqueeze(-1) * proj.bias  # (B, C)
+            projected[:, -1] += surplus.to(projected.dtype)
         return self.drop_path1(self.ls1(self.attn.proj_drop(projected)))
 
     def step(self, tokens: Tokens) -> Tokens:

@@ -7,14 +7,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Tokens
 from .schedule import Keep, KeepRate, keep_schedule, stage_blocks
 
-__all__ = ["AttentionBlock", "ModelShape", "Reducer", "attend_all", "importance", "rest_sum", "with_last"]
+__all__ = ["AttentionBlock", "ModelShape", "Reducer", "attend_all", "importance", "rest_sum"]
 
 
 class AttentionBlock(Protocol):
@@ -60,11 +59,11 @@ class AttentionBlock(Protocol):
         """
         ...
 
-    def branch(self, attended: Tensor, weight_sum: Tensor | None = None) -> Tensor:
+    def branch(self, attended: Tensor, last_weight_sum: Tensor | None = None) -> Tensor:
         """Output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C).
 
-        ``weight_sum`` (B, M): each row is a sum of tokens with weights that add up to this, so the projection's bias
-        enters as often. None stands for ones.
+        ``last_weight_sum`` (B,): the last row is a sum of tokens with weights that add up to this, so the projection's
+        bias enters it as often. None stands for ones.
         """
         ...
 
@@ -162,8 +161,3 @@ def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, back
 def rest_sum(scores: Tensor, order: Tensor, k: int) -> Tensor:
     """(B,): the sum of the scores of the tokens that are not among the first k of the order."""
     return scores.gather(1, order[:, k:].long()).sum(1)
-
-
-def with_last(values: Tensor, rows: int) -> Tensor:
-    """(B,) -> (B, rows): ones, and the value in the last place."""
-    return torch.nn.functional.pad(values.unsqueeze(1), (rows - 1, 0), value=1.0)

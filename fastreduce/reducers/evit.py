@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, attend_all, importance, rest_sum, with_last
+from .base import AttentionBlock, ModelShape, Reducer, attend_all, importance, rest_sum
 from .schedule import KeepSchedule
 
 __all__ = ["EViT"]
@@ -53,8 +53,7 @@ class EViT(Reducer):
         attended = block.attention(q, k, v, normed, tokens.size)
         if block.commutes:
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
-            weight_sum = None if self.normalize else with_last(rest_sum(scores, order, keep), fused.shape[1])
-            residual = block.branch(fused, weight_sum)
+            residual = block.branch(fused, None if self.normalize else rest_sum(scores, order, keep))
             x = ops.fuse_tokens(tokens.x, order, scores, keep, prefix=prefix, residual=residual, backend=backend)
         else:
             x = tokens.x + block.branch(attended)

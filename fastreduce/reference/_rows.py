@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulator", "flat_rows", "take_rows", "with_prefix"]
+__all__ = ["accumulator", "add_residual", "flat_rows", "take_rows", "with_prefix"]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -32,3 +32,12 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
         return index.long()
     head = torch.arange(prefix, device=index.device).expand(index.shape[0], prefix)
     return torch.cat([head, index.long() + prefix], dim=1)
+
+
+def add_residual(fresh: Tensor, residual: Tensor | None) -> Tensor:
+    """``fresh + residual`` in the promoted dtype; in place where that is fresh's own, since nobody else holds it."""
+    if residual is None:
+        return fresh
+    if torch.promote_types(fresh.dtype, residual.dtype) == fresh.dtype:
+        return fresh.add_(residual)
+    return fresh + residual

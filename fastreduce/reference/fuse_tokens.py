@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._rows import accumulator, flat_rows, take_rows, with_prefix
+from ._rows import accumulator, add_residual, flat_rows, take_rows, with_prefix
 
 __all__ = ["fuse_tokens", "fuse_tokens_backward"]
 
@@ -25,8 +25,7 @@ def fuse_tokens(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, r
     kept = take_rows(x, with_prefix(order[:, :k], prefix))
     weights = _rest_weights(order, scores.to(dtype), k).unsqueeze(1)
     fused = torch.bmm(weights, x[:, prefix:].to(dtype)).to(x.dtype)  # no copy of the rest
-    out = torch.cat([kept, fused], dim=1)
-    return out if residual is None else out + residual
+    return add_residual(torch.cat([kept, fused], dim=1), residual)
 
 
 def fuse_tokens_backward(

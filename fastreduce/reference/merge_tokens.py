@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._rows import accumulator, flat_rows, take_rows
+from ._rows import accumulator, add_residual, flat_rows, take_rows
 
 __all__ = ["group_slots", "merge_tokens", "merge_tokens_backward", "sum_slots", "unmerge_tokens"]
 
@@ -27,7 +27,7 @@ def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
     batch, _, channels = x.shape
     rows = x.to(accumulator(x.dtype)).masked_fill((slot < 0).unsqueeze(-1), 0.0)
     total = torch.zeros(batch * num_out, channels, dtype=rows.dtype, device=x.device)
-    total = total.index_add(0, flat_rows(slot.long().clamp_min(0), num_out), rows.reshape(-1, channels))
+    total = total.index_add_(0, flat_rows(slot.long().clamp_min(0), num_out), rows.reshape(-1, channels))
     return total.view(batch, num_out, channels).to(x.dtype)
 
 
@@ -42,12 +42,12 @@ def merge_tokens(
     batch, tokens, channels = x.shape
     dtype = accumulator(x.dtype)
     weights = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size.to(dtype)
-    total = torch.zeros(batch, num_out, dtype=dtype, device=x.device).scatter_add(1, slot.long(), weights)
+    total = torch.zeros(batch, num_out, dtype=dtype, device=x.device).scatter_add_(1, slot.long(), weights)
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
     summed = torch.zeros(batch * num_out, channels, dtype=dtype, device=x.device)
-    summed = summed.index_add(0, flat_rows(slot.long(), num_out), rows.reshape(-1, channels))
-    merged = (summed.view(batch, num_out, channels) / total.unsqueeze(-1).clamp_min(1e-30)).to(x.dtype)
-    return (merged if residual is None else merged + residual), total
+    summed = summed.index_add_(0, flat_rows(slot.long(), num_out), rows.reshape(-1, channels))
+    merged = summed.view(batch, num_out, channels).div_(total.unsqueeze(-1).clamp_min(1e-30)).to(x.dtype)
+    return add_residual(merged, residual), total
 
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ def groups(num_tokens, num_out):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-@pytest.mark.parametrize("num_tokens", [197, 576])
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(197, torch.int64), (576, torch.int32), (4097, torch.int64)])
 def test_gates_of_the_groups(num_tokens, dtype, arch):
     slot = torch.zeros(2, num_tokens, dtype=dtype)
     (report,) = check_gates(arch, lambda: kernels.group_slots(slot, num_tokens // 2), wide=False)

@@ -93,11 +93,19 @@ def test_a_similarity_that_is_not_a_number_counts_least(bad, dtype):
         check(metric, 5, 4)
 
 
+def test_not_a_number_loses_to_opposite_directions():
+    metric = torch.tensor([1.0, NAN, 3.0, -1.0, 1.0, NAN, 0.5, -4.0]).view(1, 8, 1)
+    slot = check(metric, 3, 0)
+    assert slot[0, 0] == slot[0, 2] == slot[0, 4] == slot[0, 3]
+
+
 def test_negative_zero_ties_with_zero():
-    metric = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [1.0, 0.0], [0.0, 1.0]]])
+    metric = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0], [1.0, 0.0], [0.0, 1.0]]).unsqueeze(0)
     for r in range(3):
         check(metric, r, 0)
         check(-metric, r, 0)
+    partner = [-1e-37, 1e18]  # a cosine of -1e-55, which is -0.0 in float32, against 0.0
+    assert check(torch.tensor([[[1e18, 0.0], partner, [0.0, 0.0], partner]]), 1, 0).tolist() == [[1, 1, 0, 2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -128,6 +128,21 @@ def test_mixed_dtypes():
             assert_within_budget(ours, reference, exact)
 
 
+def test_prepared_groups_serve_several_merges():
+    slot = random_slots(2, 9, 4)
+    groups = ops.prepare_merge(slot, 4, backend="triton")
+    assert groups is not None
+    assert ops.prepare_merge(slot, 4, backend="reference") is None
+    for dtype in DTYPES:
+        x = tokens(2, 9, 8, dtype=dtype)
+        for prepared, plain in zip(
+            ops.merge_tokens(x, slot, 4, groups=groups, backend="triton"),
+            ops.merge_tokens(x, slot, 4, backend="triton"),
+            strict=True,
+        ):
+            assert torch.equal(prepared, plain)
+
+
 def test_sequence_first_and_packed_views():
     by_sequence = tokens(9, 2, 16).transpose(0, 1)
     packed = tokens(2, 9, 3, 16)[:, :, 1]
