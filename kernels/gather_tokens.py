@@ -41,7 +41,7 @@ def gather_tokens_kernel(
     ).to(tl.float32)
     if residual is not None:
         value += tl.load(
-            residual + batch * residual_stride_b + rows[:, None] * residual_stride_n + offsets_c[None, :],
+            residual + batch * residual_stride_b + rows.to(tl.int64)[:, None] * residual_stride_n + offsets_c[None, :],
             mask=mask,
             other=0.0,
         ).to(tl.float32)

@@ -52,7 +52,7 @@ def merge_tokens(
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
     """Gradient (B, N, C) of x for grad (B, num_out, C); slots and sizes are constants."""
-    share = 1.0 / total.gather(1, slot.long())
+    share = 1.0 / total.gather(1, slot.long()).clamp_min(1e-30)
     if size is not None:
         share = share * size.to(share.dtype)
     return (take_rows(grad, slot.long()).to(share.dtype) * share.unsqueeze(-1)).to(grad.dtype)
