@@ -1,4 +1,7 @@
-"""Class attention averaged over heads: K is read once, its softmax is put together from partial ones."""
+"""Class attention averaged over heads: K is read once, its softmax is put together from partial ones.
+
+With values, of which each is read once beside its key, it is weighted by their lengths and summed. Two launches always.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,13 @@ class HeadTile:
     num_warps: int
 
 
-def head_tile(heads: int, parts: int) -> HeadTile:
-    """2,048 elements a program, 16 a thread; heads lie within a thread or a warp, keys across lanes."""
+def head_tile(heads: int, parts: int, streams: int = 1) -> HeadTile:
+    """2,048 elements a program, 16 a thread; heads lie within a thread or a warp, keys across lanes.
+
+    Half the keys where lengths are a second stream: with 4 heads and as many keys a few words spilled on sm_80.
+    """
     block_h = triton.next_power_of_2(heads)
-    block_n = max(32, 2048 // block_h)
+    block_n = max(32, 2048 // streams // block_h)
     return HeadTile(block_h, block_n, block_p=min(block_n, triton.next_power_of_2(parts)), num_warps=4)
 
 
@@ -47,7 +53,10 @@ def head_tile(heads: int, parts: int) -> HeadTile:
 def class_logits_kernel(
     q,  # (B, H, D)
     k,  # (B, H, N, D)
+    value,  # (B, H, N, D) or None
+    valid,  # (B, N) bool or None
     logits,  # (B, H, N) float32, contiguous
+    lengths,  # (B, H, N) float32, contiguous, or None without value
     part_max,  # (B, H, P) float32, contiguous
     part_sum,  # (B, H, P) float32, contiguous
     scale,
@@ -59,6 +68,11 @@ def class_logits_kernel(
     k_stride_b,
     k_stride_h,
     k_stride_n,
+    value_stride_b,
+    value_stride_h,
+    value_stride_n,
+    valid_stride_b,
+    valid_stride_n,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -71,13 +85,24 @@ def class_logits_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < tokens
     in_d = offsets_d < D
+    seen = in_n
+    if valid is not None:
+        rows = valid + batch * valid_stride_b + offsets_n.to(tl.int64) * valid_stride_n
+        seen = in_n & (tl.load(rows, mask=in_n, other=0) != 0)
     query = tl.load(q + batch * q_stride_b + head * q_stride_h + offsets_d, mask=in_d, other=0.0).to(tl.float32)
     keys = k + batch * k_stride_b + head * k_stride_h
     keys = keys + offsets_n.to(tl.int64)[:, None] * k_stride_n + offsets_d[None, :]
-    key = tl.load(keys, mask=in_n[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+    key = tl.load(keys, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     logit = tl.sum(key * query[None, :], 1) * scale
     row = batch * heads + head
+    if valid is not None:
+        logit = tl.where(seen, logit, float("-inf"))
     tl.store(logits + row * tokens + offsets_n, logit, mask=in_n)
+    if value is not None:
+        values = value + batch * value_stride_b + head * value_stride_h
+        values = values + offsets_n.to(tl.int64)[:, None] * value_stride_n + offsets_d[None, :]
+        vector = tl.load(values, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+        tl.store(lengths + row * tokens + offsets_n, tl.sqrt_rn(tl.sum(vector * vector, 1)), mask=in_n)
     logit = tl.where(in_n, logit, float("-inf"))
     maximum = tl.maximum(tl.max(logit, 0), LOWEST)
     tl.store(part_max + row * parts + part, maximum)
@@ -87,6 +112,7 @@ def class_logits_kernel(
 @triton.jit
 def head_mean_kernel(
     logits,  # (B, H, N) float32, contiguous
+    lengths,  # (B, H, N) float32, contiguous, or None
     part_max,  # (B, H, P) float32, contiguous
     part_sum,  # (B, H, P) float32, contiguous
     scores,  # (B, N - PREFIX) float32, contiguous
@@ -99,7 +125,7 @@ def head_mean_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program: the scores of BLOCK_N keys. It joins the partial softmaxes itself, which are few."""
+    """One program: the scores of BLOCK_N keys, with lengths their weighted sum. It joins the few partial softmaxes."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_h = tl.arange(0, BLOCK_H)
     in_h = offsets_h < heads
@@ -124,7 +150,12 @@ def head_mean_kernel(
     sources = rows[:, None] * tokens + PREFIX + offsets_n[None, :]
     logit = tl.load(logits + sources, mask=in_h[:, None] & in_n[None, :], other=float("-inf"))
     attention = tl.exp(logit - lse[:, None])
-    tl.store(scores + batch * (tokens - PREFIX) + offsets_n, tl.sum(attention, 0) / heads, mask=in_n)
+    if lengths is None:
+        score = tl.sum(attention, 0) / heads
+    else:
+        length = tl.load(lengths + sources, mask=in_h[:, None] & in_n[None, :], other=0.0)
+        score = tl.sum(attention * length, 0)
+    tl.store(scores + batch * (tokens - PREFIX) + offsets_n, score, mask=in_n)
 
 
 @triton.jit
@@ -188,10 +219,14 @@ def class_logits_backward_kernel(
     tl.store(grad_q + row * D + offsets_d, tl.sum(acc, 0).to(grad_q.dtype.element_ty), mask=in_d)
 
 
-def cls_scores(
-    q: torch.Tensor, k: torch.Tensor, prefix: int, scale: float
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    value: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    prefix: int,
+    scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches; q (B, H, D), k (B, H, N, D), dense last axes -> scores (B, N - prefix), logits, logsumexp."""
     batch, heads, tokens, head_dim = k.shape
     tile = key_tile(head_dim)
     parts = triton.cdiv(tokens, tile.block_n)
@@ -200,13 +235,17 @@ def cls_scores(
     logsumexp = torch.empty(batch, heads, dtype=torch.float32, device=k.device)
     if batch == 0:
         return scores, logits, logsumexp
+    lengths = None if value is None else torch.empty_like(logits)
     part_max = torch.empty(batch, heads, parts, dtype=torch.float32, device=k.device)
     part_sum = torch.empty_like(part_max)
     # Heads vary fastest: in the packed layout neighbouring programs read neighbouring memory.
     class_logits_kernel[(heads, parts, batch)](
         q,
         k,
+        value,
+        valid,
         logits,
+        lengths,
         part_max,
         part_sum,
         scale,
@@ -215,14 +254,17 @@ def cls_scores(
         parts,
         *q.stride()[:2],
         *k.stride()[:3],
+        *((0, 0, 0) if value is None else value.stride()[:3]),
+        *((0, 0) if valid is None else valid.stride()),
         D=head_dim,
         BLOCK_N=tile.block_n,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
     )
-    mean_tile = head_tile(heads, parts)
+    mean_tile = head_tile(heads, parts, streams=1 if value is None else 2)
     head_mean_kernel[(max(1, triton.cdiv(tokens - prefix, mean_tile.block_n)), batch)](
         logits,
+        lengths,
         part_max,
         part_sum,
         scores,
@@ -237,6 +279,20 @@ def cls_scores(
         num_warps=mean_tile.num_warps,
     )
     return scores, logits, logsumexp
+
+
+def cls_scores(
+    q: torch.Tensor, k: torch.Tensor, prefix: int, scale: float, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two launches; q (B, H, D), k (B, H, N, D), dense last axes -> scores (B, N - prefix), logits, logsumexp."""
+    return _forward(q, k, None, valid, prefix, scale)
+
+
+def cls_value_scores(
+    q: torch.Tensor, k: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, prefix: int, scale: float
+) -> torch.Tensor:
+    """Two launches; q (B, H, D), k and value (B, H, N, D), dense last axes -> scores (B, N - prefix)."""
+    return _forward(q, k, value, valid, prefix, scale)[0]
 
 
 def cls_scores_backward(

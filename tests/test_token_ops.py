@@ -55,12 +55,16 @@ def test_opcheck_merge(dtype):
     for x in layouts(tokens(2, 9, 5, dtype=dtype)):
         for size in (sizes(), None):
             for added in (residual, residual.float(), None):
-                arguments = (x, slot, *groups, size, added)
-                torch.library.opcheck(NATIVE.merge_tokens.default, arguments, test_utils=OPCHECKS)
-    total = NATIVE.merge_tokens(tokens(2, 9, 5, dtype=dtype), slot, *groups, sizes(), None)[1]
+                for eps, head in ((0.0, None), (1e-6, x[:, :2])):
+                    arguments = (x, slot, *groups, size, added, eps, head)
+                    torch.library.opcheck(NATIVE.merge_tokens.default, arguments, test_utils=OPCHECKS)
+    x = tokens(2, 9, 5, dtype=dtype)
+    total = NATIVE.merge_tokens(x, slot, *groups, sizes(), None, 0.0, None)[1]
     for grad in layouts(residual):
-        arguments = (grad, slot, sizes(), total)
+        arguments = (grad, slot, sizes(), total, 1e-6)
         torch.library.opcheck(NATIVE.merge_tokens_backward.default, arguments, test_utils=OPCHECKS)
+        arguments = (grad, x, slot, sizes(), total, 1e-6)
+        torch.library.opcheck(NATIVE.merge_tokens_size_backward.default, arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +86,7 @@ def test_opcheck_of_slots_in_any_layout_and_of_empty_batches():
         torch.library.opcheck(NATIVE.unmerge_tokens.default, (x, chosen), test_utils=OPCHECKS)
     groups = NATIVE.group_slots(slot[:0], 4)
     torch.library.opcheck(
-        NATIVE.merge_tokens.default, (tokens(0, 9, 5), slot[:0], *groups, None, None), test_utils=OPCHECKS
+        NATIVE.merge_tokens.default, (tokens(0, 9, 5), slot[:0], *groups, None, None, 0.0, None), test_utils=OPCHECKS
     )
     for metric in (tokens(0, 9, 5), tokens(1, 9, 5, dtype=torch.float16).expand(3, -1, -1), tokens(2, 5, 9).mT):
         for r, prefix in ((0, 1), (4, 1), (3, 2)):
@@ -103,7 +107,43 @@ def test_gradcheck_merge(size):
     slot = slots()
     groups = NATIVE.group_slots(slot, 4)
     leaves = leaf(tokens(2, 9, 3).double()), leaf(tokens(2, 4, 3, seed=1).double())
-    assert torch.autograd.gradcheck(lambda x, r: MergeTokens.apply(x, slot, *groups, size, r)[0], leaves)
+    assert torch.autograd.gradcheck(lambda x, r: MergeTokens.apply(x, slot, *groups, size, r, 0.0, None)[0], leaves)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_gradcheck_merge_with_learned_weights(prefix, eps):
+    slot = torch.tensor([[0, 3, 3, 1, 3, 0], [1, 1, 1, 1, 1, 5]])  # slots 2 and 4 stay empty
+    groups = NATIVE.group_slots(slot, 6)
+    x, size = leaf(tokens(2, 6 + prefix, 3).double()), leaf(torch.rand(2, 6, generator=seeded(1)).double() + 0.2)
+    residual = leaf(tokens(2, 6, 3, seed=1).double())
+
+    def function(x, size, residual):
+        head = x[:, :prefix] if prefix else None
+        return MergeTokens.apply(x[:, prefix:], slot, *groups, size, residual, eps, head)[0]
+
+    def plain(x, size, residual):
+        head = x[:, :prefix] if prefix else None
+        return ops.merge_tokens(x[:, prefix:], slot, 6, size=size, residual=residual, eps=eps, head=head)[0]
+
+    for run in (function, plain):
+        assert torch.autograd.gradcheck(run, (x, size, residual))
+        assert torch.autograd.gradcheck(lambda size, run=run: run(x.detach(), size, residual.detach()), (size,))
+
+
+def test_learned_weights_by_the_formula():
+    x, slot, size, grad = tokens(2, 9, 5), slots(), leaf(sizes() / 4), tokens(2, 5, 5, seed=2)
+    merged, total = ops.merge_tokens(x[:, 1:], slot[:, 1:], 4, size=size[:, 1:], eps=1e-6, head=x[:, :1])
+    (ours,) = torch.autograd.grad(merged, size, grad)
+    expected = torch.zeros(2, 9)
+    for b in range(2):
+        for n in range(1, 9):
+            m = slot[b, n]
+            difference = x[b, n] - merged[b, 1 + m].detach()
+            expected[b, n] = grad[b, 1 + m] @ difference / (total[b, m] + 1e-6)
+    torch.testing.assert_close(ours, expected)
+    assert torch.equal(merged[:, :1], x[:, :1])
+    assert not total.requires_grad
 
 
 def test_gradcheck_unmerge():
@@ -113,13 +153,13 @@ def test_gradcheck_unmerge():
 
 def test_function_and_reference_have_the_same_gradients():
     x, slot, size, residual = tokens(2, 9, 5), slots(), sizes(), tokens(2, 4, 5, seed=1)
-    groups, grad = NATIVE.group_slots(slot, 4), tokens(2, 4, 5, seed=2)
+    groups, grad = NATIVE.group_slots(slot, 4), tokens(2, 6, 5, seed=2)
     results = []
     for run in (
-        lambda x, r: MergeTokens.apply(x, slot, *groups, size, r)[0],
-        lambda x, r: ops.merge_tokens(x, slot, 4, size=size, residual=r)[0],
+        lambda x, r, s: MergeTokens.apply(x, slot, *groups, s, r, 1e-6, x[:, :2])[0],
+        lambda x, r, s: ops.merge_tokens(x, slot, 4, size=s, residual=r, eps=1e-6, head=x[:, :2])[0],
     ):
-        leaves = leaf(x), leaf(residual)
+        leaves = leaf(x), leaf(residual), leaf(size)
         results.append(torch.autograd.grad(run(*leaves), leaves, grad))
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain)
@@ -129,14 +169,14 @@ def by_functions(x, metric):
     """A merging and a pruning stage, and back, through the autograd functions that the kernels use."""
     slot = NATIVE.match_tokens(metric, 3, 1)
     groups = NATIVE.group_slots(slot, 6)
-    merged, total = MergeTokens.apply(x, slot, *groups, None, None)
+    merged, total = MergeTokens.apply(x, slot, *groups, metric.exp().sum(-1), None, 1e-6, None)
     kept = GatherTokens.apply(merged, total[:, 1:].topk(3)[1], 1, None)
     return UnmergeTokens.apply(merged, slot).sum(1) + kept.sum(1)
 
 
 def by_reference(x, metric):
     slot = ops.match_tokens(metric, 3)
-    merged, total = ops.merge_tokens(x, slot, 6)
+    merged, total = ops.merge_tokens(x, slot, 6, size=metric.exp().sum(-1), eps=1e-6)
     kept = ops.gather_tokens(merged, total[:, 1:].topk(3)[1])
     return ops.unmerge_tokens(merged, slot).sum(1) + kept.sum(1)
 
@@ -212,6 +252,18 @@ BAD_CALLS = [
         lambda: ops.merge_tokens(X, SLOT, 4, size=X[:, :4, 0]),
     ),
     (ValueError, r"residual .* \(2, 4, 5\), got \(2, 9, 5\)", lambda: ops.merge_tokens(X, SLOT, 4, residual=X)),
+    (TypeError, "eps must be a number, got '1'", lambda: ops.merge_tokens(X, SLOT, 4, eps="1")),
+    (TypeError, "eps must be a number, got True", lambda: ops.merge_tokens(X, SLOT, 4, eps=True)),
+    (ValueError, "eps must be .* finite, got -1.0", lambda: ops.merge_tokens(X, SLOT, 4, eps=-1.0)),
+    (ValueError, "eps must be .* finite, got nan", lambda: ops.merge_tokens(X, SLOT, 4, eps=float("nan"))),
+    (ValueError, r"head must have shape \(B, P, C\), got \(2, 5\)", lambda: ops.merge_tokens(X, SLOT, 4, head=X[:, 0])),
+    (
+        ValueError,
+        r"head must have shape \(2, P, 5\), got \(1, 9, 5\)",
+        lambda: ops.merge_tokens(X, SLOT, 4, head=X[:1]),
+    ),
+    (TypeError, "x is torch.float32 and head torch.float64", lambda: ops.merge_tokens(X, SLOT, 4, head=X.double())),
+    (ValueError, "x is on cpu and head on meta", lambda: ops.merge_tokens(X, SLOT, 4, head=X.to("meta"))),
     (TypeError, "slot must hold .* got torch.float32", lambda: ops.unmerge_tokens(X, SLOT.float())),
     (ValueError, r"batch size 2, got shape \(1, 9\)", lambda: ops.unmerge_tokens(X, SLOT[:1])),
     (ValueError, "r must be between 0 and 4, got 5", lambda: ops.match_tokens(METRIC, 5)),
@@ -342,13 +394,6 @@ def test_the_judgement_by_value_can_fail():
             assert_slots_by_value(bad, metric, r, 1, tolerance=1e-6)
 
 
-def test_sizes_are_constants_of_the_gradient():
-    x, size = leaf(tokens(2, 9, 5)), leaf(sizes())
-    merged, total = ops.merge_tokens(x, slots(), 4, size=size)
-    assert not total.requires_grad
-    assert torch.autograd.grad(merged.sum(), size, allow_unused=True) == (None,)
-
-
 def test_unmerge_leaves_dropped_tokens_zero():
     x, slot = tokens(1, 2, 3), torch.tensor([[1, -1, 0, 1]])
     expected = torch.stack([x[0, 1], torch.zeros(3), x[0, 0], x[0, 1]]).unsqueeze(0)
@@ -359,12 +404,17 @@ def test_references_give_the_same_bits_in_any_batch():
     x, slot, metric, index = tokens(4, 9, 5), slots(4), tokens(4, 9, 6, seed=1), distinct_indices(4, 3, 8)
     grad = tokens(4, 4, 5, seed=2)
     total = reference.merge_tokens(x, slot, 4, sizes(4), None)[1]
+
+    def size_gradient(rows):
+        return reference.merge_tokens_size_backward(grad[rows], x[rows], slot[rows], sizes(4)[rows], total[rows], 1e-6)
+
     for run in (
         lambda rows: reference.gather_tokens(x[rows], index[rows], 1, None),
         lambda rows: reference.scatter_tokens(grad[rows], index[rows], 1, 9),
         lambda rows: reference.group_slots(slot[rows], 4)[0],
         lambda rows: reference.merge_tokens(x[rows], slot[rows], 4, sizes(4)[rows], None)[0],
         lambda rows: reference.merge_tokens_backward(grad[rows], slot[rows], sizes(4)[rows], total[rows]),
+        lambda rows: size_gradient(rows)[1],
         lambda rows: reference.unmerge_tokens(x[rows], slot[rows]),
         lambda rows: reference.sum_slots(x[rows], slot[rows], 4),
         lambda rows: reference.match_tokens(metric[rows], 3, 1),

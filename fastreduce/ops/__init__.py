@@ -1,15 +1,24 @@
 """The primitives of token reduction: Triton kernels and their PyTorch references behind one function each."""
 
+from .attention import attention
 from .cls_scores import cls_scores
+from .cluster_dpc_knn import cluster_dpc_knn
+from .cluster_k_medoids import cluster_k_medoids
 from .fuse_tokens import fuse_tokens
 from .gather_tokens import gather_tokens
 from .match_tokens import match_tokens
 from .merge_tokens import group_slots, merge_tokens, prepare_merge, unmerge_tokens
 from .received_scores import received_scores
+from .sample_tokens import sample_tokens
 from .select_topk import select_topk
+from .sinkhorn_merge import sinkhorn_merge
+from .soft_merge import soft_merge
 
 __all__ = [
+    "attention",
     "cls_scores",
+    "cluster_dpc_knn",
+    "cluster_k_medoids",
     "fuse_tokens",
     "gather_tokens",
     "group_slots",
@@ -17,6 +26,9 @@ __all__ = [
     "merge_tokens",
     "prepare_merge",
     "received_scores",
+    "sample_tokens",
     "select_topk",
+    "sinkhorn_merge",
+    "soft_merge",
     "unmerge_tokens",
 ]

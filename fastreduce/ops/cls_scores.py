@@ -15,13 +15,17 @@ from ._library import dense_rows, register
 __all__ = ["cls_scores"]
 
 
-def _triton_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_forward(
+    q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import cls_scores as kernels
 
-    return kernels.cls_scores(dense_rows(q), dense_rows(k), prefix, scale)
+    return kernels.cls_scores(dense_rows(q), dense_rows(k), prefix, scale, valid)
 
 
-def _fake_forward(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(
+    q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, tokens, _ = k.shape
     dtype = reference.accumulator(k.dtype)
     scores = k.new_empty(batch, tokens - prefix, dtype=dtype)
@@ -51,8 +55,20 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
+def _triton_value_forward(
+    q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float
+) -> Tensor:
+    from ..kernels import cls_scores as kernels
+
+    return kernels.cls_value_scores(dense_rows(q), dense_rows(k), dense_rows(value), valid, prefix, scale)
+
+
+def _fake_value_forward(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
+    return k.new_empty(k.shape[0], k.shape[2] - prefix, dtype=reference.accumulator(k.dtype))
+
+
 _forward = register(
-    "cls_scores(Tensor q, Tensor k, int prefix, float scale) -> (Tensor, Tensor, Tensor)",
+    "cls_scores(Tensor q, Tensor k, int prefix, float scale, Tensor? valid=None) -> (Tensor, Tensor, Tensor)",
     triton=_triton_forward,
     reference=reference.cls_scores,
     fake=_fake_forward,
@@ -64,32 +80,50 @@ _backward = register(
     reference=_reference_backward,
     fake=_fake_backward,
 )
+_value_forward = register(
+    "cls_value_scores(Tensor q, Tensor k, Tensor value, Tensor? valid, int prefix, float scale) -> Tensor",
+    triton=_triton_value_forward,
+    reference=reference.cls_value_scores,
+    fake=_fake_value_forward,
+)
 
 
 class ClsScores(torch.autograd.Function):
     """Gradient: that of a softmax, from the logits and their logsumexp kept by the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, prefix: int, scale: float) -> Tensor:
-        scores, logits, logsumexp = _forward(q, k, prefix, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
+        scores, logits, logsumexp = _forward(q, k, prefix, scale, valid)
         ctx.save_for_backward(q, k, logits, logsumexp)
         ctx.prefix, ctx.scale = prefix, scale
         return scores
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *_backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.scale), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        return *_backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.scale), None, None, None
 
 
 def cls_scores(
-    q: Tensor, k: Tensor, *, prefix: int = 1, scale: float | None = None, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    *,
+    prefix: int = 1,
+    scale: float | None = None,
+    value: Tensor | None = None,
+    valid: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Score every patch token by the attention that the class token pays to it, averaged over heads (EViT, section 3).
 
+    With ``value`` the attention is weighted by the length of the token's value vector and summed over heads, not
+    averaged: the significance scores of ATS (section 3), which :func:`sample_tokens` takes as they are.
+
     Equivalent PyTorch::
 
-        attention = torch.softmax(scale * q.unsqueeze(2) @ k.transpose(2, 3), dim=-1)  # (B, H, 1, N)
-        attention[:, :, 0, prefix:].mean(1)
+        logits = scale * q.unsqueeze(2) @ k.transpose(2, 3)  # (B, H, 1, N)
+        attention = torch.softmax(logits.masked_fill(~valid[:, None, None], -inf), dim=-1)[:, :, 0, prefix:]
+        attention.mean(1)  # without value
+        (attention * value.norm(dim=-1)[:, :, prefix:]).sum(1)  # with value
 
     Args:
         q: (B, H, D) the class query of every head. float32, float16, bfloat16 (reference: any).
@@ -97,14 +131,17 @@ def cls_scores(
             view of a packed qkv has it, nothing is copied.
         prefix: number of leading keys that take part in the softmax but get no score.
         scale: factor on the dot products; None means ``D ** -0.5``.
+        value: (B, H, N, D) value vectors of any strides, in q's dtype, or None. With them the result has no gradient.
+        valid: (B, N) bool, False for keys that take no part and score exactly 0, or None. At least one key of every
+            image must be valid (not checked; its scores are NaN otherwise).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        (B, N - prefix), float32 (float64 for float64 inputs). Differentiable in q and k.
+        (B, N - prefix), float32 (float64 for float64 inputs). Without ``value``, differentiable in q and k.
 
     Raises:
         ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. N.
-        TypeError: q or k not floating point, or of two dtypes.
+        TypeError: q, k or value not floating point, or of two dtypes; valid not bool.
     """
     check_shape("q", q, "B H D")
     check_shape("k", k, "B H N D")
@@ -117,6 +154,20 @@ def cls_scores(
         raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
     check_count("prefix", prefix, 0, tokens)
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if valid is not None:
+        check_shape("valid", valid, "B N")
+        check_same("k", k, "valid", valid)
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid must be bool, got {valid.dtype}")
+        if shape_of(valid) != (batch, tokens):
+            raise ValueError(f"valid must have shape {(batch, tokens)} to go with k, got {shape_of(valid)}")
+    if value is not None:
+        check_shape("value", value, "B H N D")
+        check_same("k", k, "value", value, dtype=True)
+        if shape_of(value) != shape_of(k):
+            raise ValueError(f"value must have k's shape {shape_of(k)}, got {shape_of(value)}")
+        forward = reference.cls_value_scores if resolve(backend, q, k) == "reference" else _value_forward
+        return forward(q.detach(), k.detach(), value.detach(), valid, prefix, scale)
     if resolve(backend, q, k) == "reference":
-        return reference.cls_scores(q, k, prefix, scale)[0]
-    return ClsScores.apply(q, k, prefix, scale)
+        return reference.cls_scores(q, k, prefix, scale, valid)[0]
+    return ClsScores.apply(q, k, prefix, scale, valid)

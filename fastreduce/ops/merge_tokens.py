@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,23 +23,46 @@ def _triton_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
 
 
 def _triton_merge(
-    x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from ..kernels import merge_tokens as kernels
 
-    return kernels.merge_tokens(dense_rows(x), order, offsets, size, None if residual is None else dense_rows(residual))
+    residual, head = (None if rows is None else dense_rows(rows) for rows in (residual, head))
+    return kernels.merge_tokens(dense_rows(x), order, offsets, size, residual, eps, head)
 
 
 def _reference_merge(
-    x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return reference.merge_tokens(x, slot, offsets.shape[1] - 1, size, residual)
+    return reference.merge_tokens(x, slot, offsets.shape[1] - 1, size, residual, eps, head)
 
 
-def _triton_merge_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
+def _triton_merge_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float) -> Tensor:
     from ..kernels import merge_tokens as kernels
 
-    return kernels.spread_slots(dense_rows(grad), slot, size, total)
+    return kernels.spread_slots(dense_rows(grad), slot, size, total, eps)
+
+
+def _triton_merge_size_backward(
+    grad: Tensor, x: Tensor, slot: Tensor, size: Tensor, total: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import merge_tokens as kernels
+
+    return kernels.merge_tokens_size_backward(dense_rows(grad), dense_rows(x), slot, size, total, eps)
 
 
 def _triton_unmerge(x: Tensor, slot: Tensor) -> Tensor:
@@ -59,11 +83,19 @@ def _fake_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
 
 
 def _fake_merge(
-    x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     num_out = offsets.shape[1] - 1
+    rows = num_out if head is None else head.shape[1] + num_out
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    merged = x.new_empty(x.shape[0], num_out, x.shape[2], dtype=dtype)
+    merged = x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype)
     return merged, x.new_empty(x.shape[0], num_out, dtype=reference.accumulator(x.dtype))
 
 
@@ -74,17 +106,27 @@ _group = register(
     fake=_fake_group,
 )
 _merge = register(
-    "merge_tokens(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor? residual)"
-    " -> (Tensor, Tensor)",
+    "merge_tokens(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor? residual, float eps,"
+    " Tensor? head) -> (Tensor, Tensor)",
     triton=_triton_merge,
     reference=_reference_merge,
     fake=_fake_merge,
 )
 _merge_backward = register(
-    "merge_tokens_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total) -> Tensor",
+    "merge_tokens_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total, float eps) -> Tensor",
     triton=_triton_merge_backward,
     reference=reference.merge_tokens_backward,
-    fake=lambda grad, slot, size, total: grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
+    fake=lambda grad, slot, size, total, eps: grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
+)
+_merge_size_backward = register(
+    "merge_tokens_size_backward(Tensor grad, Tensor x, Tensor slot, Tensor size, Tensor total, float eps)"
+    " -> (Tensor, Tensor)",
+    triton=_triton_merge_size_backward,
+    reference=reference.merge_tokens_size_backward,
+    fake=lambda grad, x, slot, size, total, eps: (
+        grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
+        total.new_empty(slot.shape),
+    ),
 )
 _unmerge = register(
     "unmerge_tokens(Tensor x, Tensor slot) -> Tensor",
@@ -101,28 +143,46 @@ _unmerge_backward = register(
 
 
 class MergeTokens(torch.autograd.Function):
-    """Gradient of x: every token gets its share size / total of its slot's gradient. Slots and sizes get none."""
+    """Gradient of x: every token gets its share size / total of its slot's gradient. Slots get none."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, residual: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        slot: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        size: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        head: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        merged, total = _merge(x, slot, order, offsets, size, residual)
-        ctx.save_for_backward(slot, size, total)
+        merged, total = _merge(x, slot, order, offsets, size, residual, eps, head)
+        ctx.save_for_backward(slot, size, total, x if ctx.needs_input_grad[4] else None)
+        ctx.eps = eps
         ctx.x_dtype = x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.num_head = 0 if head is None else head.shape[1]
         ctx.mark_non_differentiable(total)
         return merged, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slot, size, total, x = ctx.saved_tensors
+        grad_x = grad_size = grad_residual = grad_head = None
         grad = grads[0]
-        grad_x = grad_residual = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _merge_backward(grad, *ctx.saved_tensors).to(ctx.x_dtype)
+        if ctx.needs_input_grad[7]:
+            grad_head = grad[:, : ctx.num_head].to(ctx.x_dtype)
+        if ctx.num_head:
+            grad = grad[:, ctx.num_head :]
+        if ctx.needs_input_grad[4]:
+            grad_x, grad_size = _merge_size_backward(grad, x, slot, size, total, ctx.eps)
+            grad_x, grad_size = grad_x.to(ctx.x_dtype), grad_size.to(size.dtype)
+        elif ctx.needs_input_grad[0]:
+            grad_x = _merge_backward(grad, slot, size, total, ctx.eps).to(ctx.x_dtype)
         if ctx.needs_input_grad[5]:
             grad_residual = grad.to(ctx.residual_dtype)
-        return grad_x, None, None, None, None, grad_residual
+        return grad_x, None, None, None, grad_size, grad_residual, None, grad_head
 
 
 class UnmergeTokens(torch.autograd.Function):
@@ -176,27 +236,33 @@ def merge_tokens(
     size: Tensor | None = None,
     residual: Tensor | None = None,
     groups: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    head: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replace the tokens of every slot by their size-weighted mean, and add a residual (ToMe, section 3).
 
-    ``merged[m] = sum(size[n] * x[n]) / sum(size[n]) + residual[m]`` over the tokens n with ``slot[n] == m``.
+    ``merged[m] = sum(size[n] * x[n]) / (sum(size[n]) + eps) + residual[m]`` over the tokens n with ``slot[n] == m``.
 
     Args:
         x: (B, N, C) tokens. float32, float16, bfloat16 (reference: any); sums are float32.
         slot: (B, N) int64 or int32, values 0 .. num_out - 1, not checked. An empty slot gives zeros and size 0.
         num_out: number of slots.
-        size: (B, N), how many patches each token stands for, or None for ones. It gets no gradient.
+        size: (B, N), the weights of the tokens, or None for ones: in ToMe how many patches each stands for, in TCFormer
+            learned ones. Differentiable if it requires a gradient.
         residual: (B, num_out, C) to be added, or None.
         groups: what :func:`group_slots` returned for this slot, to save that step; the reference does not need it.
+        eps: added to what the sums are divided by, not to the sizes that are returned.
+        head: (B, P, C) rows, in x's dtype, to be put in front of the merged ones as they are, or None.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        merged (B, num_out, C) and the new sizes (B, num_out), float32 (float64 for float64 x).
+        merged (B, P + num_out, C), differentiable in x, size, residual and head, and the new sizes (B, num_out),
+        float32 (float64 for float64 x), which carry no gradient.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, ``num_out < 1``.
-        TypeError: x not floating point, slot not an integer tensor.
+        ValueError: wrong shapes, devices that differ, ``num_out < 1``, an eps that is negative or not finite.
+        TypeError: x not floating point, slot not an integer tensor, head not in x's dtype, eps not a number.
     """
     check_shape("x", x, "B N C")
     check_floating("x", x)
@@ -214,10 +280,19 @@ def merge_tokens(
         expected = (x.shape[0], num_out, x.shape[2])
         if shape_of(residual) != expected:
             raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+    if head is not None:
+        check_shape("head", head, "B P C")
+        check_same("x", x, "head", head, dtype=True)
+        if (head.shape[0], head.shape[2]) != (x.shape[0], x.shape[2]):
+            raise ValueError(f"head must have shape ({x.shape[0]}, P, {x.shape[2]}), got {shape_of(head)}")
     if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
-        return reference.merge_tokens(x, slot, num_out, None if size is None else size.detach(), residual)
+        return reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
     order, offsets = _group(slot, num_out) if groups is None else groups
-    return MergeTokens.apply(x, slot, order, offsets, size, residual)
+    return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head)
 
 
 def unmerge_tokens(x: Tensor, slot: Tensor, *, backend: str | None = None) -> Tensor:

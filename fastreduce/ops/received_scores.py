@@ -1,39 +1,115 @@
-"""``received_scores``: the attention that every key receives. Reference only: there is no kernel for it yet."""
+"""``received_scores``: the attention that every key receives, without the attention matrix."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import check_backend
+from ..backends import resolve
 from ._check import check_floating, check_same, check_shape, shape_of
+from ._library import dense_rows, register
 
 __all__ = ["received_scores"]
 
 
+def _triton_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from ..kernels import received_scores as kernels
+
+    return kernels.received_scores(dense_rows(q), dense_rows(k), scale)
+
+
+def _reference_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return reference.received_scores(q, k, scale), reference.received_logsumexp(q, k, scale)
+
+
+def _fake_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    dtype = reference.accumulator(k.dtype)
+    return k.new_empty(k.shape[0], k.shape[2], dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+
+
+def _triton_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from ..kernels import received_scores as kernels
+
+    return kernels.received_scores_backward(grad, dense_rows(q), dense_rows(k), logsumexp, scale)
+
+
+def _reference_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    grad_q, grad_k = reference.received_scores_backward(grad, q, k, logsumexp, scale)
+    return grad_q.transpose(1, 2).contiguous().transpose(1, 2), grad_k.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, keys, head_dim = k.shape
+    # The memory order of the packed qkv, so that its gradient can be put together without a transposition.
+    grad_q = q.new_empty(batch, q.shape[2], heads, head_dim).transpose(1, 2)
+    return grad_q, k.new_empty(batch, keys, heads, head_dim).transpose(1, 2)
+
+
+_forward = register(
+    "received_scores(Tensor q, Tensor k, float scale) -> (Tensor, Tensor)",
+    triton=_triton_forward,
+    reference=_reference_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    "received_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor logsumexp, float scale) -> (Tensor, Tensor)",
+    triton=_triton_backward,
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+
+
+class ReceivedScores(torch.autograd.Function):
+    """Gradient: that of the softmax, put together again from q, k and the logsumexp kept by the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        scores, logsumexp = _forward(q, k, scale)
+        ctx.save_for_backward(q, k, logsumexp)
+        ctx.scale = scale
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_backward(grads[0], *ctx.saved_tensors, ctx.scale), None
+
+
 def received_scores(q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
-    """Attention received by every key, summed over heads and queries.
+    """Attention that every key receives, summed over heads and queries (K-Medoids, and models without class token).
+
+    Equivalent PyTorch::
+
+        attention = torch.softmax(scale * q @ k.transpose(2, 3), dim=-1)  # (B, H, M, N)
+        attention.sum((1, 2))
 
     Args:
-        q: (B, H, M, D) queries.
-        k: (B, H, N, D) keys.
-        scale: factor of the logits; None for ``D ** -0.5``.
-        backend: ``"auto"`` and ``"reference"`` run the reference on every device, one head's (M, N) matrix at a time.
+        q: (B, H, M, D) queries. float32, float16, bfloat16 (reference: any).
+        k: (B, H, N, D) keys in q's dtype; M and N may differ. Any strides; with a dense last axis, as a view of a
+            packed qkv has it, nothing is copied.
+        scale: factor on the dot products; None means ``D ** -0.5``.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. No backend holds the matrix of
+            a long sequence: the kernels no N x N at all, the reference 2 ** 20 logits an image outside autograd.
 
     Returns:
-        (B, N) float32 (float64 for float64 inputs); each row sums to H * M. Differentiable.
+        (B, N), float32 (float64 for float64 inputs); each row sums to H * M. Differentiable in q and k.
 
     Raises:
-        ValueError: wrong shapes, devices that differ.
-        TypeError: inputs that are not floating point or of two dtypes.
-        NotImplementedError: ``backend="triton"``: there is no kernel yet, and an explicit choice never falls back.
+        ValueError: wrong shapes, devices that differ, no head, key or channel.
+        TypeError: q or k not floating point, or of two dtypes.
     """
     check_shape("q", q, "B H M D")
     check_shape("k", k, "B H N D")
     check_floating("q", q)
     check_same("q", q, "k", k, dtype=True)
-    if shape_of(q)[:2] != shape_of(k)[:2] or q.shape[3] != k.shape[3]:
+    batch, heads, keys, head_dim = k.shape
+    if shape_of(q)[:2] != (batch, heads) or q.shape[3] != head_dim:
         raise ValueError(f"q and k must agree in B, H and D, got {shape_of(q)} and {shape_of(k)}")
-    if backend is not None and check_backend(backend) == "triton":
-        raise NotImplementedError("received_scores has no Triton kernel yet; use backend='auto' or 'reference'")
-    return reference.received_scores(q, k, q.shape[3] ** -0.5 if scale is None else scale)
+    if min(heads, keys, head_dim) < 1:
+        raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if resolve(backend, q, k) == "reference":
+        return reference.received_scores(q, k, scale)
+    return ReceivedScores.apply(q, k, scale)

@@ -5,18 +5,37 @@ computes in float32 (float64 for float64 inputs) and casts once at the end.
 """
 
 from ._rows import accumulator, with_prefix
-from .cls_scores import cls_scores, cls_scores_backward
+from .attention import attention, attention_backward, attention_with_sums
+from .cls_scores import cls_scores, cls_scores_backward, cls_value_scores
+from .cluster_dpc_knn import cluster_dpc_knn
+from .cluster_k_medoids import cluster_k_medoids
 from .fuse_tokens import fuse_tokens, fuse_tokens_backward
 from .gather_tokens import gather_tokens, scatter_tokens
 from .match_tokens import match_tokens
-from .merge_tokens import group_slots, merge_tokens, merge_tokens_backward, sum_slots, unmerge_tokens
-from .received_scores import received_scores
+from .merge_tokens import (
+    group_slots,
+    merge_tokens,
+    merge_tokens_backward,
+    merge_tokens_size_backward,
+    sum_slots,
+    unmerge_tokens,
+)
+from .received_scores import received_logsumexp, received_scores, received_scores_backward
+from .sample_tokens import sample_tokens
 from .select_topk import select_topk
+from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward
+from .soft_merge import soft_merge, soft_merge_backward
 
 __all__ = [
     "accumulator",
+    "attention",
+    "attention_backward",
+    "attention_with_sums",
     "cls_scores",
     "cls_scores_backward",
+    "cls_value_scores",
+    "cluster_dpc_knn",
+    "cluster_k_medoids",
     "fuse_tokens",
     "fuse_tokens_backward",
     "gather_tokens",
@@ -24,9 +43,17 @@ __all__ = [
     "match_tokens",
     "merge_tokens",
     "merge_tokens_backward",
+    "merge_tokens_size_backward",
+    "received_logsumexp",
     "received_scores",
+    "received_scores_backward",
+    "sample_tokens",
     "scatter_tokens",
     "select_topk",
+    "sinkhorn_merge",
+    "sinkhorn_merge_backward",
+    "soft_merge",
+    "soft_merge_backward",
     "sum_slots",
     "unmerge_tokens",
     "with_prefix",

@@ -7,21 +7,43 @@ from torch import Tensor
 
 from ._rows import accumulator
 
-__all__ = ["cls_scores", "cls_scores_backward"]
+__all__ = ["cls_scores", "cls_scores_backward", "cls_value_scores"]
 
 
-def cls_scores(q: Tensor, k: Tensor, prefix: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
-
-    q (B, H, D), k (B, H, N, D) -> scores (B, N - prefix), and for the backward pass logits (B, H, N) and their
-    logsumexp (B, H).
-    """
+def _patch_attention(
+    q: Tensor, k: Tensor, valid: Tensor | None, prefix: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention (B, H, N - prefix) of the class query, logits (B, H, N) with -inf where not valid, logsumexp (B, H)."""
     dtype = accumulator(k.dtype)
     # An elementwise product and a sum: matmul would first copy the strided K (measured 3 : 1).
     logits = (k.to(dtype) * q.to(dtype).unsqueeze(2)).sum(-1) * scale
+    if valid is not None:
+        logits = logits.masked_fill(~valid.unsqueeze(1), -torch.inf)
     logsumexp = torch.logsumexp(logits, dim=-1)
-    attention = torch.exp(logits[:, :, prefix:] - logsumexp.unsqueeze(-1))
+    return torch.exp(logits[:, :, prefix:] - logsumexp.unsqueeze(-1)), logits, logsumexp
+
+
+def cls_scores(
+    q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
+
+    q (B, H, D), k (B, H, N, D), valid (B, N) or None -> scores (B, N - prefix), and for the backward pass logits
+    (B, H, N) and their logsumexp (B, H).
+    """
+    attention, logits, logsumexp = _patch_attention(q, k, valid, prefix, scale)
     return attention.mean(1), logits, logsumexp
+
+
+def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
+    """``scores[b, n] = sum_h softmax_n(scale * q[b, h] . k[b, h, n]) * |value[b, h, n]|`` for keys after the prefix.
+
+    q (B, H, D), k and value (B, H, N, D), valid (B, N) or None -> (B, N - prefix).
+    """
+    attention, logits, _ = _patch_attention(q, k, valid, prefix, scale)
+    scores = (attention * torch.linalg.vector_norm(value[:, :, prefix:], dim=-1, dtype=logits.dtype)).sum(1)
+    # A weight of 0 times a norm that is not finite would be NaN.
+    return scores if valid is None else scores.masked_fill_(~valid[:, prefix:], 0.0)
 
 
 def cls_scores_backward(

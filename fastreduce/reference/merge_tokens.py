@@ -7,7 +7,14 @@ from torch import Tensor
 
 from ._rows import accumulator, add_residual, flat_rows, take_rows
 
-__all__ = ["group_slots", "merge_tokens", "merge_tokens_backward", "sum_slots", "unmerge_tokens"]
+__all__ = [
+    "group_slots",
+    "merge_tokens",
+    "merge_tokens_backward",
+    "merge_tokens_size_backward",
+    "sum_slots",
+    "unmerge_tokens",
+]
 
 
 def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
@@ -32,12 +39,19 @@ def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
 
 
 def merge_tokens(
-    x: Tensor, slot: Tensor, num_out: int, size: Tensor | None, residual: Tensor | None
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float = 0.0,
+    head: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``merged[m] = sum_{slot[n] = m} size[n] x[n] / sum_{slot[n] = m} size[n] (+ residual[m])``.
+    """``merged[m] = sum_{slot[n] = m} size[n] x[n] / (sum_{slot[n] = m} size[n] + eps) (+ residual[m])``.
 
     x (B, N, C), slot (B, N) with values in 0 .. num_out - 1, size (B, N) or None for ones, residual (B, num_out, C) or
-    None -> merged (B, num_out, C) and the sizes (B, num_out). An empty slot gives zeros and size 0.
+    None, head (B, P, C) or None -> head and merged rows (B, P + num_out, C), and the sizes (B, num_out), which carry no
+    gradient. An empty slot gives zeros and size 0.
     """
     batch, tokens, channels = x.shape
     dtype = accumulator(x.dtype)
@@ -46,16 +60,39 @@ def merge_tokens(
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
     summed = torch.zeros(batch * num_out, channels, dtype=dtype, device=x.device)
     summed = summed.index_add_(0, flat_rows(slot.long(), num_out), rows.reshape(-1, channels))
-    merged = summed.view(batch, num_out, channels).div_(total.unsqueeze(-1).clamp_min(1e-30)).to(x.dtype)
-    return add_residual(merged, residual), total
+    merged = summed.view(batch, num_out, channels).div_(_divisor(total, eps).unsqueeze(-1)).to(x.dtype)
+    merged = add_residual(merged, residual)
+    if head is not None:
+        merged = torch.cat([head.to(merged.dtype), merged], dim=1)
+    return merged, total.detach()
 
 
-def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor) -> Tensor:
+def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float = 0.0) -> Tensor:
     """Gradient (B, N, C) of x for grad (B, num_out, C); slots and sizes are constants."""
-    share = 1.0 / total.gather(1, slot.long()).clamp_min(1e-30)
+    share = 1.0 / _divisor(total, eps).gather(1, slot.long())
     if size is not None:
         share = share * size.to(share.dtype)
     return (take_rows(grad, slot.long()).to(share.dtype) * share.unsqueeze(-1)).to(grad.dtype)
+
+
+def merge_tokens_size_backward(
+    grad: Tensor, x: Tensor, slot: Tensor, size: Tensor, total: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, N, C) of x and (B, N) of size for grad (B, num_out, C).
+
+    ``grad_size[n] = sum_c grad[slot[n], c] (x[n, c] - merged[slot[n], c]) / (total[slot[n]] + eps)``, where the sum
+    over merged is the mean, weighted like the rows, of the sums over x.
+    """
+    divisor = _divisor(total, eps)
+    dots = (take_rows(grad, slot.long()).to(total.dtype) * x.to(total.dtype)).sum(-1)
+    mean = torch.zeros_like(total).scatter_add_(1, slot.long(), dots * size.to(total.dtype)) / divisor
+    grad_size = (dots - mean.gather(1, slot.long())) / divisor.gather(1, slot.long())
+    return merge_tokens_backward(grad, slot, size, total, eps), grad_size
+
+
+def _divisor(total: Tensor, eps: float) -> Tensor:
+    """What the sum of a slot is divided by; never zero."""
+    return (total + eps if eps else total).clamp_min(1e-30)
 
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:

@@ -33,3 +33,16 @@ def test_gates(shape, dtype, arch):
     assert max(stream.load_bytes) == 16, stream  # K; logits and scores start at odd rows and are few
     (backward,) = check_gates(arch, lambda: kernels.cls_scores_backward(grad, q, k, logits, logsumexp, 1, 0.125))
     assert backward.registers <= 128, backward
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(("shape", "dtype"), [CASES[0], CASES[3], CASES[5], CASES[-2]])
+def test_gates_of_valid_keys_and_values(shape, dtype, arch):
+    heads, tokens, head_dim = shape
+    q, k = packed(heads, tokens, head_dim, dtype)
+    valid = torch.zeros(2, tokens, dtype=torch.bool)
+    for mask in (None, valid):
+        both, _ = check_gates(arch, lambda: kernels.cls_value_scores(q, k, k, mask, 1, 0.125), wide=False)  # noqa: B023
+        assert both.registers <= 96, both
+        assert both.load_bytes[16] >= 8, both  # K and V, at least four each
+    check_gates(arch, lambda: kernels.cls_scores(q, k, 1, 0.125, valid), wide=False)

@@ -43,6 +43,28 @@ def test_gates(channels, dtype, arch):
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
+    ("num_tokens", "channels", "dtype"),
+    [(196, 192, torch.float16), (196, 384, torch.float32), (576, 768, torch.bfloat16), (4096, 1024, torch.float16)],
+)
+def test_gates_of_learned_weights(num_tokens, channels, dtype, arch):
+    whole = torch.zeros(2, 1 + num_tokens, channels, dtype=dtype)
+    x, head, merged = whole[:, 1:], whole[:, :1], whole[:, : num_tokens // 2]
+    slot, size = torch.zeros(2, num_tokens, dtype=torch.int64), torch.zeros(2, num_tokens)
+    total = torch.zeros(2, num_tokens // 2)
+    (report,) = check_gates(
+        arch, lambda: kernels.merge_tokens(x, *groups(num_tokens, num_tokens // 2), size, None, 1e-6, head)
+    )
+    assert report.registers <= 64, report
+    arguments = merged, x, slot, size, total, 1e-6
+    rows, weights = check_gates(arch, lambda: kernels.merge_tokens_size_backward(*arguments), wide=False)
+    assert 16 in rows.load_bytes, rows
+    assert 16 in rows.store_bytes, rows
+    assert rows.registers <= 96, rows
+    assert weights.registers <= 96, weights
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(
     ("width", "channels", "dtype"), [(33, 33, torch.float32), (75, 64, torch.float16), (1000, 250, torch.bfloat16)]
 )
 def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
@@ -52,5 +74,7 @@ def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
         lambda: kernels.merge_tokens(x, *groups(198, 198), size, x),
         lambda: kernels.spread_slots(x, slot, size, total),
         lambda: kernels.spread_slots(x, slot),
+        lambda: kernels.merge_tokens_size_backward(x, x, slot, size, total, 1e-6),
+        lambda: kernels.merge_tokens(x, *groups(198, 198), size, None, 1e-6, x[:, :5]),
     ):
         check_gates(arch, launch, wide=False)

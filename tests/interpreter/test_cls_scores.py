@@ -48,6 +48,90 @@ def test_forward_and_backward(batch, heads, num_tokens, head_dim, prefix, dtype)
         assert_within_budget(*triple, steps=4)  # a rounding of a logit near 4 is four of its exponential
 
 
+def some_valid(batch, num_tokens, seed=4):
+    """The class token and about two thirds of the others; the last image's second half is padding."""
+    valid = torch.rand(batch, num_tokens, generator=seeded(seed)) < 0.67
+    valid[-1:, num_tokens // 2 :] = False
+    valid[:, 0] = True
+    return valid
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "num_tokens", "head_dim", "prefix"), SHAPES)
+def test_keys_that_are_not_valid(batch, heads, num_tokens, head_dim, prefix, dtype):
+    q, k = packed(batch, heads, num_tokens, head_dim, dtype)
+    valid, grad = some_valid(batch, num_tokens), tokens(batch, num_tokens - prefix, seed=2)
+    results = []
+    for backend, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaves = [q.to(cast).detach().requires_grad_(), k.to(cast).detach().requires_grad_()]
+        scores = ops.cls_scores(*leaves, prefix=prefix, valid=valid, backend=backend)
+        results.append([scores, *torch.autograd.grad(scores, leaves, grad.to(scores.dtype))])
+        assert not scores[~valid[:, prefix:]].any()
+        assert not results[-1][2].transpose(1, 2)[~valid].any()
+    for triple in zip(*results, strict=True):
+        assert_within_budget(*triple, steps=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("batch", "heads", "num_tokens", "head_dim", "prefix"), SHAPES)
+def test_value_scores(batch, heads, num_tokens, head_dim, prefix, masked, dtype):
+    q, k = packed(batch, heads, num_tokens, head_dim, dtype)
+    _, value = packed(batch, heads, num_tokens, head_dim, dtype, seed=1)
+    valid = some_valid(batch, num_tokens) if masked else None
+    ours, reference, exact = (
+        ops.cls_scores(*(t.to(cast) for t in (q, k)), prefix=prefix, value=value.to(cast), valid=valid, backend=backend)
+        for backend, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64))
+    )
+    assert_within_budget(ours, reference, exact, steps=4)
+    if masked:
+        assert not ours[~valid[:, prefix:]].any()
+
+
+def test_strided_values_and_masks_are_read_in_place():
+    q, k = packed(2, 2, 21, 24, torch.float16)
+    _, value = packed(2, 2, 21, 24, torch.float16, seed=1)
+    valid = some_valid(2, 21)
+    ours = ops.cls_scores(q, k, value=value, valid=valid, backend="triton")
+    strided = torch.stack([valid, ~valid], -1)[..., 0]
+    for other_value, other_valid in (
+        (value.contiguous(), strided),
+        (value.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), valid.t().contiguous().t()),
+        (torch.stack([value, value], -1).flatten(-2)[..., ::2], valid),
+    ):
+        assert torch.equal(ours, ops.cls_scores(q, k, value=other_value, valid=other_valid, backend="triton"))
+    alone = ops.cls_scores(q[1:], k[1:], value=value[1:], valid=valid[1:], backend="triton")
+    assert torch.equal(ours[1:], alone)
+    shared = valid[:1].expand(2, -1)
+    assert torch.equal(
+        ops.cls_scores(q, k, value=value, valid=shared, backend="triton"),
+        ops.cls_scores(q, k, value=value, valid=shared.clone(), backend="triton"),
+    )
+
+
+def test_what_is_not_valid_is_not_read():
+    q, k = packed(2, 2, 70, 16, torch.float32)
+    _, value = packed(2, 2, 70, 16, torch.float32, seed=1)
+    valid = some_valid(2, 70)
+    results = []
+    for fill in (0.0, float("nan")):
+        spoilt = [t.masked_fill(~valid[:, None, :, None], fill) for t in (k, value)]
+        for backend in ("triton", "reference"):
+            results.append(ops.cls_scores(q, spoilt[0], value=spoilt[1], valid=valid, backend=backend))
+            results.append(ops.cls_scores(q, spoilt[0], valid=valid, backend=backend))
+    for clean, spoilt in zip(results[:4], results[4:], strict=True):
+        assert torch.equal(clean, spoilt)
+
+
+def test_all_valid_changes_no_bit():
+    q, k = packed(2, 3, 70, 16, torch.float16)
+    everything = torch.ones(2, 70, dtype=torch.bool)
+    plain_scores = ops.cls_scores(q, k, backend="triton")
+    assert torch.equal(plain_scores, ops.cls_scores(q, k, valid=everything, backend="triton"))
+    weighted = ops.cls_scores(q, k, value=k, backend="triton")
+    assert torch.equal(weighted, ops.cls_scores(q, k, value=k, valid=everything, backend="triton"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_inputs_are_read_in_place(dtype):
     q, k = packed(2, 2, 21, 24, dtype)
@@ -109,7 +193,7 @@ def test_partial_softmaxes_are_joined_in_several_steps(monkeypatch):
     k[:, :, 40:] *= 3.0  # the maximum rises on the way
     whole = kernels.cls_scores(q, k, 1, 1.0)
     monkeypatch.setattr(kernels, "key_tile", lambda head_dim: kernels.KeyTile(block_n=8, block_d=16, num_warps=4))
-    monkeypatch.setattr(kernels, "head_tile", lambda heads, parts: kernels.HeadTile(4, 16, block_p=2, num_warps=4))
+    monkeypatch.setattr(kernels, "head_tile", lambda *_, **__: kernels.HeadTile(4, 16, block_p=2, num_warps=4))
     for ours, expected in zip(kernels.cls_scores(q, k, 1, 1.0), whole, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
 

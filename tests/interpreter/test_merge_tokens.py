@@ -162,13 +162,118 @@ def test_a_gradient_of_stride_zero():
     torch.testing.assert_close(grad, expected.unsqueeze(-1).expand(2, 9, 16))
 
 
-def test_sizes_get_no_gradient():
-    x, slot = tokens(1, 5, 8), random_slots(1, 5, 3)
-    size = random_sizes(1, 5).requires_grad_()
-    for backend in ("triton", "reference"):
-        merged, total = ops.merge_tokens(x.requires_grad_(), slot, 3, size=size, backend=backend)
+def weighted_three_ways(whole, prefix, slot, num_out, size, grad, *, eps, size_dtype=torch.float32):
+    """Learned weights and rows in front: merged, sizes, gradients of all tokens and weights, from the three sources."""
+    results = []
+    for backend, cast in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        x = (whole if cast is None else whole.to(cast)).detach().requires_grad_()
+        weight = size.to(size_dtype if cast is None else cast).detach().requires_grad_()
+        merged, total = ops.merge_tokens(
+            x[:, prefix:],
+            slot,
+            num_out,
+            size=weight,
+            eps=eps,
+            head=x[:, :prefix] if prefix else None,
+            backend=backend,
+        )
         assert not total.requires_grad
-        assert torch.autograd.grad(merged.sum(), size, allow_unused=True) == (None,)
+        results.append([merged, total, *torch.autograd.grad(merged, (x, weight), grad.to(merged.dtype))])
+    return list(zip(*results, strict=True))
+
+
+def check_weighted(triples):
+    merged, total, grad_x, grad_size = triples
+    for triple in (merged, total, grad_x):
+        assert_within_budget(*triple)
+    # A difference of two sums: it errs by their roundings, not by its own.
+    assert_within_budget(*grad_size, steps=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["dense", "sliced", "expanded"])
+@pytest.mark.parametrize(("batch", "num_tokens", "num_out", "channels"), SHAPES)
+def test_learned_weights_behind_a_head(batch, num_tokens, num_out, channels, layout, dtype):
+    whole = tokens(batch, 1 + num_tokens, channels, dtype=dtype, layout=layout)
+    grad = tokens(batch, 1 + num_out, channels, dtype=dtype, seed=2, layout=layout)
+    slot = random_slots(batch, num_tokens, num_out)
+    size = torch.rand(batch, num_tokens, generator=seeded(5)) + 0.5
+    check_weighted(weighted_three_ways(whole, 1, slot, num_out, size, grad, eps=1e-6))
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("eps", [0.0, 0.25])
+@pytest.mark.parametrize("size_dtype", DTYPES)
+def test_learned_weights_of_any_dtype(size_dtype, eps, prefix):
+    slot = random_slots(2, 9, 4).int()
+    size = random_sizes(9, 2).t() / 4  # exact in every dtype
+    whole, grad = tokens(2, 9 + prefix, 24), tokens(2, 4 + prefix, 24, seed=2)
+    check_weighted(weighted_three_ways(whole, prefix, slot, 4, size, grad, eps=eps, size_dtype=size_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_learned_weights_of_more_tokens_than_a_block_and_more_channels_than_a_program(dtype):
+    for num_tokens, channels in ((70, 8), (3, 1030)):
+        whole, grad = tokens(1, num_tokens, channels, dtype=dtype), tokens(1, 5, channels, dtype=dtype, seed=2)
+        size, slot = torch.rand(1, num_tokens, generator=seeded(5)), random_slots(1, num_tokens, 5)
+        check_weighted(weighted_three_ways(whole, 0, slot, 5, size, grad, eps=1e-6))
+
+
+def test_eps_is_added_to_the_divisor_only():
+    x, slot = torch.ones(1, 3, 8), torch.tensor([[0, 0, 2]])
+    for size, expected in ((None, [2.0, 0.0, 1.0]), (torch.tensor([[0.5, 0.0, 3.0]]), [0.5, 0.0, 3.0])):
+        merged, total = ops.merge_tokens(x, slot, 3, size=size, eps=0.5, backend="triton")
+        assert total.tolist() == [expected]
+        torch.testing.assert_close(merged[0, :, 0], total[0] / (total[0] + 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_rows_are_copied_and_the_residual_meets_the_merged_ones_only(dtype):
+    whole, slot = tokens(2, 8, 40, dtype=dtype), random_slots(2, 5, 3)
+    for head in (whole[:, :3], whole[:, :0], tokens(3, 2, 40, dtype=dtype).transpose(0, 1)):
+        for residual in (None, tokens(2, 3, 40, dtype=dtype, seed=1), tokens(2, 3, 40, seed=1)):
+            leaf = head.detach().requires_grad_()
+            options = {"size": random_sizes(2, 5), "residual": residual, "backend": "triton"}
+            merged, total = ops.merge_tokens(whole[:, 3:], slot, 3, head=leaf, **options)
+            plain, plain_total = ops.merge_tokens(whole[:, 3:], slot, 3, **options)
+            assert torch.equal(merged, torch.cat([head.to(plain.dtype), plain], 1))
+            assert torch.equal(total, plain_total)
+            grad = tokens(*merged.shape, dtype=merged.dtype, seed=2)
+            assert torch.equal(torch.autograd.grad(merged, leaf, grad)[0], grad[:, : head.shape[1]].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_gradients_are_the_same_bits_in_any_batch(dtype):
+    slot, size = random_slots(4, 33, 12), torch.rand(4, 33, generator=seeded(5))
+
+    def run(images):
+        x = tokens(4, 34, 48, dtype=dtype)[images].requires_grad_()
+        weight = size[images].clone().requires_grad_()
+        merged, _ = ops.merge_tokens(x[:, 1:], slot[images], 12, size=weight, eps=1e-6, head=x[:, :1], backend="triton")
+        return merged, *torch.autograd.grad(merged, (x, weight), tokens(4, 13, 48, dtype=dtype, seed=2)[images])
+
+    whole = run(slice(None))
+    for again, alone, result in zip(run(slice(None)), run(slice(2, 3)), whole, strict=True):
+        assert torch.equal(again, result)
+        assert torch.equal(alone, result[2:3])
+
+
+def test_a_weight_that_is_not_a_number_stays_in_its_slot():
+    x, slot = tokens(1, 6, 8), torch.tensor([[0, 1, 1, 2, 0, 2]])
+    size = torch.tensor([[1.0, float("nan"), 1.0, 2.0, 1.0, 1.0]]).requires_grad_()
+    merged, _ = ops.merge_tokens(x, slot, 3, size=size, backend="triton")
+    (grad,) = torch.autograd.grad(merged, size, tokens(1, 3, 8, seed=2))
+    assert torch.equal(grad.isnan(), slot == 1)
+
+
+def test_constant_sizes_get_no_gradient_and_keep_no_tokens():
+    slot, size = random_slots(1, 5, 3), random_sizes(1, 5)
+    for backend in ("triton", "reference"):
+        x = tokens(1, 5, 8).requires_grad_()
+        merged, total = ops.merge_tokens(x, slot, 3, size=size, backend=backend)
+        assert not total.requires_grad
+        if backend == "triton":
+            assert not any(saved is x for saved in merged.grad_fn.saved_tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,6 +305,11 @@ def test_no_tokens_and_no_channels():
     merged, total = ops.merge_tokens(torch.zeros(2, 0, 8), torch.zeros(2, 0).long(), 3, backend="triton")
     assert torch.equal(merged, torch.zeros(2, 3, 8))
     assert torch.equal(total, torch.zeros(2, 3))
+    for x in (torch.zeros(2, 0, 8), torch.zeros(0, 4, 8)):
+        size = torch.ones(x.shape[:2], requires_grad=True)
+        slot = torch.zeros(x.shape[:2], dtype=torch.int64)
+        merged, _ = ops.merge_tokens(x, slot, 3, size=size, head=x[:, :1], backend="triton")
+        assert not torch.autograd.grad(merged.sum(), size)[0].any()
     assert ops.unmerge_tokens(tokens(2, 3, 8), torch.zeros(2, 0).long(), backend="triton").shape == (2, 0, 8)
     assert ops.unmerge_tokens(tokens(2, 3, 0), torch.zeros(2, 4).long(), backend="triton").shape == (2, 4, 0)
 

@@ -7,6 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import fastreduce
+from tests import tiny
 
 METHODS = [
     ("topk", {"keep_rate": 0.5}),
@@ -15,9 +16,29 @@ METHODS = [
     ("tome", {"keep_rate": 0.6}),
     ("tome", {"keep": [6, 1], "rounds": "exact"}),
     ("radial", {"norm": "l1", "keep_rate": 0.5}),
+    ("dynamicvit", {"keep_rate": 0.5}),
+    ("ats", {"keep_rate": 0.6}),
+    ("ats", {"keep_rate": 0.6, "trim": False}),
+    ("kmedoids", {"keep_rate": 0.5}),
+    ("kmedoids", {"keep_rate": 0.5, "cost": "members"}),
+    ("kmedoids", {"keep_rate": 0.5, "equal_weight": True, "first": 3}),
+    ("dpcknn", {"keep_rate": 0.5}),
+    ("sit", {"keep_rate": 0.5}),
+    ("patchmerger", {"keep_rate": 0.5}),
+    ("sinkhorn", {"keep_rate": 0.5, "eps": 0.2}),
 ]
 USES = {"topk": ["class_logits", "sort_scores", "gather_tokens"], "evit": ["class_logits", "fuse_tokens"]}
 USES |= {"tome": ["best_match", "assign_slots", "group_slots", "reduce_slots"], "radial": ["gather_tokens"]}
+USES |= {
+    "dynamicvit": ["sort_scores", "gather_tokens"],
+    "dynamicvit in training": ["attention", "mean_values"],
+    "ats": ["class_logits", "sample_tokens", "gather_tokens"],
+    "kmedoids": ["row_softmax", "token_distances", "iterate_clusters", "gather_tokens"],
+    "dpcknn": ["density", "score", "label", "group_slots", "reduce_slots"],
+    "sit": ["soft_merge"],
+    "patchmerger": ["soft_merge"],
+    "sinkhorn": ["similarity", "plan_biases", "plan_sums"],
+}
 
 
 def _model(**options) -> VisionTransformer:
@@ -31,6 +52,7 @@ def _model(**options) -> VisionTransformer:
 
 def _run(model, images):
     model.zero_grad()
+    torch.manual_seed(0)  # of DynamicViT's decisions: the model is in training mode
     logits = model(images)
     logits.square().sum().backward()
     return logits.detach(), {name: value.grad.clone() for name, value in model.named_parameters()}
@@ -40,9 +62,12 @@ def _run(model, images):
 @pytest.mark.parametrize(("method", "schedule"), METHODS)
 def test_kernels_give_the_reference_model(method, schedule, options):
     model, images = _model(**options), torch.randn(2, 3, 20, 20, generator=torch.Generator().manual_seed(1))
-    logits, gradients = {}, {}
+    logits, gradients, layers = {}, {}, None
     for backend in ("triton", "reference"):
         patched = fastreduce.patch(copy.deepcopy(model), method, at=(1, 2), backend=backend, **schedule)
+        if hasattr(patched, "reducers"):
+            layers = tiny.randomize(patched.reducers).state_dict() if layers is None else layers
+            patched.reducers.load_state_dict(layers)
         logits[backend], gradients[backend] = _run(patched, images)
     torch.testing.assert_close(logits["triton"], logits["reference"], rtol=1e-4, atol=1e-4)
     largest = max(value.abs().max() for value in gradients["reference"].values())
@@ -51,8 +76,8 @@ def test_kernels_give_the_reference_model(method, schedule, options):
         assert difference <= 1e-4 * largest, (name, difference, largest)
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "tome", "radial"])
-def test_every_kernel_is_called_by_its_reducer(method, monkeypatch):
+@pytest.mark.parametrize("use", list(USES))
+def test_every_kernel_is_called_by_its_reducer(use, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
     launched, call = set(), GridExecutor.__call__
@@ -62,15 +87,19 @@ def test_every_kernel_is_called_by_its_reducer(method, monkeypatch):
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", spy)
-    model = fastreduce.patch(_model(), method, at=1, keep_rate=0.5, backend="triton")
+    method, _, training = use.partition(" in ")
+    model = fastreduce.patch(_model(), method, at=1, keep_rate=0.5, backend="triton").train(bool(training))
     with torch.no_grad():
         model(torch.randn(1, 3, 20, 20))
-    for kernel in USES[method]:
+    for kernel in USES[use]:
         assert kernel in launched, (kernel, launched)
 
 
-def test_received_scores_have_no_kernel_and_say_so():
-    model = _model(class_token=False, global_pool="avg")
-    patched = fastreduce.patch(model, "topk", at=1, keep_rate=0.5, backend="triton")
-    with pytest.raises(NotImplementedError, match="received_scores"):
-        patched(torch.randn(1, 3, 20, 20))
+def test_kernels_score_a_model_without_a_class_token():
+    model, images = _model(class_token=False, global_pool="avg"), torch.randn(2, 3, 20, 20)
+    logits = {}
+    for backend in ("triton", "reference"):
+        patched = fastreduce.patch(copy.deepcopy(model), "topk", at=1, keep_rate=0.5, backend=backend)
+        with torch.no_grad():
+            logits[backend] = patched(images)
+    torch.testing.assert_close(logits["triton"], logits["reference"], rtol=1e-4, atol=1e-4)

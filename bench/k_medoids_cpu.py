@@ -1,0 +1,90 @@
+"""K-Medoids on the CPU against the plain official step, interleaved in one run, after both were seen to agree.
+
+python -m bench.k_medoids_cpu [--batch 32] [--tokens 196] [--clusters 98] [--channels 384] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+from torch import Tensor
+
+from fastreduce import ops
+
+__all__ = ["main", "plain_k_medoids"]
+
+
+def plain_k_medoids(
+    x: Tensor, weights: Tensor | None, k: int, *, iters: int = 3, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The clustering as the study's released code does it: one pass over all distances for every cluster.
+
+    x (B, N, C), weights (B, N) or None -> centers (B, k), label (B, N).
+    """
+    distance = torch.cdist(x, x)
+
+    def to_centers() -> Tensor:
+        return distance.gather(2, centers.unsqueeze(1).expand(-1, x.shape[1], -1))
+
+    if weights is None:
+        centers = torch.full((x.shape[0], 1), first)
+        for _ in range(1, k):
+            farthest = to_centers().amax(2).scatter_(1, centers, 0.0)
+            centers = torch.cat([centers, farthest.argmax(1, keepdim=True)], dim=1)
+        weighted = distance
+    else:
+        centers = torch.topk(weights, k, dim=1)[1]
+        weighted = distance * weights.unsqueeze(2)
+    for _ in range(iters):
+        label = to_centers().argmin(2)
+        cheapest = []
+        for j in range(k):
+            cost = weighted.clone().masked_fill_((label != j).unsqueeze(2), 1e6)
+            cheapest.append(cost.sum(2).argmin(1))
+        centers = torch.stack(cheapest, dim=1)
+    return centers, to_centers().argmin(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=196)
+    parser.add_argument("--clusters", type=int, default=98)
+    parser.add_argument("--channels", type=int, default=384)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(options.batch, options.tokens + 1, options.channels, generator=generator)[:, 1:]
+    weights = torch.rand(options.batch, options.tokens, generator=generator)
+    k = options.clusters
+    for ours, plain in zip(ops.cluster_k_medoids(x, weights, k), plain_k_medoids(x, weights, k), strict=True):
+        if not torch.equal(ours, plain):
+            raise SystemExit("not the official clusters: no time is told")
+
+    calls = {
+        "official": lambda: plain_k_medoids(x, weights, k),
+        "fastreduce": lambda: ops.cluster_k_medoids(x, weights, k),
+        "distances": lambda: torch.cdist(x, x),
+    }
+    clock = time.process_time if options.threads == 1 else time.perf_counter  # other processes do not count
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            seconds[name].append(clock() - start)
+    print(f"batch {options.batch}, {options.tokens} tokens to {k}, C {options.channels}, {options.threads} threads")
+    for name in calls:
+        ratio = statistics.median(a / b for a, b in zip(seconds["official"], seconds[name], strict=True))
+        milliseconds = statistics.median(seconds[name]) * 1e3
+        print(f"{name:12s} {milliseconds:8.2f} ms  {ratio:6.2f} times the official step's speed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""``cluster_dpc_knn``: which tokens become centres, and which centre every token belongs to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["cluster_dpc_knn"]
+
+
+def _triton(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    from ..kernels import cluster_dpc_knn as kernels
+
+    return kernels.cluster_dpc_knn(dense_rows(x), k, neighbors, noise)
+
+
+def _fake(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, tokens, _ = x.shape
+    return x.new_empty(batch, k, dtype=torch.int64), x.new_empty(batch, tokens, dtype=torch.int64)
+
+
+_cluster = register(
+    "cluster_dpc_knn(Tensor x, SymInt k, int neighbors, Tensor? noise) -> (Tensor, Tensor)",
+    triton=_triton,
+    reference=reference.cluster_dpc_knn,
+    fake=_fake,
+)
+
+
+def cluster_dpc_knn(
+    x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cluster the tokens of every image by density peaks (Du et al. 2016; in TCFormer, Zeng et al. 2022, section 3.2).
+
+    With ``d = |x[n] - x[m]| / sqrt(C)``: a token's density is ``exp(-mean d^2)`` over its nearest tokens, itself
+    included; its height is the distance to the nearest token of higher density, or the image's largest distance if none
+    is. The centres are the k tokens with the highest density times height, best first; ties go to the lower index, and
+    NaN comes last. Every other token belongs to the nearest centre, the first one if tied.
+
+    Equivalent PyTorch::
+
+        d = torch.cdist(x, x) / C**0.5
+        density = (-d.topk(neighbors, largest=False).values.square().mean(-1)).exp()
+        denser = density[:, None, :] > density[:, :, None]
+        height = torch.where(denser, d, d.amax((1, 2), keepdim=True)).amin(-1)
+        centers = (-density * height).sort(dim=1, stable=True).indices[:, :k]
+
+    Args:
+        x: (B, N, C) tokens, for example ``tokens[:, 1:]`` without a copy. float32, float16, bfloat16 (reference: any).
+            Distances are computed in float32.
+        k: number of centres, 1 .. N.
+        neighbors: how many of the smallest distances make up the density; all N where there are fewer.
+        noise: (B, N) added to the densities, or None. The released code adds 1e-6 times uniform noise, in training and
+            evaluation alike.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        centers (B, k) int64, indices of tokens, and label (B, N) int64, values 0 .. k - 1, for :func:`merge_tokens`
+        with ``num_out = k``. No gradient.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, no channels, ``neighbors < 1`` or a k outside 1 .. N.
+        TypeError: x or noise not floating point, k or neighbors not an integer.
+    """
+    check_shape("x", x, "B N C")
+    check_floating("x", x)
+    batch, tokens, channels = x.shape
+    if channels < 1:
+        raise ValueError(f"x must have at least 1 channel, got shape {shape_of(x)}")
+    check_count("k", k, 1, tokens)
+    check_count("neighbors", neighbors, 1, 2**31 - 1)
+    if noise is not None:
+        check_floating("noise", noise)
+        check_same("x", x, "noise", noise)
+        if shape_of(noise) != (batch, tokens):
+            raise ValueError(f"noise must have shape {(batch, tokens)}, got {shape_of(noise)}")
+        noise = noise.detach()
+    x = x.detach()
+    if resolve(backend, x) == "reference":
+        return reference.cluster_dpc_knn(x, k, neighbors, noise)
+    return _cluster(x, k, neighbors, noise)

@@ -1,0 +1,225 @@
+"""``sinkhorn_merge``: transport-weighted sums of normalised tokens, without the normalised tokens or the plan."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["sinkhorn_merge"]
+
+
+def _padded(clusters: int) -> int:
+    """Columns of similarities and cluster biases, of which the kernels want a multiple of 16."""
+    return (clusters + 15) // 16 * 16
+
+
+def _triton_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
+    from ..kernels import sinkhorn_merge as kernels
+
+    return kernels.sinkhorn_merge(
+        dense_rows(x), dense_rows(centers), eps, iters, None if head is None else dense_rows(head)
+    )
+
+
+def _reference_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
+    outputs = reference.sinkhorn_merge(x, centers, eps, iters, head)
+    merged, similarity, token_bias, inverse_norm, token_shifts, token_scales, biases = outputs
+    missing = _padded(centers.shape[0]) - centers.shape[0]
+    biases = torch.nn.functional.pad(torch.cat([-similarity.amax(1, keepdim=True), biases], dim=1), (0, missing))
+    scales = torch.exp(biases[:, 1:] - biases[:, :-1])
+    similarity = torch.nn.functional.pad(similarity, (0, missing), value=-math.inf)
+    return merged, similarity, token_bias, inverse_norm, token_shifts, token_scales, biases, scales
+
+
+def _fake_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
+    batch, tokens, channels = x.shape
+    clusters, numbers = centers.shape[0], reference.accumulator(x.dtype)
+    num_head = 0 if head is None else head.shape[1]
+    dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
+    return (
+        x.new_empty(batch, num_head + clusters, channels, dtype=dtype),
+        x.new_empty(batch, tokens, _padded(clusters), dtype=numbers),
+        x.new_empty(batch, tokens, dtype=numbers),
+        x.new_empty(batch, tokens, dtype=numbers),
+        x.new_empty(batch, iters, tokens, dtype=numbers),
+        x.new_empty(batch, iters, tokens, dtype=numbers),
+        x.new_empty(batch, iters + 1, _padded(clusters), dtype=numbers),
+        x.new_empty(batch, iters, _padded(clusters), dtype=numbers),
+    )
+
+
+def _triton_backward(
+    grad: Tensor,
+    x: Tensor,
+    centers: Tensor,
+    similarity: Tensor,
+    inverse_norm: Tensor,
+    token_shifts: Tensor,
+    token_scales: Tensor,
+    cluster_biases: Tensor,
+    cluster_scales: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import sinkhorn_merge as kernels
+
+    saved = (similarity, inverse_norm, token_shifts, token_scales, cluster_biases, cluster_scales)
+    return kernels.sinkhorn_merge_backward(dense_rows(grad), dense_rows(x), dense_rows(centers), *saved, eps)
+
+
+def _reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    centers: Tensor,
+    similarity: Tensor,
+    inverse_norm: Tensor,
+    token_shifts: Tensor,
+    token_scales: Tensor,
+    cluster_biases: Tensor,
+    cluster_scales: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    clusters = centers.shape[0]
+    similarity, biases = similarity[..., :clusters], cluster_biases[:, 1:, :clusters]
+    saved = (similarity, inverse_norm, token_shifts, token_scales, biases)
+    return reference.sinkhorn_merge_backward(grad, x, centers, *saved, eps)
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    centers: Tensor,
+    similarity: Tensor,
+    inverse_norm: Tensor,
+    token_shifts: Tensor,
+    token_scales: Tensor,
+    cluster_biases: Tensor,
+    cluster_scales: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), centers.new_empty(centers.shape)
+
+
+_forward = register(
+    "sinkhorn_merge(Tensor x, Tensor centers, float eps, int iters, Tensor? head)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=_triton_forward,
+    reference=_reference_forward,
+    fake=_fake_forward,
+)
+_backward = register(
+    "sinkhorn_merge_backward(Tensor grad, Tensor x, Tensor centers, Tensor similarity, Tensor inverse_norm,"
+    " Tensor token_shifts, Tensor token_scales, Tensor cluster_biases, Tensor cluster_scales, float eps)"
+    " -> (Tensor, Tensor)",
+    triton=_triton_backward,
+    reference=_reference_backward,
+    fake=_fake_backward,
+)
+
+
+class SinkhornMerge(torch.autograd.Function):
+    """Gradients of x, centres and head through all iterations, from the similarities and the biases of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        merged, similarity, token_bias, *saved = _forward(x, centers, eps, iters, head)
+        ctx.save_for_backward(x, centers, similarity, *saved)
+        ctx.eps, ctx.num_head = eps, 0 if head is None else head.shape[1]
+        ctx.head_dtype = None if head is None else head.dtype
+        cluster_biases = saved[3]
+        ctx.mark_non_differentiable(similarity, token_bias, cluster_biases)
+        return merged, similarity, token_bias, cluster_biases
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        grad_x = grad_centers = grad_head = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_x, grad_centers = _backward(grad[:, ctx.num_head :], *ctx.saved_tensors, ctx.eps)
+        if ctx.needs_input_grad[4]:
+            grad_head = grad[:, : ctx.num_head].to(ctx.head_dtype)
+        return grad_x, grad_centers, None, None, grad_head
+
+
+def sinkhorn_merge(
+    x: Tensor,
+    centers: Tensor,
+    *,
+    eps: float = 1.0,
+    iters: int = 3,
+    head: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Replace the tokens by K sums of normalised tokens, weighted by a Sinkhorn transport plan (Sinkhorn Tokenizer).
+
+    Equivalent PyTorch::
+
+        y = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        similarity = y @ centers.T / eps
+        token_bias = torch.zeros(B, N)
+        for _ in range(iters):
+            cluster_bias = -torch.logsumexp(similarity + token_bias[:, :, None], dim=1)
+            token_bias = -torch.logsumexp(similarity + cluster_bias[:, None], dim=2)
+        weights = torch.exp(similarity + token_bias[:, :, None] + cluster_bias[:, None])  # rows sum to one
+        merged = torch.cat([head, weights.mT @ y], dim=1)
+
+    Args:
+        x: (B, N, C) tokens, at least one token and one channel. Any strides; with a dense last axis, as
+            ``tokens[:, 1:]`` has it, nothing is copied. float32, float16, bfloat16 (reference: any).
+        centers: (K, C), at least one, rows already normalised, of any floating dtype.
+        eps: temperature of the plan, positive; everything stays in the log domain, so 0.01 is as good as 1.
+        iters: how many times both biases are updated, at least 1.
+        head: (B, P, C) rows to put before the merged ones, unchanged, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        merged (B, P + K, C) in x's dtype or, with a head, the promoted one, differentiable in x, centers and head; and
+        for recording, without gradient and in float32 (float64 for float64 x), similarity (B, N, K),
+        token_bias (B, N) and cluster_bias (B, K): the plan's logarithm is
+        ``similarity + token_bias[:, :, None] + cluster_bias[:, None]``.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, no token, centre or channel, ``eps <= 0``, ``iters < 1``.
+        TypeError: x, centers or head not floating point, eps not a number, iters not an integer.
+    """
+    check_shape("x", x, "B N C")
+    check_floating("x", x)
+    check_shape("centers", centers, "K C")
+    check_floating("centers", centers)
+    check_same("x", x, "centers", centers)
+    batch, tokens, channels = x.shape
+    if centers.shape[1] != channels:
+        raise ValueError(f"centers must have x's {channels} channels, got shape {shape_of(centers)}")
+    if min(tokens, channels) < 1:
+        raise ValueError(f"x must have at least one token and one channel, got shape {shape_of(x)}")
+    if centers.shape[0] < 1:
+        raise ValueError(f"centers must have at least one row, got shape {shape_of(centers)}")
+    if isinstance(eps, (bool, str)) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0 < eps < math.inf:  # math.isfinite does not trace
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+    check_count("iters", iters, 1, 2**31 - 1)
+    tensors = [x, centers]
+    if head is not None:
+        check_shape("head", head, "B P C")
+        check_floating("head", head)
+        check_same("x", x, "head", head)
+        if (head.shape[0], head.shape[2]) != (batch, channels):
+            raise ValueError(f"head must have shape ({batch}, P, {channels}), got {shape_of(head)}")
+        tensors.append(head)
+    eps = float(eps)
+    if resolve(backend, *tensors) == "reference":
+        merged, similarity, token_bias, *_, cluster_biases = reference.sinkhorn_merge(x, centers, eps, iters, head)
+    else:
+        merged, similarity, token_bias, cluster_biases = SinkhornMerge.apply(x, centers, eps, iters, head)
+    clusters = centers.shape[0]
+    return merged, similarity[..., :clusters], token_bias, cluster_biases[:, -1, :clusters]

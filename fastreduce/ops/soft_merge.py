@@ -1,0 +1,126 @@
+"""``soft_merge``: every cluster becomes a weighted sum of all the tokens, in one pass with the rows that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_floating, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["soft_merge"]
+
+
+def _triton_forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
+    from ..kernels import soft_merge as kernels
+
+    return kernels.soft_merge(logits, dense_rows(x), None if head is None else dense_rows(head))
+
+
+def _fake_forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, _, clusters = logits.shape
+    rows = clusters if head is None else head.shape[1] + clusters
+    dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
+    out = x.new_empty(batch, rows, x.shape[2], dtype=dtype)
+    promoted = torch.promote_types(logits.dtype, x.dtype)
+    return out, x.new_empty(batch, clusters, dtype=reference.accumulator(promoted))
+
+
+def _triton_backward(grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+    from ..kernels import soft_merge as kernels
+
+    return kernels.soft_merge_backward(dense_rows(grad), logits, dense_rows(x), out, logsumexp)
+
+
+def _fake_backward(grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(logits.shape), x.new_empty(x.shape)
+
+
+_forward = register(
+    "soft_merge(Tensor logits, Tensor x, Tensor? head) -> (Tensor, Tensor)",
+    triton=_triton_forward,
+    reference=reference.soft_merge,
+    fake=_fake_forward,
+)
+_backward = register(
+    "soft_merge_backward(Tensor grad, Tensor logits, Tensor x, Tensor out, Tensor logsumexp) -> (Tensor, Tensor)",
+    triton=_triton_backward,
+    reference=reference.soft_merge_backward,
+    fake=_fake_backward,
+)
+
+
+class SoftMerge(torch.autograd.Function):
+    """Gradient of the logits as in attention with given scores; head rows hand theirs on, the logsumexp has none."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, logsumexp = _forward(logits, x, head)
+        ctx.save_for_backward(logits, x, out, logsumexp)
+        ctx.num_head = 0 if head is None else head.shape[1]
+        ctx.head_dtype = None if head is None else head.dtype
+        ctx.mark_non_differentiable(logsumexp)
+        return out, logsumexp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        grad_logits = grad_x = grad_head = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_logits, grad_x = _backward(grad, *ctx.saved_tensors)
+        if ctx.needs_input_grad[2]:
+            grad_head = grad[:, : ctx.num_head].to(ctx.head_dtype)
+        return grad_logits, grad_x, grad_head
+
+
+def soft_merge(
+    logits: Tensor, x: Tensor, *, head: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum up the tokens once a cluster, with weights that are a softmax over the tokens (SiT; PatchMerger, section 3).
+
+    Equivalent PyTorch::
+
+        weights = torch.softmax(logits, dim=1)  # over the tokens: the weights of every cluster sum to one
+        torch.cat([head, weights.transpose(1, 2) @ x], dim=1), torch.logsumexp(logits, dim=1)
+
+    Args:
+        logits: (B, N, K) how much cluster k wants of token n, of any floating dtype and any strides. -inf gives a token
+            the weight 0; a cluster of nothing but -inf, or with a NaN among its logits, becomes NaN.
+        x: (B, N, C) tokens, the prefix left out: a view such as ``tokens[:, 1:]`` is not copied. float32, float16,
+            bfloat16 (reference: any); softmax and sums are float32.
+        head: (B, P, C) rows to put in front, such as ``tokens[:, :1]``, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        The rows (B, P + K, C), head first, in x's dtype or, with a head, the promoted one; and the logsumexp (B, K) of
+        each cluster's logits, float32 (float64 for float64), for recording the weights ``exp(logits - logsumexp)``.
+        Rows are differentiable in logits, x and head; the logsumexp has no gradient.
+
+    Raises:
+        ValueError: wrong shapes, no tokens at all, devices that differ.
+        TypeError: an argument that is not a floating-point tensor.
+    """
+    check_shape("logits", logits, "B N K")
+    check_shape("x", x, "B N C")
+    check_floating("logits", logits)
+    check_floating("x", x)
+    check_same("x", x, "logits", logits)
+    if logits.shape[:2] != x.shape[:2]:
+        raise ValueError(f"logits must have x's batch size and tokens {shape_of(x)[:2]}, got shape {shape_of(logits)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"x must have at least one token, got shape {shape_of(x)}")
+    tensors: tuple[Tensor, ...] = (logits, x)
+    if head is not None:
+        check_shape("head", head, "B P C")
+        check_floating("head", head)
+        check_same("x", x, "head", head)
+        if head.shape[0] != x.shape[0] or head.shape[2] != x.shape[2]:
+            raise ValueError(f"head must have x's batch size {x.shape[0]} and width {x.shape[2]}, got {shape_of(head)}")
+        tensors = (logits, x, head)
+    if resolve(backend, *tensors) == "reference":
+        return reference.soft_merge(logits, x, head)
+    return SoftMerge.apply(logits, x, head)

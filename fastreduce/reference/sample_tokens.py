@@ -1,0 +1,51 @@
+"""Inverse transform sampling of tokens: a fixed grid is looked up in the cumulated scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._rows import accumulator
+
+__all__ = ["nearest_tokens", "sample_tokens", "sampling_grid"]
+
+
+def sampling_grid(budget: int, device: torch.device | None = None) -> Tensor:
+    """The points ``(2 i + 1) / (2 budget + 2)``, i < budget, in float64: the symmetric grid without its last one."""
+    return torch.arange(1, 2 * budget, 2, dtype=torch.float64, device=device) / (2 * budget + 2)
+
+
+def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
+    """``argmin_n |grid[b, i] - cdf[b, n]|``, the lowest n on ties, all in the dtype's own rounding.
+
+    cdf (B, N) non-decreasing and not negative, grid (B, K), both contiguous -> (B, K) int64. Two binary searches
+    instead of a (B, K, N) comparison.
+    """
+    above = torch.searchsorted(cdf, grid)
+    below = (above - 1).clamp_(min=0)
+    above.clamp_(max=cdf.shape[1] - 1)
+    distance = torch.minimum((grid - cdf.gather(1, below)).abs_(), (grid - cdf.gather(1, above)).abs_())
+    # Cdfs below the nearest one can round to its distance: the lowest value that does lies half a step further down.
+    infinity = distance.new_full((), torch.inf)
+    lowest = grid - distance - (torch.nextafter(distance, infinity) - distance) / 2
+    lowest = torch.where(grid - lowest <= distance, lowest, torch.nextafter(lowest, infinity))
+    return torch.searchsorted(cdf, lowest)
+
+
+def sample_tokens(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """``unique(argmin_n |grid_i - cumsum(scores / (sum(scores) + 1e-6))_n|)``, ascending and padded with 0.
+
+    scores (B, N) -> index (B, budget) int64 and valid (B, prefix + budget) bool.
+    """
+    batch, tokens = scores.shape
+    scores = scores.to(accumulator(scores.dtype)).nan_to_num(0.0, 0.0, 0.0).clamp_(min=0.0)
+    # Sums in float64: in any order the same, and tokens of weight 0 repeat the cdf before them exactly.
+    weights = scores / (scores.sum(1, keepdim=True, dtype=torch.float64).to(scores.dtype) + 1e-6)
+    cdf = weights.cumsum(1, dtype=torch.float64).to(scores.dtype)
+    grid = sampling_grid(budget, scores.device).to(scores.dtype).expand(batch, -1).contiguous()
+    kept = torch.zeros(batch, tokens, dtype=torch.bool, device=scores.device)
+    rank = kept.scatter_(1, nearest_tokens(cdf, grid), True).cumsum(1)  # (B, N)
+    place = torch.arange(1 - prefix, budget + 1, device=scores.device).expand(batch, -1).contiguous()
+    valid = place <= rank[:, -1:]
+    index = torch.searchsorted(rank, place[:, prefix:].contiguous())
+    return index.masked_fill_(~valid[:, prefix:], 0), valid

@@ -1,0 +1,88 @@
+"""Sums of normalised tokens under an entropic transport plan between tokens and centres."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._rows import accumulator
+
+__all__ = ["sinkhorn_merge", "sinkhorn_merge_backward"]
+
+
+def sinkhorn_merge(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
+    """``merged[k] = sum_n W[n, k] y[n]`` with ``y = x / max(|x|, 1e-12)`` and W the plan after ``iters`` iterations.
+
+    ``Z[n, k] = y[n] . centers[k] / eps``, ``log W = Z + c[n] + a[k]`` and, from c = 0, ``a = -logsumexp_n(Z + c)`` and
+    ``c = -logsumexp_k(Z + a)`` in turn. The one marginal of tokens and clusters alike, -log(K + N), cancels.
+
+    x (B, N, C), centers (K, C), head (B, P, C) or None -> merged (B, P + K, C), and without gradient similarity Z
+    (B, N, K), token_bias c (B, N), inverse_norm 1 / max(|x|, 1e-12) (B, N), and of every iteration the largest entry of
+    each row of Z + a, token_shifts (B, iters, N), the reciprocal of the sum of exponentials of the row less that,
+    token_scales (B, iters, N), and a, cluster_biases (B, iters, K).
+    """
+    dtype = accumulator(x.dtype)
+    out_dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
+    x = x.to(dtype)
+    inverse_norm = torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-12).reciprocal()
+    # The norms go into the smaller matrices, so the normalised tokens are never written; bmm takes x with any strides.
+    directions = (centers.to(dtype) / eps).t().expand(x.shape[0], -1, -1)
+    similarity = torch.bmm(x, directions) * inverse_norm
+    bias = -torch.logsumexp(similarity, dim=1, keepdim=True)
+    shifts, scales, biases = [], [], []
+    for _ in range(iters):
+        scores = similarity + bias
+        weights = torch.softmax(scores, dim=2)
+        shifts.append(scores.detach().amax(2))
+        scales.append(weights.detach().amax(2))  # that of the row's largest entry, exp(0) / sum
+        biases.append(bias.detach())
+        # weights = exp(Z + a + c), so logsumexp_n(Z + c) = log(their column sums) - a; these are at least 1 / K.
+        bias = bias - weights.sum(1, keepdim=True).log()
+    merged = torch.bmm((weights * inverse_norm).mT, x).to(out_dtype)
+    if head is not None:
+        merged = torch.cat([head.to(out_dtype), merged], dim=1)
+    token_bias = scales[-1].log() - shifts[-1]
+    saved = (
+        inverse_norm.detach().squeeze(2),
+        torch.stack(shifts, dim=1),
+        torch.stack(scales, dim=1),
+        torch.cat(biases, 1),
+    )
+    return merged, similarity.detach(), token_bias, *saved
+
+
+def sinkhorn_merge_backward(
+    grad: Tensor,
+    x: Tensor,
+    centers: Tensor,
+    similarity: Tensor,
+    inverse_norm: Tensor,
+    token_shifts: Tensor,
+    token_scales: Tensor,
+    cluster_biases: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, N, C) of x and (K, C) of the centres, through every iteration, for grad (B, K, C) of merged."""
+    dtype = similarity.dtype
+    grad, norm = grad.to(dtype), inverse_norm.unsqueeze(2)
+    unit = x.to(dtype) * norm
+    scores = similarity.unsqueeze(1) + cluster_biases.unsqueeze(2)  # (B, iters, N, K)
+    plans = torch.exp(scores - token_shifts.unsqueeze(3)) * token_scales.unsqueeze(3)
+    weights = plans[:, -1]
+    grad_similarity = weights * torch.bmm(unit, grad.mT)
+    grad_cluster = grad_similarity.sum(1, keepdim=True)
+    grad_token = grad_similarity.sum(2, keepdim=True)
+    for step in range(plans.shape[1] - 1, -1, -1):
+        share = plans[:, step] * grad_token
+        grad_similarity = grad_similarity - share
+        grad_cluster = grad_cluster - share.sum(1, keepdim=True)
+        # The plan before this step, its columns scaled to sum to one.
+        before = plans[:, step - 1] if step else torch.exp(scores[:, 0])
+        share = before / before.sum(1, keepdim=True) * grad_cluster
+        grad_similarity = grad_similarity - share
+        grad_token = -share.sum(2, keepdim=True)
+        grad_cluster = torch.zeros_like(grad_cluster)
+    grad_unit = torch.matmul(grad_similarity, centers.to(dtype) / eps) + torch.bmm(weights, grad)
+    grad_centers = torch.matmul(grad_similarity.flatten(0, 1).mT, unit.flatten(0, 1)) / eps
+    along = (unit * grad_unit).sum(2, keepdim=True) * (norm < 0.999999e12)  # a clamped norm has no gradient
+    return ((grad_unit - unit * along) * norm).to(x.dtype), grad_centers.to(centers.dtype)

@@ -1,0 +1,246 @@
+"""Density-peak clustering in four launches: densities, scores, the best of them, labels; no N x N matrix in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from .select_topk import select_topk
+
+# Nearest tokens that stay in registers: 16 spill. More are found in as many sweeps over the image as it takes.
+MAX_NEAREST = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceTile:
+    """Tokens, other tokens (or centres) and channels of one step."""
+
+    block_i: int
+    block_j: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+    """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
+    if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens, or 4 warps, spill
+        return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=2)
+    block_c = min(max(triton.next_power_of_2(channels), 16), 64)  # 16: the least that tensor cores take
+    return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
+
+
+@triton.jit
+def _squares(pointers, channels, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Squared length of every row."""
+    offsets_c = tl.arange(0, BLOCK_C)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start_c in range(0, channels, BLOCK_C):
+        row = tl.load(pointers + start_c, mask=(start_c + offsets_c < channels)[None, :], other=0.0).to(tl.float32)
+        squares += tl.sum(row * row, 1)
+    return squares
+
+
+@triton.jit
+def _squared_distances(
+    pointers_i, pointers_j, squares_i, channels, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """``|i|^2 + |j|^2 - 2ij``, not below zero; NaN stays."""
+    offsets_c = tl.arange(0, BLOCK_C)
+    dots = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    squares_j = tl.zeros((BLOCK_J,), tl.float32)
+    for start_c in range(0, channels, BLOCK_C):
+        in_c = (start_c + offsets_c < channels)[None, :]
+        row_i = tl.load(pointers_i + start_c, mask=in_c, other=0.0)
+        row_j = tl.load(pointers_j + start_c, mask=in_c, other=0.0)
+        squares_j += tl.sum(row_j.to(tl.float32) * row_j.to(tl.float32), 1)
+        dots = tl.dot(row_i, tl.trans(row_j), dots, input_precision="ieee")
+    squared = squares_i[:, None] + squares_j[None, :] - 2.0 * dots
+    return tl.where(squared < 0.0, 0.0, squared)
+
+
+@triton.jit
+def _ordered_bits(squared):
+    """Integers in the order of floats that are not negative; NaN is above infinity."""
+    return squared.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def density_kernel(
+    x,  # (B, N, C)
+    noise,  # (B, N) or None
+    density,  # (B, N) float32
+    farthest,  # (B, N) float32: every token's largest squared distance
+    tokens,
+    channels,
+    neighbors,  # 1 .. N
+    stride_b,
+    stride_n,
+    noise_stride_b,
+    noise_stride_n,
+    NEAREST: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program takes the smallest distances of BLOCK_I tokens from tile after tile."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    # Rows past the end repeat the last one: a mask of their own costs registers.
+    pointers_i = rows + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * stride_n
+    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
+    beyond = 0x7FFFFFFFFFFFFFFF
+    place = tl.arange(0, NEAREST).to(tl.int64)
+
+    farthest_bits = tl.zeros((BLOCK_I,), tl.int32)
+    total = tl.zeros((BLOCK_I,), tl.float32)
+    taken = tl.full((BLOCK_I,), -1, tl.int64)  # the greatest key that an earlier sweep took
+    for found in range(0, neighbors, NEAREST):
+        wanted = tl.minimum(neighbors - found, NEAREST)
+        # Keys are distinct: bits of the distance, then the column. Vacant places lie beyond all of them, unused below.
+        vacant = tl.where(place < wanted, beyond - 1 - place, -2 - place)
+        nearest = tl.zeros((BLOCK_I, NEAREST), tl.int64) + vacant[None, :]
+        for start_j in range(0, tokens, BLOCK_J):
+            j = start_j + tl.arange(0, BLOCK_J)
+            pointers_j = rows + tl.minimum(j, tokens - 1).to(tl.int64)[:, None] * stride_n
+            squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+            squared = tl.where(i[:, None] == j[None, :], squared - squared, squared)  # zero, unless it is NaN
+            bits = _ordered_bits(squared)
+            farthest_bits = tl.maximum(farthest_bits, tl.max(bits, 1))
+            keys = (bits.to(tl.int64) << 32) | j.to(tl.int64)[None, :]
+            keys = tl.where((j < tokens)[None, :] & (keys > taken[:, None]), keys, beyond)
+            for _ in range(wanted):
+                smallest, greatest = tl.min(keys, 1), tl.max(nearest, 1)
+                replaced = (nearest == greatest[:, None]) & (smallest < greatest)[:, None]
+                nearest = tl.where(replaced, smallest[:, None], nearest)
+                keys = tl.where(keys == smallest[:, None], beyond, keys)
+        value = (nearest >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        total += tl.sum(tl.where((place < wanted)[None, :], value, 0.0), 1)
+        taken = tl.max(nearest, 1)
+
+    value = tl.exp(-total / neighbors / channels)
+    if noise is not None:
+        pointers = noise + batch * noise_stride_b + i * noise_stride_n
+        value += tl.load(pointers, mask=i < tokens, other=0.0).to(tl.float32)
+    tl.store(density + batch * tokens + i, value, mask=i < tokens)
+    tl.store(farthest + batch * tokens + i, farthest_bits.to(tl.float32, bitcast=True), mask=i < tokens)
+
+
+@triton.jit
+def score_kernel(
+    x,  # (B, N, C)
+    density,  # (B, N) float32
+    farthest,  # (B, N) float32
+    score,  # (B, N) float32
+    tokens,
+    channels,
+    stride_b,
+    stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Density times the distance to the nearest denser token; the image's largest distance where there is none."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    density += batch * tokens
+    farthest += batch * tokens
+    row_i = tl.minimum(i, tokens - 1)
+    pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
+    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
+    density_i = tl.load(density + row_i)
+
+    nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
+    farthest_bits = tl.zeros((BLOCK_J,), tl.int32)
+    for start_j in range(0, tokens, BLOCK_J):
+        j = tl.minimum(start_j + tl.arange(0, BLOCK_J), tokens - 1)
+        pointers_j = rows + j.to(tl.int64)[:, None] * stride_n
+        squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+        denser = tl.load(density + j)[None, :] > density_i[:, None]
+        nearest = tl.minimum(nearest, tl.min(tl.where(denser, squared, float("inf")), 1))
+        farthest_bits = tl.maximum(farthest_bits, _ordered_bits(tl.load(farthest + j)))
+    largest = tl.max(farthest_bits, 0).to(tl.float32, bitcast=True)
+    height = tl.sqrt(tl.where(nearest < largest, nearest, largest) / channels)  # NaN in the image: NaN everywhere
+    tl.store(score + batch * tokens + i, density_i * height, mask=i < tokens)
+
+
+@triton.jit
+def label_kernel(
+    x,  # (B, N, C)
+    centers,  # (B, K) int64, contiguous
+    label,  # (B, N) int64, contiguous
+    tokens,
+    channels,
+    num_centers,
+    stride_b,
+    stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program compares BLOCK_I tokens with every centre."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    pointers_i = rows + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * stride_n
+    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
+
+    nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
+    label_i = tl.zeros((BLOCK_I,), tl.int32)
+    for start_j in range(0, num_centers, BLOCK_J):
+        j = tl.minimum(start_j + tl.arange(0, BLOCK_J), num_centers - 1)
+        center = tl.load(centers + batch * num_centers + j)
+        pointers_j = rows + center[:, None] * stride_n
+        squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+        squared = tl.where(squared == squared, squared, -1.0)  # as torch orders NaN: before every number
+        squared = tl.where(center[None, :] == i[:, None], -2.0, squared)
+        tile_nearest, tile_label = tl.min(squared, 1, return_indices=True, return_indices_tie_break_left=True)
+        closer = tile_nearest < nearest  # strict: the earlier tile wins ties
+        nearest = tl.where(closer, tile_nearest, nearest)
+        label_i = tl.where(closer, start_j + tile_label, label_i)
+    tl.store(label + batch * tokens + i, label_i.to(tl.int64), mask=i < tokens)
+
+
+def cluster_dpc_knn(
+    x: torch.Tensor, k: int, neighbors: int, noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Four launches; x (B, N, C) with contiguous channels -> centers (B, k) and label (B, N), int64."""
+    batch, tokens, channels = x.shape
+    density, farthest, score = (
+        torch.empty(batch, tokens, dtype=torch.float32, device=x.device) for _ in ("density", "farthest", "score")
+    )
+    label = torch.empty(batch, tokens, dtype=torch.int64, device=x.device)
+    if batch == 0:
+        return label[:, :k].contiguous(), label
+    neighbors = min(neighbors, tokens)
+    tile = distance_tile(channels, x.dtype)
+    settings = {
+        "BLOCK_I": tile.block_i,
+        "BLOCK_J": tile.block_j,
+        "BLOCK_C": tile.block_c,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    grid = (triton.cdiv(tokens, tile.block_i), batch)
+    density_kernel[grid](
+        x,
+        noise,
+        density,
+        farthest,
+        tokens,
+        channels,
+        neighbors,
+        *x.stride()[:2],
+        *((0, 0) if noise is None else noise.stride()),
+        NEAREST=min(triton.next_power_of_2(neighbors), MAX_NEAREST),
+        **settings,
+    )
+    score_kernel[grid](x, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
+    centers = select_topk(score, k)
+    label_kernel[grid](x, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
+    return centers, label

@@ -1,0 +1,320 @@
+"""K-Medoids in two launches: all distances with the cost and rank of every token, then all iterations of an image.
+
+Without weights a third one between them chooses the first centers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from .select_topk import _packed_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceTile:
+    """Tokens against tokens and channels of one step of the distances."""
+
+    block_i: int
+    block_n: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+    """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
+    if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens spill
+        return DistanceTile(block_i=64, block_n=32, block_c=16, num_warps=4, num_stages=2)
+    block_c = min(max(triton.next_power_of_2(channels), 16), 64)
+    return DistanceTile(block_i=64, block_n=64, block_c=block_c, num_warps=8, num_stages=3)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterTile:
+    """Tokens at a time, and centers against them, of the program that clusters one image."""
+
+    block_n: int
+    block_j: int
+    num_warps: int
+
+
+def cluster_tile(tokens: int) -> ClusterTile:
+    """8 distances a thread, kept over all centers: 16, or 32 threads for fewer of them, spilled for sm_80 or sm_90."""
+    block_n = min(max(triton.next_power_of_2(tokens), 32), 512)
+    return ClusterTile(block_n=block_n, block_j=8, num_warps=block_n // 32)
+
+
+@triton.jit
+def token_distances_kernel(
+    x,  # (B, N, C)
+    weights,  # (B, N) or None
+    distance,  # (B, N, row_stride) float32, contiguous; columns from N on are infinite
+    cost,  # (B, N) float32: weight times the sum of the distances
+    centers,  # (B, K) int64, contiguous: the K tokens of most weight, in order; untouched without weights
+    tokens,
+    channels,
+    clusters,
+    row_stride,
+    x_stride_b,
+    x_stride_n,
+    weights_stride_b,
+    weights_stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: BLOCK_I tokens of one image against all of them."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    in_i = i < tokens
+    offsets_c = tl.arange(0, BLOCK_C)
+    image = x + batch * x_stride_b
+    # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
+    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :]
+    squares_i = tl.zeros((BLOCK_I,), tl.float32)
+    for start_c in range(0, channels, BLOCK_C):
+        a = tl.load(rows_i + start_c, mask=(start_c + offsets_c < channels)[None, :], other=0.0).to(tl.float32)
+        squares_i += tl.sum(a * a, 1)
+
+    out = distance + (batch * tokens + i)[:, None] * row_stride
+    total = tl.zeros((BLOCK_I,), tl.float32)
+    for start_n in range(0, row_stride, BLOCK_N):
+        n = start_n + tl.arange(0, BLOCK_N)
+        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :]
+        dots = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
+        squares_n = tl.zeros((BLOCK_N,), tl.float32)
+        for start_c in range(0, channels, BLOCK_C):
+            in_c = (start_c + offsets_c < channels)[None, :]
+            a = tl.load(rows_i + start_c, mask=in_c, other=0.0)
+            b = tl.load(rows_n + start_c, mask=in_c, other=0.0)
+            squares_n += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
+            dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+        squared = squares_i[:, None] + squares_n[None, :] - 2.0 * dots
+        number = (squared == squared) & (n < tokens)[None, :]
+        value = tl.where(number, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
+        total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
+        tl.store(out + n[None, :], value, mask=in_i[:, None] & (n < row_stride)[None, :])
+
+    if weights is not None:
+        weights += batch * weights_stride_b
+        total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)
+        keys_i = _packed_keys(weights + i.to(tl.int64) * weights_stride_n, i, in_i)
+        rank = tl.zeros((BLOCK_I,), tl.int32)
+        for start_n in range(0, tokens, 16):
+            n = start_n + tl.arange(0, 16)
+            keys_n = _packed_keys(weights + n.to(tl.int64) * weights_stride_n, n, n < tokens)
+            rank += tl.sum((keys_n[None, :] > keys_i[:, None]).to(tl.int32), 1)
+        tl.store(centers + batch * clusters + rank, i.to(tl.int64), mask=in_i & (rank < clusters))
+    tl.store(cost + batch * tokens + i, total, mask=in_i)
+
+
+@triton.jit
+def farthest_first_kernel(
+    distance,  # (B, N, row_stride) float32
+    largest,  # (B, N) float32: every token's largest distance to the centers, -1 for a center itself
+    centers,  # (B, K) int64
+    tokens,
+    clusters,
+    first,
+    row_stride,
+    BLOCK_N: tl.constexpr,
+):
+    """One program an image; each thread reads back what it wrote itself."""
+    batch = tl.program_id(0).to(tl.int64)
+    distance += batch * tokens * row_stride
+    largest += batch * tokens
+    centers += batch * clusters
+    newest = tl.full((), 0, tl.int64) + first
+    tl.store(centers, newest)
+    for j in range(1, clusters):
+        best = tl.full((), -1, tl.int64)
+        for start_n in range(0, tokens, BLOCK_N):
+            n = start_n + tl.arange(0, BLOCK_N)
+            in_n = n < tokens
+            value = tl.load(distance + newest * row_stride + n, mask=in_n, other=0.0)
+            before = tl.load(largest + n, mask=in_n & (j > 1), other=0.0)
+            value = tl.where((before < 0.0) | (n == newest), -1.0, tl.maximum(before, value))
+            tl.store(largest + n, value, mask=in_n)
+            bits = tl.maximum(value, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+            best = tl.maximum(best, tl.max(tl.where(in_n, (bits << 32) | (0x7FFFFFFF - n).to(tl.int64), -1), 0))
+        newest = 0x7FFFFFFF - (best & 0xFFFFFFFF)
+        tl.store(centers + j, newest)
+
+
+@triton.jit
+def _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Label of every token: the first of its nearest centers."""
+    for start_n in range(0, tokens, BLOCK_N):
+        n = start_n + tl.arange(0, BLOCK_N)
+        nearest = tl.full((BLOCK_J, BLOCK_N), float("inf"), tl.float32)
+        place = tl.zeros((BLOCK_J, BLOCK_N), tl.int32)
+        for start_j in range(0, clusters, BLOCK_J):
+            j = start_j + tl.arange(0, BLOCK_J)
+            center = tl.load(centers + j, mask=j < clusters, other=0)
+            # Up to the row's end, not to the last token: its length is a multiple of 16, which keeps the loads wide.
+            mask = (j < clusters)[:, None] & (n < row_stride)[None, :]
+            rows = tl.load(distance + center[:, None] * row_stride + n[None, :], mask=mask, other=float("inf"))
+            place = tl.where(rows < nearest, j[:, None], place)  # strict: the earlier center wins ties
+            nearest = tl.minimum(rows, nearest)
+        first = tl.where(nearest == tl.min(nearest, 0)[None, :], place, clusters)
+        tl.store(label + n, tl.min(first, 0).to(tl.int64), mask=n < tokens)
+
+
+@triton.jit
+def _cost_of_members(
+    distance, weights, label, cost, tokens, row_stride, weights_stride_n, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """cost[n]: sum of weights[i] * d(n, i) over the others of n's own cluster."""
+    for start_n in range(0, tokens, BLOCK_J):
+        n = start_n + tl.arange(0, BLOCK_J)
+        label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
+        total = tl.zeros((BLOCK_J,), tl.float32)
+        for start_i in range(0, tokens, BLOCK_N):
+            i = start_i + tl.arange(0, BLOCK_N)
+            label_i = tl.load(label + i, mask=i < tokens, other=-2).to(tl.int32)
+            mask = (n < tokens)[:, None] & (i < row_stride)[None, :]
+            value = tl.load(distance + n.to(tl.int64)[:, None] * row_stride + i[None, :], mask=mask, other=0.0)
+            weight = tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=i < tokens, other=1.0)
+            value = value * weight.to(tl.float32)[None, :]
+            value = tl.where(value < 3.4028234663852886e38, value, 3.4028234663852886e38)
+            counts = (label_n[:, None] == label_i[None, :]) & (n[:, None] != i[None, :])
+            total += tl.sum(tl.where(counts, value, 0.0), 1)
+        tl.store(cost + n, total, mask=n < tokens)
+
+
+@triton.jit
+def _cheapest_of_each(cost, label, centers, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Center of every cluster: the first of its cheapest tokens, token 0 where it has none."""
+    none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    for start_j in range(0, clusters, BLOCK_J):
+        j = start_j + tl.arange(0, BLOCK_J)
+        best = tl.full((BLOCK_J,), 0, tl.int64) + none
+        for start_n in range(0, tokens, BLOCK_N):
+            n = start_n + tl.arange(0, BLOCK_N)
+            value = tl.load(cost + n, mask=n < tokens, other=0.0)
+            label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
+            bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+            ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+            ordered = tl.where(value == value, ordered, 0x7FFFFFFF)
+            key = (ordered.to(tl.int64) << 32) | n.to(tl.int64)
+            best = tl.minimum(best, tl.min(tl.where(label_n[None, :] == j[:, None], key[None, :], none), 1))
+        tl.store(centers + j, tl.where(best == none, 0, best & 0xFFFFFFFF), mask=j < clusters)
+
+
+@triton.jit
+def iterate_clusters_kernel(
+    distance,  # (B, N, row_stride) float32
+    weights,  # (B, N), or None: then cost stays what it is, that of all tokens
+    cost,  # (B, N) float32
+    centers,  # (B, K) int64: the first ones, and in the end the last
+    label,  # (B, N) int64
+    tokens,
+    clusters,
+    iters,
+    row_stride,
+    weights_stride_b,
+    weights_stride_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """One program an image; what one phase stores the next one loads, behind a barrier."""
+    batch = tl.program_id(0).to(tl.int64)
+    distance += batch * tokens * row_stride
+    cost += batch * tokens
+    centers += batch * clusters
+    label += batch * tokens
+    if weights is not None:
+        weights += batch * weights_stride_b
+    for _ in range(iters):
+        _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N, BLOCK_J)
+        tl.debug_barrier()
+        if weights is not None:
+            _cost_of_members(
+                distance, weights, label, cost, tokens, row_stride, weights_stride_n, BLOCK_N, BLOCK_J // 2
+            )
+            tl.debug_barrier()
+        _cheapest_of_each(cost, label, centers, tokens, clusters, BLOCK_N, BLOCK_J)
+        tl.debug_barrier()
+    _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N, BLOCK_J)
+
+
+def token_distances(
+    x: torch.Tensor, weights: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch; x (B, N, C) with contiguous channels -> distance (B, N, N rounded up to 16), cost (B, N), centers (B, k).
+
+    Without weights every token weighs 1 and the centers are left as they come.
+    """
+    batch, tokens, channels = x.shape
+    row_stride = triton.cdiv(tokens, 16) * 16  # every row starts at a multiple of 64 bytes
+    distance = torch.empty(batch, tokens, row_stride, dtype=torch.float32, device=x.device)
+    cost = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
+    centers = torch.empty(batch, k, dtype=torch.int64, device=x.device)
+    if batch:
+        tile = distance_tile(channels, x.dtype)
+        token_distances_kernel[(triton.cdiv(tokens, tile.block_i), batch)](
+            x,
+            weights,
+            distance,
+            cost,
+            centers,
+            tokens,
+            channels,
+            k,
+            row_stride,
+            *x.stride()[:2],
+            *((0, 0) if weights is None else weights.stride()),
+            BLOCK_I=tile.block_i,
+            BLOCK_N=tile.block_n,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return distance, cost, centers
+
+
+def cluster_k_medoids(
+    x: torch.Tensor, weights: torch.Tensor | None, k: int, iters: int, members: bool, first: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two launches, three without weights; x (B, N, C) with contiguous channels -> centers (B, k), label (B, N)."""
+    batch, tokens, _ = x.shape
+    distance, cost, centers = token_distances(x, weights, k)
+    label = torch.empty(batch, tokens, dtype=torch.int64, device=x.device)
+    if batch:
+        tile = cluster_tile(tokens)
+        if weights is None:
+            farthest_first_kernel[(batch,)](
+                distance,
+                torch.empty_like(cost),
+                centers,
+                tokens,
+                k,
+                first,
+                distance.shape[2],
+                BLOCK_N=tile.block_n,
+                num_warps=max(1, tile.block_n // 128),
+            )
+        if members and weights is None:
+            weights = torch.ones_like(cost)
+        summed = weights if members else None
+        iterate_clusters_kernel[(batch,)](
+            distance,
+            summed,
+            cost,
+            centers,
+            label,
+            tokens,
+            k,
+            iters,
+            distance.shape[2],
+            *((0, 0) if summed is None else summed.stride()),
+            BLOCK_N=tile.block_n,
+            BLOCK_J=tile.block_j,
+            num_warps=tile.num_warps,
+            num_stages=1,  # no load may move before a barrier
+        )
+    return centers, label

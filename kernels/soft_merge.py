@@ -1,0 +1,367 @@
+"""Soft merging, one launch a direction: a softmax over the tokens, kept running beside the sums that it weights.
+
+Traffic of the forward pass: the tokens are read once per BLOCK_K clusters, the logits once per BLOCK_C channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeTile:
+    """Tokens, clusters and channels of one step."""
+
+    block_n: int
+    block_k: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def _fits(size: int, high: int) -> int:
+    """The least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
+    return min(max(triton.next_power_of_2(size), 16), high)
+
+
+def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
+    """Found by compiling for sm_80 and sm_90: no spill; the widest tiles, because they read the least.
+
+    At K = 98 half-precision tokens are read once, where 64 clusters a tile would read them twice.
+    """
+    if dtype == torch.float32:  # exact dots hold their operands in registers
+        return MergeTile(16, _fits(clusters, 64), _fits(channels, 64), num_warps=8, num_stages=2)
+    widest = 128 if channels % 16 == 0 else 64  # where nothing is aligned, every element has a pointer of its own
+    block_k = _fits(clusters, widest)
+    return MergeTile(32, block_k, _fits(channels, widest), num_warps=8 if block_k > 32 else 4, num_stages=2)
+
+
+def backward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
+    """Found likewise: 128 channels a step spill here and there."""
+    if dtype == torch.float32:
+        return MergeTile(64, _fits(clusters, 32), _fits(channels, 32), num_warps=8, num_stages=2)
+    block_c = _fits(channels, 64 if channels % 16 == 0 else 32)
+    return MergeTile(64, _fits(clusters, 64), block_c, num_warps=8, num_stages=2)
+
+
+def _unit(logits: torch.Tensor) -> int:
+    """What divides the number of clusters and the strides, up to 8: few counts are multiples of the JIT's own 16."""
+    return math.gcd(8, logits.shape[2], *logits.stride()[:2]) if logits.stride(2) == 1 else 1
+
+
+@triton.jit
+def soft_merge_kernel(
+    logits,  # (B, N, K)
+    x,  # (B, N, C)
+    head,  # (B, P, C) or None
+    out,  # (B, P + K, C), contiguous
+    logsumexp,  # (B, K) float32, contiguous
+    tokens,
+    clusters,
+    channels,
+    num_head,
+    logits_stride_b,
+    logits_stride_n,
+    logits_stride_k,
+    x_stride_b,
+    x_stride_n,
+    head_stride_b,
+    head_stride_n,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: BLOCK_K clusters, BLOCK_C channels, all tokens. It copies its share of the head's rows first."""
+    clusters = clusters // UNIT * UNIT
+    logits_stride_b = logits_stride_b // UNIT * UNIT
+    logits_stride_n = logits_stride_n // UNIT * UNIT
+    batch = tl.program_id(2).to(tl.int64)
+    offsets_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_c = offsets_c < channels
+    in_k = offsets_k < clusters
+    out += batch * (num_head + clusters) * channels
+    if head is not None:
+        for row in range(tl.program_id(1), num_head, tl.num_programs(1)):
+            source = head + batch * head_stride_b + tl.cast(row, tl.int64) * head_stride_n + offsets_c
+            value = tl.load(source, mask=in_c, other=0.0).to(tl.float32)
+            tl.store(out + row * channels + offsets_c, value.to(out.dtype.element_ty), mask=in_c)
+
+    x += batch * x_stride_b
+    logits += batch * logits_stride_b + offsets_k.to(tl.int64)[:, None] * logits_stride_k
+    running_max = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+    running_sum = tl.zeros((BLOCK_K,), tl.float32)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        offsets_n = start + tl.arange(0, BLOCK_N)
+        in_n = offsets_n < tokens
+        rows = offsets_n.to(tl.int64)
+        logit = tl.load(
+            logits + rows[None, :] * logits_stride_n, mask=in_k[:, None] & in_n[None, :], other=float("-inf")
+        ).to(tl.float32)
+        token = tl.load(
+            x + rows[:, None] * x_stride_n + offsets_c[None, :], mask=in_n[:, None] & in_c[None, :], other=0.0
+        )
+        new_max = tl.maximum(running_max, tl.max(logit, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf is NaN
+        weight = tl.exp(logit - shift[:, None])
+        shrink = tl.exp(running_max - shift)
+        running_max = new_max
+        running_sum = running_sum * shrink + tl.sum(weight, 1)
+        operand = out.dtype.element_ty
+        acc = tl.dot(weight.to(operand), token.to(operand), acc * shrink[:, None], input_precision="ieee")
+
+    running_sum = tl.where(in_k, running_sum, 1.0)
+    merged = (acc / running_sum[:, None]).to(out.dtype.element_ty)
+    targets = (num_head + offsets_k).to(tl.int64)[:, None] * channels + offsets_c[None, :]
+    tl.store(out + targets, merged, mask=in_k[:, None] & in_c[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(logsumexp + batch * clusters + offsets_k, running_max + tl.log(running_sum), mask=in_k)
+
+
+@triton.jit
+def _grad_logits(
+    grad,
+    logits,
+    x,
+    out,
+    logsumexp,
+    grad_logits,
+    tokens,
+    clusters,
+    channels,
+    grad_stride_n,
+    logits_stride_n,
+    logits_stride_k,
+    x_stride_n,
+    block_n,
+    block_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``weight * (x . grad - delta)`` of one tile; delta, the mean of ``x . grad`` under the weights, is out . grad."""
+    offsets_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_n = offsets_n < tokens
+    in_k = offsets_k < clusters
+    rows_n = offsets_n.to(tl.int64)
+    rows_k = offsets_k.to(tl.int64)
+    dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    delta = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        offsets_c = start + tl.arange(0, BLOCK_C)
+        in_c = offsets_c < channels
+        mask_k = in_k[:, None] & in_c[None, :]
+        upstream = tl.load(grad + rows_k[:, None] * grad_stride_n + offsets_c[None, :], mask=mask_k, other=0.0)
+        merged = tl.load(out + rows_k[:, None] * channels + offsets_c[None, :], mask=mask_k, other=0.0)
+        token = tl.load(
+            x + rows_n[:, None] * x_stride_n + offsets_c[None, :], mask=in_n[:, None] & in_c[None, :], other=0.0
+        )
+        delta += tl.sum(upstream.to(tl.float32) * merged.to(tl.float32), 1)
+        dots = tl.dot(token.to(upstream.dtype), tl.trans(upstream), dots, input_precision="ieee")
+    mask = in_n[:, None] & in_k[None, :]
+    sources = rows_n[:, None] * logits_stride_n + rows_k[None, :] * logits_stride_k
+    logit = tl.load(logits + sources, mask=mask, other=float("-inf")).to(tl.float32)
+    lse = tl.load(logsumexp + offsets_k, mask=in_k, other=0.0)
+    value = tl.exp(logit - lse[None, :]) * (dots - delta[None, :])
+    targets = rows_n[:, None] * clusters + rows_k[None, :]
+    tl.store(grad_logits + targets, value.to(grad_logits.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _grad_x(
+    grad,
+    logits,
+    logsumexp,
+    grad_x,
+    tokens,
+    clusters,
+    channels,
+    grad_stride_n,
+    logits_stride_n,
+    logits_stride_k,
+    block_n,
+    block_c,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``weight @ grad`` of one tile, the weights made anew from the logits."""
+    offsets_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_n = offsets_n < tokens
+    in_c = offsets_c < channels
+    rows_n = offsets_n.to(tl.int64)
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(0, clusters, BLOCK_K):
+        offsets_k = start + tl.arange(0, BLOCK_K)
+        in_k = offsets_k < clusters
+        rows_k = offsets_k.to(tl.int64)
+        sources = rows_n[:, None] * logits_stride_n + rows_k[None, :] * logits_stride_k
+        logit = tl.load(logits + sources, mask=in_n[:, None] & in_k[None, :], other=float("-inf")).to(tl.float32)
+        lse = tl.load(logsumexp + offsets_k, mask=in_k, other=0.0)
+        weight = tl.exp(logit - lse[None, :])
+        upstream = tl.load(
+            grad + rows_k[:, None] * grad_stride_n + offsets_c[None, :], mask=in_k[:, None] & in_c[None, :], other=0.0
+        )
+        # Scaled by a power of two and back: float16 would lose weights below 6e-8, and bits of those below 6e-5.
+        acc = tl.dot((weight * 32768.0).to(upstream.dtype), upstream, acc, input_precision="ieee")
+    acc *= 1.0 / 32768.0
+    targets = rows_n[:, None] * channels + offsets_c[None, :]
+    tl.store(grad_x + targets, acc.to(grad_x.dtype.element_ty), mask=in_n[:, None] & in_c[None, :])
+
+
+@triton.jit
+def soft_merge_backward_kernel(
+    grad,  # (B, P + K, C)
+    logits,  # (B, N, K)
+    x,  # (B, N, C)
+    out,  # (B, P + K, C), contiguous
+    logsumexp,  # (B, K) float32, contiguous
+    grad_logits,  # (B, N, K), contiguous
+    grad_x,  # (B, N, C), contiguous
+    tokens,
+    clusters,
+    channels,
+    num_head,
+    grad_stride_b,
+    grad_stride_n,
+    logits_stride_b,
+    logits_stride_n,
+    logits_stride_k,
+    x_stride_b,
+    x_stride_n,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The first programs take a tile of the logits' gradient each, the others one of the tokens' gradient."""
+    clusters = clusters // UNIT * UNIT
+    logits_stride_b = logits_stride_b // UNIT * UNIT
+    logits_stride_n = logits_stride_n // UNIT * UNIT
+    program = tl.program_id(0)
+    block_n = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    grad += batch * grad_stride_b + tl.cast(num_head, tl.int64) * grad_stride_n
+    logits += batch * logits_stride_b
+    logsumexp += batch * clusters
+    blocks_k = tl.cdiv(clusters, BLOCK_K)
+    if program < blocks_k:
+        _grad_logits(
+            grad,
+            logits,
+            x + batch * x_stride_b,
+            out + (batch * (num_head + clusters) + num_head) * channels,
+            logsumexp,
+            grad_logits + batch * tokens * clusters,
+            tokens,
+            clusters,
+            channels,
+            grad_stride_n,
+            logits_stride_n,
+            logits_stride_k,
+            x_stride_n,
+            block_n,
+            program,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_C,
+        )
+    else:
+        _grad_x(
+            grad,
+            logits,
+            logsumexp,
+            grad_x + batch * tokens * channels,
+            tokens,
+            clusters,
+            channels,
+            grad_stride_n,
+            logits_stride_n,
+            logits_stride_k,
+            block_n,
+            program - blocks_k,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_C,
+        )
+
+
+def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; logits (B, N, K) of any strides, x (B, N, C) and head with contiguous channels -> rows and logsumexp."""
+    batch, tokens, channels = x.shape
+    clusters = logits.shape[2]
+    num_head = 0 if head is None else head.shape[1]
+    dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
+    out = torch.empty(batch, num_head + clusters, channels, dtype=dtype, device=x.device)
+    logsumexp = torch.empty(batch, clusters, dtype=torch.float32, device=x.device)
+    if batch == 0 or out.numel() + logsumexp.numel() == 0:
+        return out, logsumexp
+    tile = forward_tile(clusters, channels, dtype)
+    # Channels vary fastest: programs that share logits run side by side, and at least one copies the head.
+    grid = (max(triton.cdiv(channels, tile.block_c), 1), max(triton.cdiv(clusters, tile.block_k), 1), batch)
+    soft_merge_kernel[grid](
+        logits,
+        x,
+        head,
+        out,
+        logsumexp,
+        tokens,
+        clusters,
+        channels,
+        num_head,
+        *logits.stride(),
+        *x.stride()[:2],
+        *((0, 0) if head is None else head.stride()[:2]),
+        UNIT=_unit(logits),
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_C=tile.block_c,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out, logsumexp
+
+
+def soft_merge_backward(
+    grad: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, out: torch.Tensor, logsumexp: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch; grad and out (B, P + K, C) with contiguous channels -> gradients (B, N, K) of logits, (B, N, C) of x."""
+    batch, tokens, channels = x.shape
+    clusters = logits.shape[2]
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=x.device)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tile = backward_tile(clusters, channels, out.dtype)
+    programs = triton.cdiv(clusters, tile.block_k) + triton.cdiv(channels, tile.block_c)
+    if batch and programs:
+        soft_merge_backward_kernel[(programs, triton.cdiv(tokens, tile.block_n), batch)](
+            grad,
+            logits,
+            x,
+            out,
+            logsumexp,
+            grad_logits,
+            grad_x,
+            tokens,
+            clusters,
+            channels,
+            out.shape[1] - clusters,
+            *grad.stride()[:2],
+            *logits.stride(),
+            *x.stride()[:2],
+            UNIT=_unit(logits),
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return grad_logits, grad_x

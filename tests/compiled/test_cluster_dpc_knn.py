@@ -1,0 +1,49 @@
+"""cluster_dpc_knn compiles for sm_80 and sm_90 at every shape class within the gates."""
+
+import pytest
+import torch
+
+from fastreduce.kernels import cluster_dpc_knn as kernels
+from tests.compiled.gates import ARCHES, check_gates
+from tests.inputs import DTYPES
+
+
+def reports_for(arch, x, k, *, neighbors=5, noise=None):
+    density, score, _, label = check_gates(arch, lambda: kernels.cluster_dpc_knn(x, k, neighbors, noise), wide=False)
+    for report in (density, score, label):
+        # Tensor cores for half precision; none for float32, where they would round the inputs to 11 bits.
+        assert (report.mma_ops > 0) == (x.dtype != torch.float32), report
+        yield report
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "channels", "dtype"),
+    [
+        (196, 98, 192, torch.float16),
+        (196, 176, 384, torch.bfloat16),
+        (576, 288, 768, torch.float32),
+        (1024, 49, 1024, torch.float16),
+        (4097, 2048, 384, torch.float32),
+    ],
+)
+def test_gates(num_tokens, k, channels, dtype, arch):
+    x = torch.zeros(2, 1 + num_tokens, channels, dtype=dtype)[:, 1:]
+    for report in reports_for(arch, x, k):
+        assert 16 in report.load_bytes, report
+        # Two programs a multiprocessor, but for the densities under Triton 3.6 on sm_80: they take 174.
+        assert report.registers <= (192 if report.name == "density_kernel" and arch == 80 else 128), report
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("width", "channels"), [(33, 33), (192, 48)])
+def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
+    x = torch.zeros(2, 50, width, dtype=dtype)[..., :channels]
+    list(reports_for(arch, x, 7, noise=torch.zeros(2, 50)))
+
+
+@pytest.mark.parametrize(("num_tokens", "k", "neighbors"), [(1, 1, 1), (49, 1, 2), (49, 24, 49)])
+def test_gates_of_the_numbers_of_neighbors_and_centres(num_tokens, k, neighbors):
+    for dtype in DTYPES[:2]:
+        list(reports_for(80, torch.zeros(2, num_tokens, 48, dtype=dtype), k, neighbors=neighbors))

@@ -1,0 +1,216 @@
+"""attention: kernels against reference in the interpreter, under the sanitizer."""
+
+import pytest
+import torch
+
+from fastreduce import ops, reference
+from fastreduce.kernels import attention as kernels
+from tests.budget import EPS, assert_within_budget
+from tests.inputs import DTYPES, seeded, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # NumPy's: a hidden key
+
+# (batch, heads, queries, keys, head_dim); a tile holds 32 or 64 rows, 80 channels are padded to 128
+SQUARE = [(2, 2, 70, 70, 64), (1, 1, 1, 1, 1), (1, 3, 17, 17, 80), (2, 1, 33, 33, 32), (0, 2, 9, 9, 16)]
+OTHER = [(1, 2, 3, 67, 16), (1, 1, 40, 5, 33), (1, 2, 0, 7, 8), (1, 1, 9, 9, 160)]
+
+
+def packed(batch, heads, num_tokens, head_dim, dtype=torch.float32, seed=0, strength=1.0):
+    """q, k and v as views of one packed qkv."""
+    qkv = torch.randn(batch, num_tokens, 3, heads, head_dim, generator=seeded(seed))
+    qkv[:, :, :2] *= strength
+    return qkv.to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def policies(batch, num_tokens, dtype=torch.float32, seed=0):
+    """Hidden and seen keys, and some that are half seen; nobody else is seen in the last image."""
+    generator = seeded(seed + 50)
+    policy = (torch.rand(batch, num_tokens, generator=generator) < 0.5).float()
+    policy[:, ::3] = torch.rand(batch, num_tokens, generator=generator)[:, ::3]
+    if batch > 1:
+        policy[-1] = 0.0
+    return policy.to(dtype)
+
+
+def run(backend, q, k, v, policy, grad, cast=None, **options):
+    leaves = [t.detach().to(cast or t.dtype).requires_grad_() for t in (q, k, v, policy) if t is not None]
+    out = ops.attention(*leaves[:3], policy=leaves[3] if len(leaves) > 3 else None, backend=backend, **options)
+    return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+def check(q, k, v, policy, steps=4.0, **options):
+    """Steps of q's dtype for the policy too: the weights are rounded to it before a dot."""
+    grad = tokens(*q.shape, seed=9).to(q.dtype)
+    ours = run("triton", q, k, v, policy, grad, **options)
+    plain = run("reference", q, k, v, policy, grad, **options)
+    exact = run("reference", q, k, v, policy, grad, torch.float64, **options)
+    for triple in zip(ours, plain, exact, strict=True):
+        assert_within_budget(*triple, steps=steps * EPS[q.dtype] / EPS[triple[0].dtype])
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "queries", "keys", "head_dim"), SQUARE)
+def test_policy(batch, heads, queries, keys, head_dim, dtype):
+    check(*packed(batch, heads, keys, head_dim, dtype), policies(batch, keys))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "heads", "queries", "keys", "head_dim"), SQUARE[:2] + OTHER)
+def test_plain(batch, heads, queries, keys, head_dim, dtype):
+    q = packed(batch, heads, queries, head_dim, dtype, seed=1)[0]
+    _, k, v = packed(batch, heads, keys, head_dim, dtype)
+    check(q, k, v, None)
+
+
+def dominated(gap, dtype):
+    """Every ninth key is hidden, and its logit is larger than the others by about the gap."""
+    q, k, v = (t.clone() for t in packed(1, 2, 70, 16, dtype))
+    policy = policies(1, 70)
+    policy[:, 5::9] = 0.0
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    k[:, :, 5::9, 0] = gap
+    return q, k, v, policy
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [8.0, 13.0])
+def test_hidden_keys_that_dominate_the_row(gap, dtype):
+    # The weights of the keys that are seen are down at eps, where the maximum's own gradient counts.
+    check(*dominated(gap, dtype), steps=48 if dtype == torch.float32 else 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden_keys_beside_which_nothing_is_seen(dtype):
+    # Every key has the weight eps / N then, but for the hidden ones' own.
+    q, k, v, policy = dominated(30.0, dtype)
+    grad = tokens(*q.shape, seed=9).to(q.dtype)
+    ours = run("triton", q, k, v, policy, grad)
+    exact = run("reference", q, k, v, policy, grad, torch.float64)
+    torch.testing.assert_close(exact[0][:, :, 4], v.double().mean(2), atol=1e-4, rtol=0)
+    for index in (0, 3):
+        torch.testing.assert_close(ours[index], exact[index].to(dtype), atol=1e-5, rtol=4 * EPS[dtype])
+    for index in (1, 2):  # about 1e-4, which a rounding of the result outweighs
+        torch.testing.assert_close(ours[index].double(), exact[index], atol=max(2e-5, 10 * EPS[dtype]), rtol=0)
+
+
+def test_the_gradient_of_the_maximum_goes_to_the_first_key_that_reaches_it():
+    q, k, v, policy = dominated(8.0, torch.float32)
+    k[:, :, 5::9] = k[:, :, 5:6]
+    grad = tokens(*q.shape, seed=9)
+    ours = run("triton", q, k, v, policy, grad, eps=0.1)
+    for a, b in zip(ours, run("reference", q, k, v, policy, grad, eps=0.1), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strong_logits_and_options(dtype):
+    q, k, v = packed(1, 2, 40, 16, dtype, strength=3.0)
+    policy = policies(1, 40)
+    steps = 40 if dtype == torch.float32 else 4  # a rounding of a logit near 40 is forty of its exponential
+    ours = check(q, k, v, policy.to(dtype), steps, scale=0.5, eps=0.01)
+    assert ours[4].dtype == dtype
+    check(q, k, v, policy, steps, scale=0.5, eps=0.0)
+    check(q, k, v, None, steps, scale=0.5)
+
+
+def test_a_policy_of_ones_is_nearly_plain_attention():
+    q, k, v = packed(2, 2, 40, 16)
+    plain = ops.attention(q, k, v, backend="triton")
+    torch.testing.assert_close(
+        ops.attention(q, k, v, policy=torch.ones(2, 40), backend="triton"), plain, atol=1e-5, rtol=0
+    )
+
+
+def test_keys_below_every_number():
+    # Negative by rounding counts as hidden; a key of weight zero in a whole tile counts for nothing.
+    q, k, v = packed(1, 1, 70, 16)
+    policy = policies(1, 70)
+    policy[0, 3] = 0.0
+    slightly = policy.clone()
+    slightly[0, 3] = -1e-9
+    torch.testing.assert_close(
+        ops.attention(q, k, v, policy=slightly, backend="triton"),
+        ops.attention(q, k, v, policy=policy, backend="triton"),
+        atol=0,
+        rtol=0,
+    )
+    low = torch.zeros(1, 1, 70, 16)
+    low[:, :, :64] = -3e38
+    ours = ops.attention(torch.ones(1, 1, 2, 16), low, v, backend="triton")
+    torch.testing.assert_close(ours, v[:, :, 64:].mean(2, keepdim=True).expand(-1, -1, 2, -1))
+
+
+@pytest.mark.parametrize("policy", [None, policies(2, 21)])
+def test_strided_inputs_are_read_in_place(policy):
+    q, k, v = packed(2, 2, 21, 16)
+    ours = ops.attention(q, k, v, policy=policy, backend="triton")
+    dense = [t.contiguous() for t in (q, k, v)]
+    sequence_first = [t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for t in (q, k, v)]
+    sparse_channels = [torch.stack([t, t], -1).flatten(-2)[..., ::2] for t in (q, k, v)]
+    for views in (dense, sequence_first, sparse_channels):
+        other = None if policy is None else policy.t().contiguous().t()
+        assert torch.equal(ours, ops.attention(*views, policy=other, backend="triton"))
+    shared = [t[:1].expand(2, -1, -1, -1) for t in (q, k, v)]
+    expected = ops.attention(*(t.clone() for t in shared), policy=policy, backend="triton")
+    assert torch.equal(ops.attention(*shared, policy=policy, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("policy", [None, policies(2, 21)])
+def test_expanded_gradient_and_memory_order(policy):
+    q, k, v = packed(2, 2, 21, 16)
+    grad = torch.ones(2, 1, 1, 1).expand(2, 2, 21, 16)
+    ours = run("triton", q, k, v, policy, grad)
+    for a, b in zip(ours, run("reference", q, k, v, policy, grad), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for tensor in ours[:4]:
+        assert tensor.transpose(1, 2).is_contiguous()
+
+
+def test_nan_stays_in_its_image():
+    q, k, v = packed(2, 2, 40, 16)
+    policy = policies(3, 40)[:2]
+    spoilt = k.clone()
+    spoilt[0, 1, 3, 5] = float("nan")
+    for mask in (policy, None):
+        grad = torch.ones(2, 2, 40, 16)
+        whole = run("triton", q, spoilt, v, mask, grad)
+        fine = run("triton", q, k, v, mask, grad)
+        assert whole[0][0, 1].isnan().all()
+        assert torch.equal(whole[0][0, 0], fine[0][0, 0])
+        for a, b in zip(whole, fine, strict=True):
+            assert torch.equal(a[1:], b[1:])
+    unknown = policy.clone()
+    unknown[0, 7] = float("nan")
+    out = ops.attention(q, k, v, policy=unknown, backend="triton")
+    expected = ops.attention(q, k, v, policy=unknown, backend="reference")
+    assert torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", [None, policies(2, 40)])
+def test_sums_for_the_backward_pass(policy, dtype):
+    q, k, v = packed(2, 2, 40, 16, dtype)
+    _, *sums = kernels.attention(q, k, v, policy, 0.25, 1e-6)
+    mask = None if policy is None else policy.double()
+    _, *exact = reference.attention_with_sums(q.double(), k.double(), v.double(), mask, 0.25, 1e-6)
+    for ours, best in zip(sums, exact, strict=True):
+        torch.testing.assert_close(ours.double(), best, atol=2e-6, rtol=2e-6)
+
+
+def test_batch_invariance_bitwise():
+    q, k, v = packed(3, 2, 70, 16, torch.float16)
+    policy = policies(3, 70)
+    grad = tokens(3, 2, 70, 16, seed=3, dtype=torch.float16)
+    whole = run("triton", q, k, v, policy, grad)
+    alone = run("triton", q[1:2], k[1:2], v[1:2], policy[1:2], grad[1:2])
+    for a, b in zip(whole, alone, strict=True):
+        assert torch.equal(a[1:2], b)
+    for a, b in zip(whole, run("triton", q, k, v, policy, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_head_dims_beyond_the_kernels():
+    q, k, v = packed(1, 1, 3, 257)
+    with pytest.raises(ValueError, match="the kernels take up to 256 channels a head, got 257"):
+        ops.attention(q, k, v, backend="triton")

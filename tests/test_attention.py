@@ -1,0 +1,248 @@
+"""attention in an ordinary process: operator, gradients, compilation, errors, numbers."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastreduce import ops, reference
+from fastreduce.ops.attention import Attention
+from tests.inputs import DTYPES, seeded, tokens
+
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+NATIVE = torch.ops.fastreduce
+ALL_DTYPES = [*DTYPES, torch.float64]
+
+
+def packed(batch=2, heads=3, num_tokens=7, head_dim=4, dtype=torch.float64, seed=0):
+    """Views of one packed qkv, as a block of a model hands them over."""
+    qkv = torch.randn(batch, num_tokens, 3, heads, head_dim, generator=seeded(seed)).to(dtype)
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def policies(batch=2, num_tokens=7, dtype=torch.float64, seed=0):
+    """Hidden, seen and half seen keys."""
+    choices = torch.tensor([0.0, 1.0, 0.3], dtype=torch.float64)
+    return choices[torch.randint(3, (batch, num_tokens), generator=seeded(seed))].to(dtype)
+
+
+def leaf(tensor):
+    return tensor.detach().clone().requires_grad_()
+
+
+def plain(q, k, v, policy, scale, eps):
+    """One query after the other, in Python's numbers."""
+    batch, heads, queries, _ = q.shape
+    out = torch.zeros_like(q)
+    for b in range(batch):
+        for h in range(heads):
+            for m in range(queries):
+                logits = [scale * float(q[b, h, m] @ key) for key in k[b, h]]
+                weights = [math.exp(logit - max(logits)) for logit in logits]
+                if policy is not None:
+                    weights = [w if n == m else w * float(policy[b, n]) for n, w in enumerate(weights)]
+                    total = sum(weights) + eps
+                    weights = [w + eps / len(weights) for w in weights]
+                else:
+                    total = sum(weights)
+                for n, weight in enumerate(weights):
+                    out[b, h, m] += weight / total * v[b, h, n]
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 2),
+    heads=st.integers(1, 2),
+    queries=st.integers(0, 6),
+    keys=st.integers(1, 6),
+    head_dim=st.integers(1, 3),
+    scale=st.sampled_from([None, 0.7, 5.0]),
+    eps=st.sampled_from([1e-6, 0.1, 0.0]),
+    masked=st.booleans(),
+)
+def test_against_plain_loops(batch, heads, queries, keys, head_dim, scale, eps, masked):
+    queries = keys if masked else queries
+    q = packed(batch, heads, queries, head_dim, seed=1)[0]
+    _, k, v = packed(batch, heads, keys, head_dim)
+    policy = policies(batch, keys) if masked else None
+    expected = plain(q, k, v, policy, head_dim**-0.5 if scale is None else scale, eps)
+    ours = ops.attention(q, k, v, policy=policy, scale=scale, eps=eps)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(
+        Attention.apply(q, k, v, policy, head_dim**-0.5 if scale is None else scale, eps),
+        expected,
+        atol=1e-12,
+        rtol=1e-12,
+    )
+
+
+def textbook(q, k, v, policy, scale, eps):
+    """As METHODS.md writes it, the matrix A and all."""
+    num_tokens = k.shape[2]
+    logits = scale * q @ k.transpose(2, 3)
+    own = torch.eye(num_tokens, dtype=q.dtype)
+    visible = policy[:, None, None, :]
+    weights = torch.exp(logits - logits.max(-1, keepdim=True)[0]) * (visible + (1.0 - visible) * own)
+    return ((weights + eps / num_tokens) / (weights.sum(-1, keepdim=True) + eps)) @ v
+
+
+@pytest.mark.parametrize("scale", [0.5, 8.0])
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_values_and_gradients_against_the_textbook(scale, eps):
+    # With the strong scale hidden keys dominate rows, and the gradient of the maximum is no longer small.
+    leaves = [leaf(t) for t in (*packed(), policies())]
+    expected = textbook(*leaves, scale, eps)
+    grad = tokens(*expected.shape, seed=5).double()
+    grads = torch.autograd.grad(expected, leaves, grad)
+    for out in (
+        ops.attention(*leaves[:3], policy=leaves[3], scale=scale, eps=eps),
+        Attention.apply(*leaves, scale, eps),
+    ):
+        torch.testing.assert_close(out, expected, atol=1e-13, rtol=1e-12)
+        for a, b in zip(torch.autograd.grad(out, leaves, grad), grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12 * b.abs().max().item(), rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("layout", ["packed", "dense", "sequence first"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_opcheck(masked, layout, dtype):
+    q, k, v = packed(dtype=dtype)
+    if layout == "dense":
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if layout == "sequence first":
+        q, k, v = (t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for t in (q, k, v))
+    policy = policies(dtype=torch.float32).t().contiguous().t() if masked else None
+    check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
+    check(NATIVE.attention.default, (q, k, v, policy, 0.5, 1e-6))
+    out, *sums = NATIVE.attention(q, k, v, policy, 0.5, 1e-6)
+    for grad in (torch.ones_like(q), torch.ones(2, 1, 1, 1, dtype=dtype).expand(2, 3, 7, 4)):
+        check(NATIVE.attention_backward.default, (grad, q, k, v, policy, out, *sums, 0.5, 1e-6))
+
+
+def test_opcheck_of_fewer_queries_and_of_empty_batches():
+    check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
+    q, k, v = packed(dtype=torch.float32)
+    check(NATIVE.attention.default, (q[:, :, :2], k, v, None, 0.5, 1e-6))
+    policy = policies(dtype=torch.float32)
+    check(NATIVE.attention.default, (q[:0], k[:0], v[:0], policy[:0], 0.5, 1e-6))
+
+
+# The CPU implementation of the operators is the reference, so gradcheck checks its explicit backward formulas.
+@pytest.mark.parametrize(("scale", "eps"), [(0.7, 1e-6), (0.7, 0.05), (3.0, 0.05)])
+def test_gradcheck_with_a_policy(scale, eps):
+    leaves = [leaf(t) for t in (*packed(num_tokens=5, head_dim=3), policies(num_tokens=5))]
+    assert torch.autograd.gradcheck(lambda *inputs: Attention.apply(*inputs, scale, eps), leaves)
+    assert torch.autograd.gradcheck(lambda *inputs: reference.attention(*inputs, scale, eps), leaves)
+
+
+def test_gradcheck_without():
+    q, k, v = (leaf(t) for t in packed(num_tokens=5, head_dim=3))
+    assert torch.autograd.gradcheck(lambda q, k, v: Attention.apply(q[:, :, :2], k, v, None, 0.7, 1e-6), (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy_dtype", [torch.float32, torch.bfloat16])
+def test_dtypes_of_result_and_gradients(dtype, policy_dtype):
+    leaves = [leaf(t) for t in (*packed(dtype=dtype), policies(dtype=policy_dtype))]
+    for out in (ops.attention(*leaves[:3], policy=leaves[3]), Attention.apply(*leaves, 0.5, 1e-6)):
+        assert out.dtype == dtype
+        for tensor, grad in zip(leaves, torch.autograd.grad(out.float().sum(), leaves), strict=True):
+            assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape)
+
+
+def test_a_constant_policy_gets_no_gradient():
+    q, k, v = (leaf(t) for t in packed())
+    out = Attention.apply(q, k, v, policies(), 0.5, 1e-6)
+    assert all(grad is not None for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_hidden_tokens_hardly_matter_to_the_others():
+    q, k, v = packed(dtype=torch.float32)
+    policy = torch.ones(2, 7)
+    policy[:, 4:] = 0.0
+    ours = ops.attention(q, k, v, policy=policy)
+    alone = ops.attention(q[:, :, :4], k[:, :, :4], v[:, :, :4])
+    torch.testing.assert_close(ours[:, :, :4], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_precision_is_summed_in_float32(dtype):
+    inputs = packed(2, 2, 40, 8, dtype)
+    policy = policies(2, 40, dtype)
+    ours = ops.attention(*inputs, policy=policy)
+    exact = textbook(*(t.double() for t in inputs), policy.double(), 8**-0.5, 1e-6)
+    torch.testing.assert_close(ours, exact.to(dtype), atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
+
+
+def by_function(q, k, v, policy):
+    return Attention.apply(q, k, v, policy, 0.5, 1e-6)
+
+
+def by_reference(q, k, v, policy):
+    return ops.attention(q, k, v, policy=policy, scale=0.5, backend="reference")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("stage", [by_function, by_reference])
+def test_compile_fullgraph(stage, masked, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(stage, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch, num_tokens in ((2, 7), (5, 7), (3, 9)) if dynamic else ((2, 7),):
+        leaves = [leaf(t) for t in packed(batch, num_tokens=num_tokens, dtype=torch.float32)]
+        leaves += [leaf(policies(batch, num_tokens, torch.float32))] if masked else []
+        expected, ours = (f(*leaves, *([] if masked else [None])) for f in (stage, compiled))
+        torch.testing.assert_close(ours, expected)
+        grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (ours, expected)]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitwise_batch_invariance_and_determinism(dtype):
+    q, k, v = packed(4, 2, 23, 16, dtype)
+    policy = policies(4, 23, torch.float32)
+
+    def run(part):
+        leaves = [leaf(tensor[part]) for tensor in (q, k, v, policy)]
+        out = Attention.apply(*leaves, 0.25, 1e-6)
+        return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
+
+    for first, second, one in zip(run(slice(None)), run(slice(None)), run(slice(2, 3)), strict=True):
+        assert torch.equal(first, second)
+        assert torch.equal(first[2:3], one)
+
+
+def test_refuses():
+    q, k, v = packed(dtype=torch.float32)
+    policy = torch.ones(2, 7)
+    good = {"q": q, "k": k, "v": v, "policy": policy}
+    for kind, message, changed in (
+        (TypeError, r"q must be a tensor of shape \(B, H, M, D\), got list", {"q": [0.0]}),
+        (ValueError, r"k must have shape \(B, H, N, D\), got \(3, 7, 4\)", {"k": k[0]}),
+        (ValueError, r"v must have shape \(B, H, N, D\), got \(3, 7, 4\)", {"v": v[0]}),
+        (TypeError, "q must be floating point, got torch.int64", {"q": q.long()}),
+        (TypeError, "q is torch.float32 and k torch.float16", {"k": k.half()}),
+        (TypeError, "q is torch.float32 and v torch.float64", {"v": v.double()}),
+        (ValueError, "q is on cpu and v on meta", {"v": v.to("meta")}),
+        (ValueError, r"k must have shape \(2, 3, 7, 4\) to go with q .*, got \(2, 2, 7, 4\)", {"k": k[:, :2]}),
+        (ValueError, r"v must have shape \(2, 3, 7, 4\) to go with q .*, got \(2, 3, 6, 4\)", {"v": v[:, :, 1:]}),
+        (ValueError, "at least one head, key and channel", {"q": q[:, :0], "k": k[:, :0], "v": v[:, :0]}),
+        (ValueError, "at least one head, key and channel", {"k": k[:, :, :0], "v": v[:, :, :0]}),
+        (ValueError, r"policy must have shape \(B, N\), got \(7,\)", {"policy": policy[0]}),
+        (TypeError, "policy must be floating point, got torch.bool", {"policy": policy.bool()}),
+        (ValueError, "q is on cpu and policy on meta", {"policy": policy.to("meta")}),
+        (ValueError, r"policy must have shape \(2, 7\), one entry a key, got \(2, 6\)", {"policy": policy[:, 1:]}),
+        (ValueError, "as many queries as keys, got 6 queries and 7 keys", {"q": q[:, :, 1:]}),
+        (ValueError, "eps must be finite and not negative, got -1.0", {"eps": -1.0}),
+        (ValueError, "eps must be finite and not negative, got nan", {"eps": math.nan}),
+        (ValueError, "unknown backend 'cuda'", {"backend": "cuda"}),
+        (RuntimeError, "'triton' was asked for", {"backend": "triton"}),
+    ):
+        with pytest.raises(kind, match=message):
+            ops.attention(**{**good, **changed})
