@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import ops
     from .backends import backend
     from .integrations.timm import Record, Stage, load_official, patch, record, reduced_counts, unpatch
+    from .losses import dynamicvit_loss
     from .reducers import REDUCERS
     from .tokens import Plan, Tokens
 
@@ -28,6 +29,7 @@ _HOMES = {
     "Stage": "integrations.timm",
     "Tokens": "tokens",
     "backend": "backends",
+    "dynamicvit_loss": "losses",
     "load_official": "integrations.timm",
     "ops": "ops",
     "patch": "integrations.timm",
@@ -43,6 +45,7 @@ __all__ = [
     "Stage",
     "Tokens",
     "backend",
+    "dynamicvit_loss",
     "load_official",
     "ops",
     "patch",

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _MESSAGE_LENGTH = 400
-_TITLES = {"topk": "Top-K", "evit": "EViT", "tome": "ToMe"}
+_TITLES = {
+    **{"topk": "Top-K", "evit": "EViT", "dynamicvit": "DynamicViT", "ats": "ATS", "tome": "ToMe", "sit": "SiT"},
+    **{"kmedoids": "K-Medoids", "dpcknn": "DPC-KNN", "patchmerger": "PatchMerger"},
+}
 
 
 class _UserError(Exception):
@@ -252,13 +255,18 @@ def _draw(comparison: Comparison, out: Path, progress: Any) -> list[Path]:
             if stage.kept is not None:
                 panel = draw.grey_dropped(photo, stage.kept)
                 alone = int(stage.kept.sum())
-                count = f"{alone} + {stage.count - alone} fused" if stage.count > alone else f"{alone}"
+                if stage.soft:
+                    count = f"{stage.count}"
+                else:
+                    count = f"{alone} + {stage.count - alone} fused" if stage.count > alone else f"{alone}"
             else:
                 assert stage.slot is not None
                 panel, count = draw.fill_merged(photo, stage.slot), f"{stage.count}"
             panels.append((panel, f"block {stage.block}", f"{count} of {patches} tokens"))
         notes = []
-        if any(stage.kept is not None and stage.count > stage.kept.sum() for stage in entry.stages):
+        if any(stage.soft for stage in entry.stages):
+            notes.append("shown: the patch that weighs most in each token, followed from stage to stage")
+        elif any(stage.kept is not None and stage.count > stage.kept.sum() for stage in entry.stages):
             notes.append("grey patches are fused into one token at each stage")
         if comparison.random_weights:
             notes.append(f"{comparison.weights}: the pattern says nothing about a trained model")
@@ -362,6 +370,10 @@ def _legend(comparison: Comparison, result: dict[str, Any]) -> str:
         lines.append(f"*: near-ties: in {result['dtype']} other tokens were chosen than in float64.")
     if any(_is_wrong(row) for row in result["methods"]):
         lines.append("!: far from float64, and no near-tie explains it: please report this.")
+    if any(row["layers"] == "random" for row in result["methods"]):
+        names = dict.fromkeys(row["label"] for row in result["methods"] if row["layers"] == "random")
+        lines.append(f"Layers of their own, with random weights: {', '.join(names)}.")
+    lines += [f"Not compared: {method}: {reason}." for method, reason in result["refused"].items()]
     if comparison.random_weights:
         lines.append(
             f"These are {comparison.weights}: the speeds hold for trained ones too, the patterns and pictures say "

@@ -40,6 +40,7 @@ from .integrations.timm import (
     input_config,
     load_official,
     model_names,
+    official_state,
     patch,
     record,
     reduced_counts,
@@ -54,6 +55,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SAMPLES = ("flower.jpg", "china.jpg")
 _VARIANTS: dict[str, list[dict[str, Any]]] = {"radial": [{"norm": norm} for norm in ("l1", "l2", "linf")]}
 _FIXED: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
+_CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that some models or blocks are refused for
 _CHECKED = 2  # images of the batch that are also run in float64, which is what takes the time there
 _BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (8, 16, 32, 64)}
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 20  # fewer only where the time is up before
@@ -101,7 +103,9 @@ class Drawn:
 
     Attributes:
         block: the transformer block, ``count`` its patch tokens after the stage.
-        kept: (rows, columns) bool, patches that are still tokens of their own.
+        kept: (rows, columns) bool, patches that are still tokens of their own; of a soft merge those that weigh most in
+            one of the tokens.
+        soft: whether it is a soft merge.
         slot: (rows, columns) the token that each patch is in.
     """
 
@@ -109,6 +113,7 @@ class Drawn:
     count: int
     kept: NDArray[np.bool_] | None = None
     slot: NDArray[np.int64] | None = None
+    soft: bool = False
 
 
 @dataclasses.dataclass
@@ -117,7 +122,8 @@ class Entry:
 
     Attributes:
         options: what tells it from other entries of the method; ``chosen`` is everything that :func:`patch` got.
-        counts: patch tokens after each stage.
+        counts: patch tokens after each stage; of ATS, once it has run, those of the longest image of the batch.
+        layers: where the method's own layers have their weights from, or None if it has none.
         exact: float64 logits of the official algorithm.
         difference: of the logits to ``exact``, relative to the largest of these.
         official_difference: the same of the official algorithm in the dtype that is timed.
@@ -132,6 +138,7 @@ class Entry:
     model: nn.Module
     official: nn.Module
     counts: tuple[int, ...]
+    layers: str | None = None
     exact: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     difference: float = math.nan
     official_difference: float = math.nan
@@ -210,8 +217,8 @@ def _open_photo(name: str) -> Image.Image:
         raise ValueError(f"{name!r} cannot be read as an image: {error}") from error
 
 
-def _build_model(settings: Settings) -> tuple[Any, str]:
-    """The model, and in words where its weights come from."""
+def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
+    """The model, in words where its weights come from, and the layers of a method that the checkpoint has."""
     name = settings.model
     if settings.pretrained and settings.checkpoint is not None:
         raise ValueError("give either --pretrained or --checkpoint")
@@ -231,9 +238,11 @@ def _build_model(settings: Settings) -> tuple[Any, str]:
     if settings.checkpoint is not None:
         if not os.path.isfile(settings.checkpoint):
             raise ValueError(f"there is no checkpoint {settings.checkpoint!r}")
-        load_official(model, settings.checkpoint)
-        return model, f"checkpoint {Path(settings.checkpoint).name}"
-    return model, "pretrained weights" if settings.pretrained else f"random weights (seed {settings.seed})"
+        state = official_state(settings.checkpoint)
+        layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
+        load_official(model, state)
+        return model, f"checkpoint {Path(settings.checkpoint).name}", layers
+    return model, "pretrained weights" if settings.pretrained else f"random weights (seed {settings.seed})", {}
 
 
 def _share(model: nn.Module) -> Any:
@@ -314,21 +323,24 @@ def _changed_decisions(ours: Record, exact: Record, images: int) -> int:
     return int(differs.sum())
 
 
-def _drawn(seen: Record, blocks: Sequence[int], counts: Sequence[int], grid: tuple[int, int]) -> list[Drawn]:
+def _drawn(seen: Record, blocks: Sequence[int], grid: tuple[int, int]) -> list[Drawn]:
     """The first image's stages; a stage that reduced nothing shows what was there."""
     kept: NDArray[np.bool_] | None = np.ones(grid, bool)
     slot: NDArray[np.int64] | None = None
+    count, soft = math.prod(grid), False
     stages = {stage.block: stage for stage in seen.stages}
     drawn = []
-    for block, count in zip(blocks, counts, strict=True):
-        if (stage := stages.get(block)) is not None and stage.kept_patches is not None:
-            own = stage.kept_patches[0].cpu().numpy()
-            kept, slot = np.zeros(math.prod(grid), bool), None
-            kept[own[own >= 0]] = True
-            kept = kept.reshape(grid)
-        elif stage is not None:
-            kept, slot = None, stage.patch_slot[0].cpu().numpy().reshape(grid)
-        drawn.append(Drawn(block, count, kept, slot))
+    for block in blocks:
+        if (stage := stages.get(block)) is not None:
+            soft = stage.weights is not None
+            if stage.merges or stage.sources is None:
+                kept, slot, count = None, stage.patch_slot[0].cpu().numpy().reshape(grid), stage.num_out
+            else:
+                own, fused = stage.sources[0].cpu().numpy(), stage.fused
+                kept, slot = np.zeros(math.prod(grid), bool), None
+                kept[own[own >= 0]] = True
+                kept, count = kept.reshape(grid), stage.num_out if soft or fused else int((own >= 0).sum())
+        drawn.append(Drawn(block, count, kept, slot, soft))
     return drawn
 
 
@@ -422,6 +434,7 @@ class Comparison:
         if not settings.keep_rates:
             raise ValueError("give at least one keep rate")
         variants = _variants(settings.methods)
+        self.refused: dict[str, str] = {}
         self.device = _device(settings.device)
         self.dtype = DTYPES[_one_of("dtype", settings.dtype, list(DTYPES))]
         try:
@@ -433,10 +446,14 @@ class Comparison:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.photo = _open_photo(settings.image)
-        model, self.weights = _build_model(settings)
+        model, self.weights, self.method_layers = _build_model(settings)
         self.model = model.to(self.device, self.dtype)
         rates = dict.fromkeys(settings.keep_rates)
-        self.entries = [self._entry(method, options, rate) for rate in rates for method, options in variants]
+        self.entries = [
+            entry for rate in rates for method, options in variants if (entry := self._try(method, options, rate))
+        ]
+        if not self.entries:
+            raise ValueError(next(iter(self.refused.values())))
         self.slices = {entry.counts: FreeSlice(self.model, entry.counts, self.blocks) for entry in self.entries}
         self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
         self.config = input_config(model)
@@ -449,18 +466,69 @@ class Comparison:
     def _entry(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry:
         """Build the reduced and the official model."""
         chosen = {"keep_rate": keep_rate, **_FIXED.get(method, {}), **options}
+        torch.manual_seed(self.settings.seed)  # of the method's own layers, whatever else is compared
         patched = patch(_share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
         self.blocks = stage_blocks(self.settings.at, len(self.model.blocks))
-        official = self._official(self.model, method, chosen)
-        return Entry(method, options, keep_rate, chosen, patched, official, tuple(reduced_counts(patched)))
+        layers = self._load_layers(patched)
+        official = self._official(self.model, method, chosen, patched)
+        counts = tuple(reduced_counts(patched))
+        return Entry(method, options, keep_rate, chosen, patched, official, counts, layers)
 
-    def _official(self, model: nn.Module, method: str, chosen: dict[str, Any]) -> nn.Module:
-        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, **chosen)
+    def _try(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry | None:
+        """The entry, or None where the method cannot serve this model and nobody asked for it by name."""
+        try:
+            return self._entry(method, options, keep_rate)
+        except ValueError as error:
+            if self.settings.methods or method not in _CHOOSY:
+                raise
+            self.refused[method] = str(error)
+            return None
+
+    def _load_layers(self, patched: nn.Module) -> str | None:
+        """Give the method's own layers the checkpoint's weights if it has them; says in words which they have."""
+        names = [name for name, _ in patched.named_parameters() if name.startswith("reducers.")]
+        if not names:
+            return None
+        found = {name: self.method_layers[name] for name in names if name in self.method_layers}
+        fits = all(value.shape == patched.get_parameter(name).shape for name, value in found.items())
+        if len(found) < len(names) or not fits:
+            return "random"
+        with torch.no_grad():
+            for name, value in found.items():
+                patched.get_parameter(name).copy_(value)
+        return "checkpoint"
+
+    def _official(self, model: nn.Module, method: str, chosen: dict[str, Any], patched: nn.Module) -> nn.Module:
+        dtype = next(model.parameters()).dtype
+        layers = {
+            name.removeprefix("reducers."): parameter.to(dtype)
+            for name, parameter in patched.named_parameters()
+            if name.startswith("reducers.")
+        }
+        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **chosen)
         return plain.to(self.device).eval()
 
     def _reference(self, model: nn.Module, entry: Entry) -> nn.Module:
         """The reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
-        return patch(_share(model), entry.method, at=self.settings.at, backend="reference", **entry.chosen)
+        reduced = patch(_share(model), entry.method, at=self.settings.at, backend="reference", **entry.chosen)
+        if entry.layers is not None and not next(reduced.parameters()).is_meta:
+            reduced.reducers.load_state_dict(entry.model.get_submodule("reducers").state_dict())
+        return reduced
+
+    def _settle_counts(self) -> None:
+        """Methods that keep what each image calls for: the count is that of the longest image of this batch."""
+        for entry in self.entries:
+            if not REDUCERS[entry.method].ragged:
+                continue
+            with record(entry.model) as seen:
+                entry.model(self.images)
+            longest = {stage.block: int((stage.slot >= 0).sum(1).max()) for stage in seen.stages}
+            entry.counts = tuple(
+                longest.get(block, count) for block, count in zip(self.blocks, entry.counts, strict=True)
+            )
+            self.slices.setdefault(entry.counts, FreeSlice(self.model, entry.counts, self.blocks))
+        used = {entry.counts for entry in self.entries}
+        self.slices = {counts: model for counts, model in self.slices.items() if counts in used}
 
     @property
     def random_weights(self) -> bool:
@@ -558,6 +626,7 @@ class Comparison:
         progress("checking", 0, total)
         self._choose_threads()
         self._load_images(self._choose_batch())
+        self._settle_counts()
         self.checked = min(_CHECKED, len(self.images))
         exact_images = self.images[: self.checked].double()
         exact_model = copy.deepcopy(self.model).double()
@@ -567,11 +636,11 @@ class Comparison:
             model(self.images)
         for done, entry in enumerate(self.entries, 1):
             progress(f"checking {entry.label} {entry.keep_rate:g}", done, total)
-            entry.exact = self._official(exact_model, entry.method, entry.chosen)(exact_images)
+            entry.exact = self._official(exact_model, entry.method, entry.chosen, entry.model)(exact_images)
             with record(entry.model) as seen:
                 entry.difference = _difference(entry.model(self.images), entry.exact)
             entry.official_difference = _difference(entry.official(self.images), entry.exact)
-            entry.stages = _drawn(seen, self.blocks, entry.counts, self.grid)
+            entry.stages = _drawn(seen, self.blocks, self.grid)
             if self._is_far(entry):
                 reduced = self._reference(exact_model, entry)
                 with record(reduced) as exact:
@@ -644,6 +713,7 @@ class Comparison:
             "options": entry.options,
             "keep_rate": entry.keep_rate,
             "counts": list(entry.counts),
+            "layers": entry.layers,
             "gmacs": self.gmacs[ours],
             **self._speed(ours),
             **_ratio("speedup", self.seconds[ours], self.seconds["unreduced"]),
@@ -675,6 +745,7 @@ class Comparison:
             "compile": settings.compile,
             "fused_baseline": settings.fused_baseline,
             "images_checked": self.checked,
+            "refused": self.refused,
             "unreduced": {
                 "gmacs": self.gmacs["unreduced"],
                 **self._speed("unreduced"),

@@ -11,23 +11,61 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["Plan", "Tokens", "compose_kept", "compose_slots", "unmerge"]
+__all__ = ["Plan", "SoftWeights", "Tokens", "compose_kept", "compose_slots", "compose_sources", "unmerge"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftWeights:
+    """The weight matrix of a soft merge.
+
+    ``log W[b, n, k] = logits[b, n, k] + token[b, n] + cluster[b, k] - logsumexp[b, k]``.
+
+    Attributes:
+        logits: (B, num_in, num_out).
+        token: (B, num_in) or None for zeros.
+        cluster: (B, num_out) or None for zeros.
+        logsumexp: (B, num_out) or None for zeros.
+    """
+
+    logits: Tensor
+    token: Tensor | None = None
+    cluster: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+    def detach(self) -> SoftWeights:
+        """The same without gradient: a plan is for looking at."""
+        parts = (self.token, self.cluster, self.logsumexp)
+        return SoftWeights(self.logits.detach(), *(None if part is None else part.detach() for part in parts))
+
+    def log(self) -> Tensor:
+        """(B, num_in, num_out) float32 (or wider): log W."""
+        log_weights = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        if self.token is not None:
+            log_weights = log_weights + self.token.unsqueeze(2)
+        if self.cluster is not None:
+            log_weights = log_weights + self.cluster.unsqueeze(1)
+        if self.logsumexp is not None:
+            log_weights = log_weights - self.logsumexp.unsqueeze(1)
+        return log_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What one stage does with its patch tokens. Indices never count the prefix tokens.
 
-    Exactly one of ``kept`` and ``slot`` is given; :meth:`slots` has the form common to all methods.
+    A selection gives ``kept``, a matching ``slot``, a clustering both, a soft merge ``weights``; :meth:`slots` has the
+    form common to all methods.
 
     Attributes:
         block: index of the transformer block.
         num_in: patch tokens before the stage.
         num_out: patch tokens after it.
         kept: (B, K) indices of the tokens that stay, in their new order, or (K,) where they are the same for every
-            image (radial); or None.
+            image (radial); of a clustering the centres; or None.
         fused: one more token follows the kept ones, made of all the others (EViT).
         slot: (B, num_in) the output token that each token went into, or None.
+        valid: (B, K) bool, which of the kept ones are real (ATS, whose images keep different numbers), or None for all.
+        weights: the weights of a soft merge, or None.
     """
 
     block: int
@@ -36,23 +74,41 @@ class Plan:
     kept: Tensor | None = None
     fused: bool = False
     slot: Tensor | None = None
+    valid: Tensor | None = None
+    weights: SoftWeights | None = None
+
+    def _kept(self, batch: int) -> Tensor:
+        """(B, K) int64, -1 where an entry is not real."""
+        assert self.kept is not None
+        kept = self.kept.expand(batch, -1).long()
+        return kept if self.valid is None else kept.masked_fill(~self.valid, -1)
 
     def slots(self, batch: int) -> Tensor:
-        """(B, num_in) output token of every input token, -1 for dropped ones."""
+        """(B, num_in) output token of every input token, -1 for dropped ones; of a soft merge the strongest."""
         if self.slot is not None:
             return self.slot
-        assert self.kept is not None
-        kept = self.kept.expand(batch, -1)
-        slot = kept.new_full((batch, self.num_in), self.num_out - 1 if self.fused else -1, dtype=torch.int64)
+        if self.weights is not None:
+            return self.weights.log().argmax(2)
+        kept = self._kept(batch)
+        rest = self.num_out - 1 if self.fused else -1
+        # One column more, for what is not real.
+        slot = kept.new_full((batch, self.num_in + 1), rest)
         order = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        return slot.scatter(1, kept.long(), order)
+        return slot.scatter(1, kept.remainder(self.num_in + 1), order)[:, : self.num_in]
 
     def kept_indices(self, batch: int) -> Tensor | None:
-        """(B, num_out) index of the input token that each output token is, -1 for a fused one; None after a merge."""
+        """(B, num_out) index of the input token that each output token is (of a clustering its centre).
+
+        -1 for a fused one and for padding; None where tokens are merged without centres.
+        """
         if self.kept is None:
             return None
-        kept = self.kept.expand(batch, -1).long()
+        kept = self._kept(batch)
         return torch.nn.functional.pad(kept, (0, 1), value=-1) if self.fused else kept
+
+    def sources(self, batch: int) -> Tensor | None:
+        """(B, num_out) the input token that weighs most in each output token, as :meth:`kept_indices` has it."""
+        return self.kept_indices(batch) if self.weights is None else self.weights.log().argmax(1)
 
 
 def compose_slots(plans: Sequence[Plan], batch: int) -> Tensor:
@@ -64,15 +120,23 @@ def compose_slots(plans: Sequence[Plan], batch: int) -> Tensor:
     return current
 
 
+def _compose(indices: Sequence[Tensor | None]) -> Tensor | None:
+    current = indices[0]
+    for index in indices[1:]:
+        if current is None or index is None:
+            return None
+        current = torch.where(index < 0, index, current.gather(1, index.clamp_min(0)))
+    return current
+
+
 def compose_kept(plans: Sequence[Plan], batch: int) -> Tensor | None:
     """(B, num_out): the original patch that every token is after all ``plans``, -1 for fused; None after a merge."""
-    current = plans[0].kept_indices(batch)
-    for plan in plans[1:]:
-        kept = plan.kept_indices(batch)
-        if current is None or kept is None:
-            return None
-        current = torch.where(kept < 0, kept, current.gather(1, kept.clamp_min(0)))
-    return current
+    return _compose([plan.kept_indices(batch) for plan in plans])
+
+
+def compose_sources(plans: Sequence[Plan], batch: int) -> Tensor | None:
+    """(B, num_out): the original patch that weighs most in every token, followed stage by stage; see :class:`Plan`."""
+    return _compose([plan.sources(batch) for plan in plans])
 
 
 def unmerge(x: Tensor, plans: Sequence[Plan], prefix: int, *, backend: str | None = None) -> Tensor:
@@ -110,7 +174,11 @@ class Tokens:
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         patches: number of patch tokens before any reduction.
         size: (B, N) float32, how many patches each token stands for, or None while all are one.
-        valid: (B, N) bool, or None while all tokens are real (for methods that pad).
+        valid: (B, N) bool, or None while all tokens are real (ATS pads).
+        received: (B, N) attention that every token got in the block before, summed over heads and queries, where the
+            next stage asks for it (K-Medoids), else None.
+        policy: (B, N) 1 for tokens that attention sees and 0 for others, differentiable (DynamicViT in training).
+        decisions: (B, P) each, what DynamicViT's stages so far decided in training: 1 for kept, differentiable.
         plans: what the stages so far decided.
     """
 
@@ -119,6 +187,9 @@ class Tokens:
     patches: int
     size: Tensor | None = None
     valid: Tensor | None = None
+    received: Tensor | None = None
+    policy: Tensor | None = None
+    decisions: tuple[Tensor, ...] = ()
     plans: tuple[Plan, ...] = ()
 
     @property
@@ -128,8 +199,14 @@ class Tokens:
 
     def replace(self, x: Tensor, **changes: Any) -> Tokens:
         """The same tokens with another ``x``, and whatever else changes."""
-        fields = {"prefix": self.prefix, "patches": self.patches, "size": self.size, "valid": self.valid}
-        return Tokens(x, **{**fields, "plans": self.plans, **changes})
+        fields: dict[str, Any] = {
+            "prefix": self.prefix,
+            "patches": self.patches,
+            "size": self.size,
+            "valid": self.valid,
+        }
+        fields |= {"received": self.received, "policy": self.policy, "decisions": self.decisions, "plans": self.plans}
+        return Tokens(x, **{**fields, **changes})
 
     def dense(self, *, backend: str | None = None) -> Tensor:
         """(B, prefix + patches, C): ``x`` on the full grid, zeros where a patch was dropped."""

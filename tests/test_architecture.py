@@ -22,6 +22,7 @@ ROOMS = {
     "reducers": {"ops", "tokens"},
     "integrations": {"ops", "tokens", "reducers", "backends"},
     "plain": set(),
+    "losses": set(),
 }
 ONLY_HERE = {"timm": {"integrations"}, "triton": {"kernels"}}
 

@@ -50,7 +50,8 @@ def measured(tmp_path_factory):
 
 def test_everything_is_measured(measured):
     _, result, _ = measured
-    labels = ["topk", "evit", "tome", "radial l1", "radial l2", "radial linf"]
+    labels = ["topk", "evit", "dynamicvit", "ats", "tome", "kmedoids", "dpcknn", "sit", "patchmerger", "sinkhorn"]
+    labels += ["radial l1", "radial l2", "radial linf"]
     assert [(row["keep_rate"], row["label"]) for row in result["methods"]] == [
         (rate, label) for rate in (0.7, 0.3) for label in labels
     ]

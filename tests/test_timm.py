@@ -22,8 +22,11 @@ from fastreduce.tokens import Tokens
 from . import tiny
 
 SCHEDULE = {"keep_rate": 0.5, "at": tiny.AT}
-RUNS = [pytest.param({**arguments, **SCHEDULE}, id=name) for name, arguments in tiny.METHODS.items()]
+METHODS = (*fastreduce.REDUCERS, "evit-normalized", "tome-exact")
+RUNS = [pytest.param({**tiny.METHODS[name], **SCHEDULE}, id=name) for name in METHODS]
 FOUR = [case for case in RUNS if case.id in ("topk", "evit", "tome", "radial")]
+LEARNED = [case for case in RUNS if case.id in ("dynamicvit", "dpcknn", "sit", "patchmerger", "sinkhorn")]
+PLAIN_NAMES = [case for case in RUNS if "-" not in case.id]
 
 
 def run(model, images=None):
@@ -54,8 +57,8 @@ class TestPatchAndUnpatch:
         parameters = dict(model.named_parameters())
         assert fastreduce.patch(model, **arguments) is model
         assert not torch.equal(run(model), expected)
-        assert list(model.state_dict()) == list(before[2])
-        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        assert [key for key in model.state_dict() if not key.startswith("reducers.")] == list(before[2])
+        assert all(model.get_parameter(name) is parameter for name, parameter in parameters.items())
         assert fastreduce.unpatch(model) is model
         assert_same(model, before)
         assert torch.equal(run(model), expected)
@@ -69,6 +72,22 @@ class TestPatchAndUnpatch:
         plain = tiny.build(seed=3)
         source.load_state_dict(plain.state_dict(), strict=True)
         assert torch.equal(run(fastreduce.unpatch(source)), run(plain))
+
+    @pytest.mark.parametrize("arguments", LEARNED)
+    def test_learned_layers_are_part_of_the_model(self, arguments):
+        """In the state dict under ``reducers.``, of the model's dtype and mode, trained, moved and saved with it."""
+        model = fastreduce.patch(tiny.build().bfloat16().train(), **arguments)
+        own = {name: p for name, p in model.named_parameters() if name.startswith("reducers.")}
+        assert len(own) >= 3
+        assert all(parameter.dtype == torch.bfloat16 and parameter.requires_grad for parameter in own.values())
+        assert all(module.training for module in model.modules())
+        source = tiny.reduced_and_plain(tiny.build(), **arguments)[0]
+        target = fastreduce.patch(tiny.build(seed=4), **arguments)
+        assert not torch.equal(run(target), run(source))
+        target.load_state_dict(source.state_dict(), strict=True)
+        assert torch.equal(run(target), run(source))
+        with pytest.raises(RuntimeError, match=r"reducers\."):
+            tiny.build().load_state_dict(source.state_dict(), strict=True)
 
     def test_patching_twice(self):
         model = fastreduce.patch(tiny.build(), "topk", **SCHEDULE)
@@ -84,7 +103,7 @@ class TestPatchAndUnpatch:
             with pytest.raises(ValueError, match="not patched"):
                 call(tiny.build())
 
-    @pytest.mark.parametrize("arguments", FOUR)
+    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
     def test_deepcopy_is_independent(self, arguments):
         model = fastreduce.patch(tiny.build(), **arguments)
         twin = copy.deepcopy(model)
@@ -98,9 +117,10 @@ class TestPatchAndUnpatch:
         assert twin.forward_intermediates.model is twin
         own = {id(module) for module in model.modules()}
         assert not own & {id(module) for module in fastreduce.unpatch(twin).modules()}
-        assert torch.equal(run(fastreduce.patch(twin, **arguments)), changed)
+        if not hasattr(model, "reducers"):  # else unpatching took the method's own layers away
+            assert torch.equal(run(fastreduce.patch(twin, **arguments)), changed)
 
-    @pytest.mark.parametrize("arguments", FOUR)
+    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
     def test_whole_models_can_be_saved(self, arguments):
         model = fastreduce.patch(tiny.build(), **arguments)
         file = io.BytesIO()
@@ -136,7 +156,7 @@ class TestPatchAndUnpatch:
         assert not any(module.training for module in model.modules())
         assert all(module.training for module in model.train().modules())
 
-    @pytest.mark.parametrize("arguments", FOUR)
+    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
     def test_double_and_back(self, arguments):
         """Conversions reach whatever the reducer holds."""
         model = fastreduce.patch(tiny.build(), **arguments)
@@ -217,6 +237,41 @@ BAD = [
     _bad("radius-text", TypeError, ["'far'"], method="radial", min_radius="far"),
     _bad("radius-of-stages", ValueError, ["2.0", "contiguous"], method="radial", min_radius=2.0, keep_rate=0.5),
     _bad("normalize-text", TypeError, ["'yes'"], method="evit", normalize="yes"),
+    _bad("channels-inside", TypeError, ["'dpcknn'", "'channels'"], method="dpcknn", channels=3),
+    _bad("trim-number", TypeError, ["1"], method="ats", trim=1),
+    _bad("generator-seed", TypeError, ["7"], method="dynamicvit", generator=7),
+    _bad("medoids-first-block", ValueError, ["block 0", "equal_weight"], method="kmedoids", at=(0, 2)),
+    _bad("medoids-iters", ValueError, ["-1"], method="kmedoids", iters=-1),
+    _bad("medoids-iters-float", TypeError, ["1.5"], method="kmedoids", iters=1.5),
+    _bad("medoids-cost", ValueError, ["'own'", "'members'"], method="kmedoids", cost="own"),
+    _bad("medoids-equal", TypeError, ["1"], method="kmedoids", equal_weight=1),
+    _bad("medoids-first", ValueError, ["16 tokens", "16"], method="kmedoids", equal_weight=True, first=16),
+    _bad(
+        "medoids-first-of-a-stage",
+        ValueError,
+        ["8 tokens", "got 8"],
+        method="kmedoids",
+        equal_weight=True,
+        first=(15, 8),
+        keep=(8, 4),
+        **AT2,
+    ),
+    _bad("medoids-first-few", ValueError, ["2 blocks", "(1,)"], method="kmedoids", first=(1,), **AT2),
+    _bad("medoids-first-negative", ValueError, ["-1"], method="kmedoids", first=-1),
+    _bad("medoids-first-text", TypeError, ["'a'"], method="kmedoids", first="a"),
+    _bad("neighbors-none", ValueError, ["0"], method="dpcknn", k_neighbors=0),
+    _bad("neighbors-float", TypeError, ["5.0"], method="dpcknn", k_neighbors=5.0),
+    _bad("noise-number", TypeError, ["1e-06"], method="dpcknn", noise=1e-6),
+    _bad("dpc-equal", TypeError, ["None"], method="dpcknn", equal_weight=None),
+    _bad("scaled-text", TypeError, ["'yes'"], method="patchmerger", scaled="yes"),
+    _bad("eps-zero", ValueError, ["0"], method="sinkhorn", eps=0),
+    _bad("eps-infinite", ValueError, ["inf"], method="sinkhorn", eps=math.inf),
+    _bad("eps-nan", ValueError, ["nan"], method="sinkhorn", eps=math.nan),
+    _bad("eps-text", TypeError, ["'1'"], method="sinkhorn", eps="1"),
+    _bad("sinkhorn-iters", ValueError, ["0"], method="sinkhorn", iters=0),
+    _bad("sinkhorn-iters-float", TypeError, ["3.0"], method="sinkhorn", iters=3.0),
+    _bad("gradient", ValueError, ["'proper'", "'exact'"], method="sinkhorn", gradient="proper"),
+    _bad("more-clusters-than-tokens", ValueError, ["17", "16"], method="sit", keep=(17, 3), **AT2),
 ]
 
 
@@ -371,8 +426,10 @@ class TestRecord:
         with fastreduce.record(model) as seen:
             run(model)
         assert [stage.block for stage in seen.stages] == list(tiny.AT)
-        assert [stage.num_out for stage in seen.stages] == fastreduce.reduced_counts(model)
-        sizes_before = torch.ones(2, patches, dtype=torch.int64)
+        soft, ragged = model.blocks._reducer.name in tiny.NEVER_IDLE[1:], model.blocks._reducer.ragged
+        for stage, count in zip(seen.stages, fastreduce.reduced_counts(model), strict=True):
+            assert stage.num_out <= count if ragged else stage.num_out == count
+        sizes_before, before = torch.ones(2, patches, dtype=torch.int64), None
         for stage in seen.stages:
             assert stage.num_in == present
             present = stage.num_out
@@ -387,20 +444,41 @@ class TestRecord:
             spare = torch.zeros(2, stage.num_out + 1, dtype=torch.int64).scatter_add(1, stage.slot + 1, sizes_before)
             assert torch.equal(spare[:, 1:], stage.sizes)
             sizes_before = stage.sizes
-            if arguments["method"] in ("tome", "evit"):
+            if soft or arguments["method"] in ("tome", "evit", "kmedoids", "dpcknn"):
                 assert (stage.sizes.sum(1) == patches).all()
-            if arguments["method"] == "tome":
+            assert stage.merges == (arguments["method"] in ("tome", "kmedoids", "dpcknn"))
+            if soft:
+                weights = stage.weights
+                assert weights.shape == (2, stage.num_in, stage.num_out)
+                total = weights.sum(2 if arguments["method"] == "sinkhorn" else 1)
+                torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-4, atol=1e-4)
+                assert torch.equal(stage.slot, weights.argmax(2))
+                strongest = weights.argmax(1)
+                assert torch.equal(stage.sources, strongest if before is None else before.gather(1, strongest))
+                before = stage.sources
+            if soft or arguments["method"] == "tome":
                 assert stage.kept is None
                 assert stage.kept_patches is None
-                assert (stage.sizes >= 1).all()
+                assert soft or (stage.sizes >= 1).all()
                 continue
+            assert stage.weights is None
+            assert torch.equal(stage.sources, stage.kept_patches)
             assert stage.kept.shape == stage.kept_patches.shape == (2, stage.num_out)
             fused = arguments["method"] == "evit"
             real = stage.kept[:, :-1] if fused else stage.kept
-            assert (real >= 0).all()
-            assert all(len(set(row)) == len(row) for row in real.tolist())
             order = torch.arange(stage.num_out).expand(2, -1)
-            assert torch.equal(stage.slot.gather(1, real), order[:, : real.shape[1]])
+            if ragged:
+                count = (real >= 0).sum(1, keepdim=True)
+                assert torch.equal(real >= 0, order < count)  # padding at the end
+                ascending = real.masked_fill(real < 0, stage.num_in)
+                assert torch.equal(ascending.sort(1)[0], ascending)
+                assert count.max() == stage.num_out
+                assert torch.equal(stage.sizes, (real >= 0).long())
+            else:
+                assert (real >= 0).all()
+            assert all(len(set(row) - {-1}) == len([n for n in row if n >= 0]) for row in real.tolist())
+            found = stage.slot.gather(1, real.clamp_min(0))
+            assert torch.equal(found[real >= 0], order[:, : real.shape[1]][real >= 0])
             if fused:
                 assert (stage.kept[:, -1] == -1).all()
                 assert ((stage.slot == stage.num_out - 1).sum(1) == stage.num_in - stage.num_out + 1).all()
@@ -516,8 +594,12 @@ class TestCounts:
     @pytest.mark.parametrize("changes", [{}, {"reg_tokens": 1}, {"class_token": False, "global_pool": "avg"}], ids=str)
     def test_reduced_counts_are_the_real_ones(self, arguments, changes):
         model = tiny.build(**changes)
-        expected = run(PlainModel(model, **arguments), tiny.images(model))
-        fastreduce.patch(model, **arguments)
+        if arguments["method"] == "ats" and model.cls_token is None:
+            with pytest.raises(ValueError, match="class token"):
+                fastreduce.patch(model, **arguments)
+            return
+        model, plain = tiny.reduced_and_plain(model, **arguments)
+        expected = run(plain, tiny.images(model))
         outputs = {}
         for index, block in enumerate(model.blocks):
             block.register_forward_hook(lambda module, inputs, output, index=index: outputs.update({index: output}))
@@ -525,9 +607,12 @@ class TestCounts:
         prefix = model.num_prefix_tokens
         for block, count in zip(model.blocks._reducer.blocks, fastreduce.reduced_counts(model), strict=True):
             if isinstance(outputs[block], Tokens):
-                assert outputs[block].num_patches == count
+                there = outputs[block].num_patches
             elif model.global_pool == "token":
-                assert outputs[block].shape[1] == prefix + count
+                there = outputs[block].shape[1] - prefix
+            else:
+                continue
+            assert there == count or (arguments["method"] == "ats" and there < count)
 
     def test_r_acts_in_every_block_by_default(self):
         model = fastreduce.patch(tiny.build(), "tome", r=3)
@@ -623,7 +708,7 @@ class TestForwards:
         assert len(fastreduce.patch(model, "topk", keep_rate=0.5, at=1).blocks) == 3
 
     @pytest.mark.parametrize("before", [False, True])
-    @pytest.mark.parametrize("arguments", FOUR)
+    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
     def test_gradient_checkpointing(self, arguments, before):
         results = []
         for checkpointing in (False, True):
@@ -631,9 +716,12 @@ class TestForwards:
             if before:
                 model.set_grad_checkpointing(checkpointing)
             fastreduce.patch(model, **arguments).train()
+            if hasattr(model, "reducers"):
+                tiny.randomize(model.reducers)
             if not before:
                 model.set_grad_checkpointing(checkpointing)
             images = tiny.images(model).requires_grad_()
+            torch.manual_seed(0)
             logits = model(images)
             logits.square().sum().backward()
             gradients = [parameter.grad for parameter in model.parameters()]
@@ -697,7 +785,10 @@ class TestIntermediates:
     @pytest.mark.parametrize("arguments", RUNS)
     def test_equals_record_and_unmerge(self, arguments, name):
         """Each block's tokens, brought to the full grid with what ``record`` saw."""
-        model = fastreduce.patch(tiny.build(name, img_size=(48, 80) if "16" in name else (42, 70)), **arguments)
+        model = tiny.build(name, img_size=(48, 80) if "16" in name else (42, 70))
+        if arguments["method"] == "ats" and not tiny.can_sample(model):
+            pytest.skip("ATS is refused for this model, which test_families.py shows")
+        fastreduce.patch(model, **arguments)
         images, prefix = tiny.images(model), model.num_prefix_tokens
         outputs = []
         hooks = [block.register_forward_hook(lambda m, i, output: outputs.append(output)) for block in model.blocks]
@@ -777,7 +868,7 @@ class TestIntermediates:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("arguments", RUNS)
+    @pytest.mark.parametrize("arguments", [case for case in RUNS if case.id != "dynamicvit"])
     def test_without_dropout_training_is_evaluation(self, arguments):
         model = fastreduce.patch(tiny.build(), **arguments)
         expected = run(model)
@@ -886,8 +977,8 @@ class TestForeignLayers:
         model = tiny.build()
         for block in model.blocks:
             block.attn.qkv, block.attn.proj = self.Adapter(block.attn.qkv), self.Adapter(block.attn.proj)
-        expected = run(PlainModel(model, **arguments), tiny.images(model))
-        torch.testing.assert_close(run(fastreduce.patch(model, **arguments)), expected, rtol=1e-3, atol=1e-3)
+        model, plain = tiny.reduced_and_plain(model, **arguments)
+        torch.testing.assert_close(run(model), run(plain, tiny.images(model)), rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize("arguments", RUNS)
     def test_every_part_of_a_block_runs(self, arguments):
@@ -900,8 +991,13 @@ class TestForeignLayers:
         tiny.randomize(model)
         images = tiny.images(model, dtype=torch.float64)
         model.train()
-        expected = run(PlainModel(model, **arguments), images)
-        torch.testing.assert_close(run(fastreduce.patch(model, **arguments), images), expected, rtol=1e-9, atol=1e-9)
+        model, plain = tiny.reduced_and_plain(model, **arguments)
+        torch.manual_seed(0)
+        expected = run(plain, images)
+        torch.manual_seed(0)
+        # Before DynamicViT's first stage the plain form masks, with nothing to mask, which is not quite a softmax.
+        tolerance = 1e-4 if arguments["method"] == "dynamicvit" else 1e-9
+        torch.testing.assert_close(run(model, images), expected, rtol=tolerance, atol=tolerance)
 
     @pytest.mark.parametrize("arguments", RUNS)
     def test_hooks(self, arguments):
@@ -912,8 +1008,8 @@ class TestForeignLayers:
             layer.register_forward_pre_hook(lambda module, inputs: calls.append(module))
             layer.register_forward_hook(lambda module, inputs, output: output * 2)
         images = tiny.images(model)
-        expected = run(PlainModel(model, **arguments), images)
-        fastreduce.patch(model, **arguments)
+        model, plain = tiny.reduced_and_plain(model, **arguments)
+        expected = run(plain, images)
         calls.clear()
         torch.testing.assert_close(run(model, images), expected, rtol=1e-3, atol=1e-3)
         assert set(calls) == {model.blocks[2].attn.qkv, model.blocks[2].attn.proj}
@@ -925,13 +1021,13 @@ class TestForeignLayers:
             nn.utils.parametrizations.weight_norm(block.attn.qkv)
             nn.utils.parametrizations.weight_norm(block.attn.proj)
         images = tiny.images(model)
-        expected = run(PlainModel(model, **arguments), images)
-        torch.testing.assert_close(run(fastreduce.patch(model, **arguments), images), expected, rtol=1e-3, atol=1e-3)
+        model, plain = tiny.reduced_and_plain(model, **arguments)
+        torch.testing.assert_close(run(model, images), run(plain, images), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("arguments", RUNS)
 def test_autocast(arguments):
-    model = fastreduce.patch(tiny.build(), **arguments)
+    model = tiny.reduced_and_plain(tiny.build(), **arguments)[0]
     images = tiny.images(model)
     expected = run(model, images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -944,7 +1040,7 @@ def test_autocast(arguments):
     assert (logits.float() - expected).norm() < (unreduced - expected).norm()
 
 
-@pytest.mark.parametrize("arguments", FOUR)
+@pytest.mark.parametrize("arguments", PLAIN_NAMES)
 def test_autocast_trains(arguments):
     model = fastreduce.patch(tiny.build(), **arguments).train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -955,7 +1051,8 @@ def test_autocast_trains(arguments):
 
 def _short(arguments, name="vit_tiny_patch16_224"):
     """Two blocks, for compilation takes its time."""
-    return fastreduce.patch(tiny.build(name, depth=2), **{**arguments, "at": (0, 1)})
+    at = (1,) if arguments["method"] == "kmedoids" else (0, 1)
+    return fastreduce.patch(tiny.build(name, depth=2), **{**arguments, "at": at})
 
 
 class TestCompile:
@@ -968,13 +1065,14 @@ class TestCompile:
     @pytest.mark.parametrize("arguments", RUNS)
     def test_one_graph(self, arguments):
         """The model without a class token and with pooling over patches is the longer one."""
-        model = _short(arguments, "vit_base_patch16_siglip_224")
+        name = "vit_tiny_patch16_224" if arguments["method"] == "ats" else "vit_base_patch16_siglip_224"
+        model = _short(arguments, name)
         images = tiny.images(model, batch=3)
         expected = run(model, images)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(run(compiled, images), expected, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("arguments", FOUR)
+    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
     def test_dynamic_batch(self, arguments):
         model = _short(arguments)
         compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
@@ -984,7 +1082,7 @@ class TestCompile:
         with torch._dynamo.config.patch(error_on_recompile=True):
             run(compiled, tiny.images(model, batch=7))
 
-    @pytest.mark.parametrize("arguments", FOUR)
+    @pytest.mark.parametrize("arguments", [case for case in PLAIN_NAMES if case.id != "dynamicvit"])
     def test_training(self, arguments):
         model = _short(arguments).train()
         images = tiny.images(model)
@@ -1090,5 +1188,7 @@ def test_plain_is_independent():
     tree = ast.parse(inspect.getsource(fastreduce.plain))
     imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imports |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert {name.split(".")[0] for name in imports} <= {"__future__", "collections", "dataclasses", "torch", "typing"}
+    assert {name.split(".")[0] for name in imports} <= {
+        *("__future__", "collections", "dataclasses", "math", "torch", "typing")
+    }
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))

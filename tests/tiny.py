@@ -1,10 +1,14 @@
 """Tiny timm models with random weights under which tokens differ enough for every decision to be a clear one."""
 
+import copy
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+
+import fastreduce
+from fastreduce.plain import PlainModel
 
 from .inputs import seeded
 
@@ -19,7 +23,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "tome": {"method": "tome"},
     "tome-exact": {"method": "tome", "rounds": "exact"},
     "radial": {"method": "radial", "norm": "l2"},
+    "dynamicvit": {"method": "dynamicvit"},
+    "ats": {"method": "ats"},
+    "kmedoids": {"method": "kmedoids"},
+    "kmedoids-members": {"method": "kmedoids", "cost": "members"},
+    "kmedoids-equal": {"method": "kmedoids", "equal_weight": True, "first": 1},
+    "dpcknn": {"method": "dpcknn"},
+    "dpcknn-equal": {"method": "dpcknn", "equal_weight": True, "k_neighbors": 3},
+    "sit": {"method": "sit"},
+    "patchmerger": {"method": "patchmerger"},
+    "patchmerger-scaled": {"method": "patchmerger", "scaled": True},
+    "sinkhorn": {"method": "sinkhorn", "eps": 0.1},
+    "sinkhorn-exact": {"method": "sinkhorn", "gradient": "exact"},
 }
+# What changes the model even at a keep rate of 1: ATS samples, the soft methods mix.
+NEVER_IDLE = ("ats", "sit", "patchmerger", "sinkhorn")
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -41,6 +59,22 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 parameter.copy_(normal(shape, 1.5 * shape[1:].numel() ** -0.5))
     return model
+
+
+def reduced_and_plain(model: nn.Module, **arguments: Any) -> tuple[Any, PlainModel]:
+    """The model patched in place, and a copy with the method done plainly; both share random layers of the method."""
+    copied = copy.deepcopy(model)
+    fastreduce.patch(model, **arguments)
+    layers = {}
+    if hasattr(model, "reducers"):
+        layers = dict(randomize(model.reducers, seed=7).named_parameters())
+    return model, PlainModel(copied, layers=layers, **arguments)
+
+
+def can_sample(model: nn.Module) -> bool:
+    """Whether ATS can be used: it needs a class token, and a pooling that can leave padding out."""
+    plain_mean = model.global_pool == "avg" and isinstance(model.norm, nn.Identity)
+    return model.cls_token is not None and (model.global_pool in ("", "token") or plain_mean)
 
 
 def build(name: str = "vit_tiny_patch16_224", seed: int = 0, **changes: Any) -> nn.Module:

@@ -15,10 +15,11 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import ops
 from ..backends import check_backend
-from ..reducers import ModelShape, Reducer, attend_all, make_reducer
+from ..reducers import ModelShape, Reducer, make_reducer
 from ..reducers.schedule import Keep, KeepRate
-from ..tokens import Plan, Tokens, compose_kept, compose_slots, unmerge
+from ..tokens import Plan, Tokens, compose_kept, compose_slots, compose_sources, unmerge
 
 __all__ = [
     "Record",
@@ -64,6 +65,15 @@ class _SameGrid:
             raise ValueError(f"the {self.method} patterns were made for a grid of {self.grid}, got {grid}")
 
 
+def _check_pooling(model: Any, method: str) -> None:
+    """Raise unless tokens that do not count can be kept out of the pooling: a mean that no norm comes before."""
+    if model.global_pool != "avg" or not isinstance(model.norm, nn.Identity):
+        raise ValueError(
+            f"{method} keeps another number of tokens in every image, which global_pool={model.global_pool!r} of this "
+            "model cannot respect; it can with global_pool='token', or 'avg' with the norm after it (fc_norm=True)"
+        )
+
+
 class ReducedBlock(nn.Module):
     """A timm ``Block`` that takes and gives :class:`~fastreduce.tokens.Tokens`; it shares the block's own submodules.
 
@@ -89,7 +99,7 @@ class ReducedBlock(nn.Module):
         self.index = index
         self.training = block.training
         self.has_class_token = model.cls_token is not None
-        self.first = index == reducer.blocks[0]
+        self.first = index == reducer.first
         self.last = index == len(model.blocks) - 1
         self.stage = reducer.blocks.index(index) if index in reducer.blocks else None
         self.recorder: Record | None = None
@@ -142,20 +152,28 @@ class ReducedBlock(nn.Module):
         k, v = self._project(normed, 1, 3)
         return self.attn.k_norm(k), v
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, size: Tensor | None) -> Tensor:
+    def _bias(self, q: Tensor, keys: Tokens) -> Tensor | None:
+        """(B, 1, 1, N) what is added to the logits of every key; boolean where it only says which ones count."""
+        if keys.size is None:
+            return None if keys.valid is None else keys.valid[:, None, None, :]
+        size = keys.size if keys.valid is None else keys.size * keys.valid
+        # Half precision would round log 98 by a hundredth; on the CPU SDPA takes a float32 bias beside half inputs.
+        return size.log()[:, None, None, :].to(q.dtype if q.is_cuda else torch.promote_types(q.dtype, size.dtype))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, keys: Tokens) -> Tensor:
         """Attention of M queries over N keys, timm's optional norm and gate -> (B, M, H * D)."""
         attn = self.attn
-        bias = None
-        if size is not None:
-            # Half precision would round log 98 by a hundredth; on the CPU SDPA takes a float32 bias beside half inputs.
-            bias = size.log()[:, None, None, :].to(q.dtype if q.is_cuda else torch.promote_types(q.dtype, size.dtype))
+        bias = self._bias(q, keys)
         dropout = attn.attn_drop.p if self.training else 0.0
-        if attn.fused_attn:
+        if keys.policy is not None:
+            out = ops.attention(q, k, v, policy=keys.policy, scale=attn.scale, backend=self._reducer.backend)
+        elif attn.fused_attn:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
         else:
             logits = (q * attn.scale) @ k.transpose(-2, -1)
-            weights = (logits if bias is None else logits + bias).softmax(dim=-1)
-            out = attn.attn_drop(weights.to(v.dtype)) @ v
+            if bias is not None:
+                logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else logits + bias
+            out = attn.attn_drop(logits.softmax(dim=-1).to(v.dtype)) @ v
         out = out.transpose(1, 2).flatten(2)
         if (norm := getattr(attn, "norm", None)) is not None:
             out = norm(out)
@@ -175,7 +193,7 @@ class ReducedBlock(nn.Module):
     def step(self, tokens: Tokens) -> Tokens:
         """One block: reduction, attention, MLP."""
         if self.stage is None:
-            tokens = attend_all(self, tokens)
+            tokens = self._reducer.attend_between(self, tokens)
         else:
             entered = tokens
             tokens = self._reducer.before(tokens, self.stage)
@@ -202,10 +220,19 @@ class ReducedBlock(nn.Module):
 
     def finish(self, tokens: Tokens) -> Tensor:
         """What ``model.norm`` and the pooling get. Where pooling looks at patches, each patch counts once."""
-        pooled_by_token = self._model.global_pool in ("", "token")
-        if tokens.size is None or pooled_by_token:
+        if self._model.global_pool in ("", "token"):
             return tokens.x
-        return tokens.dense(backend=self._reducer.backend)
+        if any(plan.slot is not None for plan in tokens.plans):
+            return tokens.dense(backend=self._reducer.backend)
+        present = tokens.valid if tokens.policy is None else tokens.policy
+        if present is None:
+            return tokens.x
+        _check_pooling(self._model, self._reducer.name)
+        # The pooling divides by the number of rows: scaled rows make that the mean over those that count.
+        outside = 0 if getattr(self._model, "pool_include_prefix", False) else tokens.prefix
+        counted = present[:, outside:].to(tokens.x.dtype)
+        scale = counted * (counted.shape[1] / counted.sum(1, keepdim=True))
+        return tokens.x * F.pad(scale, (outside, 0), value=1.0).unsqueeze(-1)
 
     def forward(self, x: Tensor | Tokens, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor | Tokens:
         """Tokens to Tokens; the first reduced block also takes a tensor (B, N, C), the last block returns one."""
@@ -215,6 +242,11 @@ class ReducedBlock(nn.Module):
             raise ValueError(
                 "timm's reentrant gradient checkpointing would lose the gradients of a reduced model: "
                 "call timm.layers.set_reentrant_ckpt(False) first (timm 1.0.15 or newer)"
+            )
+        if self._model.grad_checkpointing and self.training and self._reducer.generator is not None:
+            raise ValueError(
+                f"gradient checkpointing runs blocks twice, and {self._reducer.name} would draw other noise from its "
+                "own generator the second time: use torch's global one, which checkpointing restores, or no noise"
             )
         tokens = self.step(self.start(x))
         return self.finish(tokens) if self.last else tokens
@@ -239,9 +271,8 @@ class ReducedBlocks(nn.Sequential):
 
 
 def _reduced_blocks(model: Any, reducer: Reducer) -> ReducedBlocks:
-    first = reducer.blocks[0]
     blocks = [
-        block if index < first else ReducedBlock(block, index, model, reducer)
+        block if index < reducer.first else ReducedBlock(block, index, model, reducer)
         for index, block in enumerate(model.blocks)
     ]
     return ReducedBlocks(*blocks)._attach(model.blocks, reducer)
@@ -399,14 +430,20 @@ def patch(
 
     Args:
         model: a timm ``VisionTransformer`` (DeiT, AugReg, DeiT-III, DINOv2, CLIP, SigLIP, ...).
-        method: ``"topk"``, ``"evit"``, ``"tome"`` or ``"radial"``.
+        method: ``"topk"``, ``"evit"``, ``"dynamicvit"``, ``"ats"``, ``"tome"``, ``"kmedoids"``, ``"dpcknn"``,
+            ``"sit"``, ``"patchmerger"``, ``"sinkhorn"`` or ``"radial"``. DynamicViT, DPC-KNN, SiT, PatchMerger and
+            Sinkhorn add parameters, under ``model.reducers``, which have to be trained (or loaded:
+            :func:`load_official`).
         keep_rate: a rate r: stage i keeps ``int(patches * r ** (i + 1))`` tokens; or a sequence of absolute fractions,
             one for each stage. In (0, 1]. The default is 0.7 (none for radial, whose default schedule is contiguous).
         keep: instead, the numbers of patch tokens kept, one for each stage.
         at: blocks at which the stages stand, from 0; the default is a quarter, half and three quarters of the depth.
         backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
-        **options: the method's own. ``evit``: ``normalize``. ``tome``: ``r``, ``rounds``. ``radial``: ``norm``,
-            ``schedule``, ``min_radius``. See the classes in :mod:`fastreduce.reducers`.
+        **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``.
+            ``tome``: ``r``, ``rounds``. ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``:
+            ``k_neighbors``, ``equal_weight``, ``noise``. ``patchmerger``: ``scaled``. ``sinkhorn``: ``eps``, ``iters``,
+            ``gradient``. ``radial``: ``norm``, ``schedule``, ``min_radius``. See the classes in
+            :mod:`fastreduce.reducers`.
 
     Returns:
         The model itself.
@@ -426,11 +463,14 @@ def patch(
     reducer = make_reducer(method, _shape_of(model), at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
     if reducer.grid is not None and not isinstance(model.patch_drop, nn.Identity):
         raise ValueError(f"{method} patterns need every patch in its place, but the model has a patch_drop_rate")
+    if reducer.ragged and model.global_pool not in ("", "token"):
+        _check_pooling(model, method)
     blocks: Any = model.blocks
-    for index in range(reducer.blocks[0], len(blocks)):
+    for index in range(reducer.first, len(blocks)):
         _check_bare(blocks[index], f"block {index}")
         _check_bare(blocks[index].attn, f"the attention of block {index}")
-    reducer.to(next(model.parameters()).device)
+    weight = next(model.parameters())
+    reducer.to(weight.device, weight.dtype).train(model.training)
     if reducer.grid is not None and model.dynamic_img_size:
         embed: Any = model.patch_embed
         embed.register_forward_hook(_SameGrid(method, reducer.grid))
@@ -480,11 +520,19 @@ class Stage:
     Attributes:
         block: index of the transformer block.
         num_in: patch tokens before, ``num_out`` after the stage.
-        kept: (B, num_out) index of the input token that each output token is, -1 for EViT's fused one; None for ToMe.
+        kept: (B, num_out) index of the input token that each output token is (K-Medoids, DPC-KNN: its centre), -1 for
+            EViT's fused one and for ATS's padding; None for ToMe and soft merges.
         kept_patches: (B, num_out) the same in original patches; None after a merge.
-        slot: (B, num_in) output token that each input token went into, -1 for dropped ones.
+        sources: (B, num_out) of a soft merge, the original patch that weighs most in each output token; of the other
+            methods as ``kept_patches``.
+        slot: (B, num_in) output token that each input token went into, -1 for dropped ones; of a soft merge the one
+            that it weighs most in.
         patch_slot: (B, P) output token that each original patch is in, -1 for dropped ones.
         sizes: (B, num_out) how many original patches each output token stands for.
+        fused: whether the last output token is made of all that were not kept (EViT).
+        merges: whether ``slot`` says what was merged (ToMe, K-Medoids, DPC-KNN).
+        weights: (B, num_in, num_out) float32, the weight of each input token in each output token of a soft merge, made
+            when it is asked for; None for the other methods.
     """
 
     def __init__(self, plans: Sequence[Plan], batch: int, prefix: int):
@@ -494,11 +542,20 @@ class Stage:
         kept = plan.kept_indices(batch)
         self.kept = None if kept is None else kept.clone()  # not a view of radial's own pattern
         self.kept_patches = compose_kept(plans, batch)
+        self.sources = compose_sources(plans, batch)
+        self.fused = plan.fused
+        self.merges = plan.slot is not None
         self.slot = plan.slots(batch)
         self.patch_slot = compose_slots(plans, batch)
         counts = torch.zeros(batch, self.num_out + 1, dtype=torch.int64, device=self.slot.device)
         ones = torch.ones_like(self.patch_slot)
         self.sizes = counts.scatter_add(1, self.patch_slot + 1, ones)[:, 1:]
+
+    @property
+    def weights(self) -> Tensor | None:
+        """See the class."""
+        weights = self._plans[-1].weights
+        return None if weights is None else weights.log().exp()
 
     def unmerge(self, features: Tensor) -> Tensor:
         """Bring this stage's features to the full grid: (B, num_out, C) -> (B, P, C), zeros where a patch was dropped.
@@ -515,16 +572,23 @@ class Stage:
 
 
 class Record:
-    """The stages of the latest forward pass inside :func:`record`, in order."""
+    """What the latest forward pass inside :func:`record` did.
+
+    Attributes:
+        stages: every stage that reduced something, in order.
+        decisions: (B, P) each, the keep decisions of DynamicViT's stages in training, 1 for kept, differentiable.
+    """
 
     def __init__(self) -> None:
         self.stages: list[Stage] = []
+        self.decisions: list[Tensor] = []
 
     def _add(self, entered: Tokens, left: Tokens) -> None:
         if torch._C._current_graph_task_id() != -1:  # gradient checkpointing runs the block again
             return
-        if not entered.plans:
-            self.stages = []
+        if not entered.plans and not entered.decisions:
+            self.stages, self.decisions = [], []
+        self.decisions.extend(left.decisions[len(entered.decisions) :])
         if len(left.plans) > len(entered.plans):
             self.stages.append(Stage(left.plans, left.x.shape[0], left.prefix))
 
@@ -556,11 +620,24 @@ def record(model: nn.Module) -> Iterator[Record]:
             block.recorder = outer
 
 
+def official_state(weights: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
+    """What :func:`load_official` reads, under the names that it has here: a method's own layers under ``reducers.``."""
+    state: Mapping[str, Any] = read_weights(weights) if isinstance(weights, (str, os.PathLike)) else weights
+    for wrapper in ("model", "state_dict", "model_ema"):
+        if wrapper in state and isinstance(state[wrapper], Mapping):
+            state = state[wrapper]
+            break
+    own = ("score_predictor.", "cluster_layers.")
+    keys = {key: key.removeprefix("module.") for key in state}
+    return {f"reducers.{new}" if new.startswith(own) else new: state[key] for key, new in keys.items()}
+
+
 def load_official(model: Model, weights: Mapping[str, Any] | str | os.PathLike[str]) -> Model:
     """Load weights of the paper's released code (TokenReduction, timm 0.4.12 names) into a patched or plain timm model.
 
     Args:
-        model: a timm Vision Transformer of the checkpoint's geometry.
+        model: a timm Vision Transformer of the checkpoint's geometry; for a method with layers of its own
+            (``score_predictor.*``, ``cluster_layers.*``) patched with that method.
         weights: a state dict, a ``.safetensors`` file, or a ``torch.save`` file (read with ``weights_only=True``).
             A dict that holds it under ``"model"``, ``"state_dict"`` or ``"model_ema"``, and keys with a ``module.``
             prefix, are understood.
@@ -571,12 +648,7 @@ def load_official(model: Model, weights: Mapping[str, Any] | str | os.PathLike[s
     Raises:
         ValueError: keys or shapes that do not fit; the message names them and the model is as it was.
     """
-    state: Mapping[str, Any] = read_weights(weights) if isinstance(weights, (str, os.PathLike)) else weights
-    for wrapper in ("model", "state_dict", "model_ema"):
-        if wrapper in state and isinstance(state[wrapper], Mapping):
-            state = state[wrapper]
-            break
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = official_state(weights)
     own = model.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]

@@ -7,32 +7,47 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from .ats import ATS
 from .base import AttentionBlock, ModelShape, Reducer, attend_all
+from .dpcknn import DPCKNN
+from .dynamicvit import DynamicViT
 from .evit import EViT
+from .kmedoids import KMedoids
 from .radial import Radial
 from .schedule import Keep, KeepRate
+from .soft import PatchMerger, Sinkhorn, SiT
 from .tome import ToMe
 from .topk import TopK
 
 __all__ = [
+    "ATS",
+    "DPCKNN",
     "REDUCERS",
     "AttentionBlock",
+    "DynamicViT",
     "EViT",
+    "KMedoids",
     "ModelShape",
+    "PatchMerger",
     "Radial",
     "Reducer",
+    "SiT",
+    "Sinkhorn",
     "ToMe",
     "TopK",
     "attend_all",
     "make_reducer",
 ]
 
-REDUCERS: dict[str, type[Reducer]] = {cls.name: cls for cls in (TopK, EViT, ToMe, Radial)}
+REDUCERS: dict[str, type[Reducer]] = {
+    cls.name: cls for cls in (TopK, EViT, DynamicViT, ATS, ToMe, KMedoids, DPCKNN, SiT, PatchMerger, Sinkhorn, Radial)
+}
 
 
 def _options(cls: type[Reducer]) -> set[str]:
     """Names of the options that are the method's own."""
-    common = {"self", "cls", "shape", "blocks", "at", "keep_rate", "keep", "backend", "options"}
+    common = {"self", "cls", "shape", "channels", "blocks", "at", "keep_rate", "keep", "backend"}
+    common |= {"options", "arguments"}
     names = {*inspect.signature(cls.make).parameters, *inspect.signature(cls).parameters}
     own = names - common
     # A schedule object is what `make` turns keep_rate and keep into, unless `make` itself has an option of that name.

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -51,11 +52,12 @@ class AttentionBlock(Protocol):
         """(B, N, C) -> two of (B, H, N, D)."""
         ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, size: Tensor | None) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, keys: Tokens) -> Tensor:
         """Attention of M queries over N keys -> (B, M, H * D), before the output projection.
 
-        ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them). ``size`` (B, N) or None are
-        the sizes of the key tokens, whose logarithm is added to the logits (proportional attention).
+        ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them). ``keys`` are the tokens that k
+        and v came from: the logarithm of their ``size`` is added to the logits (proportional attention), keys that are
+        not ``valid`` are not seen, and a ``policy`` masks as DynamicViT's training does.
         """
         ...
 
@@ -93,12 +95,16 @@ class Reducer(nn.Module, abc.ABC):
     Attributes:
         name: the method's name in :func:`fastreduce.patch`.
         grid: the patch grid (rows, columns) that the patterns were made for, or None where any will do.
+        generator: where the method draws its noise from, or None for torch's global generator or no noise.
+        ragged: whether images keep different numbers of tokens, so that ``Tokens.valid`` and padding occur.
         blocks: the blocks at which the stages stand, ascending.
         backend: passed to every op.
     """
 
     name: ClassVar[str]
     grid: tuple[int, int] | None = None
+    generator: torch.Generator | None = None
+    ragged: ClassVar[bool] = False
 
     def __init__(self, blocks: tuple[int, ...], backend: str = "auto"):
         super().__init__()
@@ -109,6 +115,7 @@ class Reducer(nn.Module, abc.ABC):
     def make(
         cls,
         shape: ModelShape,
+        /,
         *,
         at: int | Sequence[int] | None,
         keep_rate: KeepRate,
@@ -129,6 +136,15 @@ class Reducer(nn.Module, abc.ABC):
         """Run the attention half of the block of this stage, residual included, and reduce in it."""
         return attend_all(block, tokens)
 
+    def attend_between(self, block: AttentionBlock, tokens: Tokens) -> Tokens:
+        """Run the attention half of a block without a stage, from block :attr:`first` on."""
+        return attend_all(block, tokens)
+
+    @property
+    def first(self) -> int:
+        """The first block that the reducer has to do with: that of the first stage, or one before it."""
+        return self.blocks[0]
+
     @abc.abstractmethod
     def counts(self, shape: ModelShape) -> list[int]:
         """Patch tokens after each stage, on a model of this shape (a fused token counts)."""
@@ -142,7 +158,7 @@ def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
     """The attention half of a block that reduces nothing."""
     normed = block.norm(tokens.x)
     q, k, v = block.query_key_value(normed)
-    attended = block.attention(q, k, v, normed, tokens.size)
+    attended = block.attention(q, k, v, normed, tokens)
     return tokens.replace(tokens.x + block.branch(attended))
 
 

@@ -50,7 +50,7 @@ class EViT(Reducer):
         order = ops.select_topk(scores, tokens.num_patches, backend=backend)
         if self.normalize:
             scores = scores / rest_sum(scores, order, keep).unsqueeze(1)
-        attended = block.attention(q, k, v, normed, tokens.size)
+        attended = block.attention(q, k, v, normed, tokens)
         if block.commutes:
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
             residual = block.branch(fused, None if self.normalize else rest_sum(scores, order, keep))

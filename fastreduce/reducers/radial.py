@@ -99,6 +99,7 @@ class Radial(Reducer):
     def make(
         cls,
         shape: ModelShape,
+        /,
         *,
         at: int | Sequence[int] | None,
         keep_rate: KeepRate,

@@ -51,6 +51,7 @@ class ToMe(Reducer):
     def make(
         cls,
         shape: ModelShape,
+        /,
         *,
         at: int | Sequence[int] | None,
         keep_rate: KeepRate,
@@ -126,7 +127,7 @@ class ToMe(Reducer):
         slot = self._match(k.detach().mean(1), tokens, merges)  # (B, N)
         num_out = tokens.x.shape[1] - sum(merges)
         groups = ops.prepare_merge(slot, num_out, backend=backend)
-        attended = block.attention(q, k, v, normed, tokens.size)
+        attended = block.attention(q, k, v, normed, tokens)
         if block.commutes:
             merged, _ = ops.merge_tokens(attended, slot, num_out, size=tokens.size, groups=groups, backend=backend)
             x, residual = tokens.x, block.branch(merged)

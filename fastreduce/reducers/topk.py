@@ -35,7 +35,7 @@ class TopK(Reducer):
         scores = importance(block, q, k, prefix, backend=backend)
         kept = ops.select_topk(scores, keep, backend=backend)  # (B, keep)
         rows = ops.gather_tokens(normed, kept, prefix=prefix, backend=backend)  # (B, prefix + keep, C)
-        attended = block.attention(block.query(rows), k, v, rows, tokens.size)
+        attended = block.attention(block.query(rows), k, v, rows, tokens)
         x = ops.gather_tokens(tokens.x, kept, prefix=prefix, residual=block.branch(attended), backend=backend)
         plan = Plan(block.index, tokens.num_patches, keep, kept=kept)
         return tokens.replace(x, plans=(*tokens.plans, plan))

@@ -39,6 +39,17 @@ def weights() -> dict[str, Tensor]:
     return below(read("base")[0], "sd/")
 
 
+def extra(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The method's own layers for ``<method>/r<rate>/`` or ``<variant>/``, under their official names."""
+    found = below(tensors, f"{prefix}extra/")
+    if not found and prefix.count("/") == 2:
+        method, rate = prefix.rstrip("/").split("/")
+        every = below(tensors, f"{method.removesuffix('_eps0.05')}/extra/")  # both eps have the same centres
+        found = {key.removeprefix(f"{rate}/"): value for key, value in every.items() if key.startswith(f"{rate}/")}
+        found = found or {key: value for key, value in every.items() if not key.startswith("r0.")}
+    return found
+
+
 def images() -> Tensor:
     return read("base")[0]["input"].clone()
 
@@ -62,13 +73,21 @@ def projection(name: str, shape: torch.Size) -> np.ndarray:
     return np.random.RandomState(zlib.crc32(f"{seed}/dot/{name}".encode())).standard_normal(tuple(shape))
 
 
+def training(key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The file that holds the training golden of a key."""
+    return read("train" if f"{key}/names" in read("train")[1] else "train_learned")
+
+
 def gradient_differences(key: str, gradients: dict[str, Tensor], relative: float, absolute: float) -> list[str]:
     """What differs from the training golden under ``key``; ``absolute`` in units of the largest gradient entry."""
-    tensors, metadata = read("train")
+    tensors, metadata = training(key)
     slack = absolute * metadata[f"{key}/largest"]
     names, differences = metadata[f"{key}/names"], []
+    gradients = {name.removeprefix("reducers."): gradient for name, gradient in gradients.items()}
     assert set(names) == set(gradients), set(names) ^ set(gradients)
     for name, (norm, projected, projected64) in zip(names, tensors[f"{key}/gradstats"].tolist(), strict=True):
+        if name in metadata.get(f"{key}/near_zero", ()):  # zero by construction: what is there is rounding
+            continue
         gradient = gradients[name].double()
         expected = projected64 if gradients[name].dtype == torch.float64 else projected
         found = float((gradient.numpy() * projection(name, gradient.shape)).sum())

@@ -1,0 +1,100 @@
+"""DPC-KNN: merge around density peaks (Zeng et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..tokens import Plan, Tokens
+from .base import ModelShape, Reducer
+from .schedule import KeepSchedule
+
+__all__ = ["DPCKNN"]
+
+
+class TokenScore(nn.Module):
+    """The learned importance of a token within its cluster."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.score = nn.Linear(channels, 1)
+        nn.init.trunc_normal_(self.score.weight, std=0.02)
+        nn.init.zeros_(self.score.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N), float32 or wider: half precision would overflow soon."""
+        score = self.score(x).squeeze(-1)
+        return score.to(torch.promote_types(score.dtype, torch.float32)).exp()
+
+
+class DPCKNN(Reducer):
+    """Cluster the tokens that enter a block around peaks of density, and merge each cluster into its weighted mean.
+
+    Args:
+        blocks: where the stages stand.
+        schedule: clusters of each stage.
+        channels: width of the tokens, for the learned weights ``reducers.cluster_layers.*``.
+        k_neighbors: nearest tokens, itself included, that a token's density is taken from; all of them where there are
+            fewer.
+        equal_weight: plain means, and no parameters.
+        noise: a generator, on the model's device, for the 1e-6 * U(0, 1) that the released code adds to the density to
+            break ties, in evaluation too. None (the default) adds nothing: the result is reproducible.
+        backend: see :func:`fastreduce.backend`.
+    """
+
+    name = "dpcknn"
+
+    def __init__(
+        self,
+        blocks: tuple[int, ...],
+        schedule: KeepSchedule,
+        channels: int,
+        k_neighbors: int = 5,
+        equal_weight: bool = False,
+        noise: torch.Generator | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__(blocks, backend)
+        if isinstance(k_neighbors, bool) or not isinstance(k_neighbors, int):
+            raise TypeError(f"k_neighbors must be an integer, got {k_neighbors!r}")
+        if k_neighbors < 1:
+            raise ValueError(f"k_neighbors must be at least 1, got {k_neighbors}")
+        if not isinstance(equal_weight, bool):
+            raise TypeError(f"equal_weight must be True or False, got {equal_weight!r}")
+        if noise is not None and not isinstance(noise, torch.Generator):
+            raise TypeError(f"noise must be a torch.Generator or None, got {noise!r}")
+        self.schedule = schedule
+        self.k_neighbors = k_neighbors
+        self.equal_weight = equal_weight
+        self.generator = noise
+        if not equal_weight:
+            self.cluster_layers = nn.ModuleList(TokenScore(channels) for _ in blocks)
+
+    @classmethod
+    def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
+        """Knows the width of the tokens."""
+        return super().make(shape, channels=shape.channels, **arguments)
+
+    def counts(self, shape: ModelShape) -> list[int]:
+        """Patch tokens after each stage."""
+        return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
+
+    def before(self, tokens: Tokens, stage: int) -> Tokens:
+        """Cluster, and merge in the order of the centres."""
+        keep = self.schedule.count(stage, tokens.patches)
+        if keep >= tokens.num_patches:
+            return tokens
+        prefix, backend = tokens.prefix, self.backend
+        patches = tokens.x[:, prefix:]
+        noise = None
+        if self.generator is not None:
+            noise = 1e-6 * torch.rand(patches.shape[:2], generator=self.generator, device=patches.device)
+        centers, label = ops.cluster_dpc_knn(patches, keep, neighbors=self.k_neighbors, noise=noise, backend=backend)
+        # Of the prefix too, left out afterwards: cut off before, the rest would be copied.
+        weight = None if self.equal_weight else self.cluster_layers[stage](tokens.x)[:, prefix:]
+        x, _ = ops.merge_tokens(patches, label, keep, size=weight, eps=1e-6, head=tokens.x[:, :prefix], backend=backend)
+        plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=centers, slot=label)
+        return tokens.replace(x, plans=(*tokens.plans, plan))
