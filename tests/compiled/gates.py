@@ -1,10 +1,19 @@
 """The gates that every kernel passes when compiled ahead of time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 
 from bench.compile_report import SHARED_LIMIT, KernelReport, compiled_for
 
 ARCHES = (80, 90)
+
+
+def with_dtypes(classes: Sequence[Any]) -> list[tuple[Any, torch.dtype]]:
+    """Every shape class in float16, the extreme ones in float32, and one in bfloat16, which is compiled like float16."""
+    cases = [(shape, torch.float16) for shape in classes]
+    return [*cases, *((shape, torch.float32) for shape in (classes[0], classes[-1])), (classes[0], torch.bfloat16)]
 
 
 def check_gates(

@@ -35,9 +35,8 @@ def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("members", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("num_tokens", [16, 49, 100, 196, 577, 4096])
+@pytest.mark.parametrize(("weighted", "members"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("num_tokens", [49, 196, 577, 4096])
 def test_gates_of_the_iterations(num_tokens, weighted, members, arch):
     weights = torch.zeros(2, num_tokens) if weighted else None
     *_, report = reports_for(arch, torch.zeros(2, num_tokens, 64, dtype=torch.float16), weights, members=members)

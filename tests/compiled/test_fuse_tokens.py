@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from fastreduce.kernels import fuse_tokens as kernels
-from tests.compiled.gates import ARCHES, check_gates
-from tests.inputs import DTYPES
+from tests.compiled.gates import ARCHES, check_gates, with_dtypes
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "channels"), [(197, 192), (197, 384), (577, 768), (1025, 1024)])
-def test_gates(tokens, channels, dtype, arch):
+@pytest.mark.parametrize(("shape", "dtype"), with_dtypes([(197, 192), (197, 384), (577, 768), (1025, 1024)]))
+def test_gates(shape, dtype, arch):
+    tokens, channels = shape
     keep = tokens // 2
     x = torch.zeros(2, tokens, channels, dtype=dtype)
     order, scores = torch.zeros(2, tokens - 1, dtype=torch.int64), torch.zeros(2, tokens - 1)

@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from fastreduce.kernels import gather_tokens as kernels
-from tests.compiled.gates import ARCHES, check_gates
-from tests.inputs import DTYPES
+from tests.compiled.gates import ARCHES, check_gates, with_dtypes
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [192, 384, 768, 1024])
+@pytest.mark.parametrize(("channels", "dtype"), with_dtypes([192, 384, 768, 1024]))
 def test_gates(arch, dtype, channels):
     x = torch.zeros(2, 197, channels, dtype=dtype)
     index = torch.zeros(2, 98, dtype=torch.int64)

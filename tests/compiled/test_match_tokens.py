@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastreduce.kernels import match_tokens as kernels
-from tests.compiled.gates import ARCHES, check_gates
+from tests.compiled.gates import ARCHES, check_gates, with_dtypes
 from tests.inputs import DTYPES
 
 
@@ -17,8 +17,7 @@ def reports_for(arch, metric, *, r=None, prefix=1):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [32, 64, 80, 1024])
+@pytest.mark.parametrize(("dim", "dtype"), with_dtypes([32, 64, 80, 1024]))
 def test_gates(dim, dtype, arch):
     similarity, _ = reports_for(arch, torch.zeros(2, 197, dim, dtype=dtype))
     assert set(similarity.load_bytes) == {16}, similarity

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastreduce.kernels import soft_merge as kernels
-from tests.compiled.gates import ARCHES, check_gates
+from tests.compiled.gates import ARCHES, check_gates, with_dtypes
 from tests.inputs import DTYPES
 
 # (tokens, clusters, channels): more tokens or channels are more steps and programs, not another kernel
@@ -24,9 +24,9 @@ def reports_for(arch, logits, x, head, *, of_rows=None, wide=True):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "clusters", "channels"), SHAPES)
-def test_gates(tokens, clusters, channels, dtype, arch):
+@pytest.mark.parametrize(("shape", "dtype"), with_dtypes(SHAPES))
+def test_gates(shape, dtype, arch):
+    tokens, clusters, channels = shape
     sequence = torch.zeros(2, tokens + 1, channels, dtype=dtype)
     logits = torch.zeros(2, tokens, clusters, dtype=dtype)
     reports = reports_for(arch, logits, sequence[:, 1:], sequence[:, :1])
