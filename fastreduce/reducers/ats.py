@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer
 from .schedule import KeepSchedule
 
 __all__ = ["ATS"]
 
 
-class ATS(Reducer):
+class ATS(ScheduledReducer):
     """Sample before attention: only sampled tokens are queried, attended, projected and added; all keys, values stay.
 
     Every image keeps the tokens that its own attention calls for, at most as many as the schedule says. Shorter images
@@ -36,10 +36,9 @@ class ATS(Reducer):
     def __init__(
         self, blocks: tuple[int, ...], schedule: KeepSchedule, trim: bool | None = None, backend: str = "auto"
     ):
-        super().__init__(blocks, backend)
+        super().__init__(blocks, schedule, backend)
         if trim is not None and not isinstance(trim, bool):
             raise TypeError(f"trim must be True, False or None, got {trim!r}")
-        self.schedule = schedule
         self.trim = trim
 
     @classmethod
@@ -48,10 +47,6 @@ class ATS(Reducer):
         if not shape.has_class_token:
             raise ValueError("ats samples by the attention of the class token, and this model has none")
         return super().make(shape, **arguments)
-
-    def counts(self, shape: ModelShape) -> list[int]:
-        """The most patch tokens that an image can have after each stage."""
-        return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
     def _without_padding(self, index: Tensor, valid: Tensor, prefix: int) -> tuple[Tensor, Tensor | None]:
         """Cut columns that are padding in every image; no ``valid`` where nothing else is left to mask."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Tokens
-from .schedule import Keep, KeepRate, keep_schedule, stage_blocks
+from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
-__all__ = ["AttentionBlock", "ModelShape", "Reducer", "attend_all", "importance", "rest_sum"]
+__all__ = ["AttentionBlock", "ModelShape", "Reducer", "ScheduledReducer", "attend_all", "importance", "rest_sum"]
 
 
 class AttentionBlock(Protocol):
@@ -152,6 +152,24 @@ class Reducer(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """The method and where it acts."""
         return f"{self.name}, blocks={self.blocks}, backend={self.backend!r}"
+
+
+class ScheduledReducer(Reducer):
+    """A reducer that leaves as many patch tokens as its schedule says.
+
+    Args:
+        blocks: where the stages stand.
+        schedule: tokens after each stage.
+        backend: see :func:`fastreduce.backend`.
+    """
+
+    def __init__(self, blocks: tuple[int, ...], schedule: KeepSchedule, backend: str = "auto"):
+        super().__init__(blocks, backend)
+        self.schedule = schedule
+
+    def counts(self, shape: ModelShape) -> list[int]:
+        """Patch tokens after each stage."""
+        return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
 
 def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import ModelShape, Reducer
+from .base import ModelShape, Reducer, ScheduledReducer
 from .schedule import KeepSchedule
 
 __all__ = ["DPCKNN"]
@@ -30,7 +30,7 @@ class TokenScore(nn.Module):
         return score.to(torch.promote_types(score.dtype, torch.float32)).exp()
 
 
-class DPCKNN(Reducer):
+class DPCKNN(ScheduledReducer):
     """Cluster the tokens that enter a block around peaks of density, and merge each cluster into its weighted mean.
 
     Args:
@@ -57,7 +57,7 @@ class DPCKNN(Reducer):
         noise: torch.Generator | None = None,
         backend: str = "auto",
     ):
-        super().__init__(blocks, backend)
+        super().__init__(blocks, schedule, backend)
         if isinstance(k_neighbors, bool) or not isinstance(k_neighbors, int):
             raise TypeError(f"k_neighbors must be an integer, got {k_neighbors!r}")
         if k_neighbors < 1:
@@ -66,7 +66,6 @@ class DPCKNN(Reducer):
             raise TypeError(f"equal_weight must be True or False, got {equal_weight!r}")
         if noise is not None and not isinstance(noise, torch.Generator):
             raise TypeError(f"noise must be a torch.Generator or None, got {noise!r}")
-        self.schedule = schedule
         self.k_neighbors = k_neighbors
         self.equal_weight = equal_weight
         self.generator = noise
@@ -77,10 +76,6 @@ class DPCKNN(Reducer):
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
         """Knows the width of the tokens."""
         return super().make(shape, channels=shape.channels, **arguments)
-
-    def counts(self, shape: ModelShape) -> list[int]:
-        """Patch tokens after each stage."""
-        return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
     def before(self, tokens: Tokens, stage: int) -> Tokens:
         """Cluster, and merge in the order of the centres."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import ModelShape, Reducer
+from .base import ModelShape, Reducer, ScheduledReducer
 from .schedule import KeepSchedule
 
 __all__ = ["DynamicViT"]
@@ -54,7 +54,7 @@ class KeepPredictor(nn.Module):
         return F.log_softmax(self.out_conv[1:](mixed)[:, prefix:], dim=-1)
 
 
-class DynamicViT(Reducer):
+class DynamicViT(ScheduledReducer):
     """Keep the tokens that a learned predictor scores highest.
 
     In training no token is removed: each stage draws a keep decision for every token (Gumbel-softmax, straight
@@ -86,10 +86,9 @@ class DynamicViT(Reducer):
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ):
-        super().__init__(blocks, backend)
+        super().__init__(blocks, schedule, backend)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
-        self.schedule = schedule
         self.generator = generator
         self.score_predictor = nn.ModuleList(KeepPredictor(channels) for _ in blocks)
 
@@ -99,10 +98,6 @@ class DynamicViT(Reducer):
         if shape.channels % 4:
             raise ValueError(f"dynamicvit needs a width that is a multiple of 4, got {shape.channels}")
         return super().make(shape, channels=shape.channels, **arguments)
-
-    def counts(self, shape: ModelShape) -> list[int]:
-        """Patch tokens after each stage, in evaluation."""
-        return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
     def before(self, tokens: Tokens, stage: int) -> Tokens:
         """Decide."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, attend_all, importance, rest_sum
+from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, importance, rest_sum
 from .schedule import KeepSchedule
 
 __all__ = ["EViT"]
 
 
-class EViT(Reducer):
+class EViT(ScheduledReducer):
     """Attend for all, then project only the kept rows and the fused one.
 
     Args:
@@ -24,10 +24,9 @@ class EViT(Reducer):
     name = "evit"
 
     def __init__(self, blocks: tuple[int, ...], schedule: KeepSchedule, normalize: bool = False, backend: str = "auto"):
-        super().__init__(blocks, backend)
+        super().__init__(blocks, schedule, backend)
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize must be True or False, got {normalize!r}")
-        self.schedule = schedule
         self.normalize = normalize
 
     def counts(self, shape: ModelShape) -> list[int]:

@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, attend_all
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all
 from .schedule import KeepSchedule, as_tuple
 
 __all__ = ["KMedoids"]
 
 
-class KMedoids(Reducer):
+class KMedoids(ScheduledReducer):
     """Cluster the tokens that enter a block, keep the medoids as they are.
 
     A token's weight is the attention that it received in the block before, summed over heads and queries.
@@ -44,7 +44,7 @@ class KMedoids(Reducer):
         first: int | Sequence[int] = 0,
         backend: str = "auto",
     ):
-        super().__init__(blocks, backend)
+        super().__init__(blocks, schedule, backend)
         if isinstance(iters, bool) or not isinstance(iters, int):
             raise TypeError(f"iters must be an integer, got {iters!r}")
         if iters < 0:
@@ -66,7 +66,6 @@ class KMedoids(Reducer):
                 raise TypeError(f"first must hold token indices (integers), got {index!r}")
             if index < 0:
                 raise ValueError(f"first must not be negative, got {index}")
-        self.schedule = schedule
         self.iters = iters
         self.cost = cost
         self.equal_weight = equal_weight
@@ -87,10 +86,6 @@ class KMedoids(Reducer):
     def first(self) -> int:
         """The block before the first stage gives the weights."""
         return self.blocks[0] if self.equal_weight else self.blocks[0] - 1
-
-    def counts(self, shape: ModelShape) -> list[int]:
-        """Patch tokens after each stage."""
-        return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
     def before(self, tokens: Tokens, stage: int) -> Tokens:
         """Cluster, and gather the medoids in cluster order."""

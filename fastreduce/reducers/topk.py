@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, attend_all, importance
-from .schedule import KeepSchedule
+from .base import AttentionBlock, ScheduledReducer, attend_all, importance
 
 __all__ = ["TopK"]
 
 
-class TopK(Reducer):
+class TopK(ScheduledReducer):
     """Select before attention: only kept tokens are queried, attended, projected and added; all keys, values stay."""
 
     name = "topk"
-
-    def __init__(self, blocks: tuple[int, ...], schedule: KeepSchedule, backend: str = "auto"):
-        super().__init__(blocks, backend)
-        self.schedule = schedule
-
-    def counts(self, shape: ModelShape) -> list[int]:
-        """Patch tokens after each stage."""
-        return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with selection; the kept tokens come out best first."""
