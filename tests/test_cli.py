@@ -18,6 +18,8 @@ from fastreduce import compare
 from fastreduce.commands import app
 from fastreduce.integrations.timm import create_model
 
+from . import tiny
+
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["compare", "--model", MODEL, "--batch", "2", "--rounds", "2", "--no-pictures"]
 
@@ -181,6 +183,51 @@ def test_a_checkpoint_and_an_image(tmp_path, form):
     assert result["dtype"] == "bfloat16"
     assert 1e-5 < result["unreduced"]["relative_difference"] < 0.2
     assert "random" not in done.stdout
+
+
+def test_a_checkpoint_with_a_methods_own_layers(tmp_path):
+    """Taken where they fit, which for SiT depends on the keep rate; where not, they are random and that is said."""
+    model = fastreduce.patch(create_model(MODEL), "sit", keep_rate=0.5)
+    state = {key.removeprefix("reducers."): value for key, value in model.state_dict().items()}
+    assert any(key.startswith("cluster_layers.") for key in state)
+    torch.save(state, tmp_path / "weights.pth")
+    file = tmp_path / "result.json"
+    rates = ["--keep-rate", "0.5", "--keep-rate", "0.7"]
+    done = run(*QUICK, "--methods", "sit,topk", *rates, "--checkpoint", tmp_path / "weights.pth", "--json", file)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(file.read_text())["methods"]
+    found = {(row["method"], row["keep_rate"]): row["layers"] for row in rows}
+    assert found == {("topk", 0.5): None, ("sit", 0.5): "checkpoint", ("topk", 0.7): None, ("sit", 0.7): "random"}
+    assert "random weights: sit" in " ".join(done.stdout.split())
+
+
+def test_methods_that_a_model_is_refused_for(tmp_path):
+    """Left out and named when everything is compared, an error when asked for."""
+    classless = [*QUICK, "--model", "test_vit3", "--keep-rate", "0.5", "--rounds", "1"]
+    done = run(*classless, "--json", tmp_path / "result.json")
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["refused"]) == ["ats"]
+    assert {row["method"] for row in result["methods"]} == set(fastreduce.REDUCERS) - {"ats"}
+    assert "Not compared: ats" in done.stdout
+    done = run(*classless, "--methods", "ats")
+    assert done.exit_code == 2
+    assert "class token" in done.output
+
+
+def test_ats_is_held_against_a_slice_of_what_it_kept():
+    settings = compare.Settings(model=MODEL, methods=("ats",), keep_rates=(0.9,), batch=4, rounds=1)
+    comparison = compare.Comparison(settings)
+    (entry,) = comparison.entries
+    most = entry.counts
+    tiny.randomize(comparison.model)  # attention that looks somewhere, of all models that share the weights
+    comparison.check(lambda *_: None)
+    with fastreduce.record(entry.model) as seen, torch.no_grad():
+        entry.model(comparison.images)
+    assert entry.counts == tuple(int((stage.kept >= 0).sum(1).max()) for stage in seen.stages)
+    assert entry.counts < most
+    assert list(comparison.slices) == [entry.counts]
+    assert comparison.slices[entry.counts].counts == dict(zip(comparison.blocks, entry.counts, strict=True))
 
 
 def test_it_stops_when_the_time_is_up():
