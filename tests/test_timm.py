@@ -1118,7 +1118,7 @@ class TestCompile:
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(run(compiled, images), run(model, images), rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize("arguments", FOUR)
+    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
     def test_export(self, arguments):
         model = _short(arguments)
         images = tiny.images(model)
