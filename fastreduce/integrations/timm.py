@@ -205,6 +205,11 @@ class ReducedBlock(nn.Module):
 
     def start(self, x: Tensor | Tokens) -> Tokens:
         """Take what the block before gave."""
+        if self._model.grad_checkpointing and self.training and self._reducer.generator is not None:
+            raise ValueError(
+                f"gradient checkpointing runs blocks twice, and {self._reducer.name} would draw other noise from its "
+                "own generator the second time: use torch's global one, which checkpointing restores, or no noise"
+            )
         if isinstance(x, Tokens):
             return x
         if not self.first:
@@ -242,11 +247,6 @@ class ReducedBlock(nn.Module):
             raise ValueError(
                 "timm's reentrant gradient checkpointing would lose the gradients of a reduced model: "
                 "call timm.layers.set_reentrant_ckpt(False) first (timm 1.0.15 or newer)"
-            )
-        if self._model.grad_checkpointing and self.training and self._reducer.generator is not None:
-            raise ValueError(
-                f"gradient checkpointing runs blocks twice, and {self._reducer.name} would draw other noise from its "
-                "own generator the second time: use torch's global one, which checkpointing restores, or no noise"
             )
         tokens = self.step(self.start(x))
         return self.finish(tokens) if self.last else tokens
