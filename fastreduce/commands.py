@@ -185,7 +185,8 @@ def compare(
     """
     started = time.perf_counter()
     with _progress_bar() as progress:
-        from .compare import Comparison, Settings, usual_troubles
+        from .compare import Comparison, Settings
+        from .measure import usual_troubles
 
         with _user_errors():
             settings = Settings(

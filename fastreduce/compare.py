@@ -7,19 +7,15 @@ against the official algorithm in float64.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import difflib
 import logging
 import math
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +27,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import __version__
 from .backends import check_backend, resolve
 from .integrations.timm import (
     Record,
@@ -45,11 +40,12 @@ from .integrations.timm import (
     record,
     reduced_counts,
 )
+from .measure import environment, quartiles, ratio, recompile_limits, seconds_of
 from .plain import FreeSlice, PlainModel
 from .reducers import REDUCERS
 from .reducers.schedule import stage_blocks
 
-__all__ = ["Comparison", "Drawn", "Entry", "Settings", "count_gmacs", "environment"]
+__all__ = ["Comparison", "Drawn", "Entry", "Settings", "count_gmacs"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAMPLES = ("flower.jpg", "china.jpg")
@@ -344,77 +340,6 @@ def _drawn(seen: Record, blocks: Sequence[int], grid: tuple[int, int]) -> list[D
     return drawn
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
-def _ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
-    """How many times faster ``of`` is than ``to``: the median of the rounds, and the quartiles."""
-    ratios = [b / a for a, b in zip(of, to, strict=True)]
-    return {name: statistics.median(ratios), f"{name}_quartiles": list(_quartiles(ratios))}
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this file is in, or None."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / ".git").exists():
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip() or None
-    return None
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where a measurement was made."""
-    return {
-        "device": str(device),
-        "device_name": _device_name(device),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
-        "fastreduce": __version__,
-        "commit": _git_commit(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "timm": _version("timm"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
-
-
-def usual_troubles() -> tuple[type[Exception], ...]:
-    """What can go wrong while measuring without being anybody's mistake in the code."""
-    return (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
-
-
-def _recompile_limits(limit: int) -> dict[str, int]:
-    """Settings of torch.compile, under the names that the installed version has."""
-    names = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
-    return {name: limit for name in names if hasattr(torch._dynamo.config, name)}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 class Comparison:
     """Made from settings, with every model built; then :meth:`check`, :meth:`measure`, :meth:`result`, in this order.
 
@@ -560,18 +485,8 @@ class Comparison:
             candidates[f"{entry.slug} official"] = entry.official
         return candidates
 
-    def _time(self, model: nn.Module) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            model(self.images)
-            return time.perf_counter() - start
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        first.record()
-        model(self.images)
-        last.record()
-        torch.cuda.synchronize(self.device)
-        return first.elapsed_time(last) / 1e3
+    def _time(self, model: Callable[[Tensor], object]) -> float:
+        return seconds_of(lambda: model(self.images), self.device)
 
     def _probe(self, count: int) -> float:
         self._load_images(count)
@@ -669,7 +584,7 @@ class Comparison:
         candidates: dict[Any, Any] = self._candidates()
         if self.settings.compile:
             # All models share the code of a few classes, and each needs its own compilation of it.
-            with torch._dynamo.config.patch(_recompile_limits(16 * len(candidates))):
+            with torch._dynamo.config.patch(recompile_limits(16 * len(candidates))):
                 candidates = self._compiled(progress)
                 self._rounds(candidates, progress)
         else:
@@ -694,7 +609,7 @@ class Comparison:
 
     def _speed(self, name: Any) -> dict[str, Any]:
         seconds = self.seconds[name]
-        low, high = _quartiles([len(self.images) / value for value in seconds])
+        low, high = quartiles([len(self.images) / value for value in seconds])
         return {
             "images_per_second": len(self.images) / statistics.median(seconds),
             "images_per_second_quartiles": [low, high],
@@ -702,8 +617,8 @@ class Comparison:
         }
 
     def _slice_result(self, counts: tuple[int, ...]) -> dict[str, Any]:
-        ratio = _ratio("speedup", self.seconds[counts], self.seconds["unreduced"])
-        return {"counts": list(counts), "gmacs": self.gmacs[counts], **self._speed(counts), **ratio}
+        speedup = ratio("speedup", self.seconds[counts], self.seconds["unreduced"])
+        return {"counts": list(counts), "gmacs": self.gmacs[counts], **self._speed(counts), **speedup}
 
     def _entry_result(self, entry: Entry) -> dict[str, Any]:
         ours, official = entry.slug, f"{entry.slug} official"
@@ -716,9 +631,9 @@ class Comparison:
             "layers": entry.layers,
             "gmacs": self.gmacs[ours],
             **self._speed(ours),
-            **_ratio("speedup", self.seconds[ours], self.seconds["unreduced"]),
-            **_ratio("share_of_free_slice", self.seconds[ours], self.seconds[entry.counts]),
-            **_ratio("speedup_over_official", self.seconds[ours], self.seconds[official]),
+            **ratio("speedup", self.seconds[ours], self.seconds["unreduced"]),
+            **ratio("share_of_free_slice", self.seconds[ours], self.seconds[entry.counts]),
+            **ratio("speedup_over_official", self.seconds[ours], self.seconds[official]),
             "official": self._speed(official),
             "relative_difference": entry.difference,
             "official_relative_difference": entry.official_difference,

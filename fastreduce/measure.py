@@ -1,0 +1,149 @@
+"""Clocks, ratios and the description of a machine: what every measurement here shares."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from . import __version__
+
+__all__ = [
+    "capture",
+    "environment",
+    "quartiles",
+    "ratio",
+    "recompile_limits",
+    "seconds_of",
+    "take_turns",
+    "usual_troubles",
+]
+
+Name = TypeVar("Name")
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """One call: by events on a CUDA device, by the host's clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    first.record()
+    call()
+    last.record()
+    torch.cuda.synchronize(device)
+    return first.elapsed_time(last) / 1e3
+
+
+def take_turns(
+    calls: Mapping[Name, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[Name, list[float]]:
+    """Seconds of every call, round after round, backwards in every second one, so that drifts hit all alike."""
+    seconds: dict[Name, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(rounds):
+        for name in order:
+            seconds[name].append(seconds_of(calls[name], device))
+        order.reverse()
+    return seconds
+
+
+def capture(call: Callable[[], object], warmups: int = 3) -> Callable[[], None]:
+    """The call as a CUDA graph, of which replaying is all that the host still does.
+
+    Raises:
+        RuntimeError: the call synchronises with the host or does something else that no graph can hold.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmups):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """First and third quartile; of a single value itself, twice."""
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
+    """How many times faster ``of`` is than ``to``: the median of the rounds, and the quartiles."""
+    ratios = [b / a for a, b in zip(of, to, strict=True)]
+    return {name: statistics.median(ratios), f"{name}_quartiles": list(quartiles(ratios))}
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this file is in, or None."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip() or None
+    return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Where a measurement was made."""
+    return {
+        "device": str(device),
+        "device_name": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "fastreduce": __version__,
+        "commit": _git_commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "timm": _version("timm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def usual_troubles() -> tuple[type[Exception], ...]:
+    """What can go wrong while measuring without being anybody's mistake in the code."""
+    return (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
+
+
+def recompile_limits(limit: int) -> dict[str, int]:
+    """Settings of torch.compile, under the names that the installed version has."""
+    names = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
+    return {name: limit for name in names if hasattr(torch._dynamo.config, name)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
