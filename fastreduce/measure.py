@@ -59,20 +59,35 @@ def take_turns(
     return seconds
 
 
-def capture(call: Callable[[], object], warmups: int = 3) -> Callable[[], None]:
+def capture(
+    call: Callable[[], object], warmups: int = 3, stream: torch.cuda.Stream | None = None, pool: Any = None
+) -> Callable[[], None]:
     """The call as a CUDA graph, of which replaying is all that the host still does.
+
+    Args:
+        call: what to capture.
+        warmups: calls before.
+        stream: where to capture: the one that a forward pass ran on, if the call is its backward pass. Default: a new one.
+        pool: ``torch.cuda.graph_pool_handle()`` for graphs that share their memory; what one leaves there, such as its
+            results, is lost when another is replayed.
 
     Raises:
         RuntimeError: the call synchronises with the host or does something else that no graph can hold.
     """
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream() if stream is None else stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warmups):
             call()
+        # What synchronises is found before the capture: one that fails halfway leaves CUDA in a bad state.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         call()
     return graph.replay
 

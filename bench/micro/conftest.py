@@ -1,0 +1,103 @@
+"""Options of the microbenchmarks: ``python -m pytest bench/micro --shapes all``."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from bench.microbenchmark import DIRECTIONS, Microbenchmark, device_clock
+from bench.primitive import BATCHES, MODELS, TOKENS, Primitive, Shape
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CONTENDERS = ("fastreduce", "reference", "compiled", "plain")
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastreduce")
+    group.addoption(
+        "--shapes",
+        default="few",
+        help="few (default: DeiT-S at 197 tokens, batch 1 and 64), all (four models x 197, 577, 1025, 4097 tokens x "
+        "batch 1, 64, 256), or MODEL-TOKENS-BATCH, comma separated",
+    )
+    group.addoption("--dtype", default=None, choices=list(_DTYPES), help="float32 on the CPU, bfloat16 on CUDA")
+    group.addoption(
+        "--contenders",
+        default=None,
+        help="of fastreduce, reference, compiled, plain, comma separated (default: all; compiled not on the CPU, where "
+        "compiling takes minutes)",
+    )
+
+
+def _shapes(wanted: str, dtype: torch.dtype) -> list[Shape]:
+    if wanted == "few":
+        return [Shape("deit_small", 197, batch, dtype) for batch in BATCHES[:2]]
+    if wanted == "all":
+        return [Shape(*point, dtype) for point in itertools.product(MODELS, TOKENS, BATCHES)]
+    shapes = []
+    for word in wanted.split(","):
+        model, _, numbers = word.partition("-")
+        tokens, _, batch = numbers.partition("-")
+        if model not in MODELS or not (tokens.isdigit() and batch.isdigit() and int(tokens) > 1 and int(batch) > 0):
+            raise pytest.UsageError(f"--shapes takes few, all, or like deit_small-197-64, got {word!r}")
+        shapes.append(Shape(model, int(tokens), int(batch), dtype))
+    return shapes
+
+
+def _contenders(wanted: str | None) -> list[str]:
+    on_cuda = _device().type == "cuda"
+    names = wanted.split(",") if wanted else [name for name in _CONTENDERS if on_cuda or name != "compiled"]
+    for name in names:
+        if name not in _CONTENDERS:
+            raise pytest.UsageError(f"--contenders takes {', '.join(_CONTENDERS)}, got {name!r}")
+    # On the CPU fastreduce is the reference.
+    return [name for name in names if on_cuda or name != "reference"]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    contenders = ", ".join(_contenders(config.getoption("--contenders")))
+    return f"fastreduce microbenchmarks on {_device()}: {contenders}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    primitive: Primitive | None = getattr(metafunc.function, "primitive", None)
+    if primitive is None:
+        return
+    options = metafunc.config
+    dtype = options.getoption("--dtype") or ("bfloat16" if _device().type == "cuda" else "float32")
+    metafunc.parametrize("shape", _shapes(options.getoption("--shapes"), _DTYPES[dtype]), ids=str)
+    metafunc.parametrize("direction", DIRECTIONS if primitive.gradients else DIRECTIONS[:1])
+    metafunc.parametrize("contender", _contenders(options.getoption("--contenders")))
+
+
+@functools.lru_cache(maxsize=1)  # its truth is shared by the contenders, which follow one another
+def _prepared(name: str, primitive: Any, shape: Shape, direction: str) -> Microbenchmark:
+    return Microbenchmark(primitive, shape, _device(), direction)
+
+
+@pytest.fixture
+def speed(request: pytest.FixtureRequest, shape: Shape, direction: str, contender: str) -> Any:
+    """Check, then time; a red parity fails the test and reports no time."""
+    primitive: Primitive = request.function.primitive
+    bench = _prepared(primitive.name, primitive, shape, direction)
+    try:
+        wrong = bench.parity(contender)
+        run = None if wrong is not None else bench.prepare(contender)
+    except torch.OutOfMemoryError as error:
+        pytest.skip(f"out of memory: {str(error).splitlines()[0]}")
+    if run is None:
+        pytest.fail(f"{contender} is not right, so no time is told: {wrong}")
+    request.node.add_marker(pytest.mark.benchmark(timer=lambda: device_clock(bench.device) / run.repeats))
+    benchmark = request.getfixturevalue("benchmark")
+    benchmark.group = f"{primitive.name} {direction} {shape}"
+    benchmark(run.call)
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        benchmark.extra_info.update(bench.facts(run, benchmark.stats.stats.median))

@@ -1,0 +1,271 @@
+"""One primitive at one shape: parity first, then the clock, then launches and memory.
+
+Contenders are fastreduce (its kernels on CUDA, its reference on the CPU), on CUDA also the reference eager, the
+reference under ``torch.compile``, and the official algorithm in plain words.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastreduce.measure import capture, quartiles, seconds_of
+
+from .primitive import Inputs, Outputs, Primitive, Shape, differentiate, disagreement, in_float64, nbytes
+
+__all__ = ["DIRECTIONS", "VIEWS", "Microbenchmark", "OperatorCounts", "copy_bandwidth", "device_clock"]
+
+DIRECTIONS = ("forward", "backward")
+_CHECKED = 4  # images in the check of parity: no route depends on the batch
+_FEWEST_REPEATS = 16  # calls in one CUDA graph
+_MOST_SETS = 64
+
+# A backward pass that is repeated needs its buffers again.
+functorch_config.donated_buffer = False
+
+# Operators that only look at their input in another way, or reserve memory.
+# fmt: off
+VIEWS = frozenset((
+    "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "is_same_size",
+    "lift_fresh", "movedim", "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "select",
+    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze",
+    "view", "view_as", "_reshape_alias", "_unsafe_view",
+))
+# fmt: on
+
+
+class OperatorCounts(TorchDispatchMode):
+    """Operators called within the block, views left out, by name; one of ours counts once, whatever it launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.split("::")[1]
+        if name not in VIEWS:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of copying a tensor far larger than the caches."""
+    size = (2 << 30) if device.type == "cuda" else (256 << 20)
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / statistics.median(seconds_of(lambda: target.copy_(source), device) for _ in range(7))
+
+
+@functools.cache
+def _first_event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def device_clock(device: torch.device) -> float:
+    """Seconds: the host's on the CPU; on CUDA those at which the device has done all that it was given."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    first = _first_event(device)
+    now = torch.cuda.Event(enable_timing=True)
+    now.record()
+    now.synchronize()
+    return first.elapsed_time(now) / 1e3
+
+
+@dataclasses.dataclass
+class Run:
+    """What is timed: ``call`` does the work ``repeats`` times, on CUDA over buffers that do not fit into the L2 cache.
+
+    Attributes:
+        once: the work on the first set of buffers, eagerly.
+        floor: bytes of one piece of work at least.
+        graphed: whether ``call`` replays a CUDA graph; if not, the host's launches are in the time.
+        compiled: whether operators are hidden in compiled code.
+    """
+
+    call: Callable[[], object]
+    once: Callable[[], Outputs]
+    repeats: int
+    floor: int
+    graphed: bool
+    compiled: bool
+
+
+class Microbenchmark:
+    """One primitive, shape and direction.
+
+    Args:
+        primitive: what to measure.
+        shape: where.
+        device: on what.
+        direction: ``"forward"`` or ``"backward"`` (alone, the forward pass was done before).
+
+    Raises:
+        ValueError: a backward pass of a primitive that has none.
+    """
+
+    def __init__(self, primitive: Primitive, shape: Shape, device: torch.device, direction: str):
+        if direction == "backward" and not primitive.gradients:
+            raise ValueError(f"{primitive.name} only decides: it has no backward pass")
+        self.primitive, self.shape, self.device, self.direction = primitive, shape, device, direction
+
+        def reference(inputs: Inputs) -> Outputs:
+            return primitive.call(**inputs, backend="reference")
+
+        self.reference = reference
+        self.contenders: dict[str, Callable[[Inputs], Outputs]] = {
+            "fastreduce": lambda inputs: primitive.call(**inputs, backend="auto")
+        }
+        if device.type == "cuda":
+            self.contenders["reference"] = reference
+        self.contenders["compiled"] = torch.compile(reference, dynamic=False)
+        self.contenders["plain"] = primitive.plain
+
+    def _inputs(self, batch: int, seed: int) -> Inputs:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return self.primitive.make(dataclasses.replace(self.shape, batch=batch), generator)
+
+    def _work(self, call: Callable[[Inputs], Outputs], inputs: Inputs) -> tuple[Callable[[], Outputs], Outputs]:
+        """The work as a call without arguments, and the outputs of the forward pass."""
+        if self.direction == "forward":
+            return lambda: call(inputs), call(inputs)
+        return differentiate(call, inputs, self.primitive.gradients)
+
+    @functools.cached_property
+    def _truth(self) -> tuple[Inputs, Outputs, Outputs]:
+        """Few images, what float64 makes of them, and what the reference makes of them."""
+        inputs = self._inputs(min(_CHECKED, self.shape.batch), seed=0)
+        work, _ = self._work(self.primitive.plain, in_float64(inputs))
+        reference, _ = self._work(self.reference, inputs)
+        return inputs, work(), reference()
+
+    def parity(self, contender: str) -> str | None:
+        """What is wrong with the contender's result, on up to four images, or None; to be asked before any timing."""
+        inputs, exact, reference = self._truth
+        work, _ = self._work(self.contenders[contender], inputs)
+        outputs = work()
+        if self.direction == "forward" and self.primitive.compare is not None:
+            return self.primitive.compare(inputs, outputs, exact)
+        if contender == "plain":
+            steps = self.primitive.plain_steps * torch.finfo(self.shape.dtype).eps
+            return disagreement(outputs, exact, None, steps)
+        return disagreement(outputs, exact, reference, 4 * torch.finfo(self.shape.dtype).eps)
+
+    def floor(self, inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
+        """Bytes at least."""
+        if self.direction == "forward":
+            return self.primitive.floor(inputs, outputs)
+        assert self.primitive.backward_floor is not None
+        return self.primitive.backward_floor(inputs, outputs, gradients)
+
+    def prepare(self, contender: str) -> Run:
+        """Buffers, warm-up and, on CUDA, a graph."""
+        call = self.contenders[contender]
+        if self.device.type != "cuda":
+            inputs = self._inputs(self.shape.batch, seed=0)
+            work, outputs = self._work(call, inputs)
+            return Run(work, work, 1, self.floor(inputs, outputs, work()), False, contender == "compiled")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            inputs = self._inputs(self.shape.batch, seed=0)
+            size = nbytes(*(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+            sets = min(max(math.ceil(3 * cache / max(size, 1)), 1), _MOST_SETS)
+            works = [self._work(call, self._inputs(self.shape.batch, seed)) for seed in range(sets)]
+            floor = self.floor(inputs, works[0][1], works[0][0]())
+        stream.synchronize()
+        repeats = math.ceil(_FEWEST_REPEATS / sets) * sets
+
+        def all_sets() -> None:
+            for work, _ in itertools.islice(itertools.cycle(works), repeats):
+                work()
+
+        def on_stream() -> None:
+            with torch.cuda.stream(stream):
+                all_sets()
+            torch.cuda.current_stream().wait_stream(stream)
+
+        try:
+            return Run(capture(all_sets, 1, stream), works[0][0], repeats, floor, True, contender == "compiled")
+        except RuntimeError:  # it synchronises
+            torch.cuda.synchronize()
+            return Run(on_stream, works[0][0], repeats, floor, False, contender == "compiled")
+
+    def facts(self, run: Run, seconds: float) -> dict[str, Any]:
+        """Everything but the time: floor, bandwidth, operators or launches, peak memory."""
+        bandwidth = copy_bandwidth(self.device)
+        return {
+            "floor_bytes": run.floor,
+            "gigabytes_per_second": run.floor / seconds / 1e9,
+            "copy_gigabytes_per_second": bandwidth / 1e9,
+            "share_of_copy_bandwidth": run.floor / seconds / bandwidth,
+            **(self._launches(run.once) if self.device.type == "cuda" or not run.compiled else {}),
+            "peak_bytes": self._peak(run.once),
+            "graphed": run.graphed,
+        }
+
+    def _launches(self, once: Callable[[], Outputs]) -> dict[str, int]:
+        """Kernels and copies that the device ran; on the CPU the operators that were called."""
+        if self.device.type != "cuda":
+            with OperatorCounts() as operators:
+                once()
+            return {"operators": operators.counts.total()}
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            once()
+            torch.cuda.synchronize(self.device)
+        return {"launches": sum(event.count for event in seen.key_averages() if event.device_time_total > 0)}
+
+    def _peak(self, once: Callable[[], Outputs]) -> int:
+        """Bytes allocated at most at one time by one piece of work, its results included."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            once()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            results = once()
+        del results
+        changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return max(itertools.accumulate(changes), default=0)
+
+    def measure(self, contender: str, rounds: int = 7) -> dict[str, Any]:
+        """A row of a table; without a time if the parity is red, or with the reason why nothing could run."""
+        row: dict[str, Any] = {
+            "primitive": self.primitive.name,
+            **dataclasses.asdict(self.shape),
+            "dtype": str(self.shape.dtype).removeprefix("torch."),
+            "direction": self.direction,
+            "contender": contender,
+        }
+        try:
+            row["parity"] = self.parity(contender)
+            if row["parity"] is not None:
+                return row
+            run = self.prepare(contender)
+            run.call()
+            seconds = [seconds_of(run.call, self.device) / run.repeats for _ in range(rounds)]
+            row |= {"seconds": statistics.median(seconds), "quartiles": list(quartiles(seconds))}
+            row |= self.facts(run, row["seconds"])
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            row["failed"] = str(error).strip().splitlines()[0][:300]
+        return row
