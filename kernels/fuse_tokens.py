@@ -63,6 +63,7 @@ def _sum_rest(
     order,
     scores,
     residual,
+    bias,
     out,
     num_kept,
     tokens,
@@ -79,6 +80,7 @@ def _sum_rest(
     offsets_c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
     acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    weights = tl.zeros((ROWS,), tl.float32)
     for start in range(num_kept - PREFIX, tokens - PREFIX, ROWS):
         positions = start + tl.arange(0, ROWS)
         in_rest = positions < tokens - PREFIX
@@ -90,7 +92,11 @@ def _sum_rest(
             other=0.0,
         )
         acc += weight[:, None] * rows.to(tl.float32)
+        weights += weight
     fused = tl.sum(acc, 0)
+    if bias is not None:
+        once = tl.load(bias + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
+        fused += (tl.sum(weights, 0) - 1.0) * once
     last = tl.cast(num_kept, tl.int64)
     if residual is not None:
         fused += tl.load(residual + last * residual_stride_n + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
@@ -103,6 +109,7 @@ def fuse_tokens_kernel(
     order,  # (B, N - PREFIX)
     scores,  # (B, N - PREFIX)
     residual,  # (B, num_kept + 1, C) or None
+    bias,  # (C,) or None: held once by every row of the residual
     out,  # (B, num_kept + 1, C), contiguous
     num_kept,  # PREFIX + k
     tokens,
@@ -136,6 +143,7 @@ def fuse_tokens_kernel(
             order,
             scores + batch * scores_stride_b,
             residual,
+            bias,
             out,
             num_kept,
             tokens,
@@ -175,6 +183,7 @@ def fuse_tokens_backward_kernel(
     x,  # (B, N, C)
     order,  # (B, N - PREFIX)
     scores,  # (B, N - PREFIX)
+    bias,  # (C,) or None
     grad_x,  # (B, N, C), contiguous
     grad_scores,  # (B, N - PREFIX), contiguous
     num_kept,  # PREFIX + k
@@ -217,8 +226,10 @@ def fuse_tokens_backward_kernel(
             in_channels = offsets_c < channels
             mask = in_rows[:, None] & in_channels[None, :]
             fused = tl.load(grad_fused + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
-            token = tl.load(x + rows[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0)
-            acc += token.to(tl.float32) * fused[None, :]
+            token = tl.load(x + rows[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
+            if bias is not None:
+                token += tl.load(bias + offsets_c, mask=in_channels, other=0.0).to(tl.float32)[None, :]
+            acc += token * fused[None, :]
             share = (weight[:, None] * fused[None, :]).to(grad_x.dtype.element_ty)
             tl.store(grad_x + rows[:, None] * channels + offsets_c[None, :], share, mask=mask)
         dot = tl.sum(acc, 1)
@@ -234,9 +245,15 @@ def fuse_tokens_backward_kernel(
 
 
 def fuse_tokens(
-    x: torch.Tensor, order: torch.Tensor, scores: torch.Tensor, k: int, prefix: int, residual: torch.Tensor | None
+    x: torch.Tensor,
+    order: torch.Tensor,
+    scores: torch.Tensor,
+    k: int,
+    prefix: int,
+    residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch; x (B, N, C) and residual with contiguous channels, order and scores (B, N - prefix) of any strides."""
+    """Launch; x (B, N, C), residual, bias (C,) with dense channels, order and scores (B, N - prefix) of any strides."""
     batch, tokens, channels = x.shape
     num_kept = prefix + k
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -250,6 +267,7 @@ def fuse_tokens(
         order,
         scores,
         residual,
+        bias,
         out,
         num_kept,
         tokens,
@@ -269,7 +287,13 @@ def fuse_tokens(
 
 
 def fuse_tokens_backward(
-    grad: torch.Tensor, x: torch.Tensor, order: torch.Tensor, scores: torch.Tensor, k: int, prefix: int
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    scores: torch.Tensor,
+    k: int,
+    prefix: int,
+    bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; grad (B, prefix + k + 1, C) with contiguous channels -> gradients of x and of the scores."""
     batch, tokens, channels = x.shape
@@ -284,6 +308,7 @@ def fuse_tokens_backward(
             x,
             order,
             scores,
+            bias,
             grad_x,
             grad_scores,
             num_kept,

@@ -110,14 +110,15 @@ def test_opcheck_fuse_tokens(k, prefix, dtype):
         for added in (residual, residual.float(), None):
             torch.library.opcheck(
                 torch.ops.fastreduce.fuse_tokens.default,
-                (tensor, order, scores, k, prefix, added),
+                (tensor, order, scores, k, prefix, added, None if added is None else residual[0, 0]),
                 test_utils=OPCHECKS,
             )
-        torch.library.opcheck(
-            torch.ops.fastreduce.fuse_tokens_backward.default,
-            (residual, tensor, order, scores, k, prefix),
-            test_utils=OPCHECKS,
-        )
+        for bias in (residual[0, 0], None):
+            torch.library.opcheck(
+                torch.ops.fastreduce.fuse_tokens_backward.default,
+                (residual, tensor, order, scores, k, prefix, bias),
+                test_utils=OPCHECKS,
+            )
 
 
 # The CPU implementation of the operators is the reference, so gradcheck checks its explicit backward formulas.
@@ -154,13 +155,13 @@ def test_received_scores_by_function_and_by_reference(dtype, matrix):
 
 
 @pytest.mark.parametrize(("k", "prefix"), [(3, 1), (0, 0), (6, 2), (0, 1), (7, 1)])
-@pytest.mark.parametrize("with_residual", [True, False])
-def test_gradcheck_fuse_tokens(k, prefix, with_residual):
+@pytest.mark.parametrize("added", [0, 1, 2])
+def test_gradcheck_fuse_tokens(k, prefix, added):
     x, order, scores, residual = fuse_inputs(k=k, prefix=prefix)
-    added = [leaf(residual)] if with_residual else []
+    leaves = [leaf(residual), leaf(residual[0, 0])][:added]
     assert torch.autograd.gradcheck(
-        lambda x, scores, *rest: FuseTokens.apply(x, order, scores, k, prefix, rest[0] if rest else None),
-        (leaf(x), leaf(scores), *added),
+        lambda x, scores, *rest: FuseTokens.apply(x, order, scores, k, prefix, *rest, *[None] * (2 - added)),
+        (leaf(x), leaf(scores), *leaves),
     )
 
 
@@ -174,10 +175,10 @@ def test_function_and_reference_have_the_same_gradients():
     x, order, scores, residual = fuse_inputs(dtype=torch.float32)
     grad = tokens(2, 5, 5, seed=6)
     for run in (
-        lambda x, s, r: FuseTokens.apply(x, order, s, 3, 1, r),
-        lambda x, s, r: ops.fuse_tokens(x, order, s, 3, residual=r),
+        lambda x, s, r, b: FuseTokens.apply(x, order, s, 3, 1, r, b),
+        lambda x, s, r, b: ops.fuse_tokens(x, order, s, 3, residual=r, residual_bias=b),
     ):
-        leaves = (leaf(x), leaf(scores), leaf(residual))
+        leaves = (leaf(x), leaf(scores), leaf(residual), leaf(residual[1, 2]))
         pairs.append(torch.autograd.grad(run(*leaves), leaves, grad))
     for first, second in (pairs[:2], pairs[2:]):
         for ours, plain in zip(first, second, strict=True):
@@ -188,9 +189,9 @@ def test_function_and_reference_have_the_same_gradients():
 def test_gradients_have_the_dtypes_of_their_inputs(dtype):
     q, k = class_query_and_keys(dtype=dtype)
     x, order, scores, residual = fuse_inputs(dtype=dtype)
-    leaves = [leaf(q), leaf(k), leaf(x), leaf(scores), leaf(residual.float())]
+    leaves = [leaf(q), leaf(k), leaf(x), leaf(scores), leaf(residual.float()), leaf(residual[0, 0])]
     total = ClsScores.apply(leaves[0], leaves[1], 1, 0.5).sum()
-    total = total + FuseTokens.apply(leaves[2], order, leaves[3], 3, 1, leaves[4]).float().sum()
+    total = total + FuseTokens.apply(leaves[2], order, leaves[3], 3, 1, *leaves[4:]).float().sum()
     for tensor, grad in zip(leaves, torch.autograd.grad(total, leaves), strict=True):
         assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape)
 
@@ -198,7 +199,7 @@ def test_gradients_have_the_dtypes_of_their_inputs(dtype):
 def test_only_the_wanted_gradients_are_made():
     x, order, scores, residual = fuse_inputs()
     added = leaf(residual)
-    out = FuseTokens.apply(x, order, scores, 3, 1, added)
+    out = FuseTokens.apply(x, order, scores, 3, 1, added, None)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), added)[0], torch.ones_like(residual))
 
 
@@ -212,7 +213,7 @@ def evit_by_functions(q, k, x, residual):
     """A whole stage, through the autograd functions that the kernels use."""
     scores = ClsScores.apply(q, k, 1, 0.5)
     order = torch.ops.fastreduce.select_topk(scores.detach(), scores.shape[1])
-    return FuseTokens.apply(x, order, scores, 3, 1, residual)
+    return FuseTokens.apply(x, order, scores, 3, 1, residual, None)
 
 
 def evit_by_reference(q, k, x, residual):
@@ -382,6 +383,9 @@ def test_fuse_tokens_refuses():
         (ValueError, "k must be between 0 and 7, got -1", {"k": -1}),
         (TypeError, "k must be an integer, got 3.0", {"k": 3.0}),
         (ValueError, r"residual must have shape \(2, 5, 5\), got \(2, 4, 5\)", {"residual": residual[:, 1:]}),
+        (ValueError, "residual_bias is part of a residual", {"residual": None, "residual_bias": residual[0, 0]}),
+        (ValueError, r"residual_bias must have shape \(5,\), got \(4,\)", {"residual_bias": residual[0, 0, 1:]}),
+        (ValueError, "x is on cpu and residual_bias on meta", {"residual_bias": residual[0, 0].to("meta")}),
         (ValueError, "unknown backend 'best'", {"backend": "best"}),
         (RuntimeError, "'triton' was asked for", {"backend": "triton"}),
     ):
@@ -487,13 +491,17 @@ def test_fuse_tokens_against_plain_loops(batch, num_tokens, with_residual, data)
     if batch == 0:
         order = order.new_empty(0, num_tokens - prefix)
     expected = residual.clone() if with_residual else torch.zeros_like(residual)
+    bias = torch.tensor([0.5, -1.0, 2.0], dtype=x.dtype)
     for b in range(batch):
         rows = [*range(prefix), *(order[b, :k] + prefix).tolist()]
         for j, n in enumerate(rows):
             expected[b, j] += x[b, n]
         for n in order[b, k:].tolist():
             expected[b, -1] += scores[b, n] * x[b, n + prefix]
-    ours = ops.fuse_tokens(x, order, scores, k, prefix=prefix, residual=residual if with_residual else None)
+        if with_residual:
+            expected[b, -1] += (sum(scores[b, n] for n in order[b, k:].tolist()) - 1) * bias
+    added = {"residual": residual, "residual_bias": bias} if with_residual else {}
+    ours = ops.fuse_tokens(x, order, scores, k, prefix=prefix, **added)
     torch.testing.assert_close(ours, expected, atol=1e-13, rtol=1e-12)
 
 

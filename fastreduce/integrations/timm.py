@@ -181,14 +181,20 @@ class ReducedBlock(nn.Module):
             out = out * gate(normed).sigmoid()
         return out
 
-    def branch(self, attended: Tensor, last_weight_sum: Tensor | None = None) -> Tensor:
+    @property
+    def drops_paths(self) -> bool:
+        """Whether drop path is active."""
+        return self.training and getattr(self.drop_path1, "drop_prob", 0.0) > 0
+
+    @property
+    def branch_bias(self) -> Tensor | None:
+        """What becomes of the projection's bias."""
+        bias = self.attn.proj.bias
+        return None if bias is None else self.drop_path1(self.ls1(self.attn.proj_drop(bias)))
+
+    def branch(self, attended: Tensor) -> Tensor:
         """Output projection, dropout, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
-        proj = self.attn.proj
-        projected = proj(attended)
-        if last_weight_sum is not None and proj.bias is not None:
-            surplus = (last_weight_sum - 1).unsqueeze(-1) * proj.bias  # (B, C)
-            projected[:, -1] += surplus.to(projected.dtype)
-        return self.drop_path1(self.ls1(self.attn.proj_drop(projected)))
+        return self.drop_path1(self.ls1(self.attn.proj_drop(self.attn.proj(attended))))
 
     def step(self, tokens: Tokens) -> Tokens:
         """One block: reduction, attention, MLP."""

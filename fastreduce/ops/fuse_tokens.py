@@ -15,42 +15,59 @@ from ._library import dense_rows, register
 __all__ = ["fuse_tokens"]
 
 
-def _triton_forward(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None) -> Tensor:
+def _triton_forward(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    prefix: int,
+    residual: Tensor | None,
+    residual_bias: Tensor | None,
+) -> Tensor:
     from ..kernels import fuse_tokens as kernels
 
-    return kernels.fuse_tokens(
-        dense_rows(x), order, scores, k, prefix, None if residual is None else dense_rows(residual)
-    )
+    residual, residual_bias = (None if rows is None else dense_rows(rows) for rows in (residual, residual_bias))
+    return kernels.fuse_tokens(dense_rows(x), order, scores, k, prefix, residual, residual_bias)
 
 
-def _fake_forward(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None) -> Tensor:
+def _fake_forward(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    prefix: int,
+    residual: Tensor | None,
+    residual_bias: Tensor | None,
+) -> Tensor:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape[0], prefix + k + 1, x.shape[2], dtype=dtype)
 
 
 def _triton_backward(
-    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     from ..kernels import fuse_tokens as kernels
 
-    return kernels.fuse_tokens_backward(dense_rows(grad), dense_rows(x), order, scores, k, prefix)
+    residual_bias = None if residual_bias is None else dense_rows(residual_bias)
+    return kernels.fuse_tokens_backward(dense_rows(grad), dense_rows(x), order, scores, k, prefix, residual_bias)
 
 
 def _fake_backward(
-    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), scores.new_empty(scores.shape)
 
 
 _forward = register(
-    "fuse_tokens(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual) -> Tensor",
+    "fuse_tokens(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual, Tensor? residual_bias)"
+    " -> Tensor",
     triton=_triton_forward,
     reference=reference.fuse_tokens,
     fake=_fake_forward,
 )
 _backward = register(
-    "fuse_tokens_backward(Tensor grad, Tensor x, Tensor order, Tensor scores, SymInt k, int prefix)"
-    " -> (Tensor, Tensor)",
+    "fuse_tokens_backward(Tensor grad, Tensor x, Tensor order, Tensor scores, SymInt k, int prefix,"
+    " Tensor? residual_bias) -> (Tensor, Tensor)",
     triton=_triton_backward,
     reference=reference.fuse_tokens_backward,
     fake=_fake_backward,
@@ -62,22 +79,34 @@ class FuseTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        order: Tensor,
+        scores: Tensor,
+        k: int,
+        prefix: int,
+        residual: Tensor | None,
+        residual_bias: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, order, scores)
+        ctx.save_for_backward(x, order, scores, residual_bias)
         ctx.k, ctx.prefix = k, prefix
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return _forward(x, order, scores, k, prefix, residual)
+        return _forward(x, order, scores, k, prefix, residual, residual_bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        grad_x = grad_scores = grad_residual = None
+        x, order, scores, residual_bias = ctx.saved_tensors
+        grad_x = grad_scores = grad_residual = grad_bias = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            grad_x, grad_scores = _backward(grad, *ctx.saved_tensors, ctx.k, ctx.prefix)
+            grad_x, grad_scores = _backward(grad, x, order, scores, ctx.k, ctx.prefix, residual_bias)
         if ctx.needs_input_grad[5]:
             grad_residual = grad.to(ctx.residual_dtype)
-        return grad_x, None, grad_scores, None, None, grad_residual
+        if ctx.needs_input_grad[6]:
+            dtype = reference.accumulator(x.dtype)
+            surplus = scores.to(dtype).gather(1, order[:, ctx.k :].long()).sum(1) - 1
+            grad_bias = (surplus @ grad[:, -1].to(dtype)).to(residual_bias.dtype)
+        return grad_x, None, grad_scores, None, None, grad_residual, grad_bias
 
 
 def fuse_tokens(
@@ -88,6 +117,7 @@ def fuse_tokens(
     *,
     prefix: int = 1,
     residual: Tensor | None = None,
+    residual_bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Keep the prefix and the k best patch tokens, sum up all the others with their scores (EViT, section 3).
@@ -109,11 +139,13 @@ def fuse_tokens(
         k: how many patch tokens to keep, 0 .. P. With k = P nothing is left to sum and the last row is zero.
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         residual: (B, prefix + k + 1, C) to be added, or None.
+        residual_bias: (C,) a part that every row of the residual has once, or None. The fused row stands for rows that
+            each had it, so it gets it ``weights.sum() - 1`` times more.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         (B, prefix + k + 1, C), in x's dtype or, with a residual, the promoted one; the fused row is the last one and
-        its sum is float32. Differentiable in x, scores and residual.
+        its sum is float32. Differentiable in x, scores, residual and residual_bias.
 
     Raises:
         ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, a k outside 0 .. P.
@@ -138,7 +170,13 @@ def fuse_tokens(
         expected = (x.shape[0], prefix + k + 1, x.shape[2])
         if shape_of(residual) != expected:
             raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
-    tensors = (x, scores) if residual is None else (x, scores, residual)
+    if residual_bias is not None:
+        check_same("x", x, "residual_bias", residual_bias)
+        if residual is None:
+            raise ValueError("residual_bias is part of a residual, but there is none")
+        if shape_of(residual_bias) != shape_of(x)[2:]:
+            raise ValueError(f"residual_bias must have shape {shape_of(x)[2:]}, got {shape_of(residual_bias)}")
+    tensors = [tensor for tensor in (x, scores, residual, residual_bias) if tensor is not None]
     if resolve(backend, *tensors) == "reference":
-        return reference.fuse_tokens(x, order, scores, k, prefix, residual)
-    return FuseTokens.apply(x, order, scores, k, prefix, residual)
+        return reference.fuse_tokens(x, order, scores, k, prefix, residual, residual_bias)
+    return FuseTokens.apply(x, order, scores, k, prefix, residual, residual_bias)

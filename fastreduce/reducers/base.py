@@ -14,7 +14,7 @@ from .. import ops
 from ..tokens import Tokens
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
-__all__ = ["AttentionBlock", "ModelShape", "Reducer", "ScheduledReducer", "attend_all", "importance", "rest_sum"]
+__all__ = ["AttentionBlock", "ModelShape", "Reducer", "ScheduledReducer", "attend_all", "importance"]
 
 
 class AttentionBlock(Protocol):
@@ -61,12 +61,18 @@ class AttentionBlock(Protocol):
         """
         ...
 
-    def branch(self, attended: Tensor, last_weight_sum: Tensor | None = None) -> Tensor:
-        """Output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C).
+    def branch(self, attended: Tensor) -> Tensor:
+        """Output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
+        ...
 
-        ``last_weight_sum`` (B,): the last row is a sum of tokens with weights that add up to this, so the projection's
-        bias enters it as often. None stands for ones.
-        """
+    @property
+    def branch_bias(self) -> Tensor | None:
+        """(C,): what the branch adds to every row alike while no path is dropped, or None."""
+        ...
+
+    @property
+    def drops_paths(self) -> bool:
+        """Whether the branch is left out for some images now, by chance."""
         ...
 
 
@@ -190,8 +196,3 @@ def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, back
         return ops.cls_scores(q[:, :, 0], k, prefix=prefix, scale=block.scale, backend=backend)
     received = ops.received_scores(q, k, scale=block.scale, backend=backend)
     return received[:, prefix:] / (q.shape[1] * q.shape[2])
-
-
-def rest_sum(scores: Tensor, order: Tensor, k: int) -> Tensor:
-    """(B,): the sum of the scores of the tokens that are not among the first k of the order."""
-    return scores.gather(1, order[:, k:].long()).sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, importance, rest_sum
+from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, importance
 from .schedule import KeepSchedule
 
 __all__ = ["EViT"]
@@ -48,12 +48,15 @@ class EViT(ScheduledReducer):
         scores = importance(block, q, k, prefix, backend=backend)
         order = ops.select_topk(scores, tokens.num_patches, backend=backend)
         if self.normalize:
-            scores = scores / rest_sum(scores, order, keep).unsqueeze(1)
+            scores = scores / scores.gather(1, order[:, keep:].long()).sum(1, keepdim=True)
         attended = block.attention(q, k, v, normed, tokens)
-        if block.commutes:
+        if block.commutes and (self.normalize or not block.drops_paths):
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
-            residual = block.branch(fused, None if self.normalize else rest_sum(scores, order, keep))
-            x = ops.fuse_tokens(tokens.x, order, scores, keep, prefix=prefix, residual=residual, backend=backend)
+            residual = block.branch(fused)
+            bias = None if self.normalize else block.branch_bias  # normalised weights sum to one
+            x = ops.fuse_tokens(
+                tokens.x, order, scores, keep, prefix=prefix, residual=residual, residual_bias=bias, backend=backend
+            )
         else:
             x = tokens.x + block.branch(attended)
             x = ops.fuse_tokens(x, order, scores, keep, prefix=prefix, backend=backend)

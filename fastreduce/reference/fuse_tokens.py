@@ -15,21 +15,32 @@ def _rest_weights(order: Tensor, scores: Tensor, k: int) -> Tensor:
     return scores.scatter(1, order[:, :k].long(), 0.0)
 
 
-def fuse_tokens(x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual: Tensor | None) -> Tensor:
+def fuse_tokens(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    prefix: int,
+    residual: Tensor | None,
+    residual_bias: Tensor | None = None,
+) -> Tensor:
     """Rows ``[prefix, order[:k], sum of scores[n] * x[n] over n in order[k:]]``, plus the residual.
 
-    x (B, N, C), order (B, P) a permutation of the P = N - prefix patch tokens, scores (B, P),
-    residual (B, prefix + k + 1, C) or None -> (B, prefix + k + 1, C).
+    The sum also gets ``(sum of scores[n] - 1) * residual_bias``. x (B, N, C), order (B, P) a permutation of the
+    P = N - prefix patch tokens, scores (B, P), residual (B, prefix + k + 1, C) or None, residual_bias (C,) or None ->
+    (B, prefix + k + 1, C).
     """
     dtype = accumulator(x.dtype)
     kept = take_rows(x, with_prefix(order[:, :k], prefix))
     weights = _rest_weights(order, scores.to(dtype), k).unsqueeze(1)
-    fused = torch.bmm(weights, x[:, prefix:].to(dtype)).to(x.dtype)  # no copy of the rest
-    return add_residual(torch.cat([kept, fused], dim=1), residual)
+    fused = torch.bmm(weights, x[:, prefix:].to(dtype))  # no copy of the rest
+    if residual_bias is not None:
+        fused = fused + (weights.sum(2, keepdim=True) - 1) * residual_bias.to(dtype)
+    return add_residual(torch.cat([kept, fused.to(x.dtype)], dim=1), residual)
 
 
 def fuse_tokens_backward(
-    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients (B, N, C) of x and (B, P) of the scores for grad (B, prefix + k + 1, C)."""
     batch, tokens, channels = x.shape
@@ -39,5 +50,8 @@ def fuse_tokens_backward(
     grad_x = (weights * grad_fused).reshape(batch * tokens, channels)
     rows = flat_rows(with_prefix(order[:, :k], prefix), tokens)
     grad_x = grad_x.index_copy(0, rows, grad[:, :-1].reshape(-1, channels).to(dtype))
-    grad_scores = (x[:, prefix:].to(dtype) * grad_fused).sum(-1).scatter(1, order[:, :k].long(), 0.0)
+    patches = x[:, prefix:].to(dtype)
+    if residual_bias is not None:
+        patches = patches + residual_bias.to(dtype)
+    grad_scores = (patches * grad_fused).sum(-1).scatter(1, order[:, :k].long(), 0.0)
     return grad_x.view(batch, tokens, channels).to(x.dtype), grad_scores.to(scores.dtype)

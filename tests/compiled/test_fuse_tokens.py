@@ -16,8 +16,10 @@ def test_gates(shape, dtype, arch):
     order, scores = torch.zeros(2, tokens - 1, dtype=torch.int64), torch.zeros(2, tokens - 1)
     residual = torch.zeros(2, keep + 2, channels, dtype=dtype)
 
-    for added in (residual, None):
-        (forward,) = check_gates(arch, lambda: kernels.fuse_tokens(x, order, scores, keep, 1, added))  # noqa: B023
-        assert set(forward.load_bytes) <= {4, 8, 16}, forward  # 8: int64 order, 4: scores; nothing of x is narrower
-    (backward,) = check_gates(arch, lambda: kernels.fuse_tokens_backward(residual, x, order, scores, keep, 1))
-    assert max(forward.registers, backward.registers) <= 128, (forward, backward)
+    for added in ((None, None), (residual, None), (residual, residual[0, 0])):
+        (forward,) = check_gates(arch, lambda: kernels.fuse_tokens(x, order, scores, keep, 1, *added))  # noqa: B023
+        if added[1] is None:
+            assert set(forward.load_bytes) <= {4, 8, 16}, forward  # 8: int64 order, 4: scores; nothing of x is narrower
+        arguments = residual, x, order, scores, keep, 1, added[1]
+        (backward,) = check_gates(arch, lambda: kernels.fuse_tokens_backward(*arguments))  # noqa: B023
+        assert max(forward.registers, backward.registers) <= 128, (forward, backward)

@@ -29,9 +29,10 @@ def inputs(batch, num_tokens, k, channels, prefix, dtype, layout="dense"):
     return x, order, scores, residual, grad
 
 
-def forward_and_backward(x, order, scores, residual, grad, k, prefix, backend):
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, scores, residual)]
-    out = ops.fuse_tokens(leaves[0], order, leaves[1], k, prefix=prefix, residual=leaves[2], backend=backend)
+def forward_and_backward(x, order, scores, residual, grad, k, prefix, backend, bias=None):
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, scores, residual, bias) if tensor is not None]
+    added = dict(zip(("residual", "residual_bias"), leaves[2:], strict=False))
+    out = ops.fuse_tokens(leaves[0], order, leaves[1], k, prefix=prefix, backend=backend, **added)
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
@@ -40,15 +41,15 @@ def forward_and_backward(x, order, scores, residual, grad, k, prefix, backend):
 @pytest.mark.parametrize(("batch", "num_tokens", "k", "channels", "prefix"), SHAPES)
 def test_forward_and_backward(batch, num_tokens, k, channels, prefix, layout, dtype):
     x, order, scores, residual, grad = inputs(batch, num_tokens, k, channels, prefix, dtype, layout)
-    results = [
-        forward_and_backward(x, order, scores, residual, grad, k, prefix, "triton"),
-        forward_and_backward(x, order, scores, residual, grad, k, prefix, "reference"),
-        forward_and_backward(
-            x.double(), order, scores.double(), residual.double(), grad.double(), k, prefix, "reference"
-        ),
-    ]
-    for triple in zip(*results, strict=True):
-        assert_within_budget(*triple, steps=2)  # sums in another order
+    for bias in (None, tokens(channels, dtype=dtype, seed=4)):
+        exact = [x.double(), order, *(tensor.double() for tensor in (scores, residual, grad)), k, prefix, "reference"]
+        results = [
+            forward_and_backward(x, order, scores, residual, grad, k, prefix, "triton", bias),
+            forward_and_backward(x, order, scores, residual, grad, k, prefix, "reference", bias),
+            forward_and_backward(*exact, None if bias is None else bias.double()),
+        ]
+        for triple in zip(*results, strict=True):
+            assert_within_budget(*triple, steps=2)  # sums in another order
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
