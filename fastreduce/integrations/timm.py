@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..backends import check_backend
+from ..backends import check_backend, resolve
 from ..reducers import ModelShape, Reducer, make_reducer
 from ..reducers.schedule import Keep, KeepRate
 from ..tokens import Plan, Tokens, compose_kept, compose_slots, compose_sources, unmerge
@@ -152,6 +152,28 @@ class ReducedBlock(nn.Module):
         k, v = self._project(normed, 1, 3)
         return self.attn.k_norm(k), v
 
+    def early_query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All three from one product where a launch costs more than a few rows of it, else no query without need."""
+        fewer_launches = resolve(self._reducer.backend, normed) == "triton"
+        if fewer_launches or not self.has_class_token or not _is_bare(self.attn.qkv):
+            return self.query_key_value(normed)
+        return self.query(normed[:, :1]), *self.key_value(normed)
+
+    def attend_kept(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens) -> Tensor:
+        """Attention of the prefix and of the kept patch tokens -> (B, prefix + M, H * D)."""
+        backend, rows = self._reducer.backend, None
+        late = q.shape[2] < normed.shape[1]
+        if late or getattr(self.attn, "gate", None) is not None:
+            rows = ops.gather_tokens(normed, kept, prefix=keys.prefix, backend=backend)
+        if late:
+            assert rows is not None
+            q = self.query(rows)
+        else:
+            packed = q.transpose(1, 2).flatten(2)  # (B, N, H * D), a view
+            picked = ops.gather_tokens(packed, kept, prefix=keys.prefix, backend=backend)
+            q = picked.unflatten(2, q.shape[1::2]).transpose(1, 2)
+        return self.attention(q, k, v, rows, keys)
+
     def _bias(self, q: Tensor, keys: Tokens) -> Tensor | None:
         """(B, 1, 1, N) what is added to the logits of every key; boolean where it only says which ones count."""
         if keys.size is None:
@@ -160,7 +182,7 @@ class ReducedBlock(nn.Module):
         # Half precision would round log 98 by a hundredth; on the CPU SDPA takes a float32 bias beside half inputs.
         return size.log()[:, None, None, :].to(q.dtype if q.is_cuda else torch.promote_types(q.dtype, size.dtype))
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, keys: Tokens) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens) -> Tensor:
         """Attention of M queries over N keys, timm's optional norm and gate -> (B, M, H * D)."""
         attn = self.attn
         bias = self._bias(q, keys)

@@ -61,14 +61,14 @@ class ATS(ScheduledReducer):
         """Attention half with sampling; the kept tokens come out in ascending position, padding behind them."""
         prefix, backend = tokens.prefix, self.backend
         normed = block.norm(tokens.x)
-        k, v = block.key_value(normed)
-        q = block.query(normed[:, :1])[:, :, 0]
-        scores = ops.cls_scores(q, k, prefix=prefix, scale=block.scale, value=v, valid=tokens.valid, backend=backend)
+        q, k, v = block.early_query_key_value(normed)
+        scores = ops.cls_scores(
+            q[:, :, 0], k, prefix=prefix, scale=block.scale, value=v, valid=tokens.valid, backend=backend
+        )
         budget = self.schedule.count(stage, tokens.patches)
         index, valid = ops.sample_tokens(scores, budget, prefix=prefix, backend=backend)
         index, seen = self._without_padding(index, valid, prefix)
-        rows = ops.gather_tokens(normed, index, prefix=prefix, backend=backend)
-        attended = block.attention(block.query(rows), k, v, rows, tokens)
+        attended = block.attend_kept(q, k, v, normed, index, tokens)
         x = ops.gather_tokens(tokens.x, index, prefix=prefix, residual=block.branch(attended), backend=backend)
         plan = Plan(
             block.index,

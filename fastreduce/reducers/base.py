@@ -44,15 +44,22 @@ class AttentionBlock(Protocol):
         """(B, N, C) -> three of (B, H, N, D)."""
         ...
 
-    def query(self, normed: Tensor) -> Tensor:
-        """(B, M, C) -> (B, H, M, D)."""
+    def early_query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> q (B, H, 1 or N, D), k and v (B, H, N, D), for methods that decide before they attend.
+
+        q may hold the class token's row alone, which is what their scores need.
+        """
         ...
 
-    def key_value(self, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, C) -> two of (B, H, N, D)."""
+    def attend_kept(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens) -> Tensor:
+        """Attention of the prefix and the kept patch tokens over all keys -> (B, prefix + M, H * D).
+
+        q, k, v are what :meth:`early_query_key_value` made of ``normed`` (B, N, C); ``kept`` (B, M) are indices of
+        patch tokens; for ``keys`` see :meth:`attention`.
+        """
         ...
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, keys: Tokens) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens) -> Tensor:
         """Attention of M queries over N keys -> (B, M, H * D), before the output projection.
 
         ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them). ``keys`` are the tokens that k
