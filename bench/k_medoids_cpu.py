@@ -10,42 +10,12 @@ import statistics
 import time
 
 import torch
-from torch import Tensor
 
 from fastreduce import ops
 
+from .micro.bench_cluster_k_medoids import plain_k_medoids
+
 __all__ = ["main", "plain_k_medoids"]
-
-
-def plain_k_medoids(
-    x: Tensor, weights: Tensor | None, k: int, *, iters: int = 3, first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """The clustering as the study's released code does it: one pass over all distances for every cluster.
-
-    x (B, N, C), weights (B, N) or None -> centers (B, k), label (B, N).
-    """
-    distance = torch.cdist(x, x)
-
-    def to_centers() -> Tensor:
-        return distance.gather(2, centers.unsqueeze(1).expand(-1, x.shape[1], -1))
-
-    if weights is None:
-        centers = torch.full((x.shape[0], 1), first)
-        for _ in range(1, k):
-            farthest = to_centers().amax(2).scatter_(1, centers, 0.0)
-            centers = torch.cat([centers, farthest.argmax(1, keepdim=True)], dim=1)
-        weighted = distance
-    else:
-        centers = torch.topk(weights, k, dim=1)[1]
-        weighted = distance * weights.unsqueeze(2)
-    for _ in range(iters):
-        label = to_centers().argmin(2)
-        cheapest = []
-        for j in range(k):
-            cost = weighted.clone().masked_fill_((label != j).unsqueeze(2), 1e6)
-            cheapest.append(cost.sum(2).argmin(1))
-        centers = torch.stack(cheapest, dim=1)
-    return centers, to_centers().argmin(2)
 
 
 def main() -> None:

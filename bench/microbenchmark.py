@@ -22,9 +22,9 @@ from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastreduce.measure import capture, quartiles, seconds_of
+from fastreduce.measure import CaptureError, capture, quartiles, seconds_of
 
-from .primitive import Inputs, Outputs, Primitive, Shape, differentiate, disagreement, in_float64, nbytes
+from .primitive import Inputs, Outputs, Primitive, Shape, differentiate, disagreement, in_float64, misshapen, nbytes
 
 __all__ = ["DIRECTIONS", "VIEWS", "Microbenchmark", "OperatorCounts", "copy_bandwidth", "device_clock"]
 
@@ -162,7 +162,7 @@ class Microbenchmark:
         work, _ = self._work(self.contenders[contender], inputs)
         outputs = work()
         if self.direction == "forward" and self.primitive.compare is not None:
-            return self.primitive.compare(inputs, outputs, exact)
+            return misshapen(outputs, exact) or self.primitive.compare(inputs, outputs, exact)
         if contender == "plain":
             steps = self.primitive.plain_steps * torch.finfo(self.shape.dtype).eps
             return disagreement(outputs, exact, None, steps)
@@ -205,7 +205,7 @@ class Microbenchmark:
 
         try:
             return Run(capture(all_sets, 1, stream), works[0][0], repeats, floor, True, contender == "compiled")
-        except RuntimeError:  # it synchronises
+        except CaptureError:
             torch.cuda.synchronize()
             return Run(on_stream, works[0][0], repeats, floor, False, contender == "compiled")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "BATCHES",
+    "DTYPES",
     "MODELS",
     "TOKENS",
     "Primitive",
@@ -24,14 +25,18 @@ __all__ = [
     "differentiate",
     "disagreement",
     "load_primitives",
+    "misshapen",
     "nbytes",
     "packed_qkv",
+    "parse_shapes",
     "randn",
 ]
 
 MODELS = {"deit_tiny": (192, 3), "deit_small": (384, 6), "deit_base": (768, 12), "vit_large": (1024, 16)}
 TOKENS = (197, 577, 1025, 4097)
 BATCHES = (1, 64, 256)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
@@ -70,6 +75,22 @@ class Shape:
         return f"{self.model}-{self.tokens}-{self.batch}-{str(self.dtype).removeprefix('torch.')}"
 
 
+def parse_shapes(words: str, dtype: torch.dtype) -> list[Shape]:
+    """Shapes like ``deit_small-197-64`` or ``deit_small-197-64-float16``, comma separated.
+
+    Raises:
+        ValueError: a word that is none.
+    """
+    shapes = []
+    for word in words.split(","):
+        model, tokens, batch, name = [*word.split("-"), "", "", ""][:4]
+        known = model in MODELS and word.count("-") < 4 and (not name or name in DTYPES)
+        if not (known and tokens.isdigit() and batch.isdigit() and int(tokens) > 1 and int(batch) > 0):
+            raise ValueError(f"a shape is like deit_small-197-64 or deit_small-197-64-float16, got {word!r}")
+        shapes.append(Shape(model, int(tokens), int(batch), DTYPES.get(name, dtype)))
+    return shapes
+
+
 @dataclasses.dataclass(frozen=True)
 class Primitive:
     """One primitive as it is measured.
@@ -89,8 +110,9 @@ class Primitive:
             bytes of the forward pass at least with the tiles that the launcher chooses. None for streaming ones, which
             can meet ``floor``.
         backward_tiled: (arguments) -> the same of the backward pass.
-        compare: (arguments, outputs, exact outputs) -> what is wrong with decisions that may differ by near-ties, or
-            None. Without it integers must be equal; floats are always held against the error of the reference.
+        compare: (arguments, outputs, exact outputs of the same shapes) -> what is wrong with decisions that may differ
+            by near-ties, or None. Without it integers must be equal, and floats are held against the error of the
+            reference.
         plain_steps: roundings of the largest value that the plain algorithm may be off in its own dtype.
     """
 
@@ -176,17 +198,25 @@ def _error(output: Tensor, exact: Tensor) -> float:
     return (output.double() - exact.double()).abs().max().item() if output.numel() else 0.0
 
 
+def misshapen(outputs: Outputs, exact: Outputs) -> str | None:
+    """What is wrong with the number of outputs or their shapes, or None."""
+    if len(outputs) != len(exact):
+        return f"{len(outputs)} outputs, not {len(exact)}"
+    for place, (output, truth) in enumerate(zip(outputs, exact, strict=True)):
+        if output.shape != truth.shape:
+            return f"output {place} has shape {tuple(output.shape)}, not {tuple(truth.shape)}"
+    return None
+
+
 def disagreement(outputs: Outputs, exact: Outputs, reference: Outputs | None, share: float) -> str | None:
     """What is wrong with the outputs, or None.
 
     Floats may be off from ``exact`` (float64) by ``share`` of the largest value and, where it is given, by the error of
     ``reference``. Integers must be equal.
     """
-    if len(outputs) != len(exact):
-        return f"{len(outputs)} outputs, not {len(exact)}"
+    if (wrong := misshapen(outputs, exact)) is not None:
+        return wrong
     for place, (output, truth) in enumerate(zip(outputs, exact, strict=True)):
-        if output.shape != truth.shape:
-            return f"output {place} has shape {tuple(output.shape)}, not {tuple(truth.shape)}"
         if not truth.is_floating_point():
             if not torch.equal(output.long(), truth.long()):
                 return (

@@ -20,7 +20,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from .compare import Comparison, Entry
+    from .compare import Comparison
+    from .plan import Planner
 
 __all__ = ["app"]
 
@@ -68,6 +69,21 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# Options that several commands have.
+_Model = Annotated[str, typer.Option(help="A timm Vision Transformer.")]
+_Checkpoint = Annotated[
+    str | None, typer.Option(help="Weights: a .safetensors file, or a torch.save file (read with weights_only).")
+]
+_Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm download its weights.")]
+_At = Annotated[list[str] | None, typer.Option(help="Blocks. (default: a quarter, half, three quarters; 3,6,9 of 12)")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. (default: cuda if there is one)")]
+_Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+_Backend = Annotated[str, typer.Option(help="auto, triton or reference.")]
+_Compile = Annotated[bool, typer.Option("--compile", help="torch.compile every model; takes long.")]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's choice; 1 if that is faster)")]
+_Json = Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -143,40 +159,34 @@ def compare(
     image: Annotated[
         str, typer.Argument(help="A picture, or one of scikit-learn's: flower.jpg, china.jpg.")
     ] = "flower.jpg",
-    model: Annotated[str, typer.Option(help="A timm Vision Transformer.")] = "deit_small_patch16_224",
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Weights: a .safetensors file, or a torch.save file (read with weights_only).")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Let timm download its weights.")] = False,
+    model: _Model = "deit_small_patch16_224",
+    checkpoint: _Checkpoint = None,
+    pretrained: _Pretrained = False,
     methods: Annotated[
         list[str] | None, typer.Option(help="Methods, like topk,tome; radial-l1 for one norm. (default: all)")
     ] = None,
     keep_rate: Annotated[
         list[str] | None, typer.Option(help="Keep rate; may be given several times. (default: 0.7 and 0.5)")
     ] = None,
-    at: Annotated[
-        list[str] | None, typer.Option(help="Blocks. (default: a quarter, half, three quarters; 3,6,9 of 12)")
-    ] = None,
+    at: _At = None,
     batch: Annotated[
         int | None, typer.Option(help="Images in a batch. (default: 8, or what a slow machine can do in the time)")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds. (default: as many as fit in the time, 3 to 20)")] = None,
     seconds: Annotated[float, typer.Option(help="The time, roughly, if --rounds is not given.")] = 150.0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. (default: cuda if there is one)")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    backend: Annotated[str, typer.Option(help="auto, triton or reference.")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile every model; takes long.")] = False,
+    device: _Device = None,
+    dtype: _Dtype = "float32",
+    backend: _Backend = "auto",
+    compile: _Compile = False,
     fused_baseline: Annotated[
         bool,
         typer.Option("--fused-baseline", help="The official algorithm gets fused attention where possible."),
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads. (default: torch's choice; 1 if that is faster)")
-    ] = None,
+    threads: _Threads = None,
     seed: Annotated[int, typer.Option(help="Of random weights; the default follows the shape of the flower.")] = 10,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("fastreduce-compare"),
     pictures: Annotated[bool, typer.Option(help="Whether to draw them.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything measured to this file.")] = None,
+    json_file: _Json = None,
 ) -> None:
     """Measure every method on a photo and draw what it keeps and merges.
 
@@ -237,9 +247,8 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _title(entry: Entry) -> str:
-    words = [_TITLES.get(entry.method, entry.method.title()), *map(str, entry.options.values())]
-    return " ".join(words)
+def _title(method: str, options: dict[str, Any]) -> str:
+    return " ".join([_TITLES.get(method, method.title()), *map(str, options.values())])
 
 
 def _draw(comparison: Comparison, out: Path, progress: Any) -> list[Path]:
@@ -274,8 +283,13 @@ def _draw(comparison: Comparison, out: Path, progress: Any) -> list[Path]:
         note = "; ".join(notes)
         subtitle = f"keep rate {entry.keep_rate:g}  ·  {comparison.settings.model}"
         files.append(out / f"{entry.slug}.png")
-        draw.save_panels(files[-1], panels, _title(entry), subtitle, note)
+        draw.save_panels(files[-1], panels, _title(entry.method, entry.options), subtitle, note)
     return files
+
+
+def _table(title: str) -> Table:
+    style: dict[str, Any] = {"title_style": "bold", "title_justify": "left"}
+    return Table(box=box.SIMPLE_HEAD, title=title, pad_edge=False, padding=(0, 1, 0, 0), **style)
 
 
 def _spread(speed: dict[str, Any]) -> str:
@@ -285,15 +299,20 @@ def _spread(speed: dict[str, Any]) -> str:
     return f"{value:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
-def _print_tables(console: Console, comparison: Comparison, result: dict[str, Any]) -> None:
-    """One table for every keep rate, and what the columns mean."""
-    environment, unreduced = result["environment"], result["unreduced"]
-    slices = {tuple(row["counts"]): row for row in result["free_slices"]}
+def _where(result: dict[str, Any]) -> str:
+    environment = result["environment"]
     where = f"{result['dtype']}, {environment['device_name']}"
     if environment["device"] == "cpu":
         where += f", {_count(environment['threads'], 'thread')}"
     compiled = ", compiled" if result["compile"] else ""
-    console.print(f"{result['model']}, {result['weights']}, {where}{compiled}", highlight=False)
+    return f"{result['model']}, {result['weights']}, {where}{compiled}"
+
+
+def _print_tables(console: Console, comparison: Comparison, result: dict[str, Any]) -> None:
+    """One table for every keep rate, and what the columns mean."""
+    environment, unreduced = result["environment"], result["unreduced"]
+    slices = {tuple(row["counts"]): row for row in result["free_slices"]}
+    console.print(_where(result), highlight=False)
     console.print(
         f"batch {result['batch']}, {_count(result['rounds'], 'round')}, torch {environment['torch']}, "
         f"fastreduce {environment['fastreduce']}, backend {result['backend']}",
@@ -301,14 +320,7 @@ def _print_tables(console: Console, comparison: Comparison, result: dict[str, An
     )
     for rate in dict.fromkeys(row["keep_rate"] for row in result["methods"]):
         rows = [row for row in result["methods"] if row["keep_rate"] == rate]
-        table = Table(
-            box=box.SIMPLE_HEAD,
-            title=f"keep rate {rate:g}",
-            title_style="bold",
-            title_justify="left",
-            pad_edge=False,
-            padding=(0, 1, 0, 0),
-        )
+        table = _table(f"keep rate {rate:g}")
         table.add_column("method", no_wrap=True)
         for heading in ("tokens", "GFLOPs", "images/s", "full", "slice", "official", "diff."):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -381,3 +393,197 @@ def _legend(comparison: Comparison, result: dict[str, Any]) -> str:
             "nothing about them. Give --checkpoint or --pretrained."
         )
     return "\n".join(lines)
+
+
+@app.command()
+def plan(
+    model: _Model = "deit_small_patch16_224",
+    checkpoint: _Checkpoint = None,
+    pretrained: _Pretrained = False,
+    method: Annotated[str, typer.Option(help="The method, like topk; radial-l1 for a norm.")] = "topk",
+    keep_rate: Annotated[
+        list[str] | None,
+        typer.Option(help="Keep rate; may be given several times. (default: 0.9 to 0.4 in tenths, and 0.25)"),
+    ] = None,
+    at: _At = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(help="Images in a batch; may be given several times. (default: 1,4,16; CUDA: 1,8,64,256)"),
+    ] = None,
+    round_to: Annotated[
+        str,
+        typer.Option(
+            help="Token counts, prefix included: a number rounds them up to its multiples; auto times that, too, where "
+            "reduction pays, and proposes it if it is faster; none."
+        ),
+    ] = "auto",
+    rounds: Annotated[int | None, typer.Option(help="Rounds. (default: as many as fit in the time, 6 to 50)")] = None,
+    seconds: Annotated[float, typer.Option(help="The time, roughly, if --rounds is not given.")] = 60.0,
+    device: _Device = None,
+    dtype: _Dtype = "float32",
+    backend: _Backend = "auto",
+    compile: _Compile = False,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Replay CUDA graphs.")] = False,
+    threads: _Threads = None,
+    seed: Annotated[int, typer.Option(help="Of random weights.")] = 10,
+    out: Annotated[Path, typer.Option(help="Folder for the plot.")] = Path("fastreduce-plan"),
+    pictures: Annotated[bool, typer.Option(help="Whether to draw it.")] = True,
+    json_file: _Json = None,
+) -> None:
+    """Measure on this machine from which keep rate and batch on a method pays, and say so when it does not.
+
+    The unreduced and the reduced models take turns on views of a photo, after every reduced model's logits were held
+    against the official algorithm in float64. Speed only: accuracy is not measured.
+    """
+    started = time.perf_counter()
+    with _progress_bar() as progress:
+        from .measure import usual_troubles
+        from .plan import Planner, Settings
+
+        with _user_errors():
+            settings = Settings(
+                model=model,
+                checkpoint=checkpoint,
+                pretrained=pretrained,
+                method=method,
+                keep_rates=_numbers("--keep-rate", "0.7,0.5", keep_rate, float) or (),
+                at=_numbers("--at", "3,6,9", at, int),
+                batches=_numbers("--batch", "1,16", batch, int) or (),
+                round_to=round_to,
+                rounds=rounds,
+                seconds=seconds,
+                device=device,
+                dtype=dtype,
+                backend=backend,
+                compile=compile,
+                graphs=graphs,
+                threads=threads,
+                seed=seed,
+            )
+            if pictures:
+                _writable(out / "plan.png")
+            if json_file is not None:
+                _writable(json_file)
+            planner = Planner(settings, started)
+        try:
+            planner.check(progress)
+            planner.measure(progress)
+        except usual_troubles() as error:
+            raise _UserError(str(error)) from error
+    result = planner.result()
+    console = Console()
+    console.print(_where(result) + (", CUDA graphs" if result["graphs"] else ""), highlight=False)
+    if result["wrong"]:
+        for line in result["wrong"]:
+            console.print(f"! {line}: please report this.", highlight=False)
+        console.print("Nothing was timed." if not planner.seconds else "The times are not shown.")
+    else:
+        _print_plan(console, planner, result)
+        if pictures:
+            file = out / f"{planner.slug}.png"
+            _draw_plan(planner, result, file)
+            result["picture"] = str(file)
+            console.print(f"plot: {file}", highlight=False, soft_wrap=True)
+    result["wall_seconds"] = planner.elapsed
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=1) + "\n")
+    if result["wrong"]:
+        raise typer.Exit(1)
+
+
+_MARKS = {"pays": "+", "unclear": "?", "no": " "}
+
+
+def _print_plan(console: Console, planner: Planner, result: dict[str, Any]) -> None:
+    """Tables of the speed-ups and speeds, what follows from them, and the code to paste."""
+    environment = result["environment"]
+    console.print(
+        f"{_title(result['method'], result['options'])} at blocks {' '.join(map(str, result['blocks']))}, "
+        f"torch {environment['torch']}, fastreduce {environment['fastreduce']}, backend {result['backend']}",
+        highlight=False,
+    )
+    for start in range(0, len(result["batches"]), 4):
+        rows = result["batches"][start : start + 4]
+        table = _table("times as fast as the unreduced model")
+        table.add_column("keep rate", no_wrap=True)
+        for heading in ("tokens", "work", *(f"batch {row['batch']}" for row in rows)):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_row("rounds", "", "", *(f"{row['rounds']}  " for row in rows))
+        noise = [_ratio_cell(row["control"]) + "  " for row in rows]
+        table.add_row("unreduced", str(result["patches"]), "1.00", *noise, end_section=True)
+        for index, rate in enumerate(result["rates"]):
+            found = [row["rates"][index] for row in rows]
+            cells = [Text(f"{_ratio_cell(cell)} {_MARKS[cell['verdict']]}") for cell in found]
+            for cell, text in zip(found, cells, strict=True):
+                text.stylize("bold" if cell["verdict"] == "pays" else "")
+            counts = " ".join(map(str, rate["counts"]))
+            table.add_row(f"{rate['keep_rate']:g}", counts, f"{rate['speedup_by_work']:.2f}", *cells)
+        console.print(table)
+        speeds = _table("images/s")
+        speeds.add_column("keep rate", no_wrap=True)
+        for row in rows:
+            speeds.add_column(f"batch {row['batch']}", justify="right", no_wrap=True)
+        speeds.add_row("unreduced", *(_spread(row["unreduced"]) for row in rows), end_section=True)
+        for index, rate in enumerate(result["rates"]):
+            speeds.add_row(f"{rate['keep_rate']:g}", *(_spread(row["rates"][index]) for row in rows))
+        console.print(speeds)
+    for line in result["advice"]:
+        console.print(line, highlight=False)
+    codes: dict[str, list[int]] = {}
+    for row in result["batches"]:
+        if row["code"] is not None:
+            codes.setdefault(row["code"], []).append(row["batch"])
+    for code, batches in codes.items():
+        console.print(f"\nThe highest keep rate that pays at batch {', '.join(map(str, batches))}:", highlight=False)
+        console.print(f"    {code}", style="bold", highlight=False, markup=False, soft_wrap=True)
+    console.print()
+    console.print(_plan_legend(planner, result), style="dim", highlight=False)
+
+
+def _ratio_cell(cell: dict[str, Any]) -> str:
+    low, high = cell["speedup_quartiles"]
+    return f"{cell['speedup']:.2f} ± {(high - low) / 2:.2f}"
+
+
+def _plan_legend(planner: Planner, result: dict[str, Any]) -> str:
+    bars = ", ".join(f"{row['bar']:.2f} at batch {row['batch']}" for row in result["batches"])
+    lines = [
+        "tokens: patches left after each stage. work: multiply-adds of the unreduced model over those of the reduced. "
+        "batch: median over the rounds of the ratio within a round ± half the distance of the quartiles; +: pays, the "
+        f"lower quartile is above {bars}; ?: only the upper one is. That bar is 1.02, or as far as the unreduced model "
+        "strays from itself (its row in the table) if that is more. Logits agree with the official algorithm in "
+        f"float64 ({_count(result['images_checked'], 'image')}, and before each batch is timed)."
+    ]
+    if few := [row for row in result["batches"] if row["rounds"] < 4]:
+        lines.append(f"Only {_count(few[0]['rounds'], 'round')}: do not read much into the speeds.")
+    if any(row["images_with_other_decisions"] for row in result["rates"]):
+        lines.append(f"Near-ties: in {result['dtype']} other tokens were chosen than in float64.")
+    if any(row["layers"] == "random" for row in result["rates"]):
+        lines.append("Its own layers have random weights, which does not change the speed.")
+    if result["method"] == "ats":
+        lines.append(
+            "ATS keeps what an image calls for: the speed depends on images and weights, these are views of a photo."
+        )
+        if planner.comparison.random_weights:
+            lines.append("These weights are random: give --checkpoint or --pretrained.")
+    return "\n".join(lines)
+
+
+def _draw_plan(planner: Planner, result: dict[str, Any], file: Path) -> None:
+    from . import draw
+
+    curves: list[draw.Curve] = []
+    for row in result["batches"][: draw.MOST_CURVES]:
+        points = [
+            (rate["keep_rate"], rate["speedup"], *rate["speedup_quartiles"], rate["verdict"] == "pays")
+            for rate in row["rates"]
+        ]
+        curves.append((f"batch {row['batch']}", points))
+    mode = "".join([", compiled" if result["compile"] else "", ", CUDA graphs" if result["graphs"] else ""])
+    draw.save_curves(
+        file,
+        curves,
+        f"{_title(result['method'], result['options'])}: when reduction pays",
+        f"{result['model']}, {result['dtype']}{mode}, {result['environment']['device_name']}",
+        "bands: quartiles of the rounds; filled: pays, the lower quartile is above 1.02 and above the noise",
+    )

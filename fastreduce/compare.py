@@ -45,7 +45,7 @@ from .plain import FreeSlice, PlainModel
 from .reducers import REDUCERS
 from .reducers.schedule import stage_blocks
 
-__all__ = ["Comparison", "Drawn", "Entry", "Settings", "count_gmacs"]
+__all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "count_gmacs", "relative_difference"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAMPLES = ("flower.jpg", "china.jpg")
@@ -194,7 +194,8 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _positive(name: str, value: float | None) -> None:
+def check_positive(name: str, value: float | None) -> None:
+    """Raise ValueError for what is neither None nor a positive, finite number."""
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive, got {value:g}")
 
@@ -294,7 +295,7 @@ def count_gmacs(model: nn.Module, images: Tensor) -> float:
     return counter.get_total_flops() / 2e9 / len(images)
 
 
-def _difference(logits: Tensor, exact: Tensor) -> float:
+def relative_difference(logits: Tensor, exact: Tensor) -> float:
     """Largest absolute difference over the largest absolute value."""
     logits = logits[: len(exact)].double()
     return ((logits - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
@@ -355,7 +356,7 @@ class Comparison:
         self.settings = settings
         self.started = time.perf_counter() if started is None else started
         for name in ("batch", "rounds", "seconds", "threads"):
-            _positive(name, getattr(settings, name))
+            check_positive(name, getattr(settings, name))
         if not settings.keep_rates:
             raise ValueError("give at least one keep rate")
         variants = _variants(settings.methods)
@@ -379,7 +380,7 @@ class Comparison:
         ]
         if not self.entries:
             raise ValueError(next(iter(self.refused.values())))
-        self.slices = {entry.counts: FreeSlice(self.model, entry.counts, self.blocks) for entry in self.entries}
+        self.use(self.entries)
         self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
         self.config = input_config(model)
         self.gmacs: dict[Any, float] = {}
@@ -388,9 +389,21 @@ class Comparison:
         self.checked = 0
         self.seconds: dict[Any, list[float]] = {}
 
-    def _entry(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry:
-        """Build the reduced and the official model."""
-        chosen = {"keep_rate": keep_rate, **_FIXED.get(method, {}), **options}
+    def use(self, entries: list[Entry]) -> None:
+        """Compare these, and hold each against a free slice of as many tokens."""
+        self.entries = entries
+        self.slices = {entry.counts: FreeSlice(self.model, entry.counts, self.blocks) for entry in entries}
+
+    def build_entry(
+        self, method: str, options: dict[str, Any], keep_rate: float, keep: Sequence[int] | None = None
+    ) -> Entry:
+        """Build the reduced and the official model, with the counts ``keep`` in place of the keep rate's own if given.
+
+        Raises:
+            ValueError, TypeError: what :func:`patch` refuses.
+        """
+        schedule = {"keep_rate": keep_rate} if keep is None else {"keep": list(keep)}
+        chosen = {**schedule, **_FIXED.get(method, {}), **options}
         torch.manual_seed(self.settings.seed)  # of the method's own layers, whatever else is compared
         patched = patch(_share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
         self.blocks = stage_blocks(self.settings.at, len(self.model.blocks))
@@ -402,7 +415,7 @@ class Comparison:
     def _try(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry | None:
         """The entry, or None where the method cannot serve this model and nobody asked for it by name."""
         try:
-            return self._entry(method, options, keep_rate)
+            return self.build_entry(method, options, keep_rate)
         except ValueError as error:
             if self.settings.methods or method not in _CHOOSY:
                 raise
@@ -432,6 +445,10 @@ class Comparison:
         }
         plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **chosen)
         return plain.to(self.device).eval()
+
+    def official(self, model: nn.Module, entry: Entry) -> nn.Module:
+        """The official algorithm on another copy of the unreduced model, say :meth:`exact_model`."""
+        return self._official(model, entry.method, entry.chosen, entry.model)
 
     def _reference(self, model: nn.Module, entry: Entry) -> nn.Module:
         """The reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
@@ -476,7 +493,7 @@ class Comparison:
         cell = max(8, round(448 / max(rows, columns)))
         return np.array(_cut(self.photo, self.config, (rows * cell, columns * cell)))
 
-    def _candidates(self) -> dict[Any, nn.Module]:
+    def candidates(self) -> dict[Any, nn.Module]:
         """Everything that takes a turn in a round; what is held against each other stands together."""
         candidates: dict[Any, nn.Module] = {"unreduced": self.model}
         for entry in self.entries:
@@ -513,18 +530,43 @@ class Comparison:
         each = max(four - one, 0.0) / 3
         fixed = max(one - each, 0.0)
         reduced = 0.75  # of the time of a whole pass, on average
-        passes = (_FEWEST_ROUNDS + 1) * reduced * len(self._candidates())
+        passes = (_FEWEST_ROUNDS + 1) * reduced * len(self.candidates())
         checks = 3 * reduced * len(self.entries) * (fixed + _CHECKED * each)  # float64 takes two to three times as long
         left = self.settings.seconds - self.elapsed - _PICTURE_SECONDS * len(self.entries) - checks
         fitting = [size for size in _BATCHES[self.device.type] if passes * (fixed + size * each) <= left]
         return max(fitting, default=1)
 
-    def _load_images(self, count: int) -> None:
-        views = _views(self.photo, self.config, count, self.settings.seed)
-        self.images = views.to(self.device, self.dtype)
+    def views(self, count: int) -> Tensor:
+        """(count, 3, height, width): parts of the photo, the same ones first whatever the count."""
+        return _views(self.photo, self.config, count, self.settings.seed).to(self.device, self.dtype)
 
-    def _is_far(self, entry: Entry) -> bool:
-        return not entry.difference <= _SUSPICIOUS * self.difference
+    def _load_images(self, count: int) -> None:
+        self.images = self.views(count)
+
+    def is_far(self, difference: float) -> bool:
+        """Whether logits differ more than the unreduced model's own distance to float64 explains."""
+        return not difference <= _SUSPICIOUS * self.difference
+
+    def exact_model(self) -> nn.Module:
+        """The unreduced model in float64."""
+        return copy.deepcopy(self.model).double()
+
+    def changed_decisions(self, entry: Entry, seen: Record, exact_model: nn.Module, images: int) -> int:
+        """For how many of the first images ``seen`` holds other decisions than float64 makes."""
+        reduced = self._reference(exact_model, entry)
+        with record(reduced) as exact:
+            reduced(self.images[:images].double())
+        return _changed_decisions(seen, exact, images)
+
+    def check_entry(self, entry: Entry, exact_model: nn.Module) -> None:
+        """Hold the logits against the official algorithm in float64, and record what was done with the first image."""
+        entry.exact = self.official(exact_model, entry)(self.images[: self.checked].double())
+        with record(entry.model) as seen:
+            entry.difference = relative_difference(entry.model(self.images), entry.exact)
+        entry.official_difference = relative_difference(entry.official(self.images), entry.exact)
+        entry.stages = _drawn(seen, self.blocks, self.grid)
+        if self.is_far(entry.difference):
+            entry.changed = self.changed_decisions(entry, seen, exact_model, self.checked)
 
     def _count_work(self) -> None:
         hollow, image = _empty_copy(self.model), self.images[:1].to("meta")
@@ -543,29 +585,20 @@ class Comparison:
         self._load_images(self._choose_batch())
         self._settle_counts()
         self.checked = min(_CHECKED, len(self.images))
-        exact_images = self.images[: self.checked].double()
-        exact_model = copy.deepcopy(self.model).double()
+        exact_model = self.exact_model()
         self._count_work()
-        self.difference = _difference(self.model(self.images), exact_model(exact_images))
+        exact = exact_model(self.images[: self.checked].double())
+        self.difference = relative_difference(self.model(self.images), exact)
         for model in self.slices.values():
             model(self.images)
         for done, entry in enumerate(self.entries, 1):
             progress(f"checking {entry.label} {entry.keep_rate:g}", done, total)
-            entry.exact = self._official(exact_model, entry.method, entry.chosen, entry.model)(exact_images)
-            with record(entry.model) as seen:
-                entry.difference = _difference(entry.model(self.images), entry.exact)
-            entry.official_difference = _difference(entry.official(self.images), entry.exact)
-            entry.stages = _drawn(seen, self.blocks, self.grid)
-            if self._is_far(entry):
-                reduced = self._reference(exact_model, entry)
-                with record(reduced) as exact:
-                    reduced(exact_images)
-                entry.changed = _changed_decisions(seen, exact, self.checked)
+            self.check_entry(entry, exact_model)
         progress("checking", total, total)
 
     def _compiled(self, progress: Progress) -> dict[Any, Any]:
         """Compile every candidate, and measure the differences of what will be timed."""
-        candidates = self._candidates()
+        candidates = self.candidates()
         entries = {entry.slug: entry for entry in self.entries}
         compiled = {}
         for done, (name, model) in enumerate(candidates.items()):
@@ -573,15 +606,15 @@ class Comparison:
             compiled[name] = torch.compile(model, dynamic=False)
             logits = compiled[name](self.images)
             if (entry := entries.get(name)) is not None:
-                entry.difference = _difference(logits, entry.exact)
-                if self._is_far(entry) and entry.changed is None:
+                entry.difference = relative_difference(logits, entry.exact)
+                if self.is_far(entry.difference) and entry.changed is None:
                     entry.changed = 0
         return compiled
 
     @torch.inference_mode()
     def measure(self, progress: Progress) -> None:
         """Time all candidates in turn, round after round, backwards in every second round."""
-        candidates: dict[Any, Any] = self._candidates()
+        candidates: dict[Any, Any] = self.candidates()
         if self.settings.compile:
             # All models share the code of a few classes, and each needs its own compilation of it.
             with torch._dynamo.config.patch(recompile_limits(16 * len(candidates))):

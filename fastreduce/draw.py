@@ -1,4 +1,7 @@
-"""Pictures of what a reduction did: pruned patches turned grey, merged regions in one colour and outlined."""
+"""Pictures of what a reduction did: pruned patches turned grey, merged regions in one colour and outlined.
+
+And of what it brings: speed-up against keep rate.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,17 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "fill_merged", "grey_dropped", "save_panels", "side_by_side"]
+__all__ = ["Curve", "Panel", "fill_merged", "grey_dropped", "save_curves", "save_panels", "side_by_side"]
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 Panel = tuple[Pixels, str, str]  # picture, caption, second line of the caption
+Point = tuple[float, float, float, float, bool]  # keep rate, value, its quartiles, whether the marker is filled
+Curve = tuple[str, Sequence[Point]]  # label, points
 
 DPI = 200
+# Okabe and Ito's, which people of every colour vision tell apart; the markers differ as well.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MOST_CURVES = len(_COLOURS)
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -135,3 +143,46 @@ def save_panels(
 ) -> None:
     """Write :func:`side_by_side` as a PNG of 200 dots an inch."""
     side_by_side(panels, title, subtitle, note).savefig(path, dpi=DPI, metadata={"Software": "fastreduce"})
+
+
+def save_curves(
+    path: str | os.PathLike[str], curves: Sequence[Curve], title: str, subtitle: str = "", note: str = ""
+) -> None:
+    """Write a PNG with a curve of speed-ups for every batch, quartiles as bands, and the line of the unreduced model.
+
+    Args:
+        path: where to.
+        curves: at most seven, of a shared set of keep rates; they run from left, all kept, to right.
+        title: in bold above.
+        subtitle: in grey below that.
+        note: a line of small print at the foot.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 5.0), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(0.09, 0.945, title, fontsize=13, weight="bold", color="#111111")
+    figure.text(0.09, 0.905, subtitle, fontsize=8.5, color="#555555")
+    figure.text(0.09, 0.02, note, fontsize=7.5, color="#777777")
+    axes = figure.add_axes((0.09, 0.15, 0.88, 0.72))
+    axes.axhline(1.0, color="#111111", linewidth=1.0, zorder=1, label="unreduced")
+    for (label, points), colour, marker in zip(curves, _COLOURS, "osD^vPX", strict=False):
+        rates, values, lows, highs, filled = zip(*points, strict=True)
+        axes.fill_between(rates, lows, highs, color=colour, alpha=0.18, linewidth=0, zorder=2)
+        axes.plot(rates, values, color=colour, linewidth=1.8, zorder=3)
+        for rate, value, full in zip(rates, values, filled, strict=True):
+            inside = colour if full else "white"
+            axes.plot(rate, value, marker, color=colour, markerfacecolor=inside, markersize=6, zorder=4)
+        axes.plot([], [], color=colour, marker=marker, linewidth=1.8, markersize=6, label=label)
+    ticks = sorted({point[0] for _, points in curves for point in points})
+    axes.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+    axes.invert_xaxis()
+    axes.set_xlabel("keep rate", fontsize=9)
+    axes.set_ylabel("times as fast as the unreduced model", fontsize=9)
+    axes.tick_params(labelsize=8.5)
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8.5, frameon=False, loc="upper left")
+    figure.savefig(path, dpi=DPI, metadata={"Software": "fastreduce"})

@@ -18,6 +18,7 @@ import torch
 from . import __version__
 
 __all__ = [
+    "CaptureError",
     "capture",
     "environment",
     "quartiles",
@@ -59,6 +60,10 @@ def take_turns(
     return seconds
 
 
+class CaptureError(RuntimeError):
+    """A call that no CUDA graph can hold."""
+
+
 def capture(
     call: Callable[[], object], warmups: int = 3, stream: torch.cuda.Stream | None = None, pool: Any = None
 ) -> Callable[[], None]:
@@ -67,12 +72,12 @@ def capture(
     Args:
         call: what to capture.
         warmups: calls before.
-        stream: where to capture: the one that a forward pass ran on, if the call is its backward pass. Default: a new one.
+        stream: where to capture: that of the forward pass, if the call is a backward pass. Default: a new one.
         pool: ``torch.cuda.graph_pool_handle()`` for graphs that share their memory; what one leaves there, such as its
             results, is lost when another is replayed.
 
     Raises:
-        RuntimeError: the call synchronises with the host or does something else that no graph can hold.
+        CaptureError: the call synchronises with the host.
     """
     stream = torch.cuda.Stream() if stream is None else stream
     stream.wait_stream(torch.cuda.current_stream())
@@ -83,6 +88,10 @@ def capture(
         torch.cuda.set_sync_debug_mode("error")
         try:
             call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(f"it cannot be a CUDA graph: {str(error).splitlines()[0]}") from error
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(stream)
@@ -148,7 +157,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def usual_troubles() -> tuple[type[Exception], ...]:
     """What can go wrong while measuring without being anybody's mistake in the code."""
-    return (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException)
+    return (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, CaptureError)
 
 
 def recompile_limits(limit: int) -> dict[str, int]:

@@ -59,6 +59,12 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def _distance(x: Tensor) -> Tensor:
+    """X (B, N, C) -> (B, N, N), in float32 for half precision, as autocast does it: not all shapes exist otherwise."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    return torch.cdist(x, x)
+
+
 def _embed(model: Any, images: Tensor) -> Tensor:
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
@@ -325,7 +331,7 @@ class PlainModel(nn.Module):
         keep, batch = self._count(stage, walk.patches), len(patches)
         if keep >= patches.shape[1]:
             return
-        distance = torch.cdist(patches.detach(), patches.detach())
+        distance = _distance(patches)
         if self.options["equal_weight"]:
             weights = torch.ones_like(distance[..., 0])
             first = self.options["first"]
@@ -359,7 +365,7 @@ class PlainModel(nn.Module):
         keep, (batch, tokens, channels) = self._count(stage, walk.patches), patches.shape
         if keep >= tokens:
             return
-        distance = torch.cdist(patches.detach(), patches.detach()) / channels**0.5
+        distance = _distance(patches) / channels**0.5
         near = distance.topk(min(self.options["k_neighbors"], tokens), dim=2, largest=False).values
         density = (-(near**2).mean(dim=2)).exp()
         denser = density[:, None, :] > density[:, :, None]

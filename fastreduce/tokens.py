@@ -51,7 +51,7 @@ class SoftWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one stage does with its patch tokens. Indices never count the prefix tokens.
+    """What one stage does with its patch tokens. Indices do not count the prefix tokens, unless said.
 
     A selection gives ``kept``, a matching ``slot``, a clustering both, a soft merge ``weights``; :meth:`slots` has the
     form common to all methods.
@@ -63,7 +63,8 @@ class Plan:
         kept: (B, K) indices of the tokens that stay, in their new order, or (K,) where they are the same for every
             image (radial); of a clustering the centres; or None.
         fused: one more token follows the kept ones, made of all the others (EViT).
-        slot: (B, num_in) the output token that each token went into, or None.
+        slot: (B, slot_prefix + num_in) the output token that each token went into, or None.
+        slot_prefix: prefix tokens that ``slot`` counts, among the tokens as in its values.
         valid: (B, K) bool, which of the kept ones are real (ATS, whose images keep different numbers), or None for all.
         weights: the weights of a soft merge, or None.
     """
@@ -74,6 +75,7 @@ class Plan:
     kept: Tensor | None = None
     fused: bool = False
     slot: Tensor | None = None
+    slot_prefix: int = 0
     valid: Tensor | None = None
     weights: SoftWeights | None = None
 
@@ -86,7 +88,7 @@ class Plan:
     def slots(self, batch: int) -> Tensor:
         """(B, num_in) output token of every input token, -1 for dropped ones; of a soft merge the strongest."""
         if self.slot is not None:
-            return self.slot
+            return self.slot[:, self.slot_prefix :] - self.slot_prefix if self.slot_prefix else self.slot
         if self.weights is not None:
             return self.weights.log().argmax(2)
         kept = self._kept(batch)

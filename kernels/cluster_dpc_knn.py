@@ -1,4 +1,7 @@
-"""Density-peak clustering in four launches: densities, scores, the best of them, labels; no N x N matrix in memory."""
+"""Density-peak clustering in two launches: densities, then all the rest of an image; no N x N matrix in memory.
+
+More than MAX_TOKENS take five: densities, scores, the best of them, labels, groups.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .select_topk import select_topk
+from .merge_tokens import _group, group_slots
+from .select_topk import _packed_keys, select_topk
 
 # Nearest tokens that stay in registers: 16 spill. More are found in as many sweeps over the image as it takes.
 MAX_NEAREST = 8
+# Tokens of an image that one program clusters: a key a thread in the sort. DeiT at 224 pixels has 196.
+MAX_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,13 @@ def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
         return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=2)
     block_c = min(max(triton.next_power_of_2(channels), 16), 64)  # 16: the least that tensor cores take
     return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
+
+
+def image_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+    """Of the one program that has an image to itself: found by compiling too."""
+    if dtype == torch.float32:  # more warps, for want of other programs; 2 stages, 8 warps or 32 channels spill
+        return DistanceTile(block_i=64, block_j=64, block_c=16, num_warps=16, num_stages=3)
+    return distance_tile(channels, dtype)
 
 
 @triton.jit
@@ -131,25 +144,21 @@ def density_kernel(
 
 
 @triton.jit
-def score_kernel(
-    x,  # (B, N, C)
-    density,  # (B, N) float32
-    farthest,  # (B, N) float32
-    score,  # (B, N) float32
+def _scores(
+    rows,  # rows of the image, from the first channels on
+    density,  # of the image: (N,) float32
+    farthest,  # (N,) float32
+    score,  # (N,) float32
+    start_i,
     tokens,
     channels,
-    stride_b,
     stride_n,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Density times the distance to the nearest denser token; the image's largest distance where there is none."""
-    batch = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
-    density += batch * tokens
-    farthest += batch * tokens
+    i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
     pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
     squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
@@ -166,7 +175,66 @@ def score_kernel(
         farthest_bits = tl.maximum(farthest_bits, _ordered_bits(tl.load(farthest + j)))
     largest = tl.max(farthest_bits, 0).to(tl.float32, bitcast=True)
     height = tl.sqrt(tl.where(nearest < largest, nearest, largest) / channels)  # NaN in the image: NaN everywhere
-    tl.store(score + batch * tokens + i, density_i * height, mask=i < tokens)
+    tl.store(score + i, density_i * height, mask=i < tokens)
+
+
+@triton.jit
+def score_kernel(
+    x,  # (B, N, C)
+    density,  # (B, N) float32
+    farthest,  # (B, N) float32
+    score,  # (B, N) float32
+    tokens,
+    channels,
+    stride_b,
+    stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program scores BLOCK_I tokens of one image."""
+    batch = tl.program_id(1).to(tl.int64)
+    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    density += batch * tokens
+    farthest += batch * tokens
+    score += batch * tokens
+    start_i = tl.program_id(0) * BLOCK_I
+    _scores(rows, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+
+
+@triton.jit
+def _labels(
+    rows,  # rows of the image, from the first channels on
+    centers,  # of the image: (K,) int64
+    label,  # (N,) int64
+    start_i,
+    tokens,
+    channels,
+    num_centers,
+    stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The nearest centre of BLOCK_I tokens, the first if tied; a centre's is itself."""
+    i = start_i + tl.arange(0, BLOCK_I)
+    pointers_i = rows + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * stride_n
+    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
+
+    nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
+    label_i = tl.zeros((BLOCK_I,), tl.int32)
+    for start_j in range(0, num_centers, BLOCK_J):
+        j = tl.minimum(start_j + tl.arange(0, BLOCK_J), num_centers - 1)
+        center = tl.load(centers + j)
+        pointers_j = rows + center[:, None] * stride_n
+        squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+        squared = tl.where(squared == squared, squared, -1.0)  # as torch orders NaN: before every number
+        squared = tl.where(center[None, :] == i[:, None], -2.0, squared)
+        tile_nearest, tile_label = tl.min(squared, 1, return_indices=True, return_indices_tie_break_left=True)
+        closer = tile_nearest < nearest  # strict: the earlier tile wins ties
+        nearest = tl.where(closer, tile_nearest, nearest)
+        label_i = tl.where(closer, start_j + tile_label, label_i)
+    tl.store(label + i, label_i.to(tl.int64), mask=i < tokens)
 
 
 @triton.jit
@@ -185,47 +253,84 @@ def label_kernel(
 ):
     """One program compares BLOCK_I tokens with every centre."""
     batch = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
-    pointers_i = rows + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * stride_n
-    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
-
-    nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
-    label_i = tl.zeros((BLOCK_I,), tl.int32)
-    for start_j in range(0, num_centers, BLOCK_J):
-        j = tl.minimum(start_j + tl.arange(0, BLOCK_J), num_centers - 1)
-        center = tl.load(centers + batch * num_centers + j)
-        pointers_j = rows + center[:, None] * stride_n
-        squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
-        squared = tl.where(squared == squared, squared, -1.0)  # as torch orders NaN: before every number
-        squared = tl.where(center[None, :] == i[:, None], -2.0, squared)
-        tile_nearest, tile_label = tl.min(squared, 1, return_indices=True, return_indices_tie_break_left=True)
-        closer = tile_nearest < nearest  # strict: the earlier tile wins ties
-        nearest = tl.where(closer, tile_nearest, nearest)
-        label_i = tl.where(closer, start_j + tile_label, label_i)
-    tl.store(label + batch * tokens + i, label_i.to(tl.int64), mask=i < tokens)
+    centers += batch * num_centers
+    label += batch * tokens
+    start_i = tl.program_id(0) * BLOCK_I
+    _labels(rows, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
 
 
-def cluster_dpc_knn(
-    x: torch.Tensor, k: int, neighbors: int, noise: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Four launches; x (B, N, C) with contiguous channels -> centers (B, k) and label (B, N), int64."""
-    batch, tokens, channels = x.shape
-    density, farthest, score = (
-        torch.empty(batch, tokens, dtype=torch.float32, device=x.device) for _ in ("density", "farthest", "score")
-    )
-    label = torch.empty(batch, tokens, dtype=torch.int64, device=x.device)
-    if batch == 0:
-        return label[:, :k].contiguous(), label
-    neighbors = min(neighbors, tokens)
-    tile = distance_tile(channels, x.dtype)
-    settings = {
+@triton.jit(do_not_specialize=["tokens", "num_centers"])  # one centre, as a constant, spilled
+def cluster_kernel(
+    x,  # (B, N, C), N up to BLOCK_N
+    density,  # (B, N) float32
+    farthest,  # (B, N) float32
+    score,  # (B, N) float32
+    centers,  # (B, K) int64, contiguous
+    label,  # (B, N) int64, contiguous
+    order,  # (B, N) int32
+    offsets,  # (B, K + 1) int32
+    tokens,
+    channels,
+    num_centers,
+    stride_b,
+    stride_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program an image: scores, centres, labels, groups; each step loads behind a barrier what others stored."""
+    batch = tl.program_id(0).to(tl.int64)
+    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    density += batch * tokens
+    farthest += batch * tokens
+    score += batch * tokens
+    centers += batch * num_centers
+    label += batch * tokens
+    order += batch * tokens
+    offsets += batch * (num_centers + 1)
+    for start_i in range(0, tokens, BLOCK_I):
+        _scores(rows, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+    tl.debug_barrier()
+    n = tl.arange(0, BLOCK_N)
+    keys = tl.sort(_packed_keys(score + n, n, n < tokens), descending=True)
+    tl.store(centers + n, 0x7FFFFFFF - (keys & 0xFFFFFFFF), mask=n < num_centers)
+    tl.debug_barrier()
+    for start_i in range(0, tokens, BLOCK_I):
+        _labels(rows, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+    tl.debug_barrier()
+    for start_i in range(0, tokens + 1, BLOCK_I):
+        _group(label, order, offsets, start_i, tokens, num_centers, 1, BLOCK_I, BLOCK_J)
+
+
+def _settings(tile: DistanceTile) -> dict[str, int]:
+    return {
         "BLOCK_I": tile.block_i,
         "BLOCK_J": tile.block_j,
         "BLOCK_C": tile.block_c,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+def cluster_dpc_knn(
+    x: torch.Tensor, k: int, neighbors: int, noise: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two launches, or five; x (B, N, C) with contiguous channels.
+
+    Returns centers (B, k) and label (B, N), int64, and the tokens grouped by label: order (B, N) and offsets
+    (B, k + 1), int32.
+    """
+    batch, tokens, channels = x.shape
+    density, farthest, score = (torch.empty(batch, tokens, dtype=torch.float32, device=x.device) for _ in range(3))
+    centers, label = (torch.empty(batch, count, dtype=torch.int64, device=x.device) for count in (k, tokens))
+    order, offsets = (torch.empty(batch, count, dtype=torch.int32, device=x.device) for count in (tokens, k + 1))
+    if batch == 0:
+        return centers, label, order, offsets
+    neighbors = min(neighbors, tokens)
+    tile = distance_tile(channels, x.dtype)
+    settings = _settings(tile)
     grid = (triton.cdiv(tokens, tile.block_i), batch)
     density_kernel[grid](
         x,
@@ -240,7 +345,25 @@ def cluster_dpc_knn(
         NEAREST=min(triton.next_power_of_2(neighbors), MAX_NEAREST),
         **settings,
     )
-    score_kernel[grid](x, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
-    centers = select_topk(score, k)
-    label_kernel[grid](x, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
-    return centers, label
+    if tokens > MAX_TOKENS:
+        score_kernel[grid](x, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
+        centers = select_topk(score, k)
+        label_kernel[grid](x, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
+        return centers, label, *group_slots(label, k)
+    cluster_kernel[(batch,)](
+        x,
+        density,
+        farthest,
+        score,
+        centers,
+        label,
+        order,
+        offsets,
+        tokens,
+        channels,
+        k,
+        *x.stride()[:2],
+        BLOCK_N=MAX_TOKENS,
+        **_settings(image_tile(channels, x.dtype)),
+    )
+    return centers, label, order, offsets

@@ -1,4 +1,7 @@
-"""Bipartite soft matching in two launches: the best partner of every even token, then the slot of every token."""
+"""Bipartite soft matching in two launches: the best partner of every even token, then slots and groups of all tokens.
+
+More than MAX_GROUPED tokens are grouped in a third one.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .merge_tokens import _group, group_slots
+
 # Up to 8,192 tokens the keys stay in registers, 16 a thread; longer sequences read them again at every step.
 MAX_KEYS = 4096
+# Tokens that the one program of an image also groups, comparing each with each.
+MAX_GROUPED = 640
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +64,14 @@ def best_match_kernel(
     row_a = (2 * tl.minimum(position_a, num_a - 1)).to(tl.int64)
     pointers_a = rows + row_a[:, None] * stride_n + offsets_d[None, :]
     squares_a = tl.zeros((BLOCK_A,), tl.float32)
-    for start_d in range(0, channels, BLOCK_D):
-        a = tl.load(pointers_a + start_d, mask=(start_d + offsets_d < channels)[None, :], other=0.0)
-        squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
-    inverse_a = tl.rsqrt(tl.maximum(squares_a, 1e-24))  # the reference clamps the norm at 1e-12
     if ONE_CHUNK:
         a = tl.load(pointers_a, mask=(offsets_d < channels)[None, :], other=0.0)
+        squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+    else:
+        for start_d in range(0, channels, BLOCK_D):
+            a_chunk = tl.load(pointers_a + start_d, mask=(start_d + offsets_d < channels)[None, :], other=0.0)
+            squares_a += tl.sum(a_chunk.to(tl.float32) * a_chunk.to(tl.float32), 1)
+    inverse_a = tl.rsqrt(tl.maximum(squares_a, 1e-24))  # the reference clamps the norm at 1e-12
 
     best_a = tl.full((BLOCK_A,), float("-inf"), tl.float32)
     destination_a = tl.zeros((BLOCK_A,), tl.int32)
@@ -111,21 +120,26 @@ def assign_slots_kernel(
     best,  # (B, A) float32
     destination,  # (B, A) int32
     slot,  # (B, N) int64, contiguous
+    order,  # (B, N) int32 or None
+    offsets,  # (B, N - r + 1) int32 or None
     tokens,
     r,
     PREFIX: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     SCAN_BLOCK: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     """One program an image. The r best of set A are a set, not a ranking: bit by bit, no sort."""
     batch = tl.program_id(0).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
     best += batch * num_a
     destination += batch * num_a
-    offsets = tl.arange(0, BLOCK)
+    slot += batch * tokens
+    block = tl.arange(0, BLOCK)
     if ONE_BLOCK:
-        keys = _load_keys(best, offsets, num_a)
+        keys = _load_keys(best, block, num_a)
 
     threshold = tl.full((), 0, tl.uint32)  # the greatest value that r keys reach
     num_above = tl.full((), 0, tl.int32)  # keys beyond it: how many reached the last candidate that failed
@@ -136,7 +150,7 @@ def assign_slots_kernel(
             count += tl.sum((keys >= candidate).to(tl.int32), 0)
         else:
             for start in range(0, num_a, BLOCK):
-                count += tl.sum((_load_keys(best, start + offsets, num_a) >= candidate).to(tl.int32), 0)
+                count += tl.sum((_load_keys(best, start + block, num_a) >= candidate).to(tl.int32), 0)
         enough = count >= r
         threshold = tl.where(enough, candidate, threshold)
         num_above = tl.where(enough, num_above, count)
@@ -161,18 +175,30 @@ def assign_slots_kernel(
         slot_b = tl.where(position < PREFIX // 2, 2 * position + 1, tokens - r - num_b + position)
         pair = tl.join(slot_a, slot_b).to(tl.int64)
         token = 2 * position[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(slot + batch * tokens + token, pair, mask=token < tokens)
+        tl.store(slot + token, pair, mask=token < tokens)
+    if order is not None:
+        tl.debug_barrier()  # other threads stored the slots
+        order += batch * tokens
+        offsets += batch * (tokens - r + 1)
+        for start_i in range(0, tokens + 1, BLOCK_I):
+            _group(slot, order, offsets, start_i, tokens, tokens - r, 1, BLOCK_I, BLOCK_J)
 
 
-def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> torch.Tensor:
-    """Two launches; metric (B, N, D) with contiguous channels -> slot (B, N) int64. Any N from 2, any D."""
+def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two launches, or three; metric (B, N, D) with contiguous channels. Any N from 2, any D.
+
+    Returns slot (B, N) int64, and the tokens grouped by it: order (B, N) and offsets (B, N - r + 1), int32.
+    """
     batch, tokens, channels = metric.shape
     num_a = (tokens + 1) // 2
     best = torch.empty(batch, num_a, dtype=torch.float32, device=metric.device)
     destination = torch.empty(batch, num_a, dtype=torch.int32, device=metric.device)
     slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
+    order, offsets = (
+        torch.empty(batch, count, dtype=torch.int32, device=metric.device) for count in (tokens, tokens - r + 1)
+    )
     if batch == 0:
-        return slot
+        return slot, order, offsets
     tile = match_tile(channels, metric.dtype)
     best_match_kernel[(triton.cdiv(num_a, tile.block_a), batch)](
         metric,
@@ -190,17 +216,22 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> torch.Tensor:
         num_stages=tile.num_stages,
     )
     block = min(triton.next_power_of_2(num_a), MAX_KEYS)
-    num_warps = min(max(1, block // 128), 8)
+    groups_too = tokens <= MAX_GROUPED
+    num_warps = 4 if groups_too else min(max(1, block // 128), 8)  # grouping on one warp spills
     assign_slots_kernel[(batch,)](
         best,
         destination,
         slot,
+        order if groups_too else None,
+        offsets if groups_too else None,
         tokens,
         r,
         PREFIX=prefix,
         ONE_BLOCK=num_a <= block,
         BLOCK=block,
         SCAN_BLOCK=min(block, 32 * num_warps),  # one a thread: the scans and slots of more spill here and there
+        BLOCK_I=32,
+        BLOCK_J=32,
         num_warps=num_warps,
     )
-    return slot
+    return (slot, order, offsets) if groups_too else (slot, *group_slots(slot, tokens - r))

@@ -10,6 +10,26 @@ from ._launch import row_tile
 
 
 @triton.jit
+def _group(slot, order, offsets, start_i, tokens, num_out, slot_stride_n, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Stable counting sort by ranks: BLOCK_I tokens of one image (and as many slot bounds) against all."""
+    i = start_i + tl.arange(0, BLOCK_I)
+    in_i = i < tokens
+    slot_i = tl.load(slot + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)
+    before = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
+    below = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
+    for start in range(0, tokens, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        in_j = j < tokens
+        slot_j = tl.load(slot + j * slot_stride_n, mask=in_j, other=0x7FFFFFFF).to(tl.int32)  # beyond every slot
+        smaller = slot_j[None, :] < slot_i[:, None]
+        tied = (slot_j[None, :] == slot_i[:, None]) & (j[None, :] < i[:, None])
+        before += (smaller | tied).to(tl.int32)
+        below += (slot_j[None, :] < i[:, None]).to(tl.int32)
+    tl.store(order + tl.sum(before, 1), i, mask=in_i)
+    tl.store(offsets + i, tl.sum(below, 1), mask=i <= num_out)
+
+
+@triton.jit
 def group_slots_kernel(
     slot,  # (B, N), -1 for tokens that belong nowhere
     order,  # (B, N) int32
@@ -21,25 +41,24 @@ def group_slots_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Stable counting sort by ranks; a program ranks BLOCK_I tokens (and as many slot bounds) against all."""
+    """One program ranks BLOCK_I tokens of one image."""
     batch = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    in_i = i < tokens
-    base = slot + batch * slot_stride_b
-    slot_i = tl.load(base + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)
-    before = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
-    below = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
-    for start in range(0, tokens, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        in_j = j < tokens
-        slot_j = tl.load(base + j * slot_stride_n, mask=in_j, other=0x7FFFFFFF).to(tl.int32)  # beyond every slot
-        smaller = slot_j[None, :] < slot_i[:, None]
-        tied = (slot_j[None, :] == slot_i[:, None]) & (j[None, :] < i[:, None])
-        before += (smaller | tied).to(tl.int32)
-        below += (slot_j[None, :] < i[:, None]).to(tl.int32)
-    rank = tl.sum(before, 1)
-    tl.store(order + batch * tokens + rank, i, mask=in_i)
-    tl.store(offsets + batch * (num_out + 1) + i, tl.sum(below, 1), mask=i <= num_out)
+    slot += batch * slot_stride_b
+    order += batch * tokens
+    offsets += batch * (num_out + 1)
+    _group(slot, order, offsets, tl.program_id(0) * BLOCK_I, tokens, num_out, slot_stride_n, BLOCK_I, BLOCK_J)
+
+
+@triton.jit
+def _dot(row, weight, channels, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of the whole row: every program that holds a chunk of it finds the same bits."""
+    products = tl.zeros((BLOCK_C,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        offsets_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask = offsets_c < channels
+        value = tl.load(row + offsets_c, mask=mask, other=0.0).to(tl.float32)
+        products += value * tl.load(weight + offsets_c, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(products, 0)
 
 
 @triton.jit
@@ -48,10 +67,13 @@ def reduce_slots_kernel(
     size,  # (B, N) or None
     residual,  # (B, M, C) or None
     head,  # (B, P, C) or None: rows to put in front
+    weight,  # (1, C) or None: the sizes are exp(weight . x + bias)
+    bias,  # (1,) or None
     order,  # (B, N) int32
     offsets,  # (B, M + 1) int32
     out,  # (B, P + M, C), contiguous
     total,  # (B, M) float32 or None: then plain sums are wanted
+    learned,  # (B, N) float32 or None: these sizes
     tokens,
     num_out,
     channels,
@@ -65,6 +87,7 @@ def reduce_slots_kernel(
     head_stride_p,
     EPS: tl.constexpr,
     HEAD: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program walks the tokens of one slot in index order: deterministic, no shared memory."""
@@ -82,19 +105,24 @@ def reduce_slots_kernel(
     start = tl.load(offsets + batch * (num_out + 1) + m)
     end = tl.load(offsets + batch * (num_out + 1) + m + 1)
     acc = tl.zeros((BLOCK_C,), tl.float32)
-    weight_sum = 0.0
+    size_sum = 0.0
     for position in range(start, end):
         n = tl.load(order + batch * tokens + position).to(tl.int64)
-        row = tl.load(x + batch * x_stride_b + n * x_stride_n + offsets_c, mask=mask, other=0.0).to(tl.float32)
-        weight = 1.0
+        pointer = x + batch * x_stride_b + n * x_stride_n
+        row = tl.load(pointer + offsets_c, mask=mask, other=0.0).to(tl.float32)
+        size_n = 1.0
         if size is not None:
-            weight = tl.load(size + batch * size_stride_b + n * size_stride_n).to(tl.float32)
-        acc += weight * row
-        weight_sum += weight
+            size_n = tl.load(size + batch * size_stride_b + n * size_stride_n).to(tl.float32)
+        if weight is not None:
+            size_n = tl.exp(_dot(pointer, weight, channels, CHUNKS, BLOCK_C) + tl.load(bias).to(tl.float32))
+            if tl.program_id(2) == 0:
+                tl.store(learned + batch * tokens + n, size_n)
+        acc += size_n * row
+        size_sum += size_n
     if total is not None:
-        acc = acc / tl.maximum(weight_sum + EPS if EPS > 0.0 else weight_sum, 1e-30)
+        acc = acc / tl.maximum(size_sum + EPS if EPS > 0.0 else size_sum, 1e-30)
         if tl.program_id(2) == 0:
-            tl.store(total + batch * num_out + m, weight_sum)
+            tl.store(total + batch * num_out + m, size_sum)
     if residual is not None:
         acc += tl.load(
             residual + batch * residual_stride_b + m * residual_stride_m + offsets_c, mask=mask, other=0.0
@@ -217,24 +245,28 @@ def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.T
     return order, offsets
 
 
-def _reduce(x, size, residual, order, offsets, *, mean, eps=0.0, head=None):
+def _reduce(x, size, residual, order, offsets, *, mean, eps=0.0, head=None, log_size=(None, None)):
     batch, tokens, channels = x.shape
     num_out = offsets.shape[1] - 1
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     first = 0 if head is None else head.shape[1]
     out = torch.empty(batch, first + num_out, channels, dtype=dtype, device=x.device)
     total = torch.empty(batch, num_out, dtype=torch.float32, device=x.device) if mean else None
+    learned = None if log_size[0] is None else torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
     if batch and num_out:
         tile = row_tile(channels)
-        reduce_slots_kernel[(first + num_out, batch, triton.cdiv(channels, tile.block_c))](
+        chunks = triton.cdiv(channels, tile.block_c)
+        reduce_slots_kernel[(first + num_out, batch, chunks)](
             x,
             size,
             residual,
             head,
+            *log_size,
             order,
             offsets,
             out,
             total,
+            learned,
             tokens,
             num_out,
             channels,
@@ -244,10 +276,11 @@ def _reduce(x, size, residual, order, offsets, *, mean, eps=0.0, head=None):
             *((0, 0) if head is None else head.stride()[:2]),
             EPS=eps,
             HEAD=first,
+            CHUNKS=chunks,
             BLOCK_C=tile.block_c,
             num_warps=max(1, tile.block_c // 256),  # 8 channels a thread: one 16-byte load of half precision
         )
-    return out, total
+    return out, total, learned
 
 
 def sum_slots(x: torch.Tensor, slot: torch.Tensor, num_out: int) -> torch.Tensor:
@@ -265,7 +298,21 @@ def merge_tokens(
     head: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; x (B, N, C) grouped by order and offsets -> merged (B, P + M, C) and sizes (B, M) float32."""
-    return _reduce(x, size, residual, order, offsets, mean=True, eps=eps, head=head)
+    return _reduce(x, size, residual, order, offsets, mean=True, eps=eps, head=head)[:2]
+
+
+def merge_tokens_learned(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float = 0.0,
+    head: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch; weight (1, C) and bias (1,) -> as merge_tokens, and the sizes (B, N) float32 that they give."""
+    return _reduce(x, None, residual, order, offsets, mean=True, eps=eps, head=head, log_size=(weight, bias))
 
 
 def _spread(x, slot, size=None, total=None, eps=0.0, partner=None):

@@ -117,6 +117,9 @@ def _calls(dtype):
         "match_tokens": lambda **kw: ops.match_tokens(x, 2, **kw),
         "merge_tokens": lambda **kw: ops.merge_tokens(x, slot, 3, **kw),
         "merge_tokens with residual": lambda **kw: ops.merge_tokens(x.float(), slot, 3, residual=x[:, :3], **kw),
+        "merge_tokens with sizes by a layer": lambda **kw: ops.merge_tokens(
+            x.float(), slot, 3, log_size=(x[0, :1], x[0, 0, :1]), **kw
+        ),
         "select_topk": lambda **kw: ops.select_topk(scores, 2, **kw),
         "unmerge_tokens": lambda **kw: ops.unmerge_tokens(x, slot, **kw),
     }

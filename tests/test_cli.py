@@ -381,7 +381,7 @@ def test_the_batch_fits_the_time(monkeypatch, image, batch):
     comparison = compare.Comparison(compare.Settings(model=MODEL, methods=("topk", "tome"), keep_rates=(0.5,)))
     monkeypatch.setattr(comparison, "_probe", lambda count: image * count)
     assert comparison._choose_batch() == batch
-    assert len(comparison._candidates()) == 7
+    assert len(comparison.candidates()) == 7
 
 
 def test_near_ties_are_told(monkeypatch):

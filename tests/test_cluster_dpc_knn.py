@@ -44,6 +44,19 @@ def test_exact_distances_with_ties(data):
     assert_plain(on_a_line(2, num_tokens, dtype=dtype, seed=seed), k, neighbors, noise)
 
 
+def test_the_operator_groups_the_labels():
+    x = tokens(2, 30, 8)
+    centers, label, order, offsets = NATIVE.cluster_dpc_knn(x, 9, 5, None)
+    for ours, expected in zip((centers, label), ops.cluster_dpc_knn(x, 9), strict=True):
+        assert torch.equal(ours, expected)
+    for ours, expected in zip((order, offsets), ops.group_slots(label, 9), strict=True):
+        assert torch.equal(ours, expected)
+    centers_again, label_again, groups = ops.cluster_dpc_knn_groups(x, 9)
+    assert torch.equal(centers, centers_again)
+    assert torch.equal(label, label_again)
+    assert groups is None  # the reference merges without
+
+
 def test_the_transcription_can_fail():
     x = separated(1, 17, 24, 5)
     for k, neighbors in ((6, 5), (5, 2)):

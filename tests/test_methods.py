@@ -248,6 +248,23 @@ class TestKMedoids:
 
 
 class TestDPCKNN:
+    def test_a_score_that_is_more_than_a_linear_layer_is_called(self):
+        """Adapters and hooks: only a bare layer's parameters go into the merge."""
+        model = fastreduce.patch(tiny.build().double(), "dpcknn", keep_rate=0.5, at=(1, 2))
+        tiny.randomize(model.reducers, seed=7)
+        images = tiny.images(model, dtype=torch.float64)
+        plain = _run(model, images)
+        layer = model.reducers.cluster_layers[0].score
+        hook = layer.register_forward_hook(lambda module, inputs, output: output * 1.5)
+        hooked = _run(model, images)
+        hook.remove()
+        assert torch.equal(_run(model, images), plain)
+        with torch.no_grad():
+            layer.weight *= 1.5
+            layer.bias *= 1.5
+        torch.testing.assert_close(hooked, _run(model, images), rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(hooked, plain, rtol=1e-6)
+
     def test_noise_is_off_unless_a_generator_is_given(self):
         images = tiny.images(tiny.build())
 

@@ -585,7 +585,7 @@ def test_bitwise_batch_invariance_and_determinism(dtype):
         leaves = [leaf(tensor[part]) for tensor in (q, k, x, residual)]
         scores = ClsScores.apply(leaves[0], leaves[1], 1, 0.5)
         chosen = torch.ops.fastreduce.select_topk(scores.detach(), 22)
-        out = FuseTokens.apply(leaves[2], chosen, scores, 9, 1, leaves[3])
+        out = FuseTokens.apply(leaves[2], chosen, scores, 9, 1, leaves[3], None)
         return [scores, chosen, out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
     whole, again, alone = run(slice(None)), run(slice(None)), run(slice(2, 3))

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastreduce import ops, reference
 from fastreduce.ops.gather_tokens import GatherTokens
-from fastreduce.ops.merge_tokens import MergeTokens, UnmergeTokens
+from fastreduce.ops.merge_tokens import MergeLearned, MergeTokens, UnmergeTokens
 from tests.budget import EPS
 from tests.inputs import distinct_indices, seeded, tokens
 from tests.matching import assert_slots_by_value, exact_metric, plain_slots
@@ -30,6 +30,14 @@ def slots(batch=2, num_tokens=9, num_out=4, low=0, seed=0):
 
 def sizes(batch=2, num_tokens=9, dtype=torch.float32):
     return torch.randint(1, 5, (batch, num_tokens), generator=seeded(3)).to(dtype)
+
+
+def layer(dtype=torch.float32, channels=5):
+    """Weight and bias that give sizes."""
+    return tokens(1, channels, seed=4).div(3).to(dtype), torch.full((1,), -0.25, dtype=dtype)
+
+
+LAYER = layer()
 
 
 def layouts(x):
@@ -59,6 +67,10 @@ def test_opcheck_merge(dtype):
                     arguments = (x, slot, *groups, size, added, eps, head)
                     torch.library.opcheck(NATIVE.merge_tokens.default, arguments, test_utils=OPCHECKS)
     x = tokens(2, 9, 5, dtype=dtype)
+    for chosen, residual_or_none, head in ((x, residual, None), (x[:, 1:], None, x[:, :1])):
+        slot_of, groups_of = (slot, groups) if head is None else (slot[:, 1:], NATIVE.group_slots(slot[:, 1:], 4))
+        arguments = (chosen, slot_of, *groups_of, *layer(dtype), residual_or_none, 1e-6, head)
+        torch.library.opcheck(NATIVE.merge_tokens_learned.default, arguments, test_utils=OPCHECKS)
     total = NATIVE.merge_tokens(x, slot, *groups, sizes(), None, 0.0, None)[1]
     for grad in layouts(residual):
         arguments = (grad, slot, sizes(), total, 1e-6)
@@ -131,6 +143,52 @@ def test_gradcheck_merge_with_learned_weights(prefix, eps):
         assert torch.autograd.gradcheck(lambda size, run=run: run(x.detach(), size, residual.detach()), (size,))
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_gradcheck_merge_with_sizes_by_a_layer(prefix):
+    slot = torch.tensor([[0, 3, 3, 1, 3, 0], [1, 1, 1, 1, 1, 5]])  # slots 2 and 4 stay empty
+    groups = NATIVE.group_slots(slot, 6)
+    leaves = [leaf(t.double()) for t in (tokens(2, 6 + prefix, 3), *layer(channels=3), tokens(2, 6, 3, seed=1))]
+
+    def function(x, weight, bias, residual):
+        head = x[:, :prefix] if prefix else None
+        return MergeLearned.apply(x[:, prefix:], slot, *groups, weight, bias, residual, 0.1, head)[0]
+
+    def plain(x, weight, bias, residual):
+        options = {"log_size": (weight, bias), "residual": residual, "eps": 0.1}
+        return ops.merge_tokens(x[:, prefix:], slot, 6, head=x[:, :prefix] if prefix else None, **options)[0]
+
+    for run in (function, plain):
+        assert torch.autograd.gradcheck(run, leaves)
+        for wanted in range(4):  # the others are constants
+            given = [t if place == wanted else t.detach() for place, t in enumerate(leaves)]
+            assert torch.autograd.gradcheck(run, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_by_a_layer_are_its_exponentials(dtype):
+    whole, slot, (weight, bias) = tokens(2, 10, 5, dtype=dtype), slots(), layer(dtype)
+    x = whole[:, 1:]
+    merged, total = ops.merge_tokens(x, slot, 4, log_size=(weight, bias), eps=1e-6)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias = weight.to(wide), bias.to(wide)
+    size = torch.stack([(row.to(wide) @ weight[0] + bias).exp() for row in x.flatten(0, 1)]).view(2, 9)
+    for ours, expected in zip((merged, total), ops.merge_tokens(x, slot, 4, size=size, eps=1e-6), strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, rtol=0, atol=4 * EPS[ours.dtype] * expected.abs().max().item())
+
+
+def test_sizes_by_a_layer_under_autocast():
+    x, slot, learned = leaf(tokens(2, 9, 5)), slots(), [leaf(t) for t in layer()]
+    expected, _ = ops.merge_tokens(x, slot, 4, log_size=tuple(learned))
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            merged, total = ops.merge_tokens(x.to(dtype), slot, 4, log_size=tuple(learned))
+            assert (merged.dtype, total.dtype) == (dtype, torch.float32)
+            torch.testing.assert_close(merged.float(), expected, rtol=0.02, atol=0.02)
+            gradients = torch.autograd.grad(merged.float().square().sum(), [x, *learned])
+            assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients)
+
+
 def test_learned_weights_by_the_formula():
     x, slot, size, grad = tokens(2, 9, 5), slots(), leaf(sizes() / 4), tokens(2, 5, 5, seed=2)
     merged, total = ops.merge_tokens(x[:, 1:], slot[:, 1:], 4, size=size[:, 1:], eps=1e-6, head=x[:, :1])
@@ -165,20 +223,36 @@ def test_function_and_reference_have_the_same_gradients():
         torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_function_and_reference_have_the_same_gradients_of_a_layer(x_dtype):
+    x, slot, grad = tokens(2, 9, 5, dtype=x_dtype), slots(), tokens(2, 6, 5, dtype=x_dtype, seed=2)
+    groups, results = NATIVE.group_slots(slot, 4), []
+    for run in (
+        lambda x, *learned: MergeLearned.apply(x, slot, *groups, *learned, None, 0.25, x[:, :2])[0],
+        lambda x, *learned: ops.merge_tokens(x, slot, 4, log_size=learned, eps=0.25, head=x[:, :2])[0],
+    ):
+        leaves = leaf(x), *map(leaf, layer())
+        results.append(torch.autograd.grad(run(*leaves), leaves, grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, **({"rtol": 0.02, "atol": 0.05} if x_dtype != torch.float32 else {}))
+
+
 def by_functions(x, metric):
     """A merging and a pruning stage, and back, through the autograd functions that the kernels use."""
-    slot = NATIVE.match_tokens(metric, 3, 1)
+    slot, _, _ = NATIVE.match_tokens(metric, 3, 1)
     groups = NATIVE.group_slots(slot, 6)
     merged, total = MergeTokens.apply(x, slot, *groups, metric.exp().sum(-1), None, 1e-6, None)
+    learned, _ = MergeLearned.apply(x, slot, *groups, *LAYER, None, 1e-6, None)
     kept = GatherTokens.apply(merged, total[:, 1:].topk(3)[1], 1, None)
-    return UnmergeTokens.apply(merged, slot).sum(1) + kept.sum(1)
+    return UnmergeTokens.apply(merged, slot).sum(1) + kept.sum(1) + learned.sum(1)
 
 
 def by_reference(x, metric):
     slot = ops.match_tokens(metric, 3)
     merged, total = ops.merge_tokens(x, slot, 6, size=metric.exp().sum(-1), eps=1e-6)
+    learned, _ = ops.merge_tokens(x, slot, 6, log_size=LAYER, eps=1e-6)
     kept = ops.gather_tokens(merged, total[:, 1:].topk(3)[1])
-    return ops.unmerge_tokens(merged, slot).sum(1) + kept.sum(1)
+    return ops.unmerge_tokens(merged, slot).sum(1) + kept.sum(1) + learned.sum(1)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -203,7 +277,7 @@ def test_dynamic_batch_compiles_once():
 
 
 @pytest.mark.parametrize(
-    "match", [lambda m, r: NATIVE.match_tokens(m, r, 1), lambda m, r: ops.match_tokens(m, r, backend="reference")]
+    "match", [lambda m, r: NATIVE.match_tokens(m, r, 1)[0], lambda m, r: ops.match_tokens(m, r, backend="reference")]
 )
 def test_compile_with_a_count_that_follows_the_shape(match):
     def shrink(x):
@@ -252,6 +326,20 @@ BAD_CALLS = [
         lambda: ops.merge_tokens(X, SLOT, 4, size=X[:, :4, 0]),
     ),
     (ValueError, r"residual .* \(2, 4, 5\), got \(2, 9, 5\)", lambda: ops.merge_tokens(X, SLOT, 4, residual=X)),
+    *(
+        (kind, message, functools.partial(ops.merge_tokens, X, SLOT, 4, **options))
+        for kind, message, options in (
+            (ValueError, "size and log_size exclude each other", {"size": sizes(), "log_size": layer()}),
+            (TypeError, "log_size must be a pair of weight and bias, got Tensor", {"log_size": layer()[0]}),
+            (TypeError, "log_size must be a pair of weight and bias, got tuple", {"log_size": layer()[:1]}),
+            (ValueError, r"weight must have shape \(1, 5\), got \(1, 4\)", {"log_size": layer(channels=4)}),
+            (ValueError, r"weight must have shape \(1, C\), got \(5,\)", {"log_size": (X[0, 0], X[0, 0, :1])}),
+            (ValueError, r"bias must have shape \(1,\), got \(5,\)", {"log_size": (X[0, :1], X[0, 0])}),
+            (TypeError, r"bias must be a tensor of shape \(1\), got NoneType", {"log_size": (X[0, :1], None)}),
+            (TypeError, "weight must be floating point, got torch.int64", {"log_size": layer(torch.int64)}),
+            (ValueError, "x is on cpu and weight on meta", {"log_size": (X[0, :1].to("meta"), X[0, 0, :1])}),
+        )
+    ),
     (TypeError, "eps must be a number, got '1'", lambda: ops.merge_tokens(X, SLOT, 4, eps="1")),
     (TypeError, "eps must be a number, got True", lambda: ops.merge_tokens(X, SLOT, 4, eps=True)),
     (ValueError, "eps must be .* finite, got -1.0", lambda: ops.merge_tokens(X, SLOT, 4, eps=-1.0)),

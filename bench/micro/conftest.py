@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from bench.microbenchmark import DIRECTIONS, Microbenchmark, device_clock
-from bench.primitive import BATCHES, MODELS, TOKENS, Primitive, Shape
+from bench.primitive import BATCHES, DTYPES, MODELS, TOKENS, Primitive, Shape, parse_shapes
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CONTENDERS = ("fastreduce", "reference", "compiled", "plain")
 
 
@@ -26,9 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shapes",
         default="few",
         help="few (default: DeiT-S at 197 tokens, batch 1 and 64), all (four models x 197, 577, 1025, 4097 tokens x "
-        "batch 1, 64, 256), or MODEL-TOKENS-BATCH, comma separated",
+        "batch 1, 64, 256), or MODEL-TOKENS-BATCH[-DTYPE], comma separated",
     )
-    group.addoption("--dtype", default=None, choices=list(_DTYPES), help="float32 on the CPU, bfloat16 on CUDA")
+    group.addoption("--dtype", default=None, choices=list(DTYPES), help="float32 on the CPU, bfloat16 on CUDA")
     group.addoption(
         "--contenders",
         default=None,
@@ -42,14 +41,10 @@ def _shapes(wanted: str, dtype: torch.dtype) -> list[Shape]:
         return [Shape("deit_small", 197, batch, dtype) for batch in BATCHES[:2]]
     if wanted == "all":
         return [Shape(*point, dtype) for point in itertools.product(MODELS, TOKENS, BATCHES)]
-    shapes = []
-    for word in wanted.split(","):
-        model, _, numbers = word.partition("-")
-        tokens, _, batch = numbers.partition("-")
-        if model not in MODELS or not (tokens.isdigit() and batch.isdigit() and int(tokens) > 1 and int(batch) > 0):
-            raise pytest.UsageError(f"--shapes takes few, all, or like deit_small-197-64, got {word!r}")
-        shapes.append(Shape(model, int(tokens), int(batch), dtype))
-    return shapes
+    try:
+        return parse_shapes(wanted, dtype)
+    except ValueError as error:
+        raise pytest.UsageError(f"--shapes takes few, all, or shapes: {error}") from None
 
 
 def _contenders(wanted: str | None) -> list[str]:
@@ -73,7 +68,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     options = metafunc.config
     dtype = options.getoption("--dtype") or ("bfloat16" if _device().type == "cuda" else "float32")
-    metafunc.parametrize("shape", _shapes(options.getoption("--shapes"), _DTYPES[dtype]), ids=str)
+    metafunc.parametrize("shape", _shapes(options.getoption("--shapes"), DTYPES[dtype]), ids=str)
     metafunc.parametrize("direction", DIRECTIONS if primitive.gradients else DIRECTIONS[:1])
     metafunc.parametrize("contender", _contenders(options.getoption("--contenders")))
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..backends import check_backend, resolve
 from ..reducers import ModelShape, Reducer, make_reducer
+from ..reducers.base import is_bare
 from ..reducers.schedule import Keep, KeepRate
 from ..tokens import Plan, Tokens, compose_kept, compose_slots, compose_sources, unmerge
 
@@ -47,11 +48,6 @@ def model_names() -> list[str]:
 def input_config(model: nn.Module) -> dict[str, Any]:
     """What a model takes: ``input_size`` (3, height, width), ``mean``, ``std``, ``crop_pct`` and ``crop_mode``."""
     return timm.data.resolve_model_data_config(model)
-
-
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output."""
-    return type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_hooks
 
 
 class _SameGrid:
@@ -116,7 +112,7 @@ class ReducedBlock(nn.Module):
     def commutes(self) -> bool:
         """Whether merging may come before the output projection."""
         dropout = self.training and self.attn.proj_drop.p > 0
-        return _is_bare(self.attn.proj) and not dropout
+        return is_bare(self.attn.proj) and not dropout
 
     def norm(self, x: Tensor) -> Tensor:
         """The norm before attention."""
@@ -131,7 +127,7 @@ class ReducedBlock(nn.Module):
     def _project(self, normed: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
         """Thirds ``start`` to ``stop`` of the packed query, key, value projection."""
         qkv = self.attn.qkv
-        if not _is_bare(qkv):  # somebody's adapter or quantised layer: call it whole
+        if not is_bare(qkv):  # somebody's adapter or quantised layer: call it whole
             return self._heads(qkv(normed), 3)[start:stop]
         width = qkv.out_features // 3
         rows = slice(start * width, stop * width)
@@ -155,7 +151,7 @@ class ReducedBlock(nn.Module):
     def early_query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All three from one product where a launch costs more than a few rows of it, else no query without need."""
         fewer_launches = resolve(self._reducer.backend, normed) == "triton"
-        if fewer_launches or not self.has_class_token or not _is_bare(self.attn.qkv):
+        if fewer_launches or not self.has_class_token or not is_bare(self.attn.qkv):
             return self.query_key_value(normed)
         return self.query(normed[:, :1]), *self.key_value(normed)
 

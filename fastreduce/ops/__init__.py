@@ -2,11 +2,11 @@
 
 from .attention import attention
 from .cls_scores import cls_scores
-from .cluster_dpc_knn import cluster_dpc_knn
+from .cluster_dpc_knn import cluster_dpc_knn, cluster_dpc_knn_groups
 from .cluster_k_medoids import cluster_k_medoids
 from .fuse_tokens import fuse_tokens
 from .gather_tokens import gather_tokens
-from .match_tokens import match_tokens
+from .match_tokens import match_tokens, match_tokens_groups
 from .merge_tokens import group_slots, merge_tokens, prepare_merge, unmerge_tokens
 from .received_scores import received_scores
 from .sample_tokens import sample_tokens
@@ -18,11 +18,13 @@ __all__ = [
     "attention",
     "cls_scores",
     "cluster_dpc_knn",
+    "cluster_dpc_knn_groups",
     "cluster_k_medoids",
     "fuse_tokens",
     "gather_tokens",
     "group_slots",
     "match_tokens",
+    "match_tokens_groups",
     "merge_tokens",
     "prepare_merge",
     "received_scores",

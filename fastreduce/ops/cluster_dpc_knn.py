@@ -10,24 +10,31 @@ from ..backends import resolve
 from ._check import check_count, check_floating, check_same, check_shape, shape_of
 from ._library import dense_rows, register
 
-__all__ = ["cluster_dpc_knn"]
+__all__ = ["cluster_dpc_knn", "cluster_dpc_knn_groups"]
 
 
-def _triton(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _triton(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import cluster_dpc_knn as kernels
 
     return kernels.cluster_dpc_knn(dense_rows(x), k, neighbors, noise)
 
 
-def _fake(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _reference(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    centers, label = reference.cluster_dpc_knn(x, k, neighbors, noise)
+    return centers, label, *reference.group_slots(label, k)
+
+
+def _fake(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, _ = x.shape
-    return x.new_empty(batch, k, dtype=torch.int64), x.new_empty(batch, tokens, dtype=torch.int64)
+    centers, label = x.new_empty(batch, k, dtype=torch.int64), x.new_empty(batch, tokens, dtype=torch.int64)
+    order, offsets = x.new_empty(batch, tokens, dtype=torch.int32), x.new_empty(batch, k + 1, dtype=torch.int32)
+    return centers, label, order, offsets
 
 
 _cluster = register(
-    "cluster_dpc_knn(Tensor x, SymInt k, int neighbors, Tensor? noise) -> (Tensor, Tensor)",
+    "cluster_dpc_knn(Tensor x, SymInt k, int neighbors, Tensor? noise) -> (Tensor, Tensor, Tensor, Tensor)",
     triton=_triton,
-    reference=reference.cluster_dpc_knn,
+    reference=_reference,
     fake=_fake,
 )
 
@@ -67,6 +74,18 @@ def cluster_dpc_knn(
         ValueError: wrong shapes, devices that differ, no channels, ``neighbors < 1`` or a k outside 1 .. N.
         TypeError: x or noise not floating point, k or neighbors not an integer.
     """
+    return cluster_dpc_knn_groups(x, k, neighbors=neighbors, noise=noise, backend=backend)[:2]
+
+
+def cluster_dpc_knn_groups(
+    x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """:func:`cluster_dpc_knn`, and the groups for :func:`merge_tokens` from the same launch.
+
+    Returns:
+        centers (B, k), label (B, N), and what :func:`prepare_merge` returns for this label: the groups for the kernels,
+        None for the reference.
+    """
     check_shape("x", x, "B N C")
     check_floating("x", x)
     batch, tokens, channels = x.shape
@@ -82,5 +101,6 @@ def cluster_dpc_knn(
         noise = noise.detach()
     x = x.detach()
     if resolve(backend, x) == "reference":
-        return reference.cluster_dpc_knn(x, k, neighbors, noise)
-    return _cluster(x, k, neighbors, noise)
+        return *reference.cluster_dpc_knn(x, k, neighbors, noise), None
+    centers, label, order, offsets = _cluster(x, k, neighbors, noise)
+    return centers, label, (order, offsets)

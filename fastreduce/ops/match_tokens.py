@@ -10,23 +10,30 @@ from ..backends import resolve
 from ._check import check_count, check_floating, check_shape, shape_of
 from ._library import dense_rows, register
 
-__all__ = ["match_tokens"]
+__all__ = ["match_tokens", "match_tokens_groups"]
 
 
-def _triton(metric: Tensor, r: int, prefix: int) -> Tensor:
+def _triton(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import match_tokens as kernels
 
     return kernels.match_tokens(dense_rows(metric), r, prefix)
 
 
-def _fake(metric: Tensor, r: int, prefix: int) -> Tensor:
-    return metric.new_empty(metric.shape[0], metric.shape[1], dtype=torch.int64)
+def _reference(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    slot = reference.match_tokens(metric, r, prefix)
+    return slot, *reference.group_slots(slot, metric.shape[1] - r)
+
+
+def _fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, _ = metric.shape
+    order, offsets = (metric.new_empty(batch, count, dtype=torch.int32) for count in (tokens, tokens - r + 1))
+    return metric.new_empty(batch, tokens, dtype=torch.int64), order, offsets
 
 
 _match = register(
-    "match_tokens(Tensor metric, SymInt r, int prefix) -> Tensor",
+    "match_tokens(Tensor metric, SymInt r, int prefix) -> (Tensor, Tensor, Tensor)",
     triton=_triton,
-    reference=reference.match_tokens,
+    reference=_reference,
     fake=_fake,
 )
 
@@ -60,6 +67,17 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
         ValueError: wrong shape, fewer than 2 tokens, r or prefix out of range.
         TypeError: metric not floating point, r or prefix not an integer.
     """
+    return match_tokens_groups(metric, r, prefix=prefix, backend=backend)[0]
+
+
+def match_tokens_groups(
+    metric: Tensor, r: int, *, prefix: int = 1, backend: str | None = None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """:func:`match_tokens`, and the groups for :func:`merge_tokens` from the same launch.
+
+    Returns:
+        slot (B, N), and what :func:`prepare_merge` returns for it: the groups for the kernels, None for the reference.
+    """
     check_shape("metric", metric, "B N D")
     check_floating("metric", metric)
     tokens = metric.shape[1]
@@ -69,5 +87,6 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
     check_count("r", r, 0, (tokens - prefix) // 2)
     metric = metric.detach()
     if resolve(backend, metric) == "reference":
-        return reference.match_tokens(metric, r, prefix)
-    return _match(metric, r, prefix)
+        return reference.match_tokens(metric, r, prefix), None
+    slot, order, offsets = _match(metric, r, prefix)
+    return slot, (order, offsets)

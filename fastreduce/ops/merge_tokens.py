@@ -51,6 +51,38 @@ def _reference_merge(
     return reference.merge_tokens(x, slot, offsets.shape[1] - 1, size, residual, eps, head)
 
 
+def _triton_merge_learned(
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import merge_tokens as kernels
+
+    residual, head = (None if rows is None else dense_rows(rows) for rows in (residual, head))
+    return kernels.merge_tokens_learned(dense_rows(x), order, offsets, dense_rows(weight), bias, residual, eps, head)
+
+
+def _reference_merge_learned(
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = reference.learned_sizes(x, weight, bias)
+    return *_reference_merge(x, slot, order, offsets, size, residual, eps, head), size
+
+
 def _triton_merge_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float) -> Tensor:
     from ..kernels import merge_tokens as kernels
 
@@ -99,6 +131,21 @@ def _fake_merge(
     return merged, x.new_empty(x.shape[0], num_out, dtype=reference.accumulator(x.dtype))
 
 
+def _fake_merge_learned(
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    merged, total = _fake_merge(x, slot, order, offsets, None, residual, eps, head)
+    return merged, total, total.new_empty(slot.shape)
+
+
 _group = register(
     "group_slots(Tensor slot, SymInt num_out) -> (Tensor, Tensor)",
     triton=_triton_group,
@@ -111,6 +158,13 @@ _merge = register(
     triton=_triton_merge,
     reference=_reference_merge,
     fake=_fake_merge,
+)
+_merge_learned = register(
+    "merge_tokens_learned(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor weight, Tensor bias,"
+    " Tensor? residual, float eps, Tensor? head) -> (Tensor, Tensor, Tensor)",
+    triton=_triton_merge_learned,
+    reference=_reference_merge_learned,
+    fake=_fake_merge_learned,
 )
 _merge_backward = register(
     "merge_tokens_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total, float eps) -> Tensor",
@@ -164,10 +218,13 @@ class MergeTokens(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.num_head = 0 if head is None else head.shape[1]
         ctx.mark_non_differentiable(total)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         return merged, total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 8
         slot, size, total, x = ctx.saved_tensors
         grad_x = grad_size = grad_residual = grad_head = None
         grad = grads[0]
@@ -183,6 +240,56 @@ class MergeTokens(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             grad_residual = grad.to(ctx.residual_dtype)
         return grad_x, None, None, None, grad_size, grad_residual, None, grad_head
+
+
+class MergeLearned(torch.autograd.Function):
+    """As MergeTokens for sizes exp(weight . x + bias): their gradient goes on to weight, bias and, once more, x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        slot: Tensor,
+        order: Tensor,
+        offsets: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        eps: float,
+        head: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        merged, total, size = _merge_learned(x, slot, order, offsets, weight, bias, residual, eps, head)
+        ctx.save_for_backward(x, slot, size, total, weight)
+        ctx.eps = eps
+        ctx.bias_dtype = bias.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.num_head = 0 if head is None else head.shape[1]
+        ctx.mark_non_differentiable(total)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        return merged, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 9
+        x, slot, size, total, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = grad_residual = grad_head = None
+        grad = grads[0]
+        if ctx.needs_input_grad[8]:
+            grad_head = grad[:, : ctx.num_head].to(x.dtype)
+        if ctx.num_head:
+            grad = grad[:, ctx.num_head :]
+        if ctx.needs_input_grad[6]:
+            grad_residual = grad.to(ctx.residual_dtype)
+        if any(ctx.needs_input_grad[index] for index in (0, 4, 5)):
+            grad_x, grad_size = _merge_size_backward(grad, x, slot, size, total, ctx.eps)
+            exponent = grad_size * size
+            grad_x = torch.addcmul(grad_x.to(x.dtype), exponent.to(x.dtype).unsqueeze(-1), weight.to(x.dtype))
+            dtype = torch.promote_types(x.dtype, weight.dtype)  # a layer in float32 wants its gradient so too
+            products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
+            grad_weight = products.sum(0, dtype=exponent.dtype).to(weight.dtype)
+            grad_bias = exponent.sum().view(1).to(ctx.bias_dtype)
+        return grad_x, None, None, None, grad_weight, grad_bias, grad_residual, None, grad_head
 
 
 class UnmergeTokens(torch.autograd.Function):
@@ -234,6 +341,7 @@ def merge_tokens(
     num_out: int,
     *,
     size: Tensor | None = None,
+    log_size: tuple[Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     groups: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
@@ -250,6 +358,8 @@ def merge_tokens(
         num_out: number of slots.
         size: (B, N), the weights of the tokens, or None for ones: in ToMe how many patches each stands for, in TCFormer
             learned ones. Differentiable if it requires a gradient.
+        log_size: in place of size, weight (1, C) and bias (1,) of a linear layer that gives its logarithm,
+            ``size[n] = exp(weight @ x[n] + bias)``: the kernels compute it in the same launch, in float32.
         residual: (B, num_out, C) to be added, or None.
         groups: what :func:`group_slots` returned for this slot, to save that step; the reference does not need it.
         eps: added to what the sums are divided by, not to the sizes that are returned.
@@ -257,12 +367,14 @@ def merge_tokens(
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        merged (B, P + num_out, C), differentiable in x, size, residual and head, and the new sizes (B, num_out),
-        float32 (float64 for float64 x), which carry no gradient.
+        merged (B, P + num_out, C), differentiable in x, size, log_size, residual and head, and the new sizes
+        (B, num_out), float32 (float64 for float64 x), which carry no gradient.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, ``num_out < 1``, an eps that is negative or not finite.
-        TypeError: x not floating point, slot not an integer tensor, head not in x's dtype, eps not a number.
+        ValueError: wrong shapes, devices that differ, ``num_out < 1``, an eps that is negative or not finite, both size
+            and log_size.
+        TypeError: x or log_size not floating point, log_size not a pair, slot not an integer tensor, head not in x's
+            dtype, eps not a number.
     """
     check_shape("x", x, "B N C")
     check_floating("x", x)
@@ -275,6 +387,20 @@ def merge_tokens(
         check_same("x", x, "size", size)
         if shape_of(size) != shape_of(slot):
             raise ValueError(f"size must have shape {shape_of(slot)}, got {shape_of(size)}")
+    if log_size is not None:
+        if size is not None:
+            raise ValueError("size and log_size exclude each other, got both")
+        if not isinstance(log_size, tuple) or len(log_size) != 2:
+            raise TypeError(f"log_size must be a pair of weight and bias, got {type(log_size).__name__}")
+        for name, tensor, layout, shape in (
+            ("weight", log_size[0], "1 C", (1, x.shape[2])),
+            ("bias", log_size[1], "1", (1,)),
+        ):
+            check_shape(name, tensor, layout)
+            check_floating(name, tensor)
+            check_same("x", x, name, tensor)
+            if shape_of(tensor) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
     if residual is not None:
         check_same("x", x, "residual", residual)
         expected = (x.shape[0], num_out, x.shape[2])
@@ -289,9 +415,13 @@ def merge_tokens(
         check_same("x", x, "head", head, dtype=True)
         if (head.shape[0], head.shape[2]) != (x.shape[0], x.shape[2]):
             raise ValueError(f"head must have shape ({x.shape[0]}, P, {x.shape[2]}), got {shape_of(head)}")
-    if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
+    if resolve(backend, x, *(() if residual is None else (residual,)), *(log_size or ())) == "reference":
+        if log_size is not None:
+            size = reference.learned_sizes(x, *log_size)
         return reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
     order, offsets = _group(slot, num_out) if groups is None else groups
+    if log_size is not None:
+        return MergeLearned.apply(x, slot, order, offsets, *log_size, residual, float(eps), head)
     return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head)
 
 

@@ -137,10 +137,13 @@ class SinkhornMerge(torch.autograd.Function):
         ctx.head_dtype = None if head is None else head.dtype
         cluster_biases = saved[3]
         ctx.mark_non_differentiable(similarity, token_bias, cluster_biases)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         return merged, similarity, token_bias, cluster_biases
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 5
         grad = grads[0]
         grad_x = grad_centers = grad_head = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:

@@ -64,10 +64,13 @@ class SoftMerge(torch.autograd.Function):
         ctx.num_head = 0 if head is None else head.shape[1]
         ctx.head_dtype = None if head is None else head.dtype
         ctx.mark_non_differentiable(logsumexp)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         return out, logsumexp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if grads[0] is None:
+            return (None,) * 3
         grad = grads[0]
         grad_logits = grad_x = grad_head = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:

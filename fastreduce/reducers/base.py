@@ -14,7 +14,7 @@ from .. import ops
 from ..tokens import Tokens
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
-__all__ = ["AttentionBlock", "ModelShape", "Reducer", "ScheduledReducer", "attend_all", "importance"]
+__all__ = ["AttentionBlock", "ModelShape", "Reducer", "ScheduledReducer", "attend_all", "importance", "is_bare"]
 
 
 class AttentionBlock(Protocol):
@@ -183,6 +183,11 @@ class ScheduledReducer(Reducer):
     def counts(self, shape: ModelShape) -> list[int]:
         """Patch tokens after each stage."""
         return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output."""
+    return type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_hooks
 
 
 def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import ModelShape, Reducer, ScheduledReducer
+from .base import ModelShape, Reducer, ScheduledReducer, is_bare
 from .schedule import KeepSchedule
 
 __all__ = ["DPCKNN"]
 
 
 class TokenScore(nn.Module):
-    """The learned importance of a token within its cluster."""
+    """The learned importance of a token within its cluster: the exponential of a linear function."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -87,9 +87,26 @@ class DPCKNN(ScheduledReducer):
         noise = None
         if self.generator is not None:
             noise = 1e-6 * torch.rand(patches.shape[:2], generator=self.generator, device=patches.device)
-        centers, label = ops.cluster_dpc_knn(patches, keep, neighbors=self.k_neighbors, noise=noise, backend=backend)
-        # Of the prefix too, left out afterwards: cut off before, the rest would be copied.
-        weight = None if self.equal_weight else self.cluster_layers[stage](tokens.x)[:, prefix:]
-        x, _ = ops.merge_tokens(patches, label, keep, size=weight, eps=1e-6, head=tokens.x[:, :prefix], backend=backend)
+        centers, label, groups = ops.cluster_dpc_knn_groups(
+            patches, keep, neighbors=self.k_neighbors, noise=noise, backend=backend
+        )
+        size = log_size = None
+        if not self.equal_weight:
+            layer: Any = self.cluster_layers[stage]
+            if is_bare(layer.score):
+                log_size = layer.score.weight, layer.score.bias  # applied in the launch of the merge
+            else:
+                size = layer(patches)
+        x, _ = ops.merge_tokens(
+            patches,
+            label,
+            keep,
+            size=size,
+            log_size=log_size,
+            groups=groups,
+            eps=1e-6,
+            head=tokens.x[:, :prefix],
+            backend=backend,
+        )
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=centers, slot=label)
         return tokens.replace(x, plans=(*tokens.plans, plan))

@@ -105,16 +105,20 @@ class ToMe(Reducer):
             counts.append(present)
         return counts
 
-    def _match(self, metric: Tensor, tokens: Tokens, merges: list[int]) -> Tensor:
-        """(B, N) slot of every token after all rounds; later rounds compare the mean keys of what was merged."""
-        slot = ops.match_tokens(metric, merges[0], prefix=tokens.prefix, backend=self.backend)
+    def _match(self, metric: Tensor, tokens: Tokens, merges: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(B, N) slot of every token after all rounds, and its groups.
+
+        Later rounds compare the mean keys of what was merged.
+        """
+        slot, groups = ops.match_tokens_groups(metric, merges[0], prefix=tokens.prefix, backend=self.backend)
         present = metric.shape[1] - merges[0]
         for count in merges[1:]:
-            merged, _ = ops.merge_tokens(metric, slot, present, size=tokens.size, backend=self.backend)
+            merged, _ = ops.merge_tokens(metric, slot, present, size=tokens.size, groups=groups, backend=self.backend)
             following = ops.match_tokens(merged, count, prefix=tokens.prefix, backend=self.backend)
             slot = following.gather(1, slot)
             present -= count
-        return slot
+            groups = ops.prepare_merge(slot, present, backend=self.backend)
+        return slot, groups
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with merging: prefix, unmerged tokens of even position, then those of odd position."""
@@ -124,9 +128,8 @@ class ToMe(Reducer):
         backend = self.backend
         normed = block.norm(tokens.x)
         q, k, v = block.query_key_value(normed)
-        slot = self._match(k.detach().mean(1), tokens, merges)  # (B, N)
+        slot, groups = self._match(k.detach().mean(1), tokens, merges)  # (B, N)
         num_out = tokens.x.shape[1] - sum(merges)
-        groups = ops.prepare_merge(slot, num_out, backend=backend)
         attended = block.attention(q, k, v, normed, tokens)
         if block.commutes:
             merged, _ = ops.merge_tokens(attended, slot, num_out, size=tokens.size, groups=groups, backend=backend)
@@ -137,5 +140,5 @@ class ToMe(Reducer):
             x, slot, num_out, size=tokens.size, residual=residual, groups=groups, backend=backend
         )
         prefix = tokens.prefix
-        plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot[:, prefix:] - prefix)
+        plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot, slot_prefix=prefix)
         return tokens.replace(x, size=size, plans=(*tokens.plans, plan))

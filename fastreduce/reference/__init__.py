@@ -14,6 +14,7 @@ from .gather_tokens import gather_tokens, scatter_tokens
 from .match_tokens import match_tokens
 from .merge_tokens import (
     group_slots,
+    learned_sizes,
     merge_tokens,
     merge_tokens_backward,
     merge_tokens_size_backward,
@@ -40,6 +41,7 @@ __all__ = [
     "fuse_tokens_backward",
     "gather_tokens",
     "group_slots",
+    "learned_sizes",
     "match_tokens",
     "merge_tokens",
     "merge_tokens_backward",

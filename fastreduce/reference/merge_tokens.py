@@ -9,6 +9,7 @@ from ._rows import accumulator, add_residual, flat_rows, take_rows
 
 __all__ = [
     "group_slots",
+    "learned_sizes",
     "merge_tokens",
     "merge_tokens_backward",
     "merge_tokens_size_backward",
@@ -65,6 +66,15 @@ def merge_tokens(
     if head is not None:
         merged = torch.cat([head.to(merged.dtype), merged], dim=1)
     return merged, total.detach()
+
+
+def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider."""
+    rows = x.to(accumulator(x.dtype))
+    # A product by batch takes the tokens behind a prefix as they lie; a linear layer would copy them. Transposed, not
+    # unsqueezed: the strides of the weight decide between two routes, one of them 7 times as fast.
+    weight = weight.to(rows.dtype).mT.expand(x.shape[0], -1, -1)
+    return torch.baddbmm(bias.to(rows.dtype), rows, weight).squeeze(-1).to(rows.dtype).exp()
 
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float = 0.0) -> Tensor:

@@ -10,7 +10,8 @@ from tests.inputs import DTYPES
 
 def reports_for(arch, metric, *, r=None, prefix=1):
     r = (metric.shape[1] - prefix) // 2 if r is None else r
-    similarity, slots = check_gates(arch, lambda: kernels.match_tokens(metric, r, prefix), wide=False)
+    similarity, slots, *groups = check_gates(arch, lambda: kernels.match_tokens(metric, r, prefix), wide=False)
+    assert len(groups) == (metric.shape[1] > kernels.MAX_GROUPED)
     # Tensor cores for half precision; none for float32, where they would round the inputs to 11 bits.
     assert (similarity.mma_ops > 0) == (metric.dtype != torch.float32), similarity
     return similarity, slots
@@ -32,7 +33,7 @@ def test_gates_of_other_widths_and_strides(width, dim, dtype, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("num_tokens", [2, 197, 320, 577, 1025, 4097, 8192, 20000])
+@pytest.mark.parametrize("num_tokens", [2, 197, 320, 577, 640, 1025, 4097, 8192, 20000])
 def test_gates_of_the_slots(num_tokens, arch):
     _, slots = reports_for(arch, torch.zeros(2, num_tokens, 64, dtype=torch.float16))
     assert slots.registers <= 80, slots

@@ -65,6 +65,27 @@ def test_gates_of_learned_weights(num_tokens, channels, dtype, arch):
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(192, torch.float16), (384, torch.bfloat16), (768, torch.float32), (1024, torch.float16), (1280, torch.float32)],
+)
+def test_gates_of_sizes_by_a_layer(channels, dtype, arch):
+    x = torch.zeros(2, 197, channels, dtype=dtype)
+    learned = torch.zeros(1, channels, dtype=dtype), torch.zeros(1, dtype=dtype)
+    plain, report = (
+        check_gates(arch, launch)[0]
+        for launch in (
+            lambda: kernels.merge_tokens(x[:, 1:], *groups(196, 98), None, None, 1e-6, x[:, :1]),
+            lambda: kernels.merge_tokens_learned(x[:, 1:], *groups(196, 98), *learned, None, 1e-6, x[:, :1]),
+        )
+    )
+    assert report.registers <= 64, report
+    assert report.shared_bytes <= 64, report  # a sum over its warps
+    if channels <= 1024:  # the row is loaded once: what is added are the weights, as many
+        assert report.load_bytes[16] == 2 * plain.load_bytes[16], (report, plain)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(
     ("width", "channels", "dtype"), [(33, 33, torch.float32), (75, 64, torch.float16), (1000, 250, torch.bfloat16)]
 )
 def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
@@ -76,5 +97,6 @@ def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
         lambda: kernels.spread_slots(x, slot),
         lambda: kernels.merge_tokens_size_backward(x, x, slot, size, total, 1e-6),
         lambda: kernels.merge_tokens(x, *groups(198, 198), size, None, 1e-6, x[:, :5]),
+        lambda: kernels.merge_tokens_learned(x, *groups(198, 198), x[0, :1], x[0, 0, :1], None, 1e-6, x[:, :5]),
     ):
         check_gates(arch, launch, wide=False)

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor
 
+import fastreduce
 from fastreduce import ops
 from fastreduce.kernels import cluster_dpc_knn as kernels
+from tests import tiny
 from tests.density_peaks import on_a_line, separated
 from tests.inputs import DTYPES, seeded, tokens
 
@@ -12,20 +15,45 @@ from tests.inputs import DTYPES, seeded, tokens
 SHAPES = [(2, 17, 24, 5, 5), (1, 1, 1, 1, 5), (0, 9, 8, 3, 5), (1, 70, 80, 66, 4), (1, 26, 33, 1, 3), (2, 9, 16, 9, 8)]
 
 
+ROUTES = {"one program an image": kernels.MAX_TOKENS, "several programs an image": 0}
+
+
+@pytest.fixture(params=ROUTES.values(), ids=ROUTES)
+def route(request, monkeypatch):
+    """Both routes, whatever the number of tokens."""
+    monkeypatch.setattr(kernels, "MAX_TOKENS", request.param)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels, as they are launched."""
+    names, call = [], GridExecutor.__call__
+
+    def spy(self, *args, **kwargs):
+        names.append(self.fn.__name__.removesuffix("_kernel"))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", spy)
+    return names
+
+
 def check(x, k, neighbors=5, noise=None):
-    ours, plain = (
-        ops.cluster_dpc_knn(x, k, neighbors=neighbors, noise=noise, backend=backend)
-        for backend in ("triton", "reference")
-    )
-    for a, b in zip(ours, plain, strict=True):
-        assert a.dtype == torch.int64
-        assert a.is_contiguous()
-        assert torch.equal(a, b)
-    return ours
+    options = {"neighbors": neighbors, "noise": noise}
+    centers, label, groups = ops.cluster_dpc_knn_groups(x, k, **options, backend="triton")
+    plain = ops.cluster_dpc_knn(x, k, **options, backend="reference")
+    for ours, expected in zip((centers, label), plain, strict=True):
+        assert ours.dtype == torch.int64
+        assert ours.is_contiguous()
+        assert torch.equal(ours, expected)
+    for ours, expected in zip(groups, ops.group_slots(label, k, backend="reference"), strict=True):
+        assert ours.dtype == torch.int32
+        assert torch.equal(ours, expected)
+    return centers, label
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "num_tokens", "channels", "k", "neighbors"), SHAPES)
+@pytest.mark.usefixtures("route")
 def test_shapes(batch, num_tokens, channels, k, neighbors, dtype):
     centers, label = check(separated(batch, num_tokens, channels, neighbors, dtype=dtype), k, neighbors)
     assert torch.equal(label.gather(1, centers), torch.arange(k).expand(batch, k))
@@ -33,10 +61,12 @@ def test_shapes(batch, num_tokens, channels, k, neighbors, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "k"), [(12, 1), (13, 13), (40, 9), (130, 75)])
+@pytest.mark.usefixtures("route")
 def test_ties_go_to_the_lower_index(num_tokens, k, dtype):
     check(on_a_line(1, num_tokens, dtype=dtype), k, neighbors=4)
 
 
+@pytest.mark.usefixtures("route")
 def test_all_tokens_equal():
     centers, label = check(torch.ones(1, 12, 4), 5)
     assert centers.tolist() == [list(range(5))]
@@ -55,6 +85,7 @@ def test_several_sweeps_over_several_tiles():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("route")
 def test_noise_decides(dtype):
     x = on_a_line(2, 20, dtype=dtype)
     for noise in (torch.rand(2, 20, generator=seeded(7)), torch.rand(20, 2, generator=seeded(7)).t().to(dtype)):
@@ -62,6 +93,7 @@ def test_noise_decides(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("route")
 def test_any_strides(dtype):
     dense = separated(2, 18, 24, 5, dtype=dtype)
     behind_a_class_token = torch.cat([tokens(2, 1, 24, dtype=dtype), dense], 1)[:, 1:]
@@ -75,6 +107,7 @@ def test_any_strides(dtype):
 
 @pytest.mark.parametrize("num_tokens", [20, 70])
 @pytest.mark.parametrize("place", [0, 11])
+@pytest.mark.usefixtures("route")
 def test_an_image_that_holds_nan(num_tokens, place):
     x = on_a_line(2, num_tokens)
     x[1, place, 3] = float("nan")
@@ -84,32 +117,52 @@ def test_an_image_that_holds_nan(num_tokens, place):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("route")
 def test_determinism_and_batch_invariance(dtype):
     x = tokens(3, 67, 20, dtype=dtype)
-    whole = ops.cluster_dpc_knn(x, 30, backend="triton")
-    again, alone = (ops.cluster_dpc_knn(part, 30, backend="triton") for part in (x, x[2:3]))
+    whole, again, alone = (kernels.cluster_dpc_knn(part, 30, 5, None) for part in (x, x, x[2:3]))
     for result, same, one in zip(whole, again, alone, strict=True):
         assert torch.equal(result, same)
         assert torch.equal(result[2:3], one)
 
 
-def test_four_launches(monkeypatch):
-    launched = []
-    for name in ("density_kernel", "score_kernel", "select_topk", "label_kernel"):
-        kernel = getattr(kernels, name)
+def test_launches(launched):
+    """Up to the limit one program does all that follows the densities."""
+    first = kernels.MAX_TOKENS
+    for num_tokens in (17, first, first + 1):
+        check(on_a_line(1, num_tokens, seed=3), 40 if num_tokens > 40 else 5)
+    several = ["density", "score", "sort_scores", "label", "group_slots"]
+    assert launched == [*["density", "cluster"] * 2, *several]
 
-        class Counted:
-            def __init__(self, kernel=kernel, name=name):
-                self.kernel, self.name = kernel, name
 
-            def __getitem__(self, grid):
-                launched.append(self.name)
-                return self.kernel[grid]
+@pytest.mark.parametrize("equal_weight", [False, True])
+def test_launches_of_a_stage(equal_weight, launched):
+    """The groups come with the labels, and the learned weights with the merge."""
+    model = tiny.build()
+    fastreduce.patch(model, "dpcknn", at=2, keep=[8], equal_weight=equal_weight, backend="triton")
+    with torch.no_grad():
+        model(tiny.images(model))
+    assert launched == ["density", "cluster", "reduce_slots"]
 
-            def __call__(self, *args):
-                launched.append(self.name)
-                return self.kernel(*args)
 
-        monkeypatch.setattr(kernels, name, Counted())
-    check(separated(1, 17, 24, 5), 5)
-    assert launched == ["density_kernel", "score_kernel", "select_topk", "label_kernel"]
+@pytest.mark.parametrize("more", [0, 1])
+def test_around_the_limit(more, launched):
+    x = tokens(1, kernels.MAX_TOKENS + more, 8)
+    for k in (1, x.shape[1]):
+        x[:, :: x.shape[1] // 7] = x[:, :1].clone()  # tokens that coincide
+        centers, label, (order, offsets) = ops.cluster_dpc_knn_groups(x, k, backend="triton")
+        assert torch.equal(label.gather(1, centers), torch.arange(k).expand(1, k))
+        for ours, expected in zip((order, offsets), ops.group_slots(label, k, backend="reference"), strict=True):
+            assert torch.equal(ours, expected)
+    assert ("cluster" in launched) == (more == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_routes_are_the_same_bits(dtype, monkeypatch):
+    x = tokens(2, 90, 20, dtype=dtype)
+    results = []
+    for limit in ROUTES.values():
+        monkeypatch.setattr(kernels, "MAX_TOKENS", limit)
+        results.append(kernels.cluster_dpc_knn(x, 33, 5, None))
+    for one, several in zip(*results, strict=True):
+        assert torch.equal(one, several)

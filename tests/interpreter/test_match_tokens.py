@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastreduce import ops
+from fastreduce import ops, reference
 from fastreduce.kernels import match_tokens as kernels
 from tests.budget import EPS
 from tests.inputs import DTYPES, tokens
@@ -15,11 +15,20 @@ SHAPES = [(2, 17, 8), (1, 2, 4), (2, 3, 5), (3, 12, 80), (0, 9, 8), (1, 70, 33),
 
 
 def check(metric, r, prefix=1):
-    ours = ops.match_tokens(metric, r, prefix=prefix, backend="triton")
+    ours, groups = ops.match_tokens_groups(metric, r, prefix=prefix, backend="triton")
     assert ours.dtype == torch.int64
     assert ours.is_contiguous()
     assert torch.equal(ours, ops.match_tokens(metric, r, prefix=prefix, backend="reference"))
+    for found, expected in zip(groups, reference.group_slots(ours, metric.shape[1] - r), strict=True):
+        assert found.dtype == torch.int32
+        assert torch.equal(found, expected)
     return ours
+
+
+@pytest.mark.parametrize("num_tokens", [70, 71])
+def test_groups_by_the_same_program_and_by_another(num_tokens, monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_GROUPED", 70)
+    check(exact_metric(2, num_tokens, 8), 20)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -219,6 +219,107 @@ def test_learned_weights_of_more_tokens_than_a_block_and_more_channels_than_a_pr
         check_weighted(weighted_three_ways(whole, 0, slot, 5, size, grad, eps=1e-6))
 
 
+def layer(channels, dtype=torch.float32):
+    """Weight and bias that give random tokens sizes between about 0.3 and 3."""
+    return tokens(1, channels, seed=6).div(2 * channels**0.5).to(dtype), torch.full((1,), -0.25, dtype=dtype)
+
+
+def learned_three_ways(whole, prefix, slot, num_out, grad, *, eps=0.25, layer_dtype=None, residual=None):
+    """Sizes by a layer: merged, sizes, gradients of all tokens and of the layer, from the three sources."""
+    results = []
+    constants = [whole, *layer(whole.shape[2], layer_dtype or whole.dtype), *([] if residual is None else [residual])]
+    for backend, cast in (("triton", None), ("reference", None), ("reference", torch.float64)):
+        leaves = [(t if cast is None else t.to(cast)).detach().requires_grad_() for t in constants]
+        merged, total = ops.merge_tokens(
+            leaves[0][:, prefix:],
+            slot,
+            num_out,
+            log_size=(leaves[1], leaves[2]),
+            residual=None if residual is None else leaves[3],
+            eps=eps,
+            head=leaves[0][:, :prefix] if prefix else None,
+            backend=backend,
+        )
+        assert not total.requires_grad
+        results.append([merged, total, *torch.autograd.grad(merged, leaves, grad.to(merged.dtype))])
+    return list(zip(*results, strict=True))
+
+
+def check_learned(triples):
+    merged, *others = triples
+    assert_within_budget(*merged)
+    for triple in others:  # sums of exponentials, differences of sums: they err by their roundings, not by their own
+        assert_within_budget(*triple, steps=8)
+
+
+@pytest.mark.parametrize(("layout", "dtype"), list(zip(["dense", "sliced", "expanded"], DTYPES, strict=True)))
+@pytest.mark.parametrize(("batch", "num_tokens", "num_out", "channels"), SHAPES)
+def test_sizes_by_a_layer(batch, num_tokens, num_out, channels, layout, dtype):
+    whole = tokens(batch, 1 + num_tokens, channels, dtype=dtype, layout=layout)
+    grad = tokens(batch, 1 + num_out, channels, dtype=dtype, seed=2, layout=layout)
+    check_learned(learned_three_ways(whole, 1, random_slots(batch, num_tokens, num_out), num_out, grad))
+
+
+@pytest.mark.parametrize("layer_dtype", DTYPES)
+@pytest.mark.parametrize("residual_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_by_a_layer_of_any_dtype_with_a_residual(dtype, residual_dtype, layer_dtype):
+    whole, grad = tokens(2, 11, 24, dtype=dtype), tokens(2, 6, 24, dtype=dtype, seed=2)
+    residual = None if residual_dtype is None else tokens(2, 4, 24, dtype=residual_dtype, seed=1)
+    options = {"layer_dtype": layer_dtype, "residual": residual}
+    check_learned(learned_three_ways(whole, 2, random_slots(2, 9, 4).int(), 4, grad, **options))
+
+
+@pytest.mark.parametrize("channels", [24, 1030])
+def test_sizes_by_a_layer_are_those_given(channels):
+    """More channels than a program holds: every program finds the same sizes."""
+    x, slot, (weight, bias) = tokens(2, 9, channels), random_slots(2, 9, 4), layer(channels)
+    groups = ops.group_slots(slot, 4, backend="triton")
+    merged, total, size = kernels.merge_tokens_learned(x, *groups, weight, bias, None, 1e-6)
+    torch.testing.assert_close(size, (x @ weight[0] + bias).exp())
+    for ours, given in zip((merged, total), kernels.merge_tokens(x, *groups, size, None, 1e-6), strict=True):
+        assert torch.equal(ours, given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_by_a_layer_are_the_same_bits_in_any_batch(dtype):
+    slot, (weight, bias) = random_slots(4, 33, 12), layer(48, dtype)
+
+    def run(images):
+        x = tokens(4, 34, 48, dtype=dtype)[images].requires_grad_()
+        options = {"log_size": (weight, bias), "eps": 1e-6, "head": x[:, :1], "backend": "triton"}
+        merged, total = ops.merge_tokens(x[:, 1:], slot[images], 12, **options)
+        return merged, total, *torch.autograd.grad(merged, x, tokens(4, 13, 48, dtype=dtype, seed=2)[images])
+
+    whole = run(slice(None))
+    for again, alone, result in zip(run(slice(None)), run(slice(2, 3)), whole, strict=True):
+        assert torch.equal(again, result)
+        assert torch.equal(alone, result[2:3])
+
+
+def test_a_layer_of_constants_still_moves_the_tokens():
+    """Gradients of the tokens go through the sizes too, those of a frozen layer are not asked for."""
+    x, slot, grad, (weight, bias) = tokens(2, 9, 8), random_slots(2, 9, 4), tokens(2, 4, 8, seed=2), layer(8)
+    gradients = []
+    for backend in ("triton", "reference"):
+        leaf = x.clone().requires_grad_()
+        merged, _ = ops.merge_tokens(leaf, slot, 4, log_size=(weight, bias), backend=backend)
+        gradients.append(torch.autograd.grad(merged, leaf, grad)[0])
+    torch.testing.assert_close(*gradients)
+    with_sizes = leaf.detach().requires_grad_()
+    merged, _ = ops.merge_tokens(with_sizes, slot, 4, size=(x @ weight[0] + bias).exp(), backend="triton")
+    assert not torch.allclose(torch.autograd.grad(merged, with_sizes, grad)[0], gradients[0])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+def test_a_layer_that_overflows_spoils_its_slot_only():
+    x, slot = tokens(1, 6, 8), torch.tensor([[0, 1, 1, 2, 0, 2]])
+    x[0, 1] = 100.0
+    merged, total = ops.merge_tokens(x, slot, 3, log_size=(torch.ones(1, 8), torch.zeros(1)), backend="triton")
+    assert total.isinf().tolist() == [[False, True, False]]
+    assert merged.isnan().any(2).tolist() == [[False, True, False]]
+
+
 def test_eps_is_added_to_the_divisor_only():
     x, slot = torch.ones(1, 3, 8), torch.tensor([[0, 0, 2]])
     for size, expected in ((None, [2.0, 0.0, 1.0]), (torch.tensor([[0.5, 0.0, 3.0]]), [0.5, 0.0, 3.0])):
@@ -310,6 +411,9 @@ def test_no_tokens_and_no_channels():
         slot = torch.zeros(x.shape[:2], dtype=torch.int64)
         merged, _ = ops.merge_tokens(x, slot, 3, size=size, head=x[:, :1], backend="triton")
         assert not torch.autograd.grad(merged.sum(), size)[0].any()
+        learned = torch.ones(1, 8, requires_grad=True), torch.ones(1, requires_grad=True)
+        merged, _ = ops.merge_tokens(x, slot, 3, log_size=learned, head=x[:, :1], backend="triton")
+        assert not any(grad.any() for grad in torch.autograd.grad(merged.sum(), learned))
     assert ops.unmerge_tokens(tokens(2, 3, 8), torch.zeros(2, 0).long(), backend="triton").shape == (2, 0, 8)
     assert ops.unmerge_tokens(tokens(2, 3, 0), torch.zeros(2, 4).long(), backend="triton").shape == (2, 4, 0)
 

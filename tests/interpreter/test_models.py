@@ -28,13 +28,13 @@ METHODS = [
     ("sinkhorn", {"keep_rate": 0.5, "eps": 0.2}),
 ]
 USES = {"topk": ["class_logits", "sort_scores", "gather_tokens"], "evit": ["class_logits", "fuse_tokens"]}
-USES |= {"tome": ["best_match", "assign_slots", "group_slots", "reduce_slots"], "radial": ["gather_tokens"]}
+USES |= {"tome": ["best_match", "assign_slots", "reduce_slots"], "radial": ["gather_tokens"]}
 USES |= {
     "dynamicvit": ["sort_scores", "gather_tokens"],
     "dynamicvit in training": ["attention", "mean_values"],
     "ats": ["class_logits", "sample_tokens", "gather_tokens"],
     "kmedoids": ["row_softmax", "token_distances", "iterate_clusters", "gather_tokens"],
-    "dpcknn": ["density", "score", "label", "group_slots", "reduce_slots"],
+    "dpcknn": ["density", "cluster", "reduce_slots"],
     "sit": ["soft_merge"],
     "patchmerger": ["soft_merge"],
     "sinkhorn": ["similarity", "plan_biases", "plan_sums"],

@@ -1,0 +1,394 @@
+"""Everything that needs a GPU, in one command of at most eight minutes: parity first, then kernels, then whole models.
+
+python -m bench.gpu [--seconds 480] [--out bench/results]
+python -m bench.gpu --device cpu --quick        # the same without a GPU, to see that it works
+
+It writes ``<out>/<device>-<date>.json`` after every result and the tables of the same name at the end, so that it can
+be cut short (Ctrl-C, or the time is up) and still leaves what it has. Every part runs in child processes: a kernel that
+crashes takes its process with it, is written down as crashed, and the rest goes on in a new one.
+
+1. Parity of every kernel, forward and backward, on random inputs against float64, in three dtypes and several shapes;
+   in many processes at once, which also fills Triton's cache for the rest. What is wrong is not timed.
+2. Microbenchmarks: see ``bench.microbenchmark``. CUDA graphs over buffers that do not fit into the L2 cache.
+3. Whole models: see ``bench.models``.
+
+Exit code 0 if all kernels agree with float64, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastreduce.measure import environment
+
+from .microbenchmark import DIRECTIONS, Microbenchmark
+from .primitive import Shape, load_primitives
+
+__all__ = ["main", "markdown"]
+
+Row = dict[str, Any]
+Item = dict[str, Any]
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Shares of the time, and what is the most important first within each.
+_SHARES = {"parity": 0.3, "micro": 0.3, "models": 0.4}
+_PARITY_SHAPES = [("deit_small", 197, 4), ("deit_tiny", 50, 3), ("deit_base", 577, 2), ("vit_large", 1025, 1)]
+_MICRO_SHAPES = [("deit_small", 197, 256), ("deit_small", 197, 1), ("deit_base", 197, 256), ("deit_base", 197, 1)]
+_QUICK_SHAPES = [("deit_tiny", 26, 2)]
+_MODELS: list[dict[str, Any]] = [
+    {"models": ["deit_small_patch16_224"], "batches": [256], "keep_rates": [0.5], "modes": ["graphed", "eager"]},
+    {"models": ["deit_small_patch16_224"], "batches": [1], "keep_rates": [0.5], "modes": ["graphed", "eager"]},
+    {
+        "models": ["deit_small_patch16_224"],
+        "methods": ["topk", "evit", "tome"],
+        "batches": [256],
+        "keep_rates": [0.5],
+        "modes": ["compiled", "compiled-graphed"],
+    },
+    {"models": ["deit_base_patch16_224"], "batches": [256], "keep_rates": [0.5], "modes": ["graphed"]},
+    {"models": ["deit_small_patch16_224"], "batches": [256, 1], "keep_rates": [0.7], "modes": ["graphed"]},
+    {"models": ["deit_base_patch16_224"], "batches": [1], "keep_rates": [0.5], "modes": ["graphed"]},
+    {
+        "models": ["deit_small_patch16_224"],
+        "batches": [256],
+        "keep_rates": [0.5],
+        "modes": ["eager"],
+        "steps": ["training"],
+    },
+]
+_QUICK_MODELS: list[dict[str, Any]] = [
+    {"models": ["test_vit"], "methods": ["topk", "tome"], "batches": [2], "keep_rates": [0.5], "rounds": 2}
+]
+
+
+def _parity_items(quick: bool) -> list[Item]:
+    points = itertools.product(_QUICK_SHAPES if quick else _PARITY_SHAPES, ["float32"] if quick else _DTYPES)
+    return [
+        {"primitive": name, "shape": [*shape, dtype], "direction": direction}
+        for shape, dtype in points
+        for name, primitive in load_primitives().items()
+        for direction in DIRECTIONS
+        if direction == "forward" or primitive.gradients
+    ]
+
+
+def _micro_items(quick: bool, wrong: set[tuple[str, str]]) -> list[Item]:
+    """Without the kernels that are wrong somewhere."""
+    contenders = ["fastreduce", "plain", "reference", "compiled"]
+    return [
+        {"primitive": name, "shape": [*shape, "float32" if quick else "bfloat16"], "direction": way, "contender": who}
+        for shape in (_QUICK_SHAPES if quick else _MICRO_SHAPES)
+        for who in (contenders[:2] if quick else contenders)
+        for name, primitive in load_primitives().items()
+        for way in DIRECTIONS
+        if (way == "forward" or primitive.gradients) and not (who == "fastreduce" and (name, way) in wrong)
+        if who != "compiled" or shape == _MICRO_SHAPES[0]  # compiling takes long
+    ]
+
+
+def _model_items(quick: bool, seconds: float, device: str) -> list[Item]:
+    chosen = _QUICK_MODELS if quick else _MODELS
+    each = {"steps": ["forward"], "rounds": 10, "device": device, "seconds": seconds / len(chosen)}
+    return [{**each, **settings} for settings in chosen]
+
+
+def _bench(item: Item, device: torch.device) -> Microbenchmark:
+    *point, dtype = item["shape"]
+    primitive = load_primitives()[item["primitive"]]
+    return Microbenchmark(primitive, Shape(*point, _DTYPES[dtype]), device, item["direction"])
+
+
+def _parity(item: Item, device: torch.device) -> Iterator[Row]:
+    yield {**item, "wrong": _bench(item, device).parity("fastreduce")}
+
+
+def _micro(item: Item, device: torch.device) -> Iterator[Row]:
+    yield _bench(item, device).measure(item["contender"])
+
+
+def _models(item: Item, device: torch.device) -> Iterator[Row]:
+    from .models import Settings, measure_models
+
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in item.items()}
+    yield from measure_models(Settings(**settings))
+
+
+_PHASES: dict[str, Callable[[Item, torch.device], Iterator[Row]]] = {
+    "parity": _parity,
+    "micro": _micro,
+    "models": _models,
+}
+
+
+def _child(phase: str, device: str) -> None:
+    """Do the items that come on stdin, and tell each beginning and each result in a line on stdout."""
+    told, sys.stdout = sys.stdout, sys.stderr  # libraries print too
+    for index, item in enumerate(json.load(sys.stdin)):
+        print(json.dumps({"begins": index}), file=told, flush=True)
+        try:
+            for row in _PHASES[phase](item, torch.device(device)):
+                print(json.dumps({"row": row}), file=told, flush=True)
+        except Exception as error:  # the next item may do better
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            print(json.dumps({"row": {**item, "failed": reason[:300]}}), file=told, flush=True)
+
+
+class _Session:
+    """The results so far, kept on disk."""
+
+    def __init__(self, path: Path, device: str, seconds: float):
+        self.path = path
+        self.command = [sys.executable, "-m", "bench.gpu", "--device", device, "--child"]
+        self.started = time.perf_counter()
+        self.end = self.started + seconds
+        self.lock = threading.Lock()
+        self.result: dict[str, Any] = {
+            "environment": environment(torch.device(device)),
+            "parity": [],
+            "micro": [],
+            "models": [],
+            "left_out": {},
+            "seconds": 0.0,
+        }
+
+    def add(self, phase: str, row: Row) -> None:
+        """Keep a row."""
+        with self.lock:
+            self.result[phase].append(row)
+            self.save()
+
+    def save(self) -> None:
+        """Write everything; a reader never sees half a file."""
+        self.result["seconds"] = time.perf_counter() - self.started
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.result, indent=1) + "\n")
+        part.replace(self.path)
+
+    def run(self, phase: str, items: Sequence[Item], end: float, workers: int = 1) -> None:
+        """Do the items in child processes until the time is up."""
+        before = len(self.result[phase])
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            done = sum(pool.map(lambda part: self._work(phase, part, end), [items[i::workers] for i in range(workers)]))
+        self.result["left_out"][phase] = len(items) - done
+        self.save()
+        print(f"{phase}: {len(self.result[phase]) - before} results, {len(items) - done} of {len(items)} left out")
+
+    def _work(self, phase: str, items: Sequence[Item], end: float) -> int:
+        """One child after the other, until all items were begun; returns how many were."""
+        begun = 0
+        while begun < len(items) and time.perf_counter() < end:
+            count, crash = self._one_child(phase, items[begun:], end)
+            if crash is not None and count:
+                self.add(phase, {**items[begun + count - 1], "failed": crash})
+            begun += max(count, 1)
+        return min(begun, len(items))
+
+    def _one_child(self, phase: str, items: Sequence[Item], end: float) -> tuple[int, str | None]:
+        """How many items were begun, and how the process ended if it was not well."""
+        begun, finished = 0, 0
+        with tempfile.TemporaryFile("w+") as errors:
+            child = subprocess.Popen(
+                [*self.command, phase],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+            assert child.stdin is not None
+            assert child.stdout is not None
+            timer = threading.Timer(max(end - time.perf_counter(), 0.0), _kill, [child])
+            timer.start()
+            try:
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.write(json.dumps(items))
+                    child.stdin.close()
+                for line in child.stdout:
+                    said = json.loads(line)
+                    if "row" in said:
+                        self.add(phase, said["row"])
+                        finished = begun
+                    else:
+                        begun = said["begins"] + 1
+                code = child.wait()
+            finally:
+                timer.cancel()
+                _kill(child)
+            if code == 0:
+                return len(items), None
+            if time.perf_counter() >= end:
+                return finished, None
+            errors.seek(0)
+            last = [line for line in errors.read().splitlines() if line.strip()][-1:]
+            return begun, f"the process ended with {code}: {' '.join(last)[:300]}"
+
+
+def _kill(child: subprocess.Popen[str]) -> None:
+    """The child and whatever it started."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, 9)
+
+
+def _wrong(result: dict[str, Any]) -> list[Row]:
+    return [row for row in result["parity"] if row.get("wrong") or row.get("failed")]
+
+
+def _parity_lines(result: dict[str, Any]) -> list[str]:
+    rows, wrong = result["parity"], _wrong(result)
+    lines = ["## Parity", "", f"{len(rows) - len(wrong)} of {len(rows)} checks against float64 agree."]
+    if left := result["left_out"].get("parity"):
+        lines.append(f"{left} more were not reached in the time.")
+    lines += [
+        f"- **{row['primitive']}** {row['direction']}, {'-'.join(map(str, row['shape']))}: "
+        f"{row.get('wrong') or row['failed']}"
+        for row in wrong
+    ]
+    return [*lines, ""]
+
+
+def _micro_lines(result: dict[str, Any]) -> list[str]:
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in result["micro"]:
+        if "model" in row:
+            shape = f"{row['model']}-{row['tokens']}-{row['batch']}"
+            groups.setdefault((row["primitive"], row["direction"], shape), {})[row["contender"]] = row
+    heads = [
+        "primitive",
+        "",
+        "shape",
+        "µs",
+        "GB/s of the floor",
+        "share of copy",
+        "launches (CPU: operators)",
+        "peak MB",
+    ]
+    others = ["reference", "compiled", "plain"]
+    lines = ["## Kernels", "", "| " + " | ".join([*heads, *(f"{other} ÷ ours" for other in others)]) + " |"]
+    lines.append("|" + "---|" * (len(heads) + len(others)))
+    for (name, direction, shape), rows in groups.items():
+        ours = rows.get("fastreduce", {})
+        if "seconds" not in ours:
+            cells = [str(ours.get("parity") or ours.get("failed") or "not measured"), *[""] * 7]
+        else:
+            cells = [
+                f"{ours['seconds'] * 1e6:.1f}",
+                f"{ours['gigabytes_per_second']:.0f}",
+                f"{ours['share_of_copy_bandwidth']:.2f}",
+                str(ours.get("launches", ours.get("operators", ""))),
+                f"{ours['peak_bytes'] / 1e6:.1f}",
+                *(
+                    f"{rows[other]['seconds'] / ours['seconds']:.2f}" if "seconds" in rows.get(other, {}) else ""
+                    for other in others
+                ),
+            ]
+        lines.append("| " + " | ".join([name, direction, shape, *cells]) + " |")
+    lines.append("")
+    for row in result["micro"]:
+        if reason := row.get("failed") or row.get("parity"):
+            lines.append(f"- {row['primitive']} {row['direction']} {row['contender']}: {reason}")
+    return [*lines, ""]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _model_lines(result: dict[str, Any]) -> list[str]:
+    lines = ["## Whole models", ""]
+    for group in result["models"]:
+        where = ", ".join(
+            f"{name} {group[name]}" for name in ("model", "batch", "keep_rate", "step", "mode") if name in group
+        )
+        if reason := group.get("failed") or group.get("reason"):
+            lines += [f"{where}: {reason}", ""]
+            continue
+        lines += [f"### {where}", "", "| | images/s | unreduced ÷ | slice ÷ | official ÷ | ideal |", "|" + "---|" * 6]
+        lines.append(f"| unreduced | {_number(group['unreduced']['images_per_second'], 1)} | 1.00 | | | |")
+        for row in group["methods"]:
+            cells = [
+                _number(row["images_per_second"], 1) or str(row["reason"] or row["parity"]["verdict"]),
+                *(_number(row[name]) for name in ("speedup", "share_of_free_slice", "speedup_over_official")),
+                _number(row.get("ideal_speedup")),
+            ]
+            lines.append("| " + " | ".join([row["label"], *cells]) + " |")
+        lines.append("")
+    return lines
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables."""
+    where = result["environment"]
+    head = [
+        f"# {where['device_name']}",
+        "",
+        f"fastreduce {where['fastreduce']}, commit {where['commit']}, torch {where['torch']}, "
+        f"triton {where['triton']}, timm {where['timm']}, CUDA {where['cuda']}; `python -m bench.gpu`, "
+        f"{result['seconds']:.0f} s. Times are medians; in ratios, more than 1 means that fastreduce is the faster.",
+        "",
+    ]
+    return "\n".join([*head, *_parity_lines(result), *_micro_lines(result), *_model_lines(result)])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; 0 if every kernel that was checked agrees with float64."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=480.0, help="of all of it")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and models, to see that it works")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that check parity")
+    parser.add_argument("--child", choices=list(_PHASES), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench.gpu: torch sees no CUDA device here", file=sys.stderr)
+        return 2
+    if options.child:
+        _child(options.child, options.device)
+        return 0
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = environment(torch.device(options.device))["device_name"]
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = options.out / f"{slug}-{datetime.date.today().isoformat()}.json"
+    session = _Session(path, options.device, options.seconds)
+    end = {}
+    for phase, share in zip(_SHARES, itertools.accumulate(_SHARES.values()), strict=True):
+        end[phase] = session.started + share * options.seconds
+    try:
+        session.run("parity", _parity_items(options.quick), end["parity"], options.workers)
+        wrong = {(row["primitive"], row["direction"]) for row in _wrong(session.result)}
+        session.run("micro", _micro_items(options.quick, wrong), end["micro"])
+        left = session.end - time.perf_counter()
+        session.run("models", _model_items(options.quick, 0.95 * left, options.device), session.end)
+    except KeyboardInterrupt:
+        print("cut short", file=sys.stderr)
+    finally:
+        session.save()
+        path.with_suffix(".md").write_text(markdown(session.result))
+        print(f"{path} and {path.with_suffix('.md').name}")
+    bad = _wrong(session.result)
+    for row in bad:
+        print(f"WRONG: {row['primitive']} {row['direction']} {row['shape']}: {row.get('wrong') or row['failed']}")
+    return 1 if bad or not session.result["parity"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

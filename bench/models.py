@@ -1,0 +1,734 @@
+"""Whole models: unreduced, free slice, the official algorithm written plainly and fastreduce, taking turns in one run.
+
+python -m bench.models [--model deit_small_patch16_224] [--batch 8] [--modes eager,compiled] [--json FILE] [--plots DIR]
+python -m bench.models --quick
+
+One group is a model, a batch, a keep rate, a step and a mode. In a group everything takes its turn in every round, so
+that ratios (medians of those within a round) hold on a machine that is busy or throttles. Groups are finished one by
+one; whatever ends the run, the finished ones are in the JSON file.
+
+Steps: ``forward`` (in inference mode) and ``training``: forward in training mode, cross-entropy against drawn labels,
+backward, one step of SGD. Its learning rate is 0: the same work, but the models share their weights, and every one is
+to meet the same. DynamicViT removes no token in training, so that it cannot be faster than unreduced there.
+
+Modes: ``eager``; ``compiled`` (torch.compile with static shapes; in training the optimizer stays eager); ``graphed``
+(the eager model captured as a CUDA graph) and ``compiled-graphed`` (the compiled one), both for CUDA only, where the
+host launches a single graph.
+
+Parity comes first. A method's logits are held against the official algorithm in float64 (two images), in training also
+its loss and the gradient of the patch embedding. Differences beyond eight times what the unreduced model shows itself
+(in training of a soft merge also what the official one shows) need another decision somewhere, a near-tie, flagged
+``*``, or else there is no time. What is compiled or captured is held against its own eager results on the whole batch,
+where half of the images must agree (near-ties again). In training DynamicViT draws noise: it is held against the
+official one in the same dtype with equal seeds, in eager mode only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastreduce import compare
+from fastreduce.compare import Comparison, Entry, check_positive, relative_difference
+from fastreduce.integrations.timm import model_names, record
+from fastreduce.measure import capture, environment, quartiles, ratio, recompile_limits, seconds_of
+
+from .model_plots import save_plots
+
+__all__ = ["MODES", "STEPS", "Settings", "main", "measure_models", "print_group", "save_plots"]
+
+STEPS = ("forward", "training")
+MODES = {  # whether the model is compiled, and whether it is captured
+    "eager": (False, False),
+    "compiled": (True, False),
+    "graphed": (False, True),
+    "compiled-graphed": (True, True),
+}
+_QUICK = {"models": ("test_vit",), "batches": (2,), "keep_rates": (0.7, 0.4), "rounds": 3}
+_LEAST_SECONDS = 0.02  # of one measurement on CUDA, over which the host's launches spread
+_MOST_REPEATS = 64
+_ALLOWED = 8  # times the unreduced model's own difference, as in fastreduce compare
+_MOST_UNROLLED = 300  # passes over a cluster of the plain K-Medoids; compiling 261 of them took 72 s on one core
+_REASON_LENGTH = 200
+
+Function = Callable[[Tensor, Tensor], Tensor]  # images, labels -> logits, or the loss of each image
+Progress = Callable[[str, float, float], None]
+Group = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to measure. None or nothing stands for a choice made from the device.
+
+    Attributes:
+        methods: names in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a single norm. Empty for all.
+        batches: 8 on the CPU, 1 and 256 on CUDA.
+        dtype: float32 on the CPU, bfloat16 on CUDA.
+        modes: eager on the CPU; eager, graphed and compiled on CUDA.
+        rounds: the most of a group.
+        seconds: of the whole run, divided among the groups; what a group leaves goes to those after it. A group that is
+            prepared does one round at least, one that would start after the end is left out.
+        fused_baseline: let the official algorithm use fused attention where no one reads the matrix.
+    """
+
+    models: tuple[str, ...] = ("deit_small_patch16_224",)
+    methods: tuple[str, ...] = ()
+    keep_rates: tuple[float, ...] = (0.9, 0.7, 0.5, 0.25)
+    at: tuple[int, ...] | None = None
+    batches: tuple[int, ...] = ()
+    steps: tuple[str, ...] = STEPS
+    modes: tuple[str, ...] = ()
+    dtype: str | None = None
+    device: str | None = None
+    backend: str = "auto"
+    rounds: int = 10
+    seconds: float = 600.0
+    threads: int | None = None
+    fused_baseline: bool = False
+
+    def resolve(self) -> Settings:
+        """With every choice made.
+
+        Raises:
+            ValueError: what cannot be measured here, as far as that shows before a model is built.
+        """
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = device.startswith("cuda")
+        modes = self.modes or (("eager", "graphed", "compiled") if cuda else ("eager",))
+        for what, words, known in (("step", self.steps, STEPS), ("mode", modes, MODES)):
+            for word in words:
+                if word not in known:
+                    raise ValueError(f"unknown {what} {word!r}; expected one of {', '.join(known)}")
+        for mode in modes:
+            if MODES[mode][1] and not cuda:
+                raise ValueError(f"mode {mode!r} needs a CUDA device, not {device!r}")
+        for name in self.models:
+            if name.split(".", 1)[0] not in model_names():
+                raise ValueError(f"unknown model {name!r}")
+        for what, values in (("model", self.models), ("keep rate", self.keep_rates), ("step", self.steps)):
+            if not values:
+                raise ValueError(f"give at least one {what}")
+        for name in ("rounds", "seconds", "threads"):
+            check_positive(name, getattr(self, name))
+        for batch in self.batches:
+            check_positive("batch", batch)
+        return dataclasses.replace(
+            self,
+            device=device,
+            modes=modes,
+            batches=self.batches or ((1, 256) if cuda else (8,)),
+            dtype=self.dtype or ("bfloat16" if cuda else "float32"),
+            threads=self.threads or torch.get_num_threads(),
+        )
+
+
+@dataclasses.dataclass
+class Parity:
+    """How a method compares with the official algorithm in one step.
+
+    Attributes:
+        against: what it was held against, in words.
+        difference: the largest, relative to the largest value.
+        official_difference: the same of the official algorithm in the dtype that is timed; None against itself.
+        allowed: what needs no explanation.
+        changed: images for which other tokens were chosen than in float64; None where nothing gave reason to look.
+    """
+
+    against: str
+    difference: float
+    official_difference: float | None
+    allowed: float
+    changed: int | None = None
+
+    @property
+    def verdict(self) -> str:
+        """``"green"``, ``"near-ties"`` or ``"red"``."""
+        if self.difference <= self.allowed:
+            return "green"
+        return "near-ties" if self.changed else "red"
+
+
+def _reason(error: BaseException) -> str:
+    line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {line}"[:_REASON_LENGTH]
+
+
+def _own_code(function: Function) -> Function:
+    """The function with a code object of its own: Dynamo tries all compilations of one code object one by one."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
+def _function(model: nn.Module, step: str) -> Function:
+    def forward(images: Tensor, labels: Tensor) -> Tensor:
+        return model(images)
+
+    def losses(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images).float(), labels, reduction="none")
+
+    return forward if step == "forward" else losses
+
+
+def _speed(seconds: Sequence[float], batch: int) -> dict[str, Any]:
+    low, high = quartiles([batch / value for value in seconds])
+    return {
+        "images_per_second": batch / statistics.median(seconds),
+        "images_per_second_quartiles": [low, high],
+        "seconds": list(seconds),
+    }
+
+
+def _build(settings: Settings, model: str, batch: int, keep_rate: float) -> Comparison:
+    return Comparison(
+        compare.Settings(
+            model=model,
+            methods=settings.methods,
+            keep_rates=(keep_rate,),
+            at=settings.at,
+            batch=batch,
+            rounds=1,
+            device=settings.device,
+            dtype=settings.dtype or "float32",
+            backend=settings.backend,
+            fused_baseline=settings.fused_baseline,
+            threads=settings.threads,
+        )
+    )
+
+
+class _Contest:
+    """One model at one batch and keep rate: everything that takes turns, and what its results are held against."""
+
+    def __init__(self, settings: Settings, comparison: Comparison, progress: Progress):
+        self.settings = settings
+        self.comparison = comparison
+        self.device = self.comparison.device
+        self.comparison.check(progress)
+        self.candidates = self.comparison.candidates()
+        self.entries = {entry.slug: entry for entry in self.comparison.entries}
+        self.officials = {f"{slug} official": slug for slug in self.entries}
+        self.images = self.comparison.images.clone()  # an ordinary tensor, of which autograd may keep a view
+        generator = torch.Generator().manual_seed(0)
+        classes = self.comparison.model.num_classes
+        self.labels = torch.randint(classes, (len(self.images),), generator=generator).to(self.device)
+        self.parities: dict[str, dict[str, Parity]] = {}
+        self.compiled: dict[tuple[str, Any], Function] = {}
+        self.pool: Any = None
+
+    def _set_step(self, step: str, progress: Progress) -> None:
+        for model in self.candidates.values():
+            model.train(step == "training")
+        if step not in self.parities:
+            check = self._forward_parity if step == "forward" else self._training_parity
+            self.parities[step] = check(progress)
+
+    def _forward_parity(self, progress: Progress) -> dict[str, Parity]:
+        allowed = _ALLOWED * self.comparison.difference
+        return {
+            slug: Parity("float64", entry.difference, entry.official_difference, allowed, entry.changed)
+            for slug, entry in self.entries.items()
+        }
+
+    def _loss_and_gradient(self, model: nn.Module, weight: Tensor) -> tuple[Tensor, Tensor]:
+        count = self.comparison.checked
+        images, labels = self.images[:count].to(weight.dtype), self.labels[:count]
+        torch.manual_seed(0)
+        logits = model(images)
+        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        return loss.detach(), gradient
+
+    def _training_parity(self, progress: Progress) -> dict[str, Parity]:
+        """Mean loss and gradient of the patch embedding's weight, that is, through the whole model."""
+        comparison = self.comparison
+        exact_model: Any = comparison.exact_model().train()
+        weight, exact_weight = comparison.model.patch_embed.proj.weight, exact_model.patch_embed.proj.weight
+
+        def difference(model: nn.Module, exact: Sequence[Tensor]) -> float:
+            found = self._loss_and_gradient(model, weight)
+            differences = [relative_difference(a[None], b[None].double()) for a, b in zip(found, exact, strict=True)]
+            return math.nan if any(map(math.isnan, differences)) else max(differences)
+
+        own = difference(comparison.model, self._loss_and_gradient(exact_model, exact_weight))
+        parities = {}
+        for done, (slug, entry) in enumerate(self.entries.items()):
+            progress(f"checking the training of {slug}", done, len(self.entries))
+            if entry.method == "dynamicvit":
+                exact = self._loss_and_gradient(entry.official, weight)
+                against = "the official algorithm with equal noise"
+                parities[slug] = Parity(against, difference(entry.model, exact), None, _ALLOWED * own)
+                continue
+            exact = self._loss_and_gradient(comparison.official(exact_model, entry).train(), exact_weight)
+            official = difference(entry.official, exact)
+            # A soft merge decides nothing; how far rounding takes its gradient, the official one shows.
+            usual = max(own, official) if any(stage.soft for stage in entry.stages) else own
+            parities[slug] = Parity(
+                "float64", difference(entry.model, exact), official, _ALLOWED * usual, entry.changed
+            )
+            if parities[slug].verdict == "red" and entry.changed is None:
+                parities[slug].changed = self._changed_decisions(entry, exact_model)
+        return parities
+
+    @torch.inference_mode()
+    def _changed_decisions(self, entry: Entry, exact_model: nn.Module) -> int:
+        with record(entry.model) as seen:
+            entry.model(self.images[: self.comparison.checked])
+        return self.comparison.changed_decisions(entry, seen, exact_model.eval(), self.comparison.checked)
+
+    def _parameters(self, name: Any) -> list[nn.Parameter]:
+        """What an optimizer steps; the official algorithm borrows its layers from the reduced model."""
+        model = self.entries[self.officials[name]].model if name in self.officials else self.candidates[name]
+        return list(model.parameters())
+
+    def _with_step(self, name: Any, function: Function, step: str, results: list[Tensor]) -> Callable[[], None]:
+        """The call that is timed. It leaves in ``results`` what it computed."""
+        if step == "forward":
+
+            def forward() -> None:
+                results[:] = [function(self.images, self.labels)]
+
+            return forward
+        optimizer = torch.optim.SGD(self._parameters(name), lr=0.0)
+
+        def train() -> None:
+            losses = function(self.images, self.labels)
+            losses.mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            results[:] = [losses.detach()]
+
+        return train
+
+    def _prepare(self, name: Any, step: str, mode: str) -> Callable[[], object]:
+        """The call, warm.
+
+        Raises:
+            ValueError: what is compiled or captured does not compute what the eager model does.
+        """
+        compiled, captured = MODES[mode]
+        eager = function = _function(self.candidates[name], step)
+        if compiled:
+            key = step, name
+            function = self.compiled.setdefault(key, torch.compile(_own_code(eager), dynamic=False))
+        results: list[Tensor] = []
+        call: Callable[[], object] = self._with_step(name, function, step, results)
+        call()
+        if captured:
+            call = capture(call, pool=self.pool)
+            call()
+        if mode != "eager":
+            with torch.no_grad():
+                self._compare_with_eager(name, step, results[0], eager(self.images, self.labels))
+        results.clear()
+        return call
+
+    def _compare_with_eager(self, name: Any, step: str, result: Tensor, eager: Tensor) -> None:
+        entry = self.entries.get(self.officials.get(name, name))
+        if step == "training" and entry is not None and entry.method == "dynamicvit":
+            if not bool(result.isfinite().all()):
+                raise ValueError("its loss is not finite")
+            return
+        differences = (result.double() - eager.double()).abs().reshape(len(eager), -1).amax(1)
+        differences /= eager.abs().max().double()
+        if 2 * int((differences <= _ALLOWED * self.comparison.difference).sum()) < len(differences):
+            worst = differences.max().item()
+            raise ValueError(f"its results are not those of the eager model: relative difference {worst:.1e}")
+
+    def _prepare_all(
+        self, step: str, mode: str, deadline: float, progress: Progress
+    ) -> tuple[dict[Any, Callable[[], object]], dict[Any, str]]:
+        """Every candidate, warm, or the reason why not. Officials come last, since they are missed the least."""
+        calls: dict[Any, Callable[[], object]] = {}
+        reasons: dict[Any, str] = {}
+        for slug, parity in self.parities[step].items():
+            if parity.verdict == "red":
+                reasons[slug] = f"not the official algorithm's results: relative difference {parity.difference:.1e}"
+                reasons[f"{slug} official"] = "nothing to hold it against"
+        if MODES[mode][0]:
+            reasons |= self._endless_compilations()
+        if MODES[mode][1]:
+            self.pool = torch.cuda.graph_pool_handle()  # graphs run one at a time and can share their memory
+        # No memory, an operator without this dtype; compilers fail in every other way too.
+        troubles = RuntimeError if mode == "eager" else Exception
+        for done, name in enumerate(sorted(self.candidates, key=lambda name: name in self.officials)):
+            progress(f"preparing {mode} {step}: {name}", done, len(self.candidates))
+            if name in reasons:
+                continue
+            if calls and time.perf_counter() > deadline:
+                reasons[name] = "no time left to prepare it"
+                continue
+            try:
+                calls[name] = self._prepare(name, step, mode)
+            except troubles as error:
+                reasons[name] = _reason(error)
+                del error
+                self.free()
+        return {name: calls[name] for name in self.candidates if name in calls}, reasons
+
+    def _endless_compilations(self) -> dict[Any, str]:
+        passes = {
+            name: 3 * sum(self.entries[slug].counts)
+            for name, slug in self.officials.items()
+            if self.entries[slug].method == "kmedoids"
+        }
+        return {
+            name: f"compiling it would take long: its loop over the clusters is unrolled to {count} passes"
+            for name, count in passes.items()
+            if count > _MOST_UNROLLED
+        }
+
+    def free(self) -> None:
+        """Give back what a failed candidate left."""
+        for model in self.candidates.values():
+            model.zero_grad()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _repeats(self, call: Callable[[], object]) -> int:
+        if self.device.type != "cuda":
+            return 1
+        return max(1, min(_MOST_REPEATS, math.ceil(_LEAST_SECONDS / seconds_of(call, self.device))))
+
+    def _rounds(
+        self, calls: Mapping[Any, Callable[[], object]], reasons: dict[Any, str], deadline: float, progress: Progress
+    ) -> tuple[dict[Any, list[float]], int]:
+        """Seconds of everything that got through all rounds, and of how many calls one measurement was."""
+        if not calls:
+            return {}, 1
+        repeats = self._repeats(next(iter(calls.values())))
+
+        def repeat(call: Callable[[], object]) -> None:
+            for _ in range(repeats):
+                call()
+
+        seconds: dict[Any, list[float]] = {name: [] for name in calls}
+        order, start = list(calls), time.perf_counter()
+        for done in range(self.settings.rounds):
+            now = time.perf_counter()
+            if done and now + (now - start) / done > deadline:
+                break
+            for place, name in enumerate(order):
+                progress("measuring", done + place / len(order), self.settings.rounds)
+                if name in reasons:
+                    continue
+                try:
+                    seconds[name].append(seconds_of(lambda call=calls[name]: repeat(call), self.device) / repeats)
+                except RuntimeError as error:
+                    reasons[name] = _reason(error)
+            order.reverse()
+        return {name: values for name, values in seconds.items() if name not in reasons}, repeats
+
+    def measure(self, step: str, mode: str, deadline: float, progress: Progress) -> Group:
+        """One group."""
+        started = time.perf_counter()
+        self._set_step(step, progress)
+        limits = torch._dynamo.config.patch(recompile_limits(16 * len(self.candidates)))
+        with limits, torch.inference_mode(step == "forward"):
+            calls, reasons = self._prepare_all(step, mode, deadline, progress)
+            seconds, repeats = self._rounds(calls, reasons, deadline, progress)
+        del calls
+        self.free()
+        comparison = self.comparison
+        return {
+            "dtype": self.settings.dtype,
+            "backend": comparison.backend,
+            "weights": comparison.weights,
+            "blocks": list(comparison.blocks),
+            "rounds": max(map(len, seconds.values()), default=0),
+            "calls_in_a_measurement": repeats,
+            "images_checked": comparison.checked,
+            "refused": comparison.refused,
+            "group_seconds": time.perf_counter() - started,
+            "unreduced": self._row("unreduced", seconds, reasons),
+            "free_slices": [
+                {"counts": list(counts), **self._row(counts, seconds, reasons)} for counts in comparison.slices
+            ],
+            "methods": [self._method_row(entry, step, seconds, reasons) for entry in comparison.entries],
+        }
+
+    def _row(self, name: Any, seconds: Mapping[Any, list[float]], reasons: Mapping[Any, str]) -> dict[str, Any]:
+        """Images per second, or the reason why there are none, and the speedup over the unreduced model."""
+        row: dict[str, Any] = {"reason": reasons.get(name)}
+        if name in self.comparison.gmacs:
+            row["gmacs"] = self.comparison.gmacs[name]
+            row["ideal_speedup"] = self.comparison.gmacs["unreduced"] / row["gmacs"]
+        row |= _speed(seconds[name], len(self.images)) if name in seconds else {"images_per_second": None}
+        return row | self._ratio("speedup", name, "unreduced", seconds)
+
+    def _ratio(self, title: str, name: Any, other: Any, seconds: Mapping[Any, list[float]]) -> dict[str, Any]:
+        if name in seconds and other in seconds:
+            return ratio(title, seconds[name], seconds[other])
+        return {title: None, f"{title}_quartiles": None}
+
+    def _method_row(
+        self, entry: Entry, step: str, seconds: Mapping[Any, list[float]], reasons: Mapping[Any, str]
+    ) -> dict[str, Any]:
+        official = f"{entry.slug} official"
+        parity = self.parities[step][entry.slug]
+        return {
+            "label": entry.label,
+            "method": entry.method,
+            "options": entry.options,
+            "counts": list(entry.counts),
+            "layers": entry.layers,
+            "parity": {"verdict": parity.verdict, **dataclasses.asdict(parity)},
+            **self._row(entry.slug, seconds, reasons),
+            **self._ratio("share_of_free_slice", entry.slug, entry.counts, seconds),
+            **self._ratio("speedup_over_official", entry.slug, official, seconds),
+            "official": self._row(official, seconds, reasons),
+        }
+
+
+def measure_models(settings: Settings, progress: Progress = lambda *_: None) -> Iterator[Group]:
+    """Measure, and give one group after the other as soon as it is finished.
+
+    Every group has ``model``, ``batch``, ``keep_rate``, ``step``, ``mode`` and ``reason``: None, or why it was left
+    out; then it has nothing else.
+
+    Raises:
+        ValueError, TypeError, OSError: settings that cannot be met; at once, not with the first group.
+    """
+    settings = settings.resolve()
+    end = time.perf_counter() + settings.seconds
+    keys = [
+        {"model": model, "batch": batch, "keep_rate": rate}
+        for model in settings.models
+        for batch in settings.batches
+        for rate in dict.fromkeys(settings.keep_rates)
+    ]
+    return _groups(settings, keys, _build(settings, **keys[0]), end, progress)
+
+
+def _contest(settings: Settings, comparison: Comparison, progress: Progress) -> tuple[_Contest | None, str | None]:
+    """The contest, or why it cannot be held."""
+    try:
+        return _Contest(settings, comparison, progress), None
+    except RuntimeError as error:
+        return None, _reason(error)
+
+
+def _groups(
+    settings: Settings, keys: Sequence[dict[str, Any]], first: Comparison | None, end: float, progress: Progress
+) -> Iterator[Group]:
+    parts = [(step, mode) for step in settings.steps for mode in settings.modes]
+    left = len(keys) * len(parts)
+    for key in keys:
+        contest, reason = None, None
+        for step, mode in parts:
+            now = time.perf_counter()
+            if now > end and left < len(keys) * len(parts):
+                reason = "the time was up"
+            elif contest is None and reason is None:
+                try:
+                    comparison = first or _build(settings, **key)
+                except (ValueError, TypeError, RuntimeError) as error:
+                    reason = _reason(error)
+                else:
+                    contest, reason = _contest(settings, comparison, progress)
+                first = comparison = None
+            group: Group = {**key, "step": step, "mode": mode, "reason": reason}
+            if contest is not None and reason is None:
+                try:
+                    group |= contest.measure(step, mode, now + (end - now) / left, progress)
+                except RuntimeError as error:
+                    group["reason"] = _reason(error)
+            left -= 1
+            yield group
+        if contest is not None:
+            contest.free()
+            contest = None
+            torch._dynamo.reset()
+
+
+def _wide(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _with_spread(row: Mapping[str, Any], name: str) -> str:
+    """Median ± half the distance of the quartiles."""
+    if (value := row.get(name)) is None:
+        return "–"
+    low, high = row[f"{name}_quartiles"]
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
+
+def _title(group: Group) -> str:
+    return (
+        f"{group['model']}, batch {group['batch']}, keep rate {group['keep_rate']:g}, {group['step']}, {group['mode']}"
+    )
+
+
+def print_group(console: Console, group: Group) -> None:
+    """One table, and below it why figures are missing."""
+    if group["reason"] is not None:
+        console.print(f"{_title(group)}: left out: {group['reason']}", highlight=False)
+        return
+    table = Table(box=box.SIMPLE_HEAD, title=_title(group), title_style="bold", title_justify="left", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("tokens", "images/s", "unreduced ÷", "slice ÷", "official ÷", "ideal", "diff."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_row("unreduced", "", _with_spread(group["unreduced"], "images_per_second"))
+    common = group["methods"][0]["counts"]
+    notes = []
+    if reason := group["unreduced"]["reason"]:
+        notes.append(f"unreduced: {reason}")
+    for row in group["free_slices"]:
+        if row["counts"] == common:
+            speeds = [_with_spread(row, name) for name in ("images_per_second", "speedup")]
+            table.add_row(
+                "free slice", " ".join(map(str, common)), *speeds, "", "", _wide(row["ideal_speedup"]), end_section=True
+            )
+        if row["reason"]:
+            notes.append(f"free slice {row['counts']}: {row['reason']}")
+    for row in group["methods"]:
+        names = ("images_per_second", "speedup", "share_of_free_slice", "speedup_over_official")
+        flag = {"green": "", "near-ties": "*", "red": "!"}[row["parity"]["verdict"]]
+        table.add_row(
+            row["label"],
+            " ".join(map(str, row["counts"])),
+            *(_with_spread(row, name) for name in names),
+            _wide(row.get("ideal_speedup")),
+            f"{row['parity']['difference']:.0e}{flag}",
+        )
+        notes += [f"{row['label']}: {row['reason']}"] if row["reason"] else []
+        if row["official"]["reason"] and not row["reason"]:
+            notes.append(f"{row['label']}, official: {row['official']['reason']}")
+    console.print(table)
+    notes += [f"not measured: {method}: {reason}" for method, reason in group["refused"].items()]
+    for note in notes:
+        console.print(note, style="dim", highlight=False, soft_wrap=True)
+
+
+_LEGEND = (
+    "images/s: median over the rounds ± half the distance of the quartiles. unreduced, slice, official ÷: their time "
+    "over the method's, medians of the ratios within each round; above 1 the method is faster. ideal: multiply-adds of "
+    "the unreduced model over the method's. diff.: largest difference to the official algorithm in float64 over the "
+    "largest value: of the logits, in training of the loss and of a gradient. *: near-ties: other tokens than in "
+    "float64 were chosen. !: wrong."
+)
+
+
+def is_wrong(group: Group) -> bool:
+    """Whether a method's results in the group are not those of the official algorithm."""
+    return any(row["parity"]["verdict"] == "red" for row in group.get("methods", ()))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.exit(2, f"error: {message}\n")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split(",")))
+
+
+def _parser() -> _Parser:
+    default = Settings()
+    about, _, details = (__doc__ or "").partition("\n\n")
+    parser = _Parser(
+        "python -m bench.models",
+        description=about,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    lists = {
+        "model": ("models", _words, f"timm models, like {default.models[0]}"),
+        "methods": ("methods", _words, "like topk,radial-l1; default: all"),
+        "keep-rates": ("keep_rates", _floats, f"default: {','.join(map(str, default.keep_rates))}"),
+        "at": ("at", _integers, "blocks of the stages, like 3,6,9"),
+        "batch": ("batches", _integers, "default: 8 on the CPU, 1,256 on CUDA"),
+        "modes": ("modes", _words, f"of {', '.join(MODES)}; default: eager, on CUDA eager,graphed,compiled"),
+        "steps": ("steps", _words, f"default: {','.join(STEPS)}"),
+    }
+    for name, (field, kind, text) in lists.items():
+        parser.add_argument(f"--{name}", dest=field, type=kind, metavar="A,B", help=text)
+    parser.add_argument("--dtype", choices=list(compare.DTYPES), help="default: float32 on the CPU, bfloat16 on CUDA")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N")
+    parser.add_argument("--backend", help="auto, triton or reference")
+    parser.add_argument("--rounds", type=int, help=f"the most of a group; default: {default.rounds}")
+    parser.add_argument("--seconds", type=float, help=f"of the whole run, roughly; default: {default.seconds:g}")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--fused-baseline", action="store_true", help="fused attention for the official algorithm")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after every group")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="rewritten after every group")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 1 if a method's results are wrong, 2 if what was asked for cannot be measured."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    quick, json_file, plots = given.pop("quick", False), given.pop("json", None), given.pop("plots", None)
+    settings = Settings(**{**(_QUICK if quick else {}), **given})
+    console, started = Console(), time.perf_counter()
+    if not console.is_terminal:
+        console.width = 110
+    groups: list[Group] = []
+    with Console(stderr=True).status("building models") as status:
+
+        def progress(what: str, done: float, total: float) -> None:
+            status.update(f"{what} ({done:.0f} of {total:.0f})")
+
+        try:
+            settings = settings.resolve()
+            for path in filter(None, (json_file, plots)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            if json_file is not None and json_file.is_dir():
+                raise ValueError(f"{str(json_file)!r} is a folder, not a file")
+            measured = measure_models(settings, progress)
+        except (ValueError, TypeError, OSError) as error:
+            parser.error(" ".join(str(error).split()))
+        where = environment(torch.device(settings.device or "cpu"))
+        for group in measured:
+            groups.append(group)
+            status.stop()
+            print_group(console, group)
+            status.start()
+            if json_file is not None:
+                result = {
+                    "environment": where,
+                    "settings": dataclasses.asdict(settings),
+                    "wall_seconds": time.perf_counter() - started,
+                    "groups": groups,
+                }
+                part = json_file.with_name(f"{json_file.name}.part")  # nobody ever finds half a file
+                part.write_text(json.dumps(result, indent=1) + "\n")
+                part.replace(json_file)
+            if plots is not None:
+                save_plots(groups, plots)
+    console.print(_LEGEND, style="dim", highlight=False)
+    return int(any(map(is_wrong, groups)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

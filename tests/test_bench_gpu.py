@@ -1,0 +1,106 @@
+"""The orchestra of bench.gpu: what crashes, hangs or is wrong takes nothing else with it."""
+
+import json
+import sys
+import time
+
+import pytest
+
+from bench import gpu
+
+CHILD = """
+import json, os, sys, time
+for index, item in enumerate(json.load(sys.stdin)):
+    print(json.dumps({"begins": index}), flush=True)
+    if item["what"] == "crash":
+        print("illegal memory access", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), 9)
+    if item["what"] == "hang":
+        time.sleep(60)
+    print(json.dumps({"row": {**item, "phase": sys.argv[1]}}), flush=True)
+"""
+
+
+@pytest.fixture
+def session(tmp_path):
+    made = gpu._Session(tmp_path / "result.json", "cpu", 20.0)
+    made.command = [sys.executable, "-c", CHILD]
+    return made
+
+
+def saved(session):
+    return json.loads(session.path.read_text())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_crash_is_written_down_and_the_rest_goes_on(session, workers):
+    items = [{"number": number, "what": "crash" if number in (1, 4) else "work"} for number in range(6)]
+    session.run("micro", items, session.end, workers)
+    rows = sorted(saved(session)["micro"], key=lambda row: row["number"])
+    assert [row["number"] for row in rows] == list(range(6))
+    for row in rows:
+        if row["what"] == "crash":
+            assert row["failed"] == "the process ended with -9: illegal memory access"
+        else:
+            assert row["phase"] == "micro"
+    assert saved(session)["left_out"] == {"micro": 0}
+
+
+def test_the_time_ends_what_hangs(session):
+    items = [{"what": "work"}, {"what": "hang"}, {"what": "work"}]
+    started = time.perf_counter()
+    session.run("parity", items, started + 2.0)
+    assert time.perf_counter() - started < 20.0
+    assert [row["what"] for row in saved(session)["parity"]] == ["work"]
+    assert saved(session)["left_out"] == {"parity": 2}
+
+
+def test_a_child_goes_on_after_an_error(capsys, monkeypatch):
+    items = [{"primitive": "nothing", "shape": ["deit_tiny", 26, 2, "float32"], "direction": "forward"}]
+    items.append({**items[0], "primitive": "cls_scores"})
+    monkeypatch.setattr(sys, "stdin", type("Items", (), {"read": lambda self: json.dumps(items)})())
+    told = sys.stdout
+    try:
+        gpu._child("parity", "cpu")
+    finally:
+        sys.stdout = told
+    first, failed, second, right = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first, second) == ({"begins": 0}, {"begins": 1})
+    assert failed["row"]["failed"].startswith("KeyError: 'nothing'")
+    assert right["row"] == {**items[1], "wrong": None}
+
+
+def test_what_is_wrong_is_not_timed():
+    wrong = {("cls_scores", "forward")}
+    ours = [
+        (item["primitive"], item["direction"])
+        for item in gpu._micro_items(True, wrong)
+        if item["contender"] == "fastreduce"
+    ]
+    assert ("cls_scores", "forward") not in ours
+    assert ("cls_scores", "backward") in ours
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if gpu.torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert gpu.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_tables_show_every_outcome(session):
+    session.add("parity", {"primitive": "a", "direction": "forward", "shape": ["s", 1, 2, "float32"], "wrong": None})
+    session.add("parity", {"primitive": "b", "direction": "forward", "shape": ["s", 1, 2, "float32"], "wrong": "off"})
+    row = {"primitive": "a", "direction": "forward", "model": "s", "tokens": 5, "batch": 2, "parity": None}
+    facts = {"gigabytes_per_second": 7.0, "share_of_copy_bandwidth": 0.5, "launches": 2, "peak_bytes": 3000000}
+    session.add("micro", {**row, "contender": "fastreduce", "seconds": 1e-5, **facts})
+    session.add("micro", {**row, "contender": "plain", "seconds": 3e-5, **facts})
+    session.add("micro", {**row, "contender": "reference", "failed": "out of memory"})
+    group = {"model": "m", "batch": 2, "keep_rate": 0.5, "step": "forward", "mode": "eager"}
+    session.add("models", {**group, "reason": "the time was up"})
+    text = gpu.markdown(saved(session))
+    assert "1 of 2 checks" in text
+    assert "**b** forward, s-1-2-float32: off" in text
+    assert "| a | forward | s-5-2 | 10.0 | 7 | 0.50 | 2 | 3.0 |  |  | 3.00 |" in text
+    assert "a forward reference: out of memory" in text
+    assert "model m, batch 2, keep_rate 0.5, step forward, mode eager: the time was up" in text

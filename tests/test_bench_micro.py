@@ -1,0 +1,87 @@
+"""What the microbenchmarks describe: every contender does the same work, and one that does not gets no time."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench.microbenchmark import DIRECTIONS, Microbenchmark, OperatorCounts, copy_bandwidth, device_clock
+from bench.primitive import Shape, load_primitives
+from fastreduce import ops
+
+PRIMITIVES = load_primitives()
+CPU = torch.device("cpu")
+SMALL = Shape("deit_tiny", 38, 2)
+CASES = [(name, way) for name, value in PRIMITIVES.items() for way in DIRECTIONS if way == "forward" or value.gradients]
+
+
+def public_primitives():
+    return {name for name in ops.__all__ if not name.endswith(("_groups", "group_slots", "prepare_merge"))}
+
+
+def test_every_primitive_is_described():
+    described = {name for name in public_primitives() if any(key.startswith(name) for key in PRIMITIVES)}
+    assert described == public_primitives()
+
+
+@pytest.mark.parametrize("contender", ["fastreduce", "plain"])
+@pytest.mark.parametrize(("name", "direction"), CASES)
+def test_contenders_agree_with_float64(name, direction, contender):
+    bench = Microbenchmark(PRIMITIVES[name], SMALL, CPU, direction)
+    assert bench.parity(contender) is None
+
+
+@pytest.mark.parametrize(("name", "direction"), CASES)
+def test_the_floor_is_of_the_size_of_what_goes_in_and_out(name, direction):
+    bench = Microbenchmark(PRIMITIVES[name], SMALL, CPU, direction)
+    one, two = (
+        Microbenchmark(PRIMITIVES[name], dataclasses.replace(SMALL, batch=batch), CPU, direction)
+        .prepare("fastreduce")
+        .floor
+        for batch in (1, 2)
+    )
+    assert one < two <= 2 * one
+    run = bench.prepare("fastreduce")
+    assert run.floor >= sum(output.numel() * output.element_size() for output in run.once())
+
+
+@pytest.mark.parametrize(("name", "direction"), CASES)
+def test_a_wrong_contender_gets_no_time(name, direction):
+    right = PRIMITIVES[name]
+
+    def wrong(**arguments):
+        return tuple(
+            output * 1.001 if output.is_floating_point() else (output + 1) % 2 for output in right.call(**arguments)
+        )
+
+    bench = Microbenchmark(dataclasses.replace(right, call=wrong), SMALL, CPU, direction)
+    bench.__dict__["_truth"] = Microbenchmark(right, SMALL, CPU, direction)._truth
+    row = bench.measure("fastreduce", rounds=1)
+    assert row["parity"]
+    assert "seconds" not in row
+
+
+def test_a_row_says_what_was_measured():
+    row = Microbenchmark(PRIMITIVES["cls_scores"], SMALL, CPU, "forward").measure("fastreduce", rounds=3)
+    assert row["parity"] is None
+    assert row["floor_bytes"] == 4 * 2 * (3 * 64 * 38 + 3 * 64 + 37)
+    assert row["gigabytes_per_second"] == pytest.approx(row["floor_bytes"] / row["seconds"] / 1e9)
+    assert row["share_of_copy_bandwidth"] == pytest.approx(row["floor_bytes"] / row["seconds"] / copy_bandwidth(CPU))
+    assert row["operators"] > 0
+    assert row["peak_bytes"] >= 4 * 2 * 3 * 64 * 38  # the product
+
+
+def test_only_what_does_work_counts_as_an_operator():
+    x = torch.randn(3, 4)
+    with OperatorCounts() as counted:
+        (x.t()[1:] + 1).exp().t().unsqueeze(0)
+    assert counted.counts == {"add": 1, "exp": 1}
+
+
+def test_a_backward_pass_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="only decides"):
+        Microbenchmark(PRIMITIVES["cls_scores_value"], SMALL, CPU, "backward")
+
+
+def test_the_clock_runs():
+    assert device_clock(CPU) < device_clock(CPU)
