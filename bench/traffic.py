@@ -63,7 +63,7 @@ KNOWN_TRAFFIC = {
     "match_tokens forward": Known(2.12, f"{_PAST_THE_END}; {_OWN_NORMS}; groups compare all slots, out of the cache"),
     "match_tokens forward deit_tiny-50": Known(3.92, "as above, with tiles of 64 of which 25 rows are tokens"),
     "merge_tokens backward": Known(1.34, _SHARED_ROWS),
-    "merge_tokens_learned forward": Known(1.4, "every slot's program reads the layer's weights, out of the cache"),
+    "merge_tokens_learned forward": Known(1.73, "every token reads the layer's weights again, out of the cache"),
     "merge_tokens_learned backward": Known(1.28, f"{_SHARED_ROWS}; every token's slot is compared with all"),
     "received_scores forward": Known(1.36, _PAST_THE_END),
     "received_scores forward deit_tiny-50": Known(1.47, "as above, with tiles of 64 of which 50 rows are tokens"),

@@ -106,8 +106,6 @@ def reduce_slots_kernel(
     end = tl.load(offsets + batch * (num_out + 1) + m + 1)
     acc = tl.zeros((BLOCK_C,), tl.float32)
     size_sum = 0.0
-    if weight is not None and CHUNKS == 1:
-        layer = tl.load(weight + offsets_c, mask=mask, other=0.0).to(tl.float32)
     for position in range(start, end):
         n = tl.load(order + batch * tokens + position).to(tl.int64)
         pointer = x + batch * x_stride_b + n * x_stride_n
@@ -116,8 +114,8 @@ def reduce_slots_kernel(
         if size is not None:
             size_n = tl.load(size + batch * size_stride_b + n * size_stride_n).to(tl.float32)
         if weight is not None:
-            if CHUNKS == 1:
-                logarithm = tl.sum(row * layer, 0)
+            if CHUNKS == 1:  # the row is here; the weights, kept over the loop, would spill with Triton 3.6
+                logarithm = tl.sum(row * tl.load(weight + offsets_c, mask=mask, other=0.0).to(tl.float32), 0)
             else:
                 logarithm = _dot(pointer, weight, channels, CHUNKS, BLOCK_C)
             size_n = tl.exp(logarithm + tl.load(bias).to(tl.float32))
