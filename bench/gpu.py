@@ -5,11 +5,11 @@ python -m bench.gpu --device cpu --quick        # the same without a GPU, to see
 
 It writes ``<out>/<device>-<date>.json`` after every result and the tables of the same name at the end, so that it can
 be cut short (Ctrl-C, or the time is up) and still leaves what it has. Every part runs in child processes: a kernel that
-crashes takes its process with it, is written down as crashed, and the rest goes on in a new one.
+crashes, hangs or breaks CUDA for its process is written down, and the rest goes on in a new one.
 
 1. Parity of every kernel, forward and backward, on random inputs against float64, in three dtypes and several shapes;
    in many processes at once, which also fills Triton's cache for the rest. What is wrong is not timed.
-2. Microbenchmarks: see ``bench.microbenchmark``. CUDA graphs over buffers that do not fit into the L2 cache.
+2. Microbenchmarks: see ``bench.microbenchmark``. CUDA graphs over rotating buffers.
 3. Whole models: see ``bench.models``.
 
 Exit code 0 if all kernels agree with float64, else 1.
@@ -23,6 +23,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -39,80 +40,104 @@ import torch
 from fastreduce.measure import environment
 
 from .microbenchmark import DIRECTIONS, Microbenchmark
-from .primitive import Shape, load_primitives
+from .primitive import DTYPES, Shape, load_primitives
 
 __all__ = ["main", "markdown"]
 
 Row = dict[str, Any]
 Item = dict[str, Any]
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Shares of the time, and what is the most important first within each.
-_SHARES = {"parity": 0.3, "micro": 0.3, "models": 0.4}
-_PARITY_SHAPES = [("deit_small", 197, 4), ("deit_tiny", 50, 3), ("deit_base", 577, 2), ("vit_large", 1025, 1)]
+# Shares of the time, and what is the most important first within each. What a phase leaves goes to the next.
+_SHARES = {"parity": 0.25, "micro": 0.35, "models": 0.4}
+_PATIENCE = {"parity": 90.0, "micro": 60.0, "models": math.inf}  # seconds for one item, before it counts as hanging
+_BROKEN = 3  # exit code of a child whose device answers no more; the item was told
+_PARITY_SHAPES = [
+    ("deit_small", 197, 4),
+    ("deit_base", 197, 2),
+    ("deit_tiny", 50, 3),
+    ("deit_base", 577, 2),
+    ("vit_large", 1025, 1),
+]
 _MICRO_SHAPES = [("deit_small", 197, 256), ("deit_small", 197, 1), ("deit_base", 197, 256), ("deit_base", 197, 1)]
 _QUICK_SHAPES = [("deit_tiny", 26, 2)]
-_MODELS: list[dict[str, Any]] = [
-    {"models": ["deit_small_patch16_224"], "batches": [256], "keep_rates": [0.5], "modes": ["graphed", "eager"]},
-    {"models": ["deit_small_patch16_224"], "batches": [1], "keep_rates": [0.5], "modes": ["graphed", "eager"]},
-    {
-        "models": ["deit_small_patch16_224"],
-        "methods": ["topk", "evit", "tome"],
-        "batches": [256],
-        "keep_rates": [0.5],
-        "modes": ["compiled", "compiled-graphed"],
-    },
-    {"models": ["deit_base_patch16_224"], "batches": [256], "keep_rates": [0.5], "modes": ["graphed"]},
-    {"models": ["deit_small_patch16_224"], "batches": [256, 1], "keep_rates": [0.7], "modes": ["graphed"]},
-    {"models": ["deit_base_patch16_224"], "batches": [1], "keep_rates": [0.5], "modes": ["graphed"]},
-    {
-        "models": ["deit_small_patch16_224"],
-        "batches": [256],
-        "keep_rates": [0.5],
-        "modes": ["eager"],
-        "steps": ["training"],
-    },
+_SMALL, _BASE = "deit_small_patch16_224", "deit_base_patch16_224"
+# Settings of bench.models, each with its share of the phase. Compiling takes long: few methods, and last.
+_MODELS: list[tuple[float, dict[str, Any]]] = [
+    (0.25, {"models": [_SMALL], "batches": [256], "keep_rates": [0.5], "modes": ["graphed", "eager"]}),
+    (0.15, {"models": [_SMALL], "batches": [1], "keep_rates": [0.5], "modes": ["graphed", "eager"]}),
+    (0.15, {"models": [_BASE], "batches": [256], "keep_rates": [0.5], "modes": ["graphed"]}),
+    (0.1, {"models": [_SMALL], "batches": [256], "keep_rates": [0.7], "modes": ["graphed"]}),
+    (0.1, {"models": [_BASE], "batches": [1], "keep_rates": [0.5], "modes": ["graphed"]}),
+    (0.1, {"models": [_SMALL], "batches": [256], "keep_rates": [0.5], "modes": ["eager"], "steps": ["training"]}),
+    (
+        0.15,
+        {
+            "models": [_SMALL],
+            "methods": ["topk"],
+            "batches": [256],
+            "keep_rates": [0.5],
+            "modes": ["compiled", "compiled-graphed"],
+        },
+    ),
 ]
-_QUICK_MODELS: list[dict[str, Any]] = [
-    {"models": ["test_vit"], "methods": ["topk", "tome"], "batches": [2], "keep_rates": [0.5], "rounds": 2}
+_QUICK_MODELS: list[tuple[float, dict[str, Any]]] = [
+    (1.0, {"models": ["test_vit"], "methods": ["topk", "tome"], "batches": [2], "keep_rates": [0.5], "rounds": 2})
 ]
 
 
-def _parity_items(quick: bool) -> list[Item]:
-    points = itertools.product(_QUICK_SHAPES if quick else _PARITY_SHAPES, ["float32"] if quick else _DTYPES)
+def _parity_items(quick: bool) -> list[list[Item]]:
+    """A list for each primitive and dtype, so that no two processes compile the same kernels."""
     return [
-        {"primitive": name, "shape": [*shape, dtype], "direction": direction}
-        for shape, dtype in points
+        [
+            {"primitive": name, "shape": [*shape, dtype], "direction": direction}
+            for shape in (_QUICK_SHAPES if quick else _PARITY_SHAPES)
+            for direction in DIRECTIONS
+            if direction == "forward" or primitive.gradients
+        ]
+        for dtype in (["float32"] if quick else ["bfloat16", "float32", "float16"])
         for name, primitive in load_primitives().items()
-        for direction in DIRECTIONS
-        if direction == "forward" or primitive.gradients
     ]
 
 
+def _dealt(groups: Sequence[Sequence[Item]], workers: int) -> list[list[Item]]:
+    """The items of every worker: whole groups, but the first shapes of all of them before the others."""
+    dealt = []
+    for worker in range(workers):
+        mine = groups[worker::workers]
+        shapes = list(dict.fromkeys(tuple(item["shape"][:3]) for group in mine for item in group))
+        items = [item for group in mine for item in group]
+        dealt.append(sorted(items, key=lambda item: shapes.index(tuple(item["shape"][:3]))))
+    return dealt
+
+
 def _micro_items(quick: bool, wrong: set[tuple[str, str]]) -> list[Item]:
-    """Without the kernels that are wrong somewhere."""
-    contenders = ["fastreduce", "plain", "reference", "compiled"]
+    """Without the kernels that are wrong somewhere. Ours and the official algorithm first, at every shape."""
+    shapes = _QUICK_SHAPES if quick else _MICRO_SHAPES
+    rounds = [(("fastreduce", "plain"), shapes)]
+    if not quick:
+        rounds += [(("reference",), shapes), (("compiled",), shapes[:1])]
     return [
         {"primitive": name, "shape": [*shape, "float32" if quick else "bfloat16"], "direction": way, "contender": who}
-        for shape in (_QUICK_SHAPES if quick else _MICRO_SHAPES)
-        for who in (contenders[:2] if quick else contenders)
+        for contenders, points in rounds
+        for shape in points
         for name, primitive in load_primitives().items()
         for way in DIRECTIONS
-        if (way == "forward" or primitive.gradients) and not (who == "fastreduce" and (name, way) in wrong)
-        if who != "compiled" or shape == _MICRO_SHAPES[0]  # compiling takes long
+        if way == "forward" or primitive.gradients
+        for who in contenders
+        if not (who == "fastreduce" and (name, way) in wrong)
     ]
 
 
 def _model_items(quick: bool, seconds: float, device: str) -> list[Item]:
     chosen = _QUICK_MODELS if quick else _MODELS
-    each = {"steps": ["forward"], "rounds": 10, "device": device, "seconds": seconds / len(chosen)}
-    return [{**each, **settings} for settings in chosen]
+    each = {"steps": ["forward"], "rounds": 10, "device": device}
+    return [{**each, "seconds": share * seconds, **settings} for share, settings in chosen]
 
 
 def _bench(item: Item, device: torch.device) -> Microbenchmark:
     *point, dtype = item["shape"]
     primitive = load_primitives()[item["primitive"]]
-    return Microbenchmark(primitive, Shape(*point, _DTYPES[dtype]), device, item["direction"])
+    return Microbenchmark(primitive, Shape(*point, DTYPES[dtype]), device, item["direction"])
 
 
 def _parity(item: Item, device: torch.device) -> Iterator[Row]:
@@ -137,17 +162,31 @@ _PHASES: dict[str, Callable[[Item, torch.device], Iterator[Row]]] = {
 }
 
 
-def _child(phase: str, device: str) -> None:
-    """Do the items that come on stdin, and tell each beginning and each result in a line on stdout."""
-    told, sys.stdout = sys.stdout, sys.stderr  # libraries print too
+def _answers(device: torch.device) -> bool:
+    """Whether the device still works: after an illegal access every call of the process fails."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.ones(1, device=device).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _child(phase: str, device: torch.device) -> None:
+    """Do the items that come on stdin, and tell each beginning and each result in a line on what was stdout."""
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # others print too, from C as well
     for index, item in enumerate(json.load(sys.stdin)):
         print(json.dumps({"begins": index}), file=told, flush=True)
         try:
-            for row in _PHASES[phase](item, torch.device(device)):
+            for row in _PHASES[phase](item, device):
                 print(json.dumps({"row": row}), file=told, flush=True)
         except Exception as error:  # the next item may do better
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             print(json.dumps({"row": {**item, "failed": reason[:300]}}), file=told, flush=True)
+        if not _answers(device):
+            os._exit(_BROKEN)
 
 
 class _Session:
@@ -155,6 +194,7 @@ class _Session:
 
     def __init__(self, path: Path, device: str, seconds: float):
         self.path = path
+        self.patience = _PATIENCE
         self.command = [sys.executable, "-m", "bench.gpu", "--device", device, "--child"]
         self.started = time.perf_counter()
         self.end = self.started + seconds
@@ -181,28 +221,31 @@ class _Session:
         part.write_text(json.dumps(self.result, indent=1) + "\n")
         part.replace(self.path)
 
-    def run(self, phase: str, items: Sequence[Item], end: float, workers: int = 1) -> None:
-        """Do the items in child processes until the time is up."""
-        before = len(self.result[phase])
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            done = sum(pool.map(lambda part: self._work(phase, part, end), [items[i::workers] for i in range(workers)]))
-        self.result["left_out"][phase] = len(items) - done
+    def run(self, phase: str, parts: Sequence[Sequence[Item]], end: float) -> None:
+        """Do the items of every part in a child process of its own, until the time is up."""
+        count = sum(map(len, parts))
+        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+            done = sum(pool.map(lambda part: self._work(phase, part, end), parts))
+        self.result["left_out"][phase] = count - done
         self.save()
-        print(f"{phase}: {len(self.result[phase]) - before} results, {len(items) - done} of {len(items)} left out")
+        print(f"{phase}: {len(self.result[phase])} results, {count - done} of {count} left out", flush=True)
 
     def _work(self, phase: str, items: Sequence[Item], end: float) -> int:
-        """One child after the other, until all items were begun; returns how many were."""
-        begun = 0
-        while begun < len(items) and time.perf_counter() < end:
-            count, crash = self._one_child(phase, items[begun:], end)
-            if crash is not None and count:
-                self.add(phase, {**items[begun + count - 1], "failed": crash})
-            begun += max(count, 1)
-        return min(begun, len(items))
+        """One child after the other, until all items were begun; returns how many were finished or failed."""
+        done = 0
+        while done < len(items) and time.perf_counter() < end:
+            count, failure = self._one_child(phase, items[done:], end)
+            if failure is not None and count:
+                self.add(phase, {**items[done + count - 1], "failed": failure})
+            if count == 0 and time.perf_counter() < end:  # it cannot even start
+                self.add(phase, {**items[done], "failed": failure or "the process did nothing"})
+                count = 1
+            done += count
+        return done
 
     def _one_child(self, phase: str, items: Sequence[Item], end: float) -> tuple[int, str | None]:
-        """How many items were begun, and how the process ended if it was not well."""
-        begun, finished = 0, 0
+        """How many items were begun or, at the end of the time, finished; and why the last one has no result."""
+        begun, told = 0, 0
         with tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen(
                 [*self.command, phase],
@@ -214,8 +257,7 @@ class _Session:
             )
             assert child.stdin is not None
             assert child.stdout is not None
-            timer = threading.Timer(max(end - time.perf_counter(), 0.0), _kill, [child])
-            timer.start()
+            watch = _Watch(child, end, self.patience[phase])
             try:
                 with contextlib.suppress(BrokenPipeError):
                     child.stdin.write(json.dumps(items))
@@ -224,20 +266,51 @@ class _Session:
                     said = json.loads(line)
                     if "row" in said:
                         self.add(phase, said["row"])
-                        finished = begun
+                        told = begun
                     else:
                         begun = said["begins"] + 1
+                        watch.begins()
                 code = child.wait()
             finally:
-                timer.cancel()
+                watch.stop()
                 _kill(child)
             if code == 0:
                 return len(items), None
             if time.perf_counter() >= end:
-                return finished, None
+                return told, None
+            if code == _BROKEN and told == begun:
+                return begun, None
+            if watch.hung:
+                return begun, f"no result within {self.patience[phase]:g} s"
             errors.seek(0)
             last = [line for line in errors.read().splitlines() if line.strip()][-1:]
             return begun, f"the process ended with {code}: {' '.join(last)[:300]}"
+
+
+class _Watch:
+    """Kills a child at the end of the time, or when one item takes too long."""
+
+    def __init__(self, child: subprocess.Popen[str], end: float, patience: float):
+        self.child, self.end, self.patience = child, end, patience
+        self.hung = False
+        self.timer = threading.Timer(0.0, _kill)
+        self.begins()
+
+    def begins(self) -> None:
+        """A new item."""
+        self.timer.cancel()
+        left = self.end - time.perf_counter()
+        self.timer = threading.Timer(max(min(left, self.patience), 0.0), self._end, [self.patience < left])
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _end(self, hung: bool) -> None:
+        self.hung = hung
+        _kill(self.child)
+
+    def stop(self) -> None:
+        """No more."""
+        self.timer.cancel()
 
 
 def _kill(child: subprocess.Popen[str]) -> None:
@@ -354,14 +427,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="tiny shapes and models, to see that it works")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that check parity")
+    parser.add_argument(
+        "--workers", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 1)), help="processes that check parity"
+    )
     parser.add_argument("--child", choices=list(_PHASES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA device here", file=sys.stderr)
         return 2
     if options.child:
-        _child(options.child, options.device)
+        _child(options.child, torch.device(options.device))
         return 0
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -373,11 +448,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for phase, share in zip(_SHARES, itertools.accumulate(_SHARES.values()), strict=True):
         end[phase] = session.started + share * options.seconds
     try:
-        session.run("parity", _parity_items(options.quick), end["parity"], options.workers)
+        session.run("parity", _dealt(_parity_items(options.quick), options.workers), end["parity"])
         wrong = {(row["primitive"], row["direction"]) for row in _wrong(session.result)}
-        session.run("micro", _micro_items(options.quick, wrong), end["micro"])
+        session.run("micro", [_micro_items(options.quick, wrong)], end["micro"])
         left = session.end - time.perf_counter()
-        session.run("models", _model_items(options.quick, 0.95 * left, options.device), session.end)
+        session.run("models", [_model_items(options.quick, 0.95 * left, options.device)], session.end)
     except KeyboardInterrupt:
         print("cut short", file=sys.stderr)
     finally:

@@ -22,7 +22,7 @@ from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastreduce.measure import CaptureError, capture, quartiles, seconds_of
+from fastreduce.measure import CaptureError, capture, own_code, quartiles, seconds_of
 
 from .primitive import Inputs, Outputs, Primitive, Shape, differentiate, disagreement, in_float64, misshapen, nbytes
 
@@ -31,7 +31,9 @@ __all__ = ["DIRECTIONS", "VIEWS", "Microbenchmark", "OperatorCounts", "copy_band
 DIRECTIONS = ("forward", "backward")
 _CHECKED = 4  # images in the check of parity: no route depends on the batch
 _FEWEST_REPEATS = 16  # calls in one CUDA graph
-_MOST_SETS = 64
+_MOST_NODES = 4096  # launches in one, roughly
+_INTERVAL = 2e-3  # seconds on CUDA between two events, so that the launch of a graph does not count
+_WARM = 0.2  # seconds on CUDA before the first time is taken: clocks rise
 
 # A backward pass that is repeated needs its buffers again.
 functorch_config.donated_buffer = False
@@ -71,31 +73,31 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / statistics.median(seconds_of(lambda: target.copy_(source), device) for _ in range(7))
 
 
-@functools.cache
-def _first_event(device: torch.device) -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
+_ticks: dict[torch.device, tuple[torch.cuda.Event, float]] = {}
 
 
 def device_clock(device: torch.device) -> float:
     """Seconds: the host's on the CPU; on CUDA those at which the device has done all that it was given."""
     if device.type != "cuda":
         return time.perf_counter()
-    first = _first_event(device)
     now = torch.cuda.Event(enable_timing=True)
-    now.record()
+    now.record(torch.cuda.current_stream(device))
     now.synchronize()
-    return first.elapsed_time(now) / 1e3
+    last, total = _ticks.get(device, (now, 0.0))
+    total += last.elapsed_time(now) / 1e3  # from tick to tick: one float32 of ten minutes is 60 us coarse
+    _ticks[device] = now, total
+    return total
 
 
 @dataclasses.dataclass
 class Run:
-    """What is timed: ``call`` does the work ``repeats`` times, on CUDA over buffers that do not fit into the L2 cache.
+    """What is timed: ``call`` does the work ``repeats`` times, on CUDA over rotating buffers.
 
     Attributes:
         once: the work on the first set of buffers, eagerly.
         floor: bytes of one piece of work at least.
+        rotated: bytes of all inputs and results that take turns; three times the L2 cache unless the work is made of
+            so many launches that no graph should hold more of it.
         graphed: whether ``call`` replays a CUDA graph; if not, the host's launches are in the time.
         compiled: whether operators are hidden in compiled code.
     """
@@ -104,6 +106,7 @@ class Run:
     once: Callable[[], Outputs]
     repeats: int
     floor: int
+    rotated: int
     graphed: bool
     compiled: bool
 
@@ -135,7 +138,7 @@ class Microbenchmark:
         }
         if device.type == "cuda":
             self.contenders["reference"] = reference
-        self.contenders["compiled"] = torch.compile(reference, dynamic=False)
+        self.contenders["compiled"] = torch.compile(own_code(reference), dynamic=False)
         self.contenders["plain"] = primitive.plain
 
     def _inputs(self, batch: int, seed: int) -> Inputs:
@@ -181,33 +184,43 @@ class Microbenchmark:
         if self.device.type != "cuda":
             inputs = self._inputs(self.shape.batch, seed=0)
             work, outputs = self._work(call, inputs)
-            return Run(work, work, 1, self.floor(inputs, outputs, work()), False, contender == "compiled")
+            return Run(work, work, 1, self.floor(inputs, outputs, work()), 0, False, contender == "compiled")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             inputs = self._inputs(self.shape.batch, seed=0)
+            work, outputs = self._work(call, inputs)
+            with OperatorCounts() as operators:
+                results = work()
+            floor = self.floor(inputs, outputs, results)
+            most = max(1, _MOST_NODES // max(1, operators.counts.total()))
+            enough = 3 * torch.cuda.get_device_properties(self.device).L2_cache_size
             size = nbytes(*(value for value in inputs.values() if isinstance(value, torch.Tensor)))
-            cache = torch.cuda.get_device_properties(self.device).L2_cache_size
-            sets = min(max(math.ceil(3 * cache / max(size, 1)), 1), _MOST_SETS)
-            works = [self._work(call, self._inputs(self.shape.batch, seed)) for seed in range(sets)]
-            floor = self.floor(inputs, works[0][1], works[0][0]())
+            sets = min(max(1, math.ceil(enough / max(1, size))), most)
+            repeats = max(1, min(_FEWEST_REPEATS, most) // sets) * sets
+            kept = min(max(1, math.ceil(enough / max(1, nbytes(*results)))), repeats)
+            rotated = sets * size + kept * nbytes(*results)
+            works = [work, *(self._work(call, self._inputs(self.shape.batch, seed))[0] for seed in range(1, sets))]
+            del outputs, results
         stream.synchronize()
-        repeats = math.ceil(_FEWEST_REPEATS / sets) * sets
 
         def all_sets() -> None:
-            for work, _ in itertools.islice(itertools.cycle(works), repeats):
-                work()
+            latest: collections.deque[Outputs] = collections.deque(maxlen=kept)  # or all would go to one address
+            for work in itertools.islice(itertools.cycle(works), repeats):
+                latest.append(work())
 
         def on_stream() -> None:
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 all_sets()
             torch.cuda.current_stream().wait_stream(stream)
 
+        compiled = contender == "compiled"
         try:
-            return Run(capture(all_sets, 1, stream), works[0][0], repeats, floor, True, contender == "compiled")
+            return Run(capture(all_sets, 1, stream), work, repeats, floor, rotated, True, compiled)
         except CaptureError:
             torch.cuda.synchronize()
-            return Run(on_stream, works[0][0], repeats, floor, False, contender == "compiled")
+            return Run(on_stream, work, repeats, floor, rotated, False, compiled)
 
     def facts(self, run: Run, seconds: float) -> dict[str, Any]:
         """Everything but the time: floor, bandwidth, operators or launches, peak memory."""
@@ -219,6 +232,7 @@ class Microbenchmark:
             "share_of_copy_bandwidth": run.floor / seconds / bandwidth,
             **(self._launches(run.once) if self.device.type == "cuda" or not run.compiled else {}),
             "peak_bytes": self._peak(run.once),
+            "rotated_bytes": run.rotated,
             "graphed": run.graphed,
         }
 
@@ -248,6 +262,21 @@ class Microbenchmark:
         changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
         return max(itertools.accumulate(changes), default=0)
 
+    def _times(self, run: Run, rounds: int) -> list[float]:
+        """Seconds of one piece of work, of every round."""
+        once, calls = seconds_of(run.call, self.device), 1
+        if self.device.type == "cuda":
+            warm_until = time.perf_counter() + _WARM
+            while time.perf_counter() < warm_until:
+                once = seconds_of(run.call, self.device)
+            calls = max(1, math.ceil(_INTERVAL / max(once, 1e-6)))
+
+        def several() -> None:
+            for _ in range(calls):
+                run.call()
+
+        return [seconds_of(several, self.device) / (calls * run.repeats) for _ in range(rounds)]
+
     def measure(self, contender: str, rounds: int = 7) -> dict[str, Any]:
         """A row of a table; without a time if the parity is red, or with the reason why nothing could run."""
         row: dict[str, Any] = {
@@ -262,10 +291,9 @@ class Microbenchmark:
             if row["parity"] is not None:
                 return row
             run = self.prepare(contender)
-            run.call()
-            seconds = [seconds_of(run.call, self.device) / run.repeats for _ in range(rounds)]
+            seconds = self._times(run, rounds)
             row |= {"seconds": statistics.median(seconds), "quartiles": list(quartiles(seconds))}
             row |= self.facts(run, row["seconds"])
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            row["failed"] = str(error).strip().splitlines()[0][:300]
+            row["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
         return row

@@ -33,7 +33,6 @@ import math
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +47,7 @@ from torch import Tensor, nn
 from fastreduce import compare
 from fastreduce.compare import Comparison, Entry, check_positive, relative_difference
 from fastreduce.integrations.timm import model_names, record
-from fastreduce.measure import capture, environment, quartiles, ratio, recompile_limits, seconds_of
+from fastreduce.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
 
 from .model_plots import save_plots
 
@@ -170,12 +169,6 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}"[:_REASON_LENGTH]
 
 
-def _own_code(function: Function) -> Function:
-    """The function with a code object of its own: Dynamo tries all compilations of one code object one by one."""
-    code = function.__code__.replace()
-    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
-
-
 def _function(model: nn.Module, step: str) -> Function:
     def forward(images: Tensor, labels: Tensor) -> Tensor:
         return model(images)
@@ -231,6 +224,7 @@ class _Contest:
         self.parities: dict[str, dict[str, Parity]] = {}
         self.compiled: dict[tuple[str, Any], Function] = {}
         self.pool: Any = None
+        self.stream: Any = None
 
     def _set_step(self, step: str, progress: Progress) -> None:
         for model in self.candidates.values():
@@ -326,12 +320,12 @@ class _Contest:
         eager = function = _function(self.candidates[name], step)
         if compiled:
             key = step, name
-            function = self.compiled.setdefault(key, torch.compile(_own_code(eager), dynamic=False))
+            function = self.compiled.setdefault(key, torch.compile(own_code(eager), dynamic=False))
         results: list[Tensor] = []
         call: Callable[[], object] = self._with_step(name, function, step, results)
         call()
         if captured:
-            call = capture(call, pool=self.pool)
+            call = capture(call, stream=self.stream, pool=self.pool)
             call()
         if mode != "eager":
             with torch.no_grad():
@@ -364,7 +358,8 @@ class _Contest:
         if MODES[mode][0]:
             reasons |= self._endless_compilations()
         if MODES[mode][1]:
-            self.pool = torch.cuda.graph_pool_handle()  # graphs run one at a time and can share their memory
+            # Graphs run one at a time: they share their memory, for which they must be captured on one stream.
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         # No memory, an operator without this dtype; compilers fail in every other way too.
         troubles = RuntimeError if mode == "eager" else Exception
         for done, name in enumerate(sorted(self.candidates, key=lambda name: name in self.officials)):

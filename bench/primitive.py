@@ -176,14 +176,14 @@ def differentiate(
 ) -> tuple[Callable[[], Outputs], Outputs]:
     """Run forward once; returns a call of the backward pass alone, repeatable, and the outputs.
 
-    The upstream gradients are normal numbers that depend on the shapes of the outputs only.
+    The upstream gradients are normal numbers that depend on the shapes of the outputs only, exact in every dtype.
     """
     leaves = with_gradients(inputs, names)
     outputs = call(leaves)
     differentiable = [output for output in outputs if output.requires_grad]
     generator = torch.Generator(differentiable[0].device).manual_seed(1)
     upstream = [
-        torch.randn(output.shape, generator=generator, device=output.device, dtype=torch.float32).to(output.dtype)
+        torch.randn(output.shape, generator=generator, device=output.device).bfloat16().to(output.dtype)
         for output in differentiable
     ]
     wanted = [leaves[name] for name in names]

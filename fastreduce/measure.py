@@ -8,6 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
+import types
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "CaptureError",
     "capture",
     "environment",
+    "own_code",
     "quartiles",
     "ratio",
     "recompile_limits",
@@ -116,10 +118,10 @@ def ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this file is in, or None."""
+    """The commit of the checkout that this file is in; of a copy without one what FASTREDUCE_COMMIT says, or None."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
-        return None
+        return os.environ.get("FASTREDUCE_COMMIT")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
@@ -164,6 +166,12 @@ def recompile_limits(limit: int) -> dict[str, int]:
     """Settings of torch.compile, under the names that the installed version has."""
     names = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
     return {name: limit for name in names if hasattr(torch._dynamo.config, name)}
+
+
+def own_code(function: Callable[..., Any]) -> Any:
+    """The function with a code object of its own: Dynamo tries all compilations of one code object one by one."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
 def _version(package: str) -> str | None:

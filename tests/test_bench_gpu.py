@@ -1,6 +1,7 @@
 """The orchestra of bench.gpu: what crashes, hangs or is wrong takes nothing else with it."""
 
 import json
+import subprocess
 import sys
 import time
 
@@ -17,6 +18,9 @@ for index, item in enumerate(json.load(sys.stdin)):
         os.kill(os.getpid(), 9)
     if item["what"] == "hang":
         time.sleep(60)
+    if item["what"] == "break":
+        print(json.dumps({"row": {**item, "failed": "told"}}), flush=True)
+        os._exit(3)
     print(json.dumps({"row": {**item, "phase": sys.argv[1]}}), flush=True)
 """
 
@@ -35,7 +39,7 @@ def saved(session):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_crash_is_written_down_and_the_rest_goes_on(session, workers):
     items = [{"number": number, "what": "crash" if number in (1, 4) else "work"} for number in range(6)]
-    session.run("micro", items, session.end, workers)
+    session.run("micro", [items[worker::workers] for worker in range(workers)], session.end)
     rows = sorted(saved(session)["micro"], key=lambda row: row["number"])
     assert [row["number"] for row in rows] == list(range(6))
     for row in rows:
@@ -49,25 +53,51 @@ def test_a_crash_is_written_down_and_the_rest_goes_on(session, workers):
 def test_the_time_ends_what_hangs(session):
     items = [{"what": "work"}, {"what": "hang"}, {"what": "work"}]
     started = time.perf_counter()
-    session.run("parity", items, started + 2.0)
+    session.run("parity", [items], started + 2.0)
     assert time.perf_counter() - started < 20.0
     assert [row["what"] for row in saved(session)["parity"]] == ["work"]
     assert saved(session)["left_out"] == {"parity": 2}
 
 
-def test_a_child_goes_on_after_an_error(capsys, monkeypatch):
+def test_what_hangs_alone_is_written_down(session):
+    session.patience = {"parity": 1.5}
+    session.run("parity", [[{"what": "work"}, {"what": "hang"}, {"what": "work"}]], session.end)
+    assert [row.get("failed") for row in saved(session)["parity"]] == [None, "no result within 1.5 s", None]
+
+
+def test_a_broken_device_costs_a_process_and_one_row(session):
+    session.run("parity", [[{"what": "work"}, {"what": "break"}, {"what": "work"}]], session.end)
+    assert [row.get("failed") for row in saved(session)["parity"]] == [None, "told", None]
+    assert saved(session)["left_out"] == {"parity": 0}
+
+
+def test_a_child_that_cannot_start_is_written_down(session):
+    session.command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
+    session.run("parity", [[{"what": "work"}]], session.end)
+    (row,) = saved(session)["parity"]
+    assert row["failed"] == "the process ended with 1: no such thing"
+
+
+def test_a_child_goes_on_after_an_error():
     items = [{"primitive": "nothing", "shape": ["deit_tiny", 26, 2, "float32"], "direction": "forward"}]
     items.append({**items[0], "primitive": "cls_scores"})
-    monkeypatch.setattr(sys, "stdin", type("Items", (), {"read": lambda self: json.dumps(items)})())
-    told = sys.stdout
-    try:
-        gpu._child("parity", "cpu")
-    finally:
-        sys.stdout = told
-    first, failed, second, right = map(json.loads, capsys.readouterr().out.splitlines())
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--child", "parity"]
+    done = subprocess.run(command, input=json.dumps(items), capture_output=True, text=True)
+    first, failed, second, right = map(json.loads, done.stdout.splitlines())
     assert (first, second) == ({"begins": 0}, {"begins": 1})
     assert failed["row"]["failed"].startswith("KeyError: 'nothing'")
     assert right["row"] == {**items[1], "wrong": None}
+
+
+def test_every_check_is_dealt_once_and_first_shapes_first():
+    groups = gpu._parity_items(False)
+    dealt = gpu._dealt(groups, 5)
+    names = [json.dumps(item) for part in dealt for item in part]
+    assert sorted(names) == sorted(json.dumps(item) for group in groups for item in group)
+    for part in dealt:
+        shapes = [tuple(item["shape"][:3]) for item in part]
+        assert list(dict.fromkeys(shapes)) == gpu._PARITY_SHAPES
+        assert shapes == sorted(shapes, key=gpu._PARITY_SHAPES.index)
 
 
 def test_what_is_wrong_is_not_timed():
