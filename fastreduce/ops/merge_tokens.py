@@ -196,6 +196,16 @@ _unmerge_backward = register(
 )
 
 
+def _added_gradients(ctx: Any, grad: Tensor, residual: int, head: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient of the merged rows, and those of residual and head, the inputs at these places, if wanted."""
+    merged = grad[:, ctx.num_head :] if ctx.num_head else grad
+    return (
+        merged,
+        merged.to(ctx.residual_dtype) if ctx.needs_input_grad[residual] else None,
+        grad[:, : ctx.num_head].to(ctx.x_dtype) if ctx.needs_input_grad[head] else None,
+    )
+
+
 class MergeTokens(torch.autograd.Function):
     """Gradient of x: every token gets its share size / total of its slot's gradient. Slots get none."""
 
@@ -226,19 +236,13 @@ class MergeTokens(torch.autograd.Function):
         if grads[0] is None:
             return (None,) * 8
         slot, size, total, x = ctx.saved_tensors
-        grad_x = grad_size = grad_residual = grad_head = None
-        grad = grads[0]
-        if ctx.needs_input_grad[7]:
-            grad_head = grad[:, : ctx.num_head].to(ctx.x_dtype)
-        if ctx.num_head:
-            grad = grad[:, ctx.num_head :]
+        grad_x = grad_size = None
+        grad, grad_residual, grad_head = _added_gradients(ctx, grads[0], residual=5, head=7)
         if ctx.needs_input_grad[4]:
             grad_x, grad_size = _merge_size_backward(grad, x, slot, size, total, ctx.eps)
             grad_x, grad_size = grad_x.to(ctx.x_dtype), grad_size.to(size.dtype)
         elif ctx.needs_input_grad[0]:
             grad_x = _merge_backward(grad, slot, size, total, ctx.eps).to(ctx.x_dtype)
-        if ctx.needs_input_grad[5]:
-            grad_residual = grad.to(ctx.residual_dtype)
         return grad_x, None, None, None, grad_size, grad_residual, None, grad_head
 
 
@@ -261,7 +265,7 @@ class MergeLearned(torch.autograd.Function):
         merged, total, size = _merge_learned(x, slot, order, offsets, weight, bias, residual, eps, head)
         ctx.save_for_backward(x, slot, size, total, weight)
         ctx.eps = eps
-        ctx.bias_dtype = bias.dtype
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.num_head = 0 if head is None else head.shape[1]
         ctx.mark_non_differentiable(total)
@@ -273,14 +277,8 @@ class MergeLearned(torch.autograd.Function):
         if grads[0] is None:
             return (None,) * 9
         x, slot, size, total, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = grad_residual = grad_head = None
-        grad = grads[0]
-        if ctx.needs_input_grad[8]:
-            grad_head = grad[:, : ctx.num_head].to(x.dtype)
-        if ctx.num_head:
-            grad = grad[:, ctx.num_head :]
-        if ctx.needs_input_grad[6]:
-            grad_residual = grad.to(ctx.residual_dtype)
+        grad_x = grad_weight = grad_bias = None
+        grad, grad_residual, grad_head = _added_gradients(ctx, grads[0], residual=6, head=8)
         if any(ctx.needs_input_grad[index] for index in (0, 4, 5)):
             grad_x, grad_size = _merge_size_backward(grad, x, slot, size, total, ctx.eps)
             exponent = grad_size * size
