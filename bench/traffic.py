@@ -60,7 +60,7 @@ KNOWN_TRAFFIC = {
     "cluster_dpc_knn forward deit_tiny-50": Known(2.03, "as above, with tiles of 64 of which 49 rows are tokens"),
     "cluster_k_medoids forward": Known(1.43, f"{_PAST_THE_END}; {_OWN_NORMS}"),
     "cluster_k_medoids forward deit_tiny-50": Known(1.71, "as above, with tiles of 64 of which 49 rows are tokens"),
-    "match_tokens forward": Known(2.12, f"{_PAST_THE_END}; {_OWN_NORMS}; groups compare all slots, out of the cache"),
+    "match_tokens forward": Known(1.7, f"{_PAST_THE_END}; {_OWN_NORMS}; groups compare all slots, out of the cache"),
     "match_tokens forward deit_tiny-50": Known(3.92, "as above, with tiles of 64 of which 25 rows are tokens"),
     "merge_tokens backward": Known(1.34, _SHARED_ROWS),
     "merge_tokens_learned forward": Known(1.73, "every token reads the layer's weights again, out of the cache"),
