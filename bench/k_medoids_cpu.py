@@ -15,7 +15,7 @@ from fastreduce import ops
 
 from .micro.bench_cluster_k_medoids import plain_k_medoids
 
-__all__ = ["main", "plain_k_medoids"]
+__all__ = ["main"]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.k_medoids_cpu import plain_k_medoids
+from bench.micro.bench_cluster_k_medoids import plain_k_medoids
 from fastreduce import ops, reference
 from tests.inputs import DTYPES, distinct_indices, seeded, tokens
 
