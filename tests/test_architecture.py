@@ -24,7 +24,8 @@ ROOMS = {
     "plain": set(),
     "losses": set(),
 }
-ONLY_HERE = {"timm": {"integrations"}, "triton": {"kernels"}}
+# The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
+ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}
 
 
 def _imports(path: Path) -> list[str]:
