@@ -112,7 +112,7 @@ def _dealt(groups: Sequence[Sequence[Item]], workers: int) -> list[list[Item]]:
 
 
 def _micro_items(quick: bool, wrong: set[tuple[str, str]]) -> list[Item]:
-    """Without the kernels that are wrong somewhere. Ours and the official algorithm first, at every shape."""
+    """Without the kernels that are wrong somewhere. Ours, the official algorithm and others first, at every shape."""
     shapes = _QUICK_SHAPES if quick else _MICRO_SHAPES
     rounds = [(("fastreduce", "plain"), shapes)]
     if not quick:
@@ -124,7 +124,7 @@ def _micro_items(quick: bool, wrong: set[tuple[str, str]]) -> list[Item]:
         for name, primitive in load_primitives().items()
         for way in DIRECTIONS
         if way == "forward" or primitive.gradients
-        for who in contenders
+        for who in (*contenders, *(primitive.others if "plain" in contenders else ()))
         if not (who == "fastreduce" and (name, way) in wrong)
     ]
 
@@ -356,6 +356,7 @@ def _micro_lines(result: dict[str, Any]) -> list[str]:
         "peak MB",
     ]
     others = ["reference", "compiled", "plain"]
+    others += sorted({who for rows in groups.values() for who in rows} - {"fastreduce", *others})
     lines = ["## Kernels", "", "| " + " | ".join([*heads, *(f"{other} ÷ ours" for other in others)]) + " |"]
     lines.append("|" + "---|" * (len(heads) + len(others)))
     for (name, direction, shape), rows in groups.items():

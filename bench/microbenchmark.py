@@ -1,7 +1,7 @@
 """One primitive at one shape: parity first, then the clock, then launches and memory.
 
 Contenders are fastreduce (its kernels on CUDA, its reference on the CPU), on CUDA also the reference eager, the
-reference under ``torch.compile``, and the official algorithm in plain words.
+reference under ``torch.compile``, the official algorithm in plain words, and what else a primitive names.
 """
 
 from __future__ import annotations
@@ -140,6 +140,9 @@ class Microbenchmark:
             self.contenders["reference"] = reference
         self.contenders["compiled"] = torch.compile(own_code(reference), dynamic=False)
         self.contenders["plain"] = primitive.plain
+        for name, other in primitive.others.items():
+            if other.on_cpu or device.type == "cuda":
+                self.contenders[name] = other.call
 
     def _inputs(self, batch: int, seed: int) -> Inputs:
         generator = torch.Generator(self.device).manual_seed(seed)
@@ -166,7 +169,7 @@ class Microbenchmark:
         outputs = work()
         if self.direction == "forward" and self.primitive.compare is not None:
             return misshapen(outputs, exact) or self.primitive.compare(inputs, outputs, exact)
-        if contender == "plain":
+        if contender == "plain" or contender in self.primitive.others:
             steps = self.primitive.plain_steps * torch.finfo(self.shape.dtype).eps
             return disagreement(outputs, exact, None, steps)
         return disagreement(outputs, exact, reference, 4 * torch.finfo(self.shape.dtype).eps)

@@ -20,6 +20,7 @@ __all__ = [
     "DTYPES",
     "MODELS",
     "TOKENS",
+    "Other",
     "Primitive",
     "Shape",
     "differentiate",
@@ -92,6 +93,19 @@ def parse_shapes(words: str, dtype: torch.dtype) -> list[Shape]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Other:
+    """Another way to a primitive's result, beside which it is shown.
+
+    Attributes:
+        call: (arguments) -> the same tensors.
+        on_cpu: whether it is one on the CPU too.
+    """
+
+    call: Callable[[Inputs], Outputs]
+    on_cpu: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Primitive:
     """One primitive as it is measured.
 
@@ -113,7 +127,8 @@ class Primitive:
         compare: (arguments, outputs, exact outputs of the same shapes) -> what is wrong with decisions that may differ
             by near-ties, or None. Without it integers must be equal, and floats are held against the error of the
             reference.
-        plain_steps: roundings of the largest value that the plain algorithm may be off in its own dtype.
+        plain_steps: roundings of the largest value that the plain algorithm and others may be off in their own dtype.
+        others: more contenders by name.
     """
 
     name: str
@@ -127,6 +142,7 @@ class Primitive:
     backward_tiled: Callable[[Inputs], int] | None = None
     compare: Callable[[Inputs, Outputs, Outputs], str | None] | None = None
     plain_steps: float = 32.0
+    others: Mapping[str, Other] = dataclasses.field(default_factory=dict, hash=False)
 
 
 def nbytes(*tensors: Tensor) -> int:

@@ -50,28 +50,23 @@ HARD = ("topk", "evit", "ats", "dynamicvit", "tome", "kmedoids", "dpcknn", "radi
 # Primitive, direction and, where only one is meant, model and tokens.
 _PAST_THE_END = "rows of a tile past the end repeat the last row, since a mask of their own costs registers"
 _OWN_NORMS = "norms of a tile's own rows read them once more"
-_SHARED_ROWS = "every token reads the row of its slot, so rows that tokens share are requested again, from the cache"
+_WHOLE_GRADIENT = "the rows' whole gradient is written for the residual, then read by the reduction's backward pass"
 KNOWN_TRAFFIC = {
     "attention forward deit_tiny-50": Known(1.19, "the mean of V is a pass of its own, where one tile holds all else"),
     "attention backward deit_tiny-50": Known(
         1.16, "besides, the saved result and the keys of the greatest logits are read"
     ),
     "cluster_dpc_knn forward": Known(1.52, f"{_PAST_THE_END}; {_OWN_NORMS}"),
-    "cluster_dpc_knn forward deit_tiny-50": Known(2.03, "as above, with tiles of 64 of which 49 rows are tokens"),
+    "cluster_dpc_knn forward deit_tiny-50": Known(1.98, "as above, with tiles of 32 and 64 for 49 tokens"),
     "cluster_k_medoids forward": Known(1.43, f"{_PAST_THE_END}; {_OWN_NORMS}"),
     "cluster_k_medoids forward deit_tiny-50": Known(1.71, "as above, with tiles of 64 of which 49 rows are tokens"),
-    "match_tokens forward": Known(1.7, f"{_PAST_THE_END}; {_OWN_NORMS}; groups compare all slots, out of the cache"),
-    "match_tokens forward deit_tiny-50": Known(3.92, "as above, with tiles of 64 of which 25 rows are tokens"),
-    "merge_tokens backward": Known(1.34, _SHARED_ROWS),
-    "merge_tokens_learned forward": Known(1.73, "every token reads the layer's weights again, out of the cache"),
-    "merge_tokens_learned backward": Known(1.28, f"{_SHARED_ROWS}; every token's slot is compared with all"),
+    "fuse_tokens_norm backward": Known(1.18, _WHOLE_GRADIENT),
+    "gather_tokens_norm backward": Known(1.22, _WHOLE_GRADIENT),
+    "merge_tokens_norm backward": Known(1.2, _WHOLE_GRADIENT),
     "received_scores forward": Known(1.36, _PAST_THE_END),
     "received_scores forward deit_tiny-50": Known(1.47, "as above, with tiles of 64 of which 50 rows are tokens"),
     "received_scores backward": Known(1.81, f"{_PAST_THE_END}; a step loads its rows for each of its two products"),
     "sample_tokens forward": Known(7.5, "one program an image searches a table of a few KiB that it has just written"),
-    "soft_merge forward": Known(1.3, "a matrix product: every block of channels reads the logits again"),
-    "soft_merge backward": Known(3.7, "matrix products in tiles, each of which reads its rows of both operands again"),
-    "unmerge_tokens forward": Known(1.33, _SHARED_ROWS),
 }
 KNOWN_CALLS = {
     "dynamicvit": Known(15, "its predictor is a network of thirteen operators, all of them PyTorch's own"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["Plan", "SoftWeights", "Tokens", "compose_kept", "compose_slots", "compose_sources", "unmerge"]
+__all__ = ["Packing", "Plan", "SoftWeights", "Tokens", "compose_kept", "compose_slots", "compose_sources", "unmerge"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +21,13 @@ class SoftWeights:
     ``log W[b, n, k] = logits[b, n, k] + token[b, n] + cluster[b, k] - logsumexp[b, k]``.
 
     Attributes:
-        logits: (B, num_in, num_out).
+        logits: (B, num_in, num_out), or a function that computes them: of long inputs they are not kept.
         token: (B, num_in) or None for zeros.
         cluster: (B, num_out) or None for zeros.
         logsumexp: (B, num_out) or None for zeros.
     """
 
-    logits: Tensor
+    logits: Tensor | Callable[[], Tensor]
     token: Tensor | None = None
     cluster: Tensor | None = None
     logsumexp: Tensor | None = None
@@ -35,11 +35,13 @@ class SoftWeights:
     def detach(self) -> SoftWeights:
         """The same without gradient: a plan is for looking at."""
         parts = (self.token, self.cluster, self.logsumexp)
-        return SoftWeights(self.logits.detach(), *(None if part is None else part.detach() for part in parts))
+        logits = self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
+        return SoftWeights(logits, *(None if part is None else part.detach() for part in parts))
 
     def log(self) -> Tensor:
         """(B, num_in, num_out) float32 (or wider): log W."""
-        log_weights = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        logits = self.logits if isinstance(self.logits, Tensor) else self.logits()
+        log_weights = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.token is not None:
             log_weights = log_weights + self.token.unsqueeze(2)
         if self.cluster is not None:
@@ -168,36 +170,73 @@ _NOT_A_TENSOR = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Packing:
+    """How the tokens of all images lie in one row: without padding between them.
+
+    Attributes:
+        offsets: (B + 1,) int32 on the tokens' device: those of image b are rows ``offsets[b] .. offsets[b + 1]``.
+        longest: no image has more tokens. The host knows it without waiting for the device, so it is a bound.
+    """
+
+    offsets: Tensor
+    longest: int
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return self.offsets.shape[0] - 1
+
+    def spread(self, values: Tensor, rows: int) -> Tensor:
+        """(B, ...) values of images -> (rows, ...) those of every row's image."""
+        row = torch.arange(rows, dtype=self.offsets.dtype, device=self.offsets.device)
+        return values.index_select(0, torch.searchsorted(self.offsets[1:], row, right=True).clamp_(max=self.batch - 1))
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokens:
     """What walks from block to block of a reduced model.
 
     Attributes:
-        x: (B, N, C) tokens, prefix first.
+        x: (B, N, C) tokens, prefix first; packed (1, T, C), of which only the rows of images mean something.
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         patches: number of patch tokens before any reduction.
+        normed: (B, N, C) what the norm that comes next makes of ``x``, where a reduction has applied it, else None. It
+            does not outlive ``x``.
         size: (B, N) float32, how many patches each token stands for, or None while all are one.
-        valid: (B, N) bool, or None while all tokens are real (ATS pads).
+        bias: (B, N) float32 that attention adds to the logits of every key: the logarithm of the size where attention
+            is proportional to it (ToMe), -inf for tokens that are not valid; or None for zeros.
+        valid: (B, N) bool, or None while all tokens are real (ATS pads). Packed tokens keep what it will be once they
+            are unpacked.
         received: (B, N) attention that every token got in the block before, summed over heads and queries, where the
             next stage asks for it (K-Medoids), else None.
         policy: (B, N) 1 for tokens that attention sees and 0 for others, differentiable (DynamicViT in training).
         decisions: (B, P) each, what DynamicViT's stages so far decided in training: 1 for kept, differentiable.
         plans: what the stages so far decided.
+        packing: where the tokens of every image are, if they lie packed in one row, else None.
     """
 
     x: Tensor
     prefix: int
     patches: int
+    normed: Tensor | None = None
     size: Tensor | None = None
+    bias: Tensor | None = None
     valid: Tensor | None = None
     received: Tensor | None = None
     policy: Tensor | None = None
     decisions: tuple[Tensor, ...] = ()
     plans: tuple[Plan, ...] = ()
+    packing: Packing | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return self.x.shape[0] if self.packing is None else self.packing.batch
 
     @property
     def num_patches(self) -> int:
-        """Patch tokens at this point."""
-        return self.x.shape[1] - self.prefix
+        """Patch tokens at this point, of packed tokens the most that an image has."""
+        return (self.x.shape[1] if self.packing is None else self.packing.longest) - self.prefix
 
     def replace(self, x: Tensor, **changes: Any) -> Tokens:
         """The same tokens with another ``x``, and whatever else changes."""
@@ -205,13 +244,33 @@ class Tokens:
             "prefix": self.prefix,
             "patches": self.patches,
             "size": self.size,
+            "bias": self.bias,
             "valid": self.valid,
         }
         fields |= {"received": self.received, "policy": self.policy, "decisions": self.decisions, "plans": self.plans}
-        return Tokens(x, **{**fields, **changes})
+        return Tokens(x, **{**fields, "packing": self.packing, **changes})
+
+    def packed(self) -> tuple[Tokens, Packing]:
+        """The same in one row, and how they lie in it. If they are not packed yet, all must be real."""
+        if self.packing is not None:
+            return self, self.packing
+        assert self.valid is None
+        batch, tokens, channels = self.x.shape
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=self.x.device) * tokens
+        packing = Packing(starts, tokens)
+        return self.replace(self.x.reshape(1, batch * tokens, channels), packing=packing), packing
+
+    def unpacked(self, *, backend: str | None = None) -> Tokens:
+        """The same with a row of tokens for every image, zeros behind the shorter ones."""
+        if self.packing is None:
+            return self
+        x = ops.unpack_tokens(self.x, self.packing.offsets, longest=self.packing.longest, backend=backend)
+        return self.replace(x, packing=None)
 
     def dense(self, *, backend: str | None = None) -> Tensor:
         """(B, prefix + patches, C): ``x`` on the full grid, zeros where a patch was dropped."""
+        if self.packing is not None:
+            return self.unpacked(backend=backend).dense(backend=backend)
         return unmerge(self.x, self.plans, self.prefix, backend=backend) if self.plans else self.x
 
     def __getitem__(self, key: object) -> NoReturn:

@@ -1,6 +1,7 @@
 """Attention in tiles: no matrix of queries by keys in memory, forward or backward.
 
-Launches: forward 1, backward 2; with a policy 2 (the mean of the values first) and 3 (its gradient summed over heads).
+Launches: forward 1, backward 2; with a policy 2 (the mean of the values first) and 3 (its gradient summed over heads),
+as with a bias that needs a gradient. What keys get of the attention: 1 for the class token's, 2 for all.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ class AttentionTiles:
     grad_keys: AttentionTile
 
 
-# By the padded head dimension, found by compiling: nothing spills for sm_80 and sm_90, with and without a policy.
+# By the padded head dimension, found by compiling: nothing spills for sm_80 and sm_90, whatever the options.
 HALF_TILES = {
     64: AttentionTiles(AttentionTile(64, 64, 4), AttentionTile(64, 32, 4), AttentionTile(64, 32, 4)),
     128: AttentionTiles(AttentionTile(128, 32, 8), AttentionTile(64, 32, 8), AttentionTile(32, 64, 8)),
     256: AttentionTiles(AttentionTile(64, 32, 8), AttentionTile(32, 32, 8), AttentionTile(32, 64, 8)),
 }
+# At 128 channels a few words would spill, of an index and a bias on sm_90, of scores and a bias on sm_80 (Triton 3.6),
+# of a bias in float32 on sm_80.
+CHOSEN_GRAD_KEYS = AttentionTile(32, 32, 8)
+SCORED_GRAD_QUERIES = AttentionTile(64, 16, 8)
+BIASED_FLOAT = AttentionTile(16, 16, 8)
 # Rows that are not aligned to 16 bytes take an address for every element.
 UNALIGNED_TILES = {64: AttentionTile(32, 16, 4), 128: AttentionTile(32, 16, 4), 256: AttentionTile(32, 16, 8)}
 # Exact dots hold their operands in registers.
@@ -51,18 +57,34 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool) -> AttentionTiles:
-    """The tiles of a head dimension up to 256."""
+def attention_tiles(
+    head_dim: int,
+    dtype: torch.dtype,
+    aligned: bool,
+    *,
+    biased: bool = False,
+    chosen: bool = False,
+    scored: bool = False,
+) -> AttentionTiles:
+    """The tiles of a head dimension up to 256; keys have a bias, an index names the queries, scores have a gradient."""
     width = max(64, padded_head_dim(head_dim))
     if aligned and dtype != torch.float32:
-        return HALF_TILES[width]
+        tiles = HALF_TILES[width]
+        if width == 128 and chosen:
+            tiles = dataclasses.replace(tiles, grad_keys=CHOSEN_GRAD_KEYS)
+        if width == 128 and scored:
+            tiles = dataclasses.replace(tiles, grad_queries=SCORED_GRAD_QUERIES)
+        return tiles
     tile = (FLOAT_TILES if dtype == torch.float32 else UNALIGNED_TILES)[width]
+    if width == 128 and dtype == torch.float32 and biased:
+        tile = BIASED_FLOAT
     return AttentionTiles(tile, tile, tile)
 
 
-def _tiles(*tensors: torch.Tensor) -> AttentionTiles:
+def _tiles(*tensors: torch.Tensor, **options: bool) -> AttentionTiles:
     first = tensors[0]
-    return attention_tiles(first.shape[-1], first.dtype, all(tensor.stride(2) % 8 == 0 for tensor in tensors))
+    aligned = all(tensor.stride(2) % 8 == 0 for tensor in tensors)
+    return attention_tiles(first.shape[-1], first.dtype, aligned, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +100,12 @@ def mean_tile(head_dim: int) -> ColumnTile:
     """8,192 elements a step, 64 a thread: few programs, so that each must keep many loads in flight."""
     columns = padded_head_dim(head_dim)
     return ColumnTile(rows=8192 // columns, columns=columns, num_warps=4)
+
+
+def key_tile(head_dim: int) -> ColumnTile:
+    """2,048 elements a head, 16 a thread: heads follow one another, so that there are many programs."""
+    columns = padded_head_dim(head_dim)
+    return ColumnTile(rows=2048 // columns, columns=columns, num_warps=4)
 
 
 @triton.jit
@@ -109,20 +137,53 @@ def mean_values_kernel(
 
 
 @triton.jit
+def _bias(row, columns, mask, stride, log2_e):
+    """Of these keys, in units of log 2; -inf past the end."""
+    return tl.load(row + columns.to(tl.int64) * stride, mask=mask, other=float("-inf")).to(tl.float32) * log2_e
+
+
+@triton.jit
+def _chosen_rows(rows, index, index_stride_k, prefix, mask):
+    """Rows of q: those of the prefix, then those that the index of this image names."""
+    patches = rows - prefix
+    chosen = tl.load(index + patches.to(tl.int64) * index_stride_k, mask=mask & (patches >= 0), other=0)
+    return tl.where(patches >= 0, chosen.to(tl.int64) + prefix, rows.to(tl.int64))
+
+
+@triton.jit
+def _clear_rows(target, offsets, rows, heads, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros in this head's rows past the last image: all programs of a head share them."""
+    first = tl.load(offsets + tl.num_programs(2))
+    part = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    offsets_d = tl.arange(0, BLOCK_D)
+    for start in range(first + part * BLOCK, rows, tl.num_programs(0) * tl.num_programs(2) * BLOCK):
+        past = start + tl.arange(0, BLOCK)
+        targets = target + (past.to(tl.int64)[:, None] * heads + tl.program_id(1)) * D + offsets_d[None, :]
+        nothing = tl.zeros((BLOCK, BLOCK_D), target.dtype.element_ty)
+        tl.store(targets, nothing, mask=(past < rows)[:, None] & (offsets_d < D)[None, :])
+
+
+@triton.jit
 def attention_kernel(
-    q,  # (B, H, M, D)
+    q,  # (B, H, M, D), with an index (B, H, any, D)
     k,  # (B, H, N, D)
     v,  # (B, H, N, D)
     policy,  # (B, N) or None
+    bias,  # (B, N) or None
+    index,  # (B, M - prefix) or None
+    query_offsets,  # (images + 1,) int32 or None; then B is 1
+    key_offsets,  # (images + 1,) int32 or None
     mean,  # (B, H, D) float32, contiguous, or None
     out,  # (B, M, H, D), contiguous
     logsumexp,  # (B, H, M) float32, contiguous
     total,  # (B, H, M) float32, contiguous, or None
     scale_log2,
+    log2_e,
     eps,
     heads,
     queries,
     keys,
+    prefix,
     q_stride_b,
     q_stride_h,
     q_stride_m,
@@ -134,6 +195,10 @@ def attention_kernel(
     v_stride_n,
     policy_stride_b,
     policy_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    index_stride_b,
+    index_stride_k,
     D: tl.constexpr,
     POLICY: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -147,29 +212,43 @@ def attention_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    offsets_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if query_offsets is not None:
+        first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
+        first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
+        last_n = tl.where(first_m + tl.program_id(0) * BLOCK_M < last_m, last_n, first_n)  # nothing to do
+        batch = tl.full((), 0, tl.int64)
+    offsets_m = first_m + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_n = tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
-    in_m = offsets_m < queries
+    in_m = offsets_m < last_m
     in_d = offsets_d < D
     in_md = in_m[:, None] & in_d[None, :]
     rows = q + batch * q_stride_b + head * q_stride_h
-    query = tl.load(rows + offsets_m.to(tl.int64)[:, None] * q_stride_m + offsets_d[None, :], mask=in_md, other=0.0)
+    rows_q = offsets_m.to(tl.int64)
+    if index is not None:
+        rows_q = _chosen_rows(offsets_m, index + batch * index_stride_b, index_stride_k, prefix, in_m)
+    query = tl.load(rows + rows_q[:, None] * q_stride_m + offsets_d[None, :], mask=in_md, other=0.0)
     key_rows = k + batch * k_stride_b + head * k_stride_h + offsets_d[None, :]
     value_rows = v + batch * v_stride_b + head * v_stride_h + offsets_d[None, :]
     if POLICY:
         policy_row = policy + batch * policy_stride_b
+    if bias is not None:
+        bias_row = bias + batch * bias_stride_b
     seen_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     seen_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, keys, BLOCK_N):
+    for start in range(first_n, last_n, BLOCK_N):
         columns = start + offsets_n
-        in_n = columns < keys
+        in_n = columns < last_n
         in_nd = in_n[:, None] & in_d[None, :]
         key = tl.load(key_rows + columns.to(tl.int64)[:, None] * k_stride_n, mask=in_nd, other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        logit = tl.where(in_n[None, :], logit, float("-inf"))
+        if bias is not None:
+            logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+        else:
+            logit = tl.where(in_n[None, :], logit, float("-inf"))
         if POLICY:
             row_max = tl.maximum(row_max, tl.max(logit, 1))
             shown = tl.load(policy_row + columns.to(tl.int64) * policy_stride_n, mask=in_n, other=0.0)
@@ -194,19 +273,41 @@ def attention_kernel(
         tl.store(total + row, denominator, mask=in_m)
         tl.store(logsumexp + row, (row_max + tl.log2(denominator)) * LN_2, mask=in_m)
     else:
-        acc = acc / seen_sum[:, None]
         tl.store(logsumexp + row, (seen_max + tl.log2(seen_sum)) * LN_2, mask=in_m)
+        if bias is not None or key_offsets is not None:
+            seen_sum = tl.where(seen_sum == 0.0, 1.0, seen_sum)  # no key: a result of zeros
+        acc = acc / seen_sum[:, None]
     targets = out + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
     tl.store(targets, acc.to(out.dtype.element_ty), mask=in_md)
+    if query_offsets is not None:
+        _clear_rows(out, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _upstream_of_scores(row, columns, mask, stride, prefix, heads, CLASS: tl.constexpr):
+    """The gradient of the scores of these keys; of the class token's, what one head adds to them."""
+    if CLASS:
+        columns -= prefix
+        mask = mask & (columns >= 0)
+    upstream = tl.load(row + columns.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
+    if CLASS:
+        upstream = upstream / heads
+    return upstream
 
 
 @triton.jit
 def grad_queries_kernel(
     grad,  # (B, H, M, D)
-    q,  # (B, H, M, D)
+    q,  # (B, H, M, D), with an index (B, H, any, D)
     k,  # (B, H, N, D)
     v,  # (B, H, N, D)
     policy,  # (B, N) or None
+    bias,  # (B, N) or None
+    index,  # (B, M - prefix) or None
+    query_offsets,  # (images + 1,) int32 or None; then B is 1
+    key_offsets,  # (images + 1,) int32 or None
+    grad_logsumexp,  # (B, H, M), contiguous, or None
+    grad_scores,  # (B, N), with CLASS (B, N - prefix), or None
     out,  # (B, H, M, D)
     logsumexp,  # (B, H, M) float32, contiguous
     total,  # (B, H, M) float32, contiguous, or None
@@ -222,6 +323,7 @@ def grad_queries_kernel(
     heads,
     queries,
     keys,
+    prefix,
     grad_stride_b,
     grad_stride_h,
     grad_stride_m,
@@ -234,13 +336,20 @@ def grad_queries_kernel(
     v_stride_b,
     v_stride_h,
     v_stride_n,
+    policy_stride_b,
+    policy_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    index_stride_b,
+    index_stride_k,
+    scores_stride_b,
+    scores_stride_n,
     out_stride_b,
     out_stride_h,
     out_stride_m,
-    policy_stride_b,
-    policy_stride_n,
     D: tl.constexpr,
     POLICY: tl.constexpr,
+    CLASS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -252,14 +361,23 @@ def grad_queries_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    offsets_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if query_offsets is not None:
+        first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
+        first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
+        last_n = tl.where(first_m + tl.program_id(0) * BLOCK_M < last_m, last_n, first_n)  # nothing to do
+        batch = tl.full((), 0, tl.int64)
+    offsets_m = first_m + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_n = tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
-    in_m = offsets_m < queries
+    in_m = offsets_m < last_m
     in_d = offsets_d < D
     in_md = in_m[:, None] & in_d[None, :]
     rows_m = offsets_m.to(tl.int64)[:, None]
-    sources = q + batch * q_stride_b + head * q_stride_h + rows_m * q_stride_m + offsets_d[None, :]
+    rows_q = rows_m
+    if index is not None:
+        rows_q = _chosen_rows(offsets_m, index + batch * index_stride_b, index_stride_k, prefix, in_m)[:, None]
+    sources = q + batch * q_stride_b + head * q_stride_h + rows_q * q_stride_m + offsets_d[None, :]
     query = tl.load(sources, mask=in_md, other=0.0)
     sources = grad + batch * grad_stride_b + head * grad_stride_h + rows_m * grad_stride_m + offsets_d[None, :]
     upstream = tl.load(sources, mask=in_md, other=0.0)
@@ -267,7 +385,31 @@ def grad_queries_kernel(
     result = tl.load(sources, mask=in_md, other=0.0).to(tl.float32)
     row = (batch * heads + head) * queries + offsets_m
     lse = tl.load(logsumexp + row, mask=in_m, other=0.0) * log2_e
+    if bias is not None:
+        bias_row = bias + batch * bias_stride_b
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
+    key_rows = k + batch * k_stride_b + head * k_stride_h + offsets_d[None, :]
     offset = tl.sum(upstream.to(tl.float32) * result, 1)
+    if grad_logsumexp is not None:
+        offset -= tl.load(grad_logsumexp + row, mask=in_m, other=0.0).to(tl.float32)
+    if grad_scores is not None:
+        score_row = grad_scores + batch * scores_stride_b
+        # The mean of the scores' gradient under the attention; of the class token's only the first row has one.
+        end = tl.where(tl.program_id(0) == 0, last_n, 0) if CLASS else last_n
+        weighted = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, end, BLOCK_N):
+            columns = start + offsets_n
+            in_n = columns < last_n
+            mask = in_n[:, None] & in_d[None, :]
+            key = tl.load(key_rows + columns.to(tl.int64)[:, None] * k_stride_n, mask=mask, other=0.0)
+            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+            if bias is not None:
+                logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+            else:
+                logit = tl.where(in_n[None, :], logit, float("-inf"))  # else 0, whose weight may be infinite
+            of_scores = _upstream_of_scores(score_row, columns, in_n, scores_stride_n, prefix, heads, CLASS)
+            weighted += tl.sum(tl.exp2(logit - lse[:, None]) * of_scores[None, :], 1)
+        offset += tl.where(offsets_m == 0, weighted, 0.0) if CLASS else weighted
     tl.store(delta + row, offset, mask=in_m)
     if POLICY:
         average = tl.load(mean + (batch * heads + head) * D + offsets_d, mask=in_d, other=0.0)
@@ -276,19 +418,21 @@ def grad_queries_kernel(
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_peak = tl.zeros((BLOCK_M,), tl.int32)
 
-    key_rows = k + batch * k_stride_b + head * k_stride_h + offsets_d[None, :]
     value_rows = v + batch * v_stride_b + head * v_stride_h + offsets_d[None, :]
     if POLICY:
         policy_row = policy + batch * policy_stride_b
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, keys, BLOCK_N):
+    for start in range(first_n, last_n, BLOCK_N):
         columns = start + offsets_n
-        in_n = columns < keys
+        in_n = columns < last_n
         in_nd = in_n[:, None] & in_d[None, :]
         key = tl.load(key_rows + columns.to(tl.int64)[:, None] * k_stride_n, mask=in_nd, other=0.0)
         value = tl.load(value_rows + columns.to(tl.int64)[:, None] * v_stride_n, mask=in_nd, other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        logit = tl.where(in_n[None, :], logit, float("-inf"))
+        if bias is not None:
+            logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+        else:
+            logit = tl.where(in_n[None, :], logit, float("-inf"))
         weight = tl.exp2(logit - lse[:, None])
         if POLICY:
             tile_max, tile_peak = tl.max(logit, 1, return_indices=True, return_indices_tie_break_left=True)
@@ -299,6 +443,9 @@ def grad_queries_kernel(
             own = offsets_m[:, None] == columns[None, :]
             weight = tl.where(own, weight, weight * visible[None, :])
         slope = tl.dot(upstream, tl.trans(value), input_precision="ieee") - offset[:, None]
+        if grad_scores is not None:
+            of_scores = _upstream_of_scores(score_row, columns, in_n, scores_stride_n, prefix, heads, CLASS)[None, :]
+            slope += tl.where(offsets_m[:, None] == 0, of_scores, 0.0) if CLASS else of_scores
         acc = tl.dot((weight * slope).to(key.dtype), key, acc, input_precision="ieee")
 
     if POLICY:
@@ -308,15 +455,22 @@ def grad_queries_kernel(
         acc += slope_of_max[:, None] * key
     targets = grad_q + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
     tl.store(targets, (acc * scale).to(grad_q.dtype.element_ty), mask=in_md)
+    if query_offsets is not None:
+        _clear_rows(grad_q, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def grad_keys_kernel(
     grad,  # (B, H, M, D)
-    q,  # (B, H, M, D)
+    q,  # (B, H, M, D), with an index (B, H, any, D)
     k,  # (B, H, N, D)
     v,  # (B, H, N, D)
     policy,  # (B, N) or None
+    bias,  # (B, N) or None
+    index,  # (B, M - prefix) or None
+    query_offsets,  # (images + 1,) int32 or None; then B is 1
+    key_offsets,  # (images + 1,) int32 or None
+    grad_scores,  # (B, N), with CLASS (B, N - prefix), or None
     logsumexp,  # (B, H, M) float32, contiguous
     total,  # (B, H, M) float32, contiguous, or None
     delta,  # (B, H, M) float32, contiguous
@@ -324,7 +478,7 @@ def grad_keys_kernel(
     peak_grad,  # (B, H, M) float32, contiguous, or None
     grad_k,  # (B, N, H, D), contiguous
     grad_v,  # (B, N, H, D), contiguous
-    grad_policy,  # (B, H, N) float32, contiguous, or None
+    parts,  # (B, H, N) float32, contiguous: of the policy's or the bias's gradient, or None
     scale,
     scale_log2,
     log2_e,
@@ -332,6 +486,7 @@ def grad_keys_kernel(
     heads,
     queries,
     keys,
+    prefix,
     grad_stride_b,
     grad_stride_h,
     grad_stride_m,
@@ -346,8 +501,15 @@ def grad_keys_kernel(
     v_stride_n,
     policy_stride_b,
     policy_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    index_stride_b,
+    index_stride_k,
+    scores_stride_b,
+    scores_stride_n,
     D: tl.constexpr,
     POLICY: tl.constexpr,
+    CLASS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -358,10 +520,16 @@ def grad_keys_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if query_offsets is not None:
+        first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
+        first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
+        last_m = tl.where(first_n + tl.program_id(0) * BLOCK_N < last_n, last_m, first_m)  # nothing to do
+        batch = tl.full((), 0, tl.int64)
+    offsets_n = first_n + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_m = tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
-    in_n = offsets_n < keys
+    in_n = offsets_n < last_n
     in_d = offsets_d < D
     in_nd = in_n[:, None] & in_d[None, :]
     rows_n = offsets_n.to(tl.int64)[:, None]
@@ -372,26 +540,40 @@ def grad_keys_kernel(
     if POLICY:
         sources = policy + batch * policy_stride_b + offsets_n.to(tl.int64) * policy_stride_n
         visible = tl.load(sources, mask=in_n, other=0.0).to(tl.float32)
-        acc_policy = tl.zeros((BLOCK_N,), tl.float32)
+    if bias is not None:
+        added = _bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
+    if grad_scores is not None:
+        score_row = grad_scores + batch * scores_stride_b
+        of_scores = _upstream_of_scores(score_row, offsets_n, in_n, scores_stride_n, prefix, heads, CLASS)[:, None]
+    if parts is not None:
+        acc_part = tl.zeros((BLOCK_N,), tl.float32)
     query_rows = q + batch * q_stride_b + head * q_stride_h + offsets_d[None, :]
     grad_rows = grad + batch * grad_stride_b + head * grad_stride_h + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     acc_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for start in range(0, queries, BLOCK_M):
+    for start in range(first_m, last_m, BLOCK_M):
         rows = start + offsets_m
-        in_m = rows < queries
+        in_m = rows < last_m
         in_md = in_m[:, None] & in_d[None, :]
-        query = tl.load(query_rows + rows.to(tl.int64)[:, None] * q_stride_m, mask=in_md, other=0.0)
+        rows_q = rows.to(tl.int64)
+        if index is not None:
+            rows_q = _chosen_rows(rows, index + batch * index_stride_b, index_stride_k, prefix, in_m)
+        query = tl.load(query_rows + rows_q[:, None] * q_stride_m, mask=in_md, other=0.0)
         upstream = tl.load(grad_rows + rows.to(tl.int64)[:, None] * grad_stride_m, mask=in_md, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=0.0) * log2_e
         offset = tl.load(delta + first_row + rows, mask=in_m, other=0.0)
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+        if bias is not None:
+            logit += added[:, None]
+            lse = tl.where(in_m & (lse > float("-inf")), lse, float("inf"))  # no key, or no query: weights of zero
         weight = tl.exp2(logit - lse[None, :])
         slope = tl.dot(value, tl.trans(upstream), input_precision="ieee") - offset[None, :]
+        if grad_scores is not None:
+            slope += tl.where(rows[None, :] == 0, of_scores, 0.0) if CLASS else of_scores
         if POLICY:
             own = offsets_n[:, None] == rows[None, :]
-            acc_policy += tl.sum(tl.where(own, 0.0, weight * slope), 1)
+            acc_part += tl.sum(tl.where(own, 0.0, weight * slope), 1)
             weight = tl.where(own, weight, weight * visible[:, None])
             grad_logit = weight * slope
             of_max = tl.load(peak + first_row + rows, mask=in_m, other=-1)
@@ -401,20 +583,27 @@ def grad_keys_kernel(
             weight += floor[None, :]
         else:
             grad_logit = weight * slope
+            if parts is not None:
+                acc_part += tl.sum(grad_logit, 1)
         acc_value = tl.dot(weight.to(upstream.dtype), upstream, acc_value, input_precision="ieee")
         acc_key = tl.dot(grad_logit.to(query.dtype), query, acc_key, input_precision="ieee")
 
     targets = ((batch * keys + offsets_n[:, None]) * heads + head) * D + offsets_d[None, :]
     tl.store(grad_v + targets, acc_value.to(grad_v.dtype.element_ty), mask=in_nd)
     tl.store(grad_k + targets, (acc_key * scale).to(grad_k.dtype.element_ty), mask=in_nd)
-    if POLICY:
-        tl.store(grad_policy + (batch * heads + head) * keys + offsets_n, acc_policy, mask=in_n)
+    if parts is not None:
+        tl.store(parts + (batch * heads + head) * keys + offsets_n, acc_part, mask=in_n)
+    if key_offsets is not None:
+        _clear_rows(grad_k, key_offsets, keys, heads, D, BLOCK_N, BLOCK_D)
+        _clear_rows(grad_v, key_offsets, keys, heads, D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
 def sum_heads_kernel(
     parts,  # (B, H, N) float32, contiguous
+    offsets,  # (images + 1,) int32 or None: only keys before the last of them have parts
     summed,  # (B, N), contiguous
+    images,
     heads,
     keys,
     BLOCK_N: tl.constexpr,
@@ -423,29 +612,154 @@ def sum_heads_kernel(
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = offsets_n < keys
+    with_parts = in_n
+    if offsets is not None:
+        with_parts = offsets_n < tl.load(offsets + images)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     for head in range(heads):
-        acc += tl.load(parts + (batch * heads + head) * keys + offsets_n, mask=in_n, other=0.0)
+        acc += tl.load(parts + (batch * heads + head) * keys + offsets_n, mask=with_parts, other=0.0)
     tl.store(summed + batch * keys + offsets_n, acc.to(summed.dtype.element_ty), mask=in_n)
 
 
+@triton.jit
+def received_kernel(
+    q,  # (B, H, M, D)
+    k,  # (B, H, N, D)
+    bias,  # (B, N) or None
+    logsumexp,  # (B, H, M) float32, contiguous
+    parts,  # (B, H, N) float32, contiguous
+    scale_log2,
+    log2_e,
+    heads,
+    queries,
+    keys,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_N keys of one head, over the queries."""
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_m = tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_n = offsets_n < keys
+    in_d = offsets_d < D
+    sources = k + batch * k_stride_b + head * k_stride_h + offsets_n.to(tl.int64)[:, None] * k_stride_n
+    key = tl.load(sources + offsets_d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
+    if bias is not None:
+        added = _bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
+    query_rows = q + batch * q_stride_b + head * q_stride_h + offsets_d[None, :]
+    first_row = (batch * heads + head) * queries
+    received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(0, queries, BLOCK_M):
+        rows = start + offsets_m
+        in_m = rows < queries
+        mask = in_m[:, None] & in_d[None, :]
+        query = tl.load(query_rows + rows.to(tl.int64)[:, None] * q_stride_m, mask=mask, other=0.0)
+        lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=float("inf")) * log2_e
+        logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+        if bias is not None:
+            logit += added[:, None]
+            lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
+        received += tl.exp2(logit - lse[None, :])
+    tl.store(parts + (batch * heads + head) * keys + offsets_n, tl.sum(received, 1), mask=in_n)
+
+
+@triton.jit
+def class_kernel(
+    q,  # (B, H, M, D)
+    k,  # (B, H, N, D)
+    bias,  # (B, N) or None
+    logsumexp,  # (B, H, M) float32, contiguous
+    scores,  # (B, N - prefix) float32, contiguous
+    scale_log2,
+    log2_e,
+    heads,
+    queries,
+    keys,
+    prefix,
+    q_stride_b,
+    q_stride_h,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_N keys of one image, over the heads."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_n = prefix + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_n = offsets_n < keys
+    in_d = offsets_d < D
+    key_rows = k + batch * k_stride_b + offsets_n.to(tl.int64)[:, None] * k_stride_n + offsets_d[None, :]
+    query_row = q + batch * q_stride_b + offsets_d
+    if bias is not None:
+        added = _bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for head in range(heads):
+        key = tl.load(key_rows, mask=in_n[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+        query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
+        lse = tl.load(logsumexp + (batch * heads + head) * queries) * log2_e
+        logit = tl.sum(key * query[None, :], 1) * scale_log2
+        if bias is not None:
+            logit += added
+            lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
+        acc += tl.exp2(logit - lse)
+        key_rows += k_stride_h
+        query_row += q_stride_h
+    tl.store(scores + batch * (keys - prefix) + offsets_n - prefix, acc / heads, mask=in_n)
+
+
+def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()
+
+
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: torch.Tensor | None, scale: float, eps: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy: torch.Tensor | None,
+    scale: float,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    prefix: int = 0,
+    offsets: tuple[torch.Tensor, torch.Tensor] | None = None,
+    longest: tuple[int, int] = (0, 0),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One launch, two with a policy; q (B, H, M, D), k and v (B, H, N, D), dense last axes, policy (B, N) or None.
+
+    A bias is (B, N), an index (B, K): then M is prefix + K in what follows. With offsets of the queries and the keys,
+    (images + 1,) int32 each, B is 1, and ``longest`` says how many of either an image has at most.
 
     Returns out (B, H, M, D), and for the backward pass logsumexp (B, H, M), total (B, H, M), the mean (B, H, D) of v;
     without a policy the last two are empty.
     """
     batch, heads, queries, head_dim = q.shape
+    queries = queries if index is None else prefix + index.shape[1]
     keys = k.shape[2]
     hidden = policy is not None
     out = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     total = torch.empty(batch, heads, queries if hidden else 0, dtype=torch.float32, device=q.device)
     mean = torch.empty(batch, heads, head_dim if hidden else 0, dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out.transpose(1, 2), logsumexp, total, mean
+    images, rows = (batch, queries) if offsets is None else (offsets[0].shape[0] - 1, max(1, longest[0]))
+    if out.numel() == 0 or images == 0:
+        return out.zero_().transpose(1, 2), logsumexp, total, mean
     if hidden:
         columns = mean_tile(head_dim)
         mean_values_kernel[(heads, batch)](
@@ -459,25 +773,32 @@ def attention(
             BLOCK_D=columns.columns,
             num_warps=columns.num_warps,
         )
-    tile = _tiles(q, k, v).forward
-    attention_kernel[(triton.cdiv(queries, tile.own), heads, batch)](
+    tile = _tiles(q, k, v, biased=bias is not None).forward
+    attention_kernel[(triton.cdiv(rows, tile.own), heads, images)](
         q,
         k,
         v,
         policy,
+        bias,
+        index,
+        *(offsets or (None, None)),
         mean if hidden else None,
         out,
         logsumexp,
         total if hidden else None,
         scale * LOG2_E,
+        LOG2_E,
         eps,
         heads,
         queries,
         keys,
+        prefix,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
-        *((0, 0) if policy is None else policy.stride()),
+        *_strides(policy),
+        *_strides(bias),
+        *_strides(index),
         D=head_dim,
         POLICY=hidden,
         BLOCK_M=tile.own,
@@ -487,6 +808,76 @@ def attention(
         num_stages=2,
     )
     return out.transpose(1, 2), logsumexp, total, mean
+
+
+def key_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    logsumexp: torch.Tensor,
+    kind: str,
+    bias: torch.Tensor | None,
+    prefix: int,
+    scale: float,
+) -> torch.Tensor:
+    """What keys get of the attention whose logsumexp (B, H, M) this is: of the first query's, averaged over heads.
+
+    One launch -> (B, N - prefix). ``kind="received"``: of all, summed over heads and queries; two -> (B, N).
+    """
+    batch, heads, queries, head_dim = q.shape
+    keys = k.shape[2]
+    received = kind == "received"
+    scores = torch.empty(batch, keys if received else keys - prefix, dtype=torch.float32, device=q.device)
+    if scores.numel() == 0 or queries == 0:
+        return scores.zero_()
+    numbers = (scale * LOG2_E, LOG2_E, heads, queries, keys)
+    if not received:
+        class_tile = key_tile(head_dim)
+        class_kernel[(triton.cdiv(keys - prefix, class_tile.rows), batch)](
+            q,
+            k,
+            bias,
+            logsumexp,
+            scores,
+            *numbers,
+            prefix,
+            *q.stride()[:2],
+            *k.stride()[:3],
+            *_strides(bias),
+            D=head_dim,
+            BLOCK_N=class_tile.rows,
+            BLOCK_D=class_tile.columns,
+            num_warps=class_tile.num_warps,
+        )
+        return scores
+    parts = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
+    tile = _tiles(q, k, biased=bias is not None).forward
+    received_kernel[(triton.cdiv(keys, tile.own), heads, batch)](
+        q,
+        k,
+        bias,
+        logsumexp,
+        parts,
+        *numbers,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *_strides(bias),
+        D=head_dim,
+        BLOCK_M=tile.step,
+        BLOCK_N=tile.own,
+        BLOCK_D=padded_head_dim(head_dim),
+        num_warps=tile.num_warps,
+        num_stages=2,
+    )
+    _sum_heads(parts, scores)
+    return scores
+
+
+def _sum_heads(parts: torch.Tensor, summed: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
+    batch, heads, keys = parts.shape
+    images = 0 if offsets is None else offsets.shape[0] - 1
+    sum_heads_kernel[(triton.cdiv(keys, 256), batch)](
+        parts, offsets, summed, images, heads, keys, BLOCK_N=256, num_warps=4
+    )
 
 
 def attention_backward(
@@ -501,32 +892,68 @@ def attention_backward(
     mean: torch.Tensor,
     scale: float,
     eps: float,
+    bias: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    prefix: int = 0,
+    offsets: tuple[torch.Tensor, torch.Tensor] | None = None,
+    longest: tuple[int, int] = (0, 0),
+    grad_logsumexp: torch.Tensor | None = None,
+    grad_scores: torch.Tensor | None = None,
+    kind: str = "",
+    with_bias: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches, three with a policy; grad (B, H, M, D) -> gradients of q, k, v and the policy, (B, 0) without."""
-    batch, heads, queries, head_dim = q.shape
+    """Two launches; grad (B, H, M, D) -> gradients of q, k, v and the policy or the bias, (B, 0) without.
+
+    A third with a policy, or with a bias if ``with_bias``. With an index the first gradient is that of the chosen
+    queries, (B, H, prefix + K, D). Gradients of the logsumexp (B, H, M) and of the ``kind`` of :func:`key_scores` join.
+    """
+    batch, heads, queries, head_dim = grad.shape
     keys = k.shape[2]
     hidden = policy is not None
+    of_keys = policy if policy is not None else bias if with_bias else None
     grad_q = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(batch, keys, heads, head_dim, dtype=k.dtype, device=k.device)
     grad_v = torch.empty_like(grad_k)
-    grad_policy = q.new_empty(batch, 0) if policy is None else policy.new_empty(batch, keys)
-    if batch == 0 or queries == 0:
-        return grad_q.transpose(1, 2), grad_k.zero_().transpose(1, 2), grad_v.zero_().transpose(1, 2), grad_policy
+    if of_keys is None:
+        dtype = q.dtype if bias is None else bias.dtype
+        grad_of_keys = torch.empty(batch, 0, dtype=dtype, device=q.device)
+    else:
+        grad_of_keys = torch.empty(batch, keys, dtype=of_keys.dtype, device=q.device)
+    images, rows, columns = batch, queries, keys
+    if offsets is not None:
+        images, rows, columns = offsets[0].shape[0] - 1, max(1, longest[0]), max(1, longest[1])
+    if images == 0 or queries == 0:
+        for gradient in (grad_q, grad_k, grad_v, grad_of_keys):
+            gradient.zero_()
+        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_of_keys
     delta = torch.empty_like(logsumexp)
     peak_grad = torch.empty_like(logsumexp) if hidden else None
     peak = torch.empty(logsumexp.shape, dtype=torch.int32, device=q.device) if hidden else None
-    parts = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device) if hidden else None
-    numbers = (scale, scale * LOG2_E, LOG2_E, eps, heads, queries, keys)
-    strides = (*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    policy_strides = (0, 0) if policy is None else policy.stride()
-    tiles = _tiles(grad, q, k, v)
+    parts = None if of_keys is None else torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
+    options = (policy, bias, index, *(offsets or (None, None)))
+    numbers = (scale, scale * LOG2_E, LOG2_E, eps, heads, queries, keys, prefix)
+    strides = (
+        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(*_strides(policy), *_strides(bias), *_strides(index), *_strides(grad_scores)),
+    )
+    used = {"biased": bias is not None, "chosen": index is not None, "scored": grad_scores is not None}
+    tiles = _tiles(grad, q, k, v, **used)
+    settings = {
+        "D": head_dim,
+        "POLICY": hidden,
+        "CLASS": kind == "class",
+        "BLOCK_D": padded_head_dim(head_dim),
+        "num_stages": 2,
+    }
     tile = tiles.grad_queries
-    grad_queries_kernel[(triton.cdiv(queries, tile.own), heads, batch)](
+    grad_queries_kernel[(triton.cdiv(rows, tile.own), heads, images)](
         grad,
         q,
         k,
         v,
-        policy,
+        *options,
+        None if grad_logsumexp is None else grad_logsumexp.contiguous(),
+        grad_scores,
         out,
         logsumexp,
         total if hidden else None,
@@ -538,22 +965,19 @@ def attention_backward(
         *numbers,
         *strides,
         *out.stride()[:3],
-        *policy_strides,
-        D=head_dim,
-        POLICY=hidden,
         BLOCK_M=tile.own,
         BLOCK_N=tile.step,
-        BLOCK_D=padded_head_dim(head_dim),
         num_warps=tile.num_warps,
-        num_stages=2,
+        **settings,
     )
     tile = tiles.grad_keys
-    grad_keys_kernel[(triton.cdiv(keys, tile.own), heads, batch)](
+    grad_keys_kernel[(triton.cdiv(columns, tile.own), heads, images)](
         grad,
         q,
         k,
         v,
-        policy,
+        *options,
+        grad_scores,
         logsumexp,
         total if hidden else None,
         delta,
@@ -564,15 +988,11 @@ def attention_backward(
         parts,
         *numbers,
         *strides,
-        *policy_strides,
-        D=head_dim,
-        POLICY=hidden,
         BLOCK_M=tile.step,
         BLOCK_N=tile.own,
-        BLOCK_D=padded_head_dim(head_dim),
         num_warps=tile.num_warps,
-        num_stages=2,
+        **settings,
     )
-    if hidden:
-        sum_heads_kernel[(triton.cdiv(keys, 256), batch)](parts, grad_policy, heads, keys, BLOCK_N=256, num_warps=4)
-    return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_policy
+    if parts is not None:
+        _sum_heads(parts, grad_of_keys, None if offsets is None else offsets[1])
+    return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_of_keys

@@ -55,6 +55,7 @@ def class_logits_kernel(
     k,  # (B, H, N, D)
     value,  # (B, H, N, D) or None
     valid,  # (B, N) bool or None
+    offsets,  # (B + 1,) int32 or None; with them k and value are (1, H, T, D), and N the most that an image has
     logits,  # (B, H, N) float32, contiguous
     lengths,  # (B, H, N) float32, contiguous, or None without value
     part_max,  # (B, H, P) float32, contiguous
@@ -89,18 +90,23 @@ def class_logits_kernel(
     if valid is not None:
         rows = valid + batch * valid_stride_b + offsets_n.to(tl.int64) * valid_stride_n
         seen = in_n & (tl.load(rows, mask=in_n, other=0) != 0)
+    first = offsets_n.to(tl.int64)
+    if offsets is not None:
+        begin = tl.load(offsets + batch)
+        seen = in_n & (offsets_n < tl.load(offsets + batch + 1) - begin)
+        first += begin
     query = tl.load(q + batch * q_stride_b + head * q_stride_h + offsets_d, mask=in_d, other=0.0).to(tl.float32)
     keys = k + batch * k_stride_b + head * k_stride_h
-    keys = keys + offsets_n.to(tl.int64)[:, None] * k_stride_n + offsets_d[None, :]
+    keys = keys + first[:, None] * k_stride_n + offsets_d[None, :]
     key = tl.load(keys, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     logit = tl.sum(key * query[None, :], 1) * scale
     row = batch * heads + head
-    if valid is not None:
+    if (valid is not None) or (offsets is not None):
         logit = tl.where(seen, logit, float("-inf"))
     tl.store(logits + row * tokens + offsets_n, logit, mask=in_n)
     if value is not None:
         values = value + batch * value_stride_b + head * value_stride_h
-        values = values + offsets_n.to(tl.int64)[:, None] * value_stride_n + offsets_d[None, :]
+        values = values + first[:, None] * value_stride_n + offsets_d[None, :]
         vector = tl.load(values, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         tl.store(lengths + row * tokens + offsets_n, tl.sqrt_rn(tl.sum(vector * vector, 1)), mask=in_n)
     logit = tl.where(in_n, logit, float("-inf"))
@@ -219,6 +225,11 @@ def class_logits_backward_kernel(
     tl.store(grad_q + row * D + offsets_d, tl.sum(acc, 0).to(grad_q.dtype.element_ty), mask=in_d)
 
 
+def _key_strides(tensor: torch.Tensor, offsets: torch.Tensor | None) -> tuple[int, ...]:
+    """Of image, head and token; packed images lie in one row."""
+    return (*tensor.stride()[:3],) if offsets is None else (0, *tensor.stride()[1:3])
+
+
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -226,8 +237,11 @@ def _forward(
     valid: torch.Tensor | None,
     prefix: int,
     scale: float,
+    offsets: torch.Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, heads, tokens, head_dim = k.shape
+    batch, heads, head_dim = q.shape
+    tokens = k.shape[2] if offsets is None else longest
     tile = key_tile(head_dim)
     parts = triton.cdiv(tokens, tile.block_n)
     scores = torch.empty(batch, tokens - prefix, dtype=torch.float32, device=k.device)
@@ -244,6 +258,7 @@ def _forward(
         k,
         value,
         valid,
+        offsets,
         logits,
         lengths,
         part_max,
@@ -253,8 +268,8 @@ def _forward(
         tokens,
         parts,
         *q.stride()[:2],
-        *k.stride()[:3],
-        *((0, 0, 0) if value is None else value.stride()[:3]),
+        *_key_strides(k, offsets),
+        *((0, 0, 0) if value is None else _key_strides(value, offsets)),
         *((0, 0) if valid is None else valid.stride()),
         D=head_dim,
         BLOCK_N=tile.block_n,
@@ -293,6 +308,19 @@ def cls_value_scores(
 ) -> torch.Tensor:
     """Two launches; q (B, H, D), k and value (B, H, N, D), dense last axes -> scores (B, N - prefix)."""
     return _forward(q, k, value, valid, prefix, scale)[0]
+
+
+def cls_value_scores_packed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: int,
+    prefix: int,
+    scale: float,
+) -> torch.Tensor:
+    """Two launches; q (B, H, D), k and value (1, H, T, D), dense last axes -> scores (B, longest - prefix)."""
+    return _forward(q, k, value, None, prefix, scale, offsets, longest)[0]
 
 
 def cls_scores_backward(

@@ -1,6 +1,6 @@
 """Density-peak clustering in two launches: densities, then all the rest of an image; no N x N matrix in memory.
 
-More than MAX_TOKENS take five: densities, scores, the best of them, labels, groups.
+Images of more than ``most_tokens`` take five: densities, scores, the best of them, labels, groups.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from .select_topk import _packed_keys, select_topk
 
 # Nearest tokens that stay in registers: 16 spill. More are found in as many sweeps over the image as it takes.
 MAX_NEAREST = 8
-# Tokens of an image that one program clusters: a key a thread in the sort. DeiT at 224 pixels has 196.
-MAX_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +37,19 @@ def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
     return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
 
 
+def most_tokens(dtype: torch.dtype) -> int:
+    """Tokens of an image that one program clusters: a key a thread in the sort. DeiT at 224 pixels has 196.
+
+    Exact dots of float32 do without tensor cores: 196 tokens of 384 channels are 22 million multiplications, which take
+    one multiprocessor 100 us at its peak and several less, by far more than the three launches more.
+    """
+    return 64 if dtype == torch.float32 else 256
+
+
 def image_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
     """Of the one program that has an image to itself: found by compiling too."""
-    if dtype == torch.float32:  # more warps, for want of other programs; 2 stages, 8 warps or 32 channels spill
-        return DistanceTile(block_i=64, block_j=64, block_c=16, num_warps=16, num_stages=3)
+    if dtype == torch.float32:  # 2 stages or 64 by 64 tokens spill; 16 warps would load two channels a thread
+        return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=3)
     return distance_tile(channels, dtype)
 
 
@@ -345,7 +352,7 @@ def cluster_dpc_knn(
         NEAREST=min(triton.next_power_of_2(neighbors), MAX_NEAREST),
         **settings,
     )
-    if tokens > MAX_TOKENS:
+    if tokens > most_tokens(x.dtype):
         score_kernel[grid](x, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
         centers = select_topk(score, k)
         label_kernel[grid](x, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
@@ -363,7 +370,7 @@ def cluster_dpc_knn(
         channels,
         k,
         *x.stride()[:2],
-        BLOCK_N=MAX_TOKENS,
+        BLOCK_N=most_tokens(x.dtype),
         **_settings(image_tile(channels, x.dtype)),
     )
     return centers, label, order, offsets

@@ -1,6 +1,7 @@
 """K-Medoids in two launches: all distances with the cost and rank of every token, then all iterations of an image.
 
-Without weights a third one between them chooses the first centers.
+Without weights a third one between them chooses the first centers. Of many tokens the distances are not stored but
+computed again for every labelling, in two launches an iteration, three with the members' costs.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import triton.language as tl
 
 from .select_topk import _packed_keys
 
+STORED = 1024  # tokens whose distances are stored: 4 MiB an image; from there on memory is to grow as the tokens do
+
 
 @dataclasses.dataclass(frozen=True)
 class DistanceTile:
@@ -24,11 +27,21 @@ class DistanceTile:
     num_warps: int
     num_stages: int
 
+    def settings(self) -> dict[str, int]:
+        """By the names of a launch."""
+        return {
+            "BLOCK_I": self.block_i,
+            "BLOCK_N": self.block_n,
+            "BLOCK_C": self.block_c,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
 
-def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+
+def distance_tile(channels: int, dtype: torch.dtype, stored: bool = True) -> DistanceTile:
     """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens spill
-        return DistanceTile(block_i=64, block_n=32, block_c=16, num_warps=4, num_stages=2)
+        return DistanceTile(block_i=64, block_n=32, block_c=16, num_warps=4, num_stages=2 if stored else 1)
     block_c = min(max(triton.next_power_of_2(channels), 16), 64)
     return DistanceTile(block_i=64, block_n=64, block_c=block_c, num_warps=8, num_stages=3)
 
@@ -46,6 +59,53 @@ def cluster_tile(tokens: int) -> ClusterTile:
     """8 distances a thread, kept over all centers: 16, or 32 threads for fewer of them, spilled for sm_80 or sm_90."""
     block_n = min(max(triton.next_power_of_2(tokens), 32), 512)
     return ClusterTile(block_n=block_n, block_j=8, num_warps=block_n // 32)
+
+
+@triton.jit
+def _squared_norms(rows, channels, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows (BLOCK, BLOCK_C) of pointers to the first channels -> (BLOCK,) float32."""
+    offsets_c = tl.arange(0, BLOCK_C)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start_c in range(0, channels, BLOCK_C):
+        a = tl.load(rows + start_c, mask=(start_c + offsets_c < channels)[None, :], other=0.0).to(tl.float32)
+        squares += tl.sum(a * a, 1)
+    return squares
+
+
+@triton.jit
+def _distances(
+    rows_i, squares_i, rows_n, in_n, channels, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Distances (BLOCK_I, BLOCK_N) float32 between rows of pointers; infinite for columns not in_n and for NaN."""
+    offsets_c = tl.arange(0, BLOCK_C)
+    dots = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
+    squares_n = tl.zeros((BLOCK_N,), tl.float32)
+    for start_c in range(0, channels, BLOCK_C):
+        in_c = (start_c + offsets_c < channels)[None, :]
+        a = tl.load(rows_i + start_c, mask=in_c, other=0.0)
+        b = tl.load(rows_n + start_c, mask=in_c, other=0.0)
+        squares_n += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+    squared = squares_i[:, None] + squares_n[None, :] - 2.0 * dots
+    number = (squared == squared) & in_n[None, :]
+    return tl.where(number, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
+
+
+@triton.jit
+def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n):
+    """Costs of tokens i (BLOCK_I,), and those of most weight into the place of their rank among the centers."""
+    in_i = i < tokens
+    if weights is not None:
+        weights += batch * weights_stride_b
+        total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)
+        keys_i = _packed_keys(weights + i.to(tl.int64) * weights_stride_n, i, in_i)
+        rank = tl.zeros_like(i)
+        for start_n in range(0, tokens, 16):
+            n = start_n + tl.arange(0, 16)
+            keys_n = _packed_keys(weights + n.to(tl.int64) * weights_stride_n, n, n < tokens)
+            rank += tl.sum((keys_n[None, :] > keys_i[:, None]).to(tl.int32), 1)
+        tl.store(centers + batch * clusters + rank, i.to(tl.int64), mask=in_i & (rank < clusters))
+    tl.store(cost + batch * tokens + i, total, mask=in_i)
 
 
 @triton.jit
@@ -70,46 +130,51 @@ def token_distances_kernel(
     """One program: BLOCK_I tokens of one image against all of them."""
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    in_i = i < tokens
-    offsets_c = tl.arange(0, BLOCK_C)
-    image = x + batch * x_stride_b
+    image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
-    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :]
-    squares_i = tl.zeros((BLOCK_I,), tl.float32)
-    for start_c in range(0, channels, BLOCK_C):
-        a = tl.load(rows_i + start_c, mask=(start_c + offsets_c < channels)[None, :], other=0.0).to(tl.float32)
-        squares_i += tl.sum(a * a, 1)
-
+    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
+    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
     out = distance + (batch * tokens + i)[:, None] * row_stride
     total = tl.zeros((BLOCK_I,), tl.float32)
     for start_n in range(0, row_stride, BLOCK_N):
         n = start_n + tl.arange(0, BLOCK_N)
-        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :]
-        dots = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
-        squares_n = tl.zeros((BLOCK_N,), tl.float32)
-        for start_c in range(0, channels, BLOCK_C):
-            in_c = (start_c + offsets_c < channels)[None, :]
-            a = tl.load(rows_i + start_c, mask=in_c, other=0.0)
-            b = tl.load(rows_n + start_c, mask=in_c, other=0.0)
-            squares_n += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
-            dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
-        squared = squares_i[:, None] + squares_n[None, :] - 2.0 * dots
-        number = (squared == squared) & (n < tokens)[None, :]
-        value = tl.where(number, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
+        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n
+        value = _distances(rows_i, squares_i, rows_n, n < tokens, channels, BLOCK_I, BLOCK_N, BLOCK_C)
         total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
-        tl.store(out + n[None, :], value, mask=in_i[:, None] & (n < row_stride)[None, :])
+        tl.store(out + n[None, :], value, mask=(i < tokens)[:, None] & (n < row_stride)[None, :])
+    _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
 
-    if weights is not None:
-        weights += batch * weights_stride_b
-        total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)
-        keys_i = _packed_keys(weights + i.to(tl.int64) * weights_stride_n, i, in_i)
-        rank = tl.zeros((BLOCK_I,), tl.int32)
-        for start_n in range(0, tokens, 16):
-            n = start_n + tl.arange(0, 16)
-            keys_n = _packed_keys(weights + n.to(tl.int64) * weights_stride_n, n, n < tokens)
-            rank += tl.sum((keys_n[None, :] > keys_i[:, None]).to(tl.int32), 1)
-        tl.store(centers + batch * clusters + rank, i.to(tl.int64), mask=in_i & (rank < clusters))
-    tl.store(cost + batch * tokens + i, total, mask=in_i)
+
+@triton.jit
+def token_costs_kernel(
+    x,  # (B, N, C)
+    weights,  # (B, N) or None
+    cost,  # (B, N) float32: weight times the sum of the distances
+    centers,  # (B, K) int64, contiguous: the K tokens of most weight, in order; untouched without weights
+    tokens,
+    channels,
+    clusters,
+    x_stride_b,
+    x_stride_n,
+    weights_stride_b,
+    weights_stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The same where distances are not stored."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
+    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
+    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
+    total = tl.zeros((BLOCK_I,), tl.float32)
+    for start_n in range(0, tokens, BLOCK_N):
+        n = start_n + tl.arange(0, BLOCK_N)
+        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n
+        value = _distances(rows_i, squares_i, rows_n, n < tokens, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
+    _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
 
 
 @triton.jit
@@ -123,7 +188,7 @@ def farthest_first_kernel(
     row_stride,
     BLOCK_N: tl.constexpr,
 ):
-    """One program an image; each thread reads back what it wrote itself."""
+    """One program an image; what the step before stored is loaded behind a barrier."""
     batch = tl.program_id(0).to(tl.int64)
     distance += batch * tokens * row_stride
     largest += batch * tokens
@@ -143,6 +208,7 @@ def farthest_first_kernel(
             best = tl.maximum(best, tl.max(tl.where(in_n, (bits << 32) | (0x7FFFFFFF - n).to(tl.int64), -1), 0))
         newest = 0x7FFFFFFF - (best & 0xFFFFFFFF)
         tl.store(centers + j, newest)
+        tl.debug_barrier()  # threads load the largest distances otherwise than they store them
 
 
 @triton.jit
@@ -187,22 +253,20 @@ def _cost_of_members(
 
 
 @triton.jit
-def _cheapest_of_each(cost, label, centers, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Center of every cluster: the first of its cheapest tokens, token 0 where it has none."""
+def _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Centers of the clusters j (BLOCK_J,): the first of each one's cheapest tokens, token 0 where it has none."""
     none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
-    for start_j in range(0, clusters, BLOCK_J):
-        j = start_j + tl.arange(0, BLOCK_J)
-        best = tl.full((BLOCK_J,), 0, tl.int64) + none
-        for start_n in range(0, tokens, BLOCK_N):
-            n = start_n + tl.arange(0, BLOCK_N)
-            value = tl.load(cost + n, mask=n < tokens, other=0.0)
-            label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
-            bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-            ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-            ordered = tl.where(value == value, ordered, 0x7FFFFFFF)
-            key = (ordered.to(tl.int64) << 32) | n.to(tl.int64)
-            best = tl.minimum(best, tl.min(tl.where(label_n[None, :] == j[:, None], key[None, :], none), 1))
-        tl.store(centers + j, tl.where(best == none, 0, best & 0xFFFFFFFF), mask=j < clusters)
+    best = tl.full((BLOCK_J,), 0, tl.int64) + none
+    for start_n in range(0, tokens, BLOCK_N):
+        n = start_n + tl.arange(0, BLOCK_N)
+        value = tl.load(cost + n, mask=n < tokens, other=0.0)
+        label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
+        bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+        ordered = tl.where(value == value, ordered, 0x7FFFFFFF)
+        key = (ordered.to(tl.int64) << 32) | n.to(tl.int64)
+        best = tl.minimum(best, tl.min(tl.where(label_n[None, :] == j[:, None], key[None, :], none), 1))
+    tl.store(centers + j, tl.where(best == none, 0, best & 0xFFFFFFFF), mask=j < clusters)
 
 
 @triton.jit
@@ -237,26 +301,178 @@ def iterate_clusters_kernel(
                 distance, weights, label, cost, tokens, row_stride, weights_stride_n, BLOCK_N, BLOCK_J // 2
             )
             tl.debug_barrier()
-        _cheapest_of_each(cost, label, centers, tokens, clusters, BLOCK_N, BLOCK_J)
+        for start_j in range(0, clusters, BLOCK_J):
+            j = start_j + tl.arange(0, BLOCK_J)
+            _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N, BLOCK_J)
         tl.debug_barrier()
     _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N, BLOCK_J)
 
 
-def token_distances(
-    x: torch.Tensor, weights: torch.Tensor | None, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch; x (B, N, C) with contiguous channels -> distance (B, N, N rounded up to 16), cost (B, N), centers (B, k).
+@triton.jit
+def farthest_first_again_kernel(
+    x,  # (B, N, C)
+    largest,  # (B, N) float32: every token's largest distance to the centers, -1 for a center itself
+    centers,  # (B, K) int64
+    tokens,
+    channels,
+    clusters,
+    first,
+    x_stride_b,
+    x_stride_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program an image, as the kernel above; distances to the newest center are computed when it is chosen."""
+    batch = tl.program_id(0).to(tl.int64)
+    image = x + batch * x_stride_b
+    largest += batch * tokens
+    centers += batch * clusters
+    offsets_c = tl.arange(0, BLOCK_C)
+    newest = tl.full((), 0, tl.int64) + first
+    tl.store(centers, newest)
+    for j in range(1, clusters):
+        best = tl.full((), -1, tl.int64)
+        for start_n in range(0, tokens, BLOCK_N):
+            n = start_n + tl.arange(0, BLOCK_N)
+            in_n = n < tokens
+            rows = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :]
+            dots = tl.zeros((BLOCK_N,), tl.float32)
+            squares = tl.zeros((BLOCK_N,), tl.float32)
+            square = tl.zeros((), tl.float32)
+            for start_c in range(0, channels, BLOCK_C):
+                in_c = start_c + offsets_c < channels
+                a = tl.load(image + newest * x_stride_n + start_c + offsets_c, mask=in_c, other=0.0).to(tl.float32)
+                b = tl.load(rows + start_c, mask=in_c[None, :], other=0.0).to(tl.float32)
+                square += tl.sum(a * a, 0)
+                squares += tl.sum(b * b, 1)
+                dots += tl.sum(a[None, :] * b, 1)
+            squared = square + squares - 2.0 * dots
+            value = tl.where(squared == squared, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
+            before = tl.load(largest + n, mask=in_n & (j > 1), other=0.0)
+            value = tl.where((before < 0.0) | (n == newest), -1.0, tl.maximum(before, value))
+            tl.store(largest + n, value, mask=in_n)
+            bits = tl.maximum(value, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
+            best = tl.maximum(best, tl.max(tl.where(in_n, (bits << 32) | (0x7FFFFFFF - n).to(tl.int64), -1), 0))
+        newest = 0x7FFFFFFF - (best & 0xFFFFFFFF)
+        tl.store(centers + j, newest)
+        tl.debug_barrier()  # threads load the largest distances otherwise than they store them
 
-    Without weights every token weighs 1 and the centers are left as they come.
+
+@triton.jit
+def assign_again_kernel(
+    x,  # (B, N, C)
+    centers,  # (B, K) int64
+    label,  # (B, N) int64
+    tokens,
+    channels,
+    clusters,
+    x_stride_b,
+    x_stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: BLOCK_I tokens of one image against all centers."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    centers += batch * clusters
+    image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
+    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
+    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
+    nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
+    place = tl.zeros((BLOCK_I,), tl.int32)
+    for start_j in range(0, clusters, BLOCK_N):
+        j = start_j + tl.arange(0, BLOCK_N)
+        center = tl.load(centers + j, mask=j < clusters, other=0)
+        rows_j = image + center[:, None] * x_stride_n
+        value = _distances(rows_i, squares_i, rows_j, j < clusters, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        least = tl.min(value, 1)
+        first = tl.min(tl.where(value == least[:, None], j[None, :], 0x7FFFFFFF), 1)
+        place = tl.where(least < nearest, first, place)  # strict: the earlier center wins ties
+        nearest = tl.minimum(least, nearest)
+    tl.store(label + batch * tokens + i, place.to(tl.int64), mask=i < tokens)
+
+
+@triton.jit
+def cost_of_members_again_kernel(
+    x,  # (B, N, C)
+    weights,  # (B, N)
+    label,  # (B, N) int64
+    cost,  # (B, N) float32: sum of weights[i] * d(n, i) over the others of n's own cluster
+    tokens,
+    channels,
+    x_stride_b,
+    x_stride_n,
+    weights_stride_b,
+    weights_stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: BLOCK_I tokens of one image against all of them."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
+    weights += batch * weights_stride_b
+    label += batch * tokens
+    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
+    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
+    label_i = tl.load(label + i, mask=i < tokens, other=-1).to(tl.int32)
+    total = tl.zeros((BLOCK_I,), tl.float32)
+    for start_n in range(0, tokens, BLOCK_N):
+        n = start_n + tl.arange(0, BLOCK_N)
+        in_n = n < tokens
+        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n
+        value = _distances(rows_i, squares_i, rows_n, in_n, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        value *= tl.load(weights + n.to(tl.int64) * weights_stride_n, mask=in_n, other=1.0).to(tl.float32)[None, :]
+        value = tl.where(value < 3.4028234663852886e38, value, 3.4028234663852886e38)
+        label_n = tl.load(label + n, mask=in_n, other=-2).to(tl.int32)
+        counts = (label_i[:, None] == label_n[None, :]) & (i[:, None] != n[None, :])
+        total += tl.sum(tl.where(counts, value, 0.0), 1)
+    tl.store(cost + batch * tokens + i, total, mask=i < tokens)
+
+
+@triton.jit
+def cheapest_of_each_kernel(
+    cost,  # (B, N) float32
+    label,  # (B, N) int64
+    centers,  # (B, K) int64
+    tokens,
+    clusters,
+    BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """One program: BLOCK_J clusters of one image."""
+    batch = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    _cheapest_of_each(
+        cost + batch * tokens, label + batch * tokens, centers + batch * clusters, j, tokens, clusters, BLOCK_N, BLOCK_J
+    )
+
+
+def token_distances(
+    x: torch.Tensor, weights: torch.Tensor | None, cost: torch.Tensor, centers: torch.Tensor
+) -> torch.Tensor | None:
+    """Launch; x (B, N, C) with contiguous channels -> distance (B, N, N rounded up to 16), None of many tokens.
+
+    Fills cost (B, N) and centers (B, k). Without weights every token weighs 1 and the centers are left as they are.
     """
     batch, tokens, channels = x.shape
-    row_stride = triton.cdiv(tokens, 16) * 16  # every row starts at a multiple of 64 bytes
-    distance = torch.empty(batch, tokens, row_stride, dtype=torch.float32, device=x.device)
-    cost = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
-    centers = torch.empty(batch, k, dtype=torch.int64, device=x.device)
-    if batch:
-        tile = distance_tile(channels, x.dtype)
-        token_distances_kernel[(triton.cdiv(tokens, tile.block_i), batch)](
+    distance = None
+    if tokens <= STORED:
+        # Every row starts at a multiple of 64 bytes.
+        row_stride = triton.cdiv(tokens, 16) * 16
+        distance = torch.empty(batch, tokens, row_stride, dtype=torch.float32, device=x.device)
+    if not batch:
+        return distance
+    tile = distance_tile(channels, x.dtype, stored=distance is not None)
+    grid = (triton.cdiv(tokens, tile.block_i), batch)
+    strides = (*x.stride()[:2], *((0, 0) if weights is None else weights.stride()))
+    clusters = centers.shape[1]
+    if distance is None:
+        token_costs_kernel[grid](x, weights, cost, centers, tokens, channels, clusters, *strides, **tile.settings())
+    else:
+        token_distances_kernel[grid](
             x,
             weights,
             distance,
@@ -264,57 +480,115 @@ def token_distances(
             centers,
             tokens,
             channels,
-            k,
-            row_stride,
-            *x.stride()[:2],
-            *((0, 0) if weights is None else weights.stride()),
-            BLOCK_I=tile.block_i,
-            BLOCK_N=tile.block_n,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            clusters,
+            distance.shape[2],
+            *strides,
+            **tile.settings(),
         )
-    return distance, cost, centers
+    return distance
+
+
+def _iterate(
+    distance: torch.Tensor,
+    weights: torch.Tensor | None,
+    cost: torch.Tensor,
+    centers: torch.Tensor,
+    label: torch.Tensor,
+    iters: int,
+    first: int | None,
+) -> None:
+    """With the distances (B, N, row_stride) stored; ``first`` is where to start without weights, or None."""
+    batch, tokens, row_stride = distance.shape
+    tile = cluster_tile(tokens)
+    if first is not None:
+        farthest_first_kernel[(batch,)](
+            distance,
+            torch.empty_like(cost),
+            centers,
+            tokens,
+            centers.shape[1],
+            first,
+            row_stride,
+            BLOCK_N=tile.block_n,
+            num_warps=max(1, tile.block_n // 128),
+        )
+    iterate_clusters_kernel[(batch,)](
+        distance,
+        weights,
+        cost,
+        centers,
+        label,
+        tokens,
+        centers.shape[1],
+        iters,
+        row_stride,
+        *((0, 0) if weights is None else weights.stride()),
+        BLOCK_N=tile.block_n,
+        BLOCK_J=tile.block_j,
+        num_warps=tile.num_warps,
+        num_stages=1,  # no load may move before a barrier
+    )
+
+
+def _iterate_again(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    cost: torch.Tensor,
+    centers: torch.Tensor,
+    label: torch.Tensor,
+    iters: int,
+    first: int | None,
+) -> None:
+    """With the distances of x (B, N, C) computed wherever they are needed."""
+    batch, tokens, channels = x.shape
+    clusters = centers.shape[1]
+    tile, one = distance_tile(channels, x.dtype, stored=False), cluster_tile(tokens)
+    blocks, strides = (triton.cdiv(tokens, tile.block_i), batch), x.stride()[:2]
+    if first is not None:
+        farthest_first_again_kernel[(batch,)](
+            x,
+            torch.empty_like(cost),
+            centers,
+            tokens,
+            channels,
+            clusters,
+            first,
+            *strides,
+            BLOCK_N=32,  # 8 numbers a thread: with 16 some settings of float32 spill
+            BLOCK_C=64,
+            num_warps=8,
+        )
+    for _ in range(iters):
+        assign_again_kernel[blocks](x, centers, label, tokens, channels, clusters, *strides, **tile.settings())
+        if weights is not None:
+            cost_of_members_again_kernel[blocks](
+                x, weights, label, cost, tokens, channels, *strides, *weights.stride(), **tile.settings()
+            )
+        cheapest_of_each_kernel[(triton.cdiv(clusters, one.block_j), batch)](
+            cost, label, centers, tokens, clusters, BLOCK_N=one.block_n, BLOCK_J=one.block_j, num_warps=4
+        )
+    assign_again_kernel[blocks](x, centers, label, tokens, channels, clusters, *strides, **tile.settings())
 
 
 def cluster_k_medoids(
     x: torch.Tensor, weights: torch.Tensor | None, k: int, iters: int, members: bool, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two launches, three without weights; x (B, N, C) with contiguous channels -> centers (B, k), label (B, N)."""
+    """Two launches, three without weights, more above STORED tokens; see the module.
+
+    x (B, N, C) with contiguous channels -> centers (B, k), label (B, N).
+    """
     batch, tokens, _ = x.shape
-    distance, cost, centers = token_distances(x, weights, k)
+    cost = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
+    centers = torch.empty(batch, k, dtype=torch.int64, device=x.device)
+    distance = token_distances(x, weights, cost, centers)
     label = torch.empty(batch, tokens, dtype=torch.int64, device=x.device)
     if batch:
-        tile = cluster_tile(tokens)
-        if weights is None:
-            farthest_first_kernel[(batch,)](
-                distance,
-                torch.empty_like(cost),
-                centers,
-                tokens,
-                k,
-                first,
-                distance.shape[2],
-                BLOCK_N=tile.block_n,
-                num_warps=max(1, tile.block_n // 128),
-            )
-        if members and weights is None:
-            weights = torch.ones_like(cost)
-        summed = weights if members else None
-        iterate_clusters_kernel[(batch,)](
-            distance,
-            summed,
-            cost,
-            centers,
-            label,
-            tokens,
-            k,
-            iters,
-            distance.shape[2],
-            *((0, 0) if summed is None else summed.stride()),
-            BLOCK_N=tile.block_n,
-            BLOCK_J=tile.block_j,
-            num_warps=tile.num_warps,
-            num_stages=1,  # no load may move before a barrier
-        )
+        start = first if weights is None else None
+        summed = None
+        if members:
+            summed = torch.ones_like(cost) if weights is None else weights
+        if distance is None:
+            _iterate_again(x, summed, cost, centers, label, iters, start)
+        else:
+            _iterate(distance, summed, cost, centers, label, iters, start)
     return centers, label

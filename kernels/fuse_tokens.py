@@ -1,4 +1,4 @@
-"""Kept rows and one score-weighted sum of all the others, with the residual addition fused in."""
+"""Kept rows and one score-weighted sum of all the others, with the residual addition and the next norm fused in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import row_tile
+from ._launch import RowTile, row_tile, whole_rows
+from ._norm import _store_normed, norm_rows, normed_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,11 @@ class RestTile:
 
 # Summing: narrow blocks of channels give a small batch many programs; 64 rows a step are four 16-byte loads a thread.
 SUM_TILE = RestTile(rows=64, block_c=64, num_warps=4)
+# With a norm one program sums whole rows: 32 elements a thread and step. Beyond this many rows it would keep an image
+# waiting, so the norm takes a launch of its own.
+NORM_WARPS = 8
+NORM_ELEMENTS = 8192
+MOST_SUMMED = 512
 # Sharing out: whole rows in steps of 128 channels, which most widths are a multiple of; the fused row is read once.
 SHARE_TILE = RestTile(rows=16, block_c=128, num_warps=4)
 
@@ -37,8 +43,13 @@ def _copy_kept(
     x_stride_n,
     order_stride_n,
     residual_stride_n,
+    weight,
+    bias,
+    normed,
+    statistics,
     row_block,
     channel_block,
+    NORM_EPS: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -54,7 +65,11 @@ def _copy_kept(
     if residual is not None:
         targets = rows.to(tl.int64)[:, None] * residual_stride_n + offsets_c[None, :]
         value += tl.load(residual + targets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + rows[:, None] * channels + offsets_c[None, :], value.to(out.dtype.element_ty), mask=mask)
+    stored = value.to(out.dtype.element_ty)
+    tl.store(out + rows[:, None] * channels + offsets_c[None, :], stored, mask=mask)
+    if normed is not None:
+        row = rows.to(tl.int64)
+        _store_normed(stored, mask, row, in_rows, offsets_c, weight, bias, normed, statistics, channels, NORM_EPS)
 
 
 @triton.jit
@@ -63,7 +78,7 @@ def _sum_rest(
     order,
     scores,
     residual,
-    bias,
+    residual_bias,
     out,
     num_kept,
     tokens,
@@ -72,7 +87,12 @@ def _sum_rest(
     order_stride_n,
     scores_stride_n,
     residual_stride_n,
+    weight,
+    bias,
+    normed,
+    statistics,
     channel_block,
+    NORM_EPS: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -80,27 +100,32 @@ def _sum_rest(
     offsets_c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
     acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    weights = tl.zeros((ROWS,), tl.float32)
+    score_sum = tl.zeros((ROWS,), tl.float32)
     for start in range(num_kept - PREFIX, tokens - PREFIX, ROWS):
         positions = start + tl.arange(0, ROWS)
         in_rest = positions < tokens - PREFIX
         picked = tl.load(order + positions.to(tl.int64) * order_stride_n, mask=in_rest, other=0).to(tl.int64)
-        weight = tl.load(scores + picked * scores_stride_n, mask=in_rest, other=0.0).to(tl.float32)
+        score = tl.load(scores + picked * scores_stride_n, mask=in_rest, other=0.0).to(tl.float32)
         rows = tl.load(
             x + (picked + PREFIX)[:, None] * x_stride_n + offsets_c[None, :],
             mask=in_rest[:, None] & in_channels[None, :],
             other=0.0,
         )
-        acc += weight[:, None] * rows.to(tl.float32)
-        weights += weight
+        acc += score[:, None] * rows.to(tl.float32)
+        score_sum += score
     fused = tl.sum(acc, 0)
-    if bias is not None:
-        once = tl.load(bias + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
-        fused += (tl.sum(weights, 0) - 1.0) * once
+    if residual_bias is not None:
+        once = tl.load(residual_bias + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
+        fused += (tl.sum(score_sum, 0) - 1.0) * once
     last = tl.cast(num_kept, tl.int64)
     if residual is not None:
         fused += tl.load(residual + last * residual_stride_n + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
-    tl.store(out + last * channels + offsets_c, fused.to(out.dtype.element_ty), mask=in_channels)
+    stored = fused.to(out.dtype.element_ty)
+    tl.store(out + last * channels + offsets_c, stored, mask=in_channels)
+    if normed is not None:
+        row, in_rows = last + tl.zeros((1,), tl.int64), tl.full((1,), True, tl.int1)
+        alone, mask = stored[None, :], in_channels[None, :]
+        _store_normed(alone, mask, row, in_rows, offsets_c, weight, bias, normed, statistics, channels, NORM_EPS)
 
 
 @triton.jit
@@ -109,8 +134,12 @@ def fuse_tokens_kernel(
     order,  # (B, N - PREFIX)
     scores,  # (B, N - PREFIX)
     residual,  # (B, num_kept + 1, C) or None
-    bias,  # (C,) or None: held once by every row of the residual
+    residual_bias,  # (C,) or None: held once by every row of the residual
     out,  # (B, num_kept + 1, C), contiguous
+    weight,  # (C,) or None: of the norm
+    bias,  # (C,) or None
+    normed,  # (B, num_kept + 1, C), contiguous, or None; then both blocks hold all channels
+    statistics,  # (B, num_kept + 1, 2) float32 or None
     num_kept,  # PREFIX + k
     tokens,
     channels,
@@ -122,6 +151,7 @@ def fuse_tokens_kernel(
     scores_stride_n,
     residual_stride_b,
     residual_stride_n,
+    NORM_EPS: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -135,6 +165,9 @@ def fuse_tokens_kernel(
     out += batch * (num_kept + 1) * channels
     if residual is not None:
         residual += batch * residual_stride_b
+    if normed is not None:
+        normed += batch * (num_kept + 1) * channels
+        statistics += batch * (num_kept + 1) * 2
     sums = tl.cdiv(channels, SUM_BLOCK_C)
     program = tl.program_id(0)
     if program < sums:
@@ -143,7 +176,7 @@ def fuse_tokens_kernel(
             order,
             scores + batch * scores_stride_b,
             residual,
-            bias,
+            residual_bias,
             out,
             num_kept,
             tokens,
@@ -152,7 +185,12 @@ def fuse_tokens_kernel(
             order_stride_n,
             scores_stride_n,
             residual_stride_n,
+            weight,
+            bias,
+            normed,
+            statistics,
             program,
+            NORM_EPS,
             PREFIX,
             SUM_ROWS,
             SUM_BLOCK_C,
@@ -169,8 +207,13 @@ def fuse_tokens_kernel(
             x_stride_n,
             order_stride_n,
             residual_stride_n,
+            weight,
+            bias,
+            normed,
+            statistics,
             (program - sums) // channel_blocks,
             (program - sums) % channel_blocks,
+            NORM_EPS,
             PREFIX,
             ROWS,
             BLOCK_C,
@@ -244,6 +287,55 @@ def fuse_tokens_backward_kernel(
     tl.store(target, dot.to(grad_scores.dtype.element_ty), mask=is_patch)
 
 
+def _launch(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    scores: torch.Tensor,
+    k: int,
+    prefix: int,
+    residual: torch.Tensor | None,
+    residual_bias: torch.Tensor | None,
+    kept: RowTile,
+    rest: RestTile,
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, float] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    batch, tokens, channels = x.shape
+    num_kept = prefix + k
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty(batch, num_kept + 1, channels, dtype=dtype, device=x.device)
+    weight, bias, norm_eps = norm or (None, None, None)
+    normed, statistics = (None, None) if norm is None else normed_like(out)
+    if out.numel():
+        copies = triton.cdiv(num_kept, kept.rows) * triton.cdiv(channels, kept.block_c)
+        fuse_tokens_kernel[(triton.cdiv(channels, rest.block_c) + copies, batch)](
+            x,
+            order,
+            scores,
+            residual,
+            residual_bias,
+            out,
+            weight,
+            bias,
+            normed,
+            statistics,
+            num_kept,
+            tokens,
+            channels,
+            *x.stride()[:2],
+            *order.stride(),
+            *scores.stride(),
+            *((0, 0) if residual is None else residual.stride()[:2]),
+            NORM_EPS=norm_eps,
+            PREFIX=prefix,
+            ROWS=kept.rows,
+            BLOCK_C=kept.block_c,
+            SUM_ROWS=rest.rows,
+            SUM_BLOCK_C=rest.block_c,
+            num_warps=rest.num_warps,
+        )
+    return out, normed, statistics
+
+
 def fuse_tokens(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -251,39 +343,35 @@ def fuse_tokens(
     k: int,
     prefix: int,
     residual: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    residual_bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch; x (B, N, C), residual, bias (C,) with dense channels, order and scores (B, N - prefix) of any strides."""
-    batch, tokens, channels = x.shape
-    num_kept = prefix + k
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = torch.empty(batch, num_kept + 1, channels, dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    tile = row_tile(channels)
-    copies = triton.cdiv(num_kept, tile.rows) * triton.cdiv(channels, tile.block_c)
-    fuse_tokens_kernel[(triton.cdiv(channels, SUM_TILE.block_c) + copies, batch)](
-        x,
-        order,
-        scores,
-        residual,
-        bias,
-        out,
-        num_kept,
-        tokens,
-        channels,
-        *x.stride()[:2],
-        *order.stride(),
-        *scores.stride(),
-        *((0, 0) if residual is None else residual.stride()[:2]),
-        PREFIX=prefix,
-        ROWS=tile.rows,
-        BLOCK_C=tile.block_c,
-        SUM_ROWS=SUM_TILE.rows,
-        SUM_BLOCK_C=SUM_TILE.block_c,
-        num_warps=SUM_TILE.num_warps,
-    )
-    return out
+    """Launch; x (B, N, C), residual, residual_bias (C,) with dense channels, order and scores (B, N - prefix)."""
+    return _launch(x, order, scores, k, prefix, residual, residual_bias, row_tile(x.shape[2]), SUM_TILE)[0]
+
+
+def fuse_tokens_norm(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    scores: torch.Tensor,
+    k: int,
+    prefix: int,
+    residual: torch.Tensor | None,
+    residual_bias: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    norm_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch, or two for long rows or many of them -> rows, normed rows, and statistics (B, prefix + k + 1, 2)."""
+    arguments = x, order, scores, k, prefix, residual, residual_bias
+    tile = whole_rows(x.shape[2])
+    if order.shape[1] - k > MOST_SUMMED or tile.block_c > NORM_ELEMENTS // 4:
+        return norm_rows(fuse_tokens(*arguments), weight, bias, norm_eps)
+    kept = RowTile(rows=2 * tile.rows, block_c=tile.block_c, num_warps=NORM_WARPS)
+    rest = RestTile(rows=NORM_ELEMENTS // tile.block_c, block_c=tile.block_c, num_warps=NORM_WARPS)
+    out, normed, statistics = _launch(*arguments, kept, rest, (weight, bias, norm_eps))
+    assert normed is not None
+    assert statistics is not None
+    return out, normed, statistics
 
 
 def fuse_tokens_backward(

@@ -1,6 +1,6 @@
 """Bipartite soft matching in two launches: the best partner of every even token, then slots and groups of all tokens.
 
-More than MAX_GROUPED tokens are grouped in a third one.
+More than MAX_GROUPED tokens are grouped in a third one; keys are averaged over the heads as they are loaded, or before.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import row_tile
 from .merge_tokens import _group, group_slots
 
 # Up to 8,192 tokens the keys stay in registers, 16 a thread; longer sequences read them again at every step.
@@ -30,25 +31,73 @@ class MatchTile:
     num_stages: int
 
 
-def match_tile(channels: int, dtype: torch.dtype) -> MatchTile:
+def match_tile(channels: int, dtype: torch.dtype, heads: int = 1) -> MatchTile:
     """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
     block_d = max(triton.next_power_of_2(channels), 16)  # the least that tensor cores take
-    if dtype == torch.float32:  # exact dots hold their operands in registers: 32 channels or 4 warps spill
-        return MatchTile(block_a=64, block_b=64, block_d=16, num_warps=8, num_stages=2)
+    if dtype == torch.float32:  # exact dots hold their operands in registers: 32 channels, 4 warps or 2 stages spill
+        return MatchTile(block_a=64, block_b=64, block_d=16, num_warps=8, num_stages=1)
+    if heads > 1:  # the even tokens of an image at 224 pixels in one tile, so that every key is read once
+        return MatchTile(block_a=128, block_b=64, block_d=block_d, num_warps=8, num_stages=3)
     # 4 warps take up to 255 registers and spill in part; 8 take at most 128.
     return MatchTile(block_a=64, block_b=64, block_d=min(block_d, 64), num_warps=8, num_stages=3)
 
 
+def averages_while_loading(tokens: int, channels: int, dtype: torch.dtype) -> bool:
+    """Whether keys are averaged as the matching loads them, which saves a launch and the metric in memory.
+
+    Half precision only: its tile of even tokens keeps all channels, while float32 would form every mean anew at each
+    step. A tile of 128 even tokens reads each key once up to 256 tokens, and twice up to 640.
+    """
+    return dtype != torch.float32 and channels <= 128 and tokens <= MAX_GROUPED
+
+
+@triton.jit
+def _metric(pointers, mask, stride_h, HEADS: tl.constexpr):
+    """Rows of the metric; of keys with several heads, the mean over these, rounded once to their dtype."""
+    if HEADS == 1:
+        rows = tl.load(pointers, mask=mask, other=0.0)
+    else:
+        total = tl.zeros(pointers.shape, tl.float32)
+        for head in range(HEADS):
+            total += tl.load(pointers + tl.cast(head, tl.int64) * stride_h, mask=mask, other=0.0).to(tl.float32)
+        rows = tl.div_rn(total, tl.full(pointers.shape, HEADS, tl.float32)).to(pointers.dtype.element_ty)
+    return rows
+
+
+@triton.jit
+def mean_keys_kernel(
+    keys,  # (B, H, N, D)
+    metric,  # (B, N, D), contiguous
+    tokens,
+    channels,
+    stride_b,
+    stride_h,
+    stride_n,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: ROWS tokens, BLOCK_D channels."""
+    batch = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    offsets_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    mask = (row < tokens) & (offsets_d < channels)
+    mean = _metric(keys + batch * stride_b + row * stride_n + offsets_d, mask, stride_h, HEADS)
+    tl.store(metric + (batch * tokens + row) * channels + offsets_d, mean, mask=mask)
+
+
 @triton.jit
 def best_match_kernel(
-    metric,  # (B, N, D)
+    metric,  # (B, N, D), or keys (B, H, N, D) of which it is the mean
     best,  # (B, A) float32, -inf for prefix tokens
     destination,  # (B, A) int32
     tokens,
     channels,
     stride_b,
+    stride_h,
     stride_n,
     PREFIX: tl.constexpr,
+    HEADS: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -60,16 +109,16 @@ def best_match_kernel(
     position_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     offsets_d = tl.arange(0, BLOCK_D)
     rows = metric + batch * stride_b
-    # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
-    row_a = (2 * tl.minimum(position_a, num_a - 1)).to(tl.int64)
-    pointers_a = rows + row_a[:, None] * stride_n + offsets_d[None, :]
+    in_a = (position_a < num_a)[:, None]
+    pointers_a = rows + (2 * position_a).to(tl.int64)[:, None] * stride_n + offsets_d[None, :]
     squares_a = tl.zeros((BLOCK_A,), tl.float32)
     if ONE_CHUNK:
-        a = tl.load(pointers_a, mask=(offsets_d < channels)[None, :], other=0.0)
+        a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], stride_h, HEADS)
         squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
     else:
         for start_d in range(0, channels, BLOCK_D):
-            a_chunk = tl.load(pointers_a + start_d, mask=(start_d + offsets_d < channels)[None, :], other=0.0)
+            in_d = (start_d + offsets_d < channels)[None, :]
+            a_chunk = _metric(pointers_a + start_d, in_a & in_d, stride_h, HEADS)
             squares_a += tl.sum(a_chunk.to(tl.float32) * a_chunk.to(tl.float32), 1)
     inverse_a = tl.rsqrt(tl.maximum(squares_a, 1e-24))  # the reference clamps the norm at 1e-12
 
@@ -77,19 +126,19 @@ def best_match_kernel(
     destination_a = tl.zeros((BLOCK_A,), tl.int32)
     for start_b in range(0, num_b, BLOCK_B):
         position_b = start_b + tl.arange(0, BLOCK_B)
-        row_b = (2 * tl.minimum(position_b, num_b - 1) + 1).to(tl.int64)
-        pointers_b = rows + row_b[:, None] * stride_n + offsets_d[None, :]
+        in_b = (position_b < num_b)[:, None]
+        pointers_b = rows + (2 * position_b + 1).to(tl.int64)[:, None] * stride_n + offsets_d[None, :]
         dots = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         squares_b = tl.zeros((BLOCK_B,), tl.float32)
         if ONE_CHUNK:
-            b = tl.load(pointers_b, mask=(offsets_d < channels)[None, :], other=0.0)
+            b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], stride_h, HEADS)
             squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
         else:
             for start_d in range(0, channels, BLOCK_D):
                 in_d = (start_d + offsets_d < channels)[None, :]
-                a_chunk = tl.load(pointers_a + start_d, mask=in_d, other=0.0)
-                b = tl.load(pointers_b + start_d, mask=in_d, other=0.0)
+                a_chunk = _metric(pointers_a + start_d, in_a & in_d, stride_h, HEADS)
+                b = _metric(pointers_b + start_d, in_b & in_d, stride_h, HEADS)
                 squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
                 dots = tl.dot(a_chunk, tl.trans(b), dots, input_precision="ieee")
         inverse_b = tl.rsqrt(tl.maximum(squares_b, 1e-24))
@@ -184,12 +233,35 @@ def assign_slots_kernel(
             _group(slot, order, offsets, start_i, tokens, tokens - r, 1, BLOCK_I, BLOCK_J)
 
 
+def mean_keys(keys: torch.Tensor) -> torch.Tensor:
+    """One launch; keys (B, H, N, D) with contiguous channels -> (B, N, D), rounded once."""
+    batch, heads, tokens, channels = keys.shape
+    metric = torch.empty(batch, tokens, channels, dtype=keys.dtype, device=keys.device)
+    if metric.numel():
+        tile = row_tile(channels)
+        rows = 1024 // tile.block_c  # 2,048 elements of float32 and of many heads spill
+        grid = (triton.cdiv(tokens, rows), triton.cdiv(channels, tile.block_c), batch)
+        mean_keys_kernel[grid](
+            keys,
+            metric,
+            tokens,
+            channels,
+            *keys.stride()[:3],
+            HEADS=heads,
+            ROWS=rows,
+            BLOCK_D=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+    return metric
+
+
 def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches, or three; metric (B, N, D) with contiguous channels. Any N from 2, any D.
+    """Two launches to four; metric (B, N, D), or keys (B, H, N, D), with contiguous channels. Any N from 2, any D.
 
     Returns slot (B, N) int64, and the tokens grouped by it: order (B, N) and offsets (B, N - r + 1), int32.
     """
-    batch, tokens, channels = metric.shape
+    batch, tokens, channels = metric.shape[0], *metric.shape[-2:]
+    heads = metric.shape[1] if metric.ndim == 4 else 1
     num_a = (tokens + 1) // 2
     best = torch.empty(batch, num_a, dtype=torch.float32, device=metric.device)
     destination = torch.empty(batch, num_a, dtype=torch.int32, device=metric.device)
@@ -199,15 +271,20 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tenso
     )
     if batch == 0:
         return slot, order, offsets
-    tile = match_tile(channels, metric.dtype)
+    if heads > 1 and not averages_while_loading(tokens, channels, metric.dtype):
+        metric, heads = mean_keys(metric), 1
+    tile = match_tile(channels, metric.dtype, heads)
     best_match_kernel[(triton.cdiv(num_a, tile.block_a), batch)](
         metric,
         best,
         destination,
         tokens,
         channels,
-        *metric.stride()[:2],
+        metric.stride(0),
+        metric.stride(1) if heads > 1 else 0,
+        metric.stride(-2),
         PREFIX=prefix,
+        HEADS=heads,
         ONE_CHUNK=channels <= tile.block_d,
         BLOCK_A=tile.block_a,
         BLOCK_B=tile.block_b,

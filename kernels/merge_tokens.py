@@ -1,4 +1,4 @@
-"""Segmented sums and means over tokens, without atomics: group by slot, then one program walks each slot."""
+"""Segmented sums and means over tokens, and back, without atomics: group by slot, then a program walks each slot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import row_tile
+from ._launch import row_warps
+from ._norm import _store_normed, normed_like
+
+# Slots that a program walks side by side where it loads weights of a layer or of a norm, which they share: 4 keep these
+# at a tenth of the traffic, more would wait for the largest. With wider rows two of them spill on sm_80.
+SHARING_SLOTS = 4
+SHARING_CHANNELS = 1024
 
 
 @triton.jit
@@ -50,30 +56,22 @@ def group_slots_kernel(
 
 
 @triton.jit
-def _dot(row, weight, channels, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of the whole row: every program that holds a chunk of it finds the same bits."""
-    products = tl.zeros((BLOCK_C,), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        offsets_c = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask = offsets_c < channels
-        value = tl.load(row + offsets_c, mask=mask, other=0.0).to(tl.float32)
-        products += value * tl.load(weight + offsets_c, mask=mask, other=0.0).to(tl.float32)
-    return tl.sum(products, 0)
-
-
-@triton.jit
 def reduce_slots_kernel(
     x,  # (B, N, C)
     size,  # (B, N) or None
     residual,  # (B, M, C) or None
     head,  # (B, P, C) or None: rows to put in front
-    weight,  # (1, C) or None: the sizes are exp(weight . x + bias)
-    bias,  # (1,) or None
+    log_weight,  # (1, C) or None: the sizes are exp(log_weight . x + log_bias)
+    log_bias,  # (1,) or None
     order,  # (B, N) int32
     offsets,  # (B, M + 1) int32
     out,  # (B, P + M, C), contiguous
     total,  # (B, M) float32 or None: then plain sums are wanted
     learned,  # (B, N) float32 or None: these sizes
+    weight,  # (C,) or None: of the norm
+    bias,  # (C,) or None
+    normed,  # (B, P + M, C), contiguous, or None
+    statistics,  # (B, P + M, 2) float32 or None
     tokens,
     num_out,
     channels,
@@ -86,154 +84,161 @@ def reduce_slots_kernel(
     head_stride_b,
     head_stride_p,
     EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
     HEAD: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program walks the tokens of one slot in index order: deterministic, no shared memory."""
-    m = tl.program_id(0).to(tl.int64)
+    """One program walks the tokens of SLOTS slots, side by side, each in index order: deterministic."""
     batch = tl.program_id(1).to(tl.int64)
-    offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = offsets_c < channels
+    first = tl.program_id(0) * SLOTS
+    m = first + tl.arange(0, SLOTS)
+    offsets_c = tl.arange(0, BLOCK_C)
+    in_channels = offsets_c < channels
     if HEAD > 0:  # noqa: SIM102 - only a condition of constants leaves the branch out
-        if m >= num_out:  # the slots first: theirs is the longer work
-            row = m - num_out
-            copied = tl.load(head + batch * head_stride_b + row * head_stride_p + offsets_c, mask=mask, other=0.0)
-            target = out + (batch * (HEAD + num_out) + row) * channels + offsets_c
-            tl.store(target, copied.to(out.dtype.element_ty), mask=mask)
+        if first >= num_out:  # the slots first: theirs is the longer work
+            row = m.to(tl.int64) - tl.cdiv(num_out, SLOTS) * SLOTS
+            in_rows = row < HEAD
+            mask = in_rows[:, None] & in_channels[None, :]
+            source = head + batch * head_stride_b + row[:, None] * head_stride_p + offsets_c[None, :]
+            copied = tl.load(source, mask=mask, other=0.0).to(out.dtype.element_ty)
+            row += batch * (HEAD + num_out)
+            tl.store(out + row[:, None] * channels + offsets_c[None, :], copied, mask=mask)
+            if normed is not None:
+                _store_normed(
+                    copied, mask, row, in_rows, offsets_c, weight, bias, normed, statistics, channels, NORM_EPS
+                )
             return
-    start = tl.load(offsets + batch * (num_out + 1) + m)
-    end = tl.load(offsets + batch * (num_out + 1) + m + 1)
-    acc = tl.zeros((BLOCK_C,), tl.float32)
-    size_sum = 0.0
-    for position in range(start, end):
-        n = tl.load(order + batch * tokens + position).to(tl.int64)
-        pointer = x + batch * x_stride_b + n * x_stride_n
-        row = tl.load(pointer + offsets_c, mask=mask, other=0.0).to(tl.float32)
-        size_n = 1.0
+    in_slots = m < num_out
+    mask = in_slots[:, None] & in_channels[None, :]
+    start = tl.load(offsets + batch * (num_out + 1) + m, mask=in_slots, other=0)
+    count = tl.load(offsets + batch * (num_out + 1) + m + 1, mask=in_slots, other=0) - start
+    if log_weight is not None:
+        direction = tl.load(log_weight + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
+        constant = tl.load(log_bias).to(tl.float32)
+    acc = tl.zeros((SLOTS, BLOCK_C), tl.float32)
+    size_sum = tl.zeros((SLOTS,), tl.float32)
+    for step in range(tl.max(count, 0)):
+        active = step < count
+        n = tl.load(order + batch * tokens + start + step, mask=active, other=0).to(tl.int64)
+        source = x + batch * x_stride_b + n[:, None] * x_stride_n + offsets_c[None, :]
+        row = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+        size_n = active.to(tl.float32)
         if size is not None:
-            size_n = tl.load(size + batch * size_stride_b + n * size_stride_n).to(tl.float32)
-        if weight is not None:
-            if CHUNKS == 1:  # the row is here; the weights, kept over the loop, would spill with Triton 3.6
-                logarithm = tl.sum(row * tl.load(weight + offsets_c, mask=mask, other=0.0).to(tl.float32), 0)
-            else:
-                logarithm = _dot(pointer, weight, channels, CHUNKS, BLOCK_C)
-            size_n = tl.exp(logarithm + tl.load(bias).to(tl.float32))
-            if tl.program_id(2) == 0:
-                tl.store(learned + batch * tokens + n, size_n)
-        acc += size_n * row
+            size_n = tl.load(size + batch * size_stride_b + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+        if log_weight is not None:
+            size_n = tl.where(active, tl.exp(tl.sum(row * direction[None, :], 1) + constant), 0.0)
+            tl.store(learned + batch * tokens + n, size_n, mask=active)
+        acc += size_n[:, None] * row
         size_sum += size_n
     if total is not None:
-        acc = acc / tl.maximum(size_sum + EPS if EPS > 0.0 else size_sum, 1e-30)
-        if tl.program_id(2) == 0:
-            tl.store(total + batch * num_out + m, size_sum)
+        acc = acc / tl.maximum(size_sum + EPS if EPS > 0.0 else size_sum, 1e-30)[:, None]
+        tl.store(total + batch * num_out + m, size_sum, mask=in_slots)
     if residual is not None:
-        acc += tl.load(
-            residual + batch * residual_stride_b + m * residual_stride_m + offsets_c, mask=mask, other=0.0
-        ).to(tl.float32)
-    target = out + (batch * (HEAD + num_out) + HEAD + m) * channels + offsets_c
-    tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+        source = residual + batch * residual_stride_b + m.to(tl.int64)[:, None] * residual_stride_m
+        acc += tl.load(source + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    stored = acc.to(out.dtype.element_ty)
+    row = batch * (HEAD + num_out) + HEAD + m
+    tl.store(out + row[:, None] * channels + offsets_c[None, :], stored, mask=mask)
+    if normed is not None:
+        _store_normed(stored, mask, row, in_slots, offsets_c, weight, bias, normed, statistics, channels, NORM_EPS)
 
 
 @triton.jit
 def spread_slots_kernel(
     x,  # (B, M, C)
-    slot,  # (B, N)
+    order,  # (B, N) int32
+    offsets,  # (B, M + 1) int32
     size,  # (B, N) or None
     total,  # (B, M) float32 or None
-    partner,  # (B, N, C) or None: rows to multiply with those of their slots
+    partner,  # (B, N, C) or None: the rows that were merged, if the sizes get a gradient
+    log_weight,  # (1, C) or None: the sizes were exp(log_weight . partner + constant)
     out,  # (B, N, C), contiguous
-    dots,  # (B, N, chunks of C) float32 or None: the products' sums
+    dots,  # (B, N) float32 or None: every token's row times its slot's, for later
+    grad_size,  # (B, N) float32 or None
     tokens,
     num_slots,
     channels,
     x_stride_b,
     x_stride_m,
-    slot_stride_b,
-    slot_stride_n,
     size_stride_b,
     size_stride_n,
     partner_stride_b,
     partner_stride_n,
     EPS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``out[n] = share[n] * x[slot[n]]``, zeros where the slot is -1; share = size / total, or 1 without totals."""
+    """``out[n] = share[n] * x[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
+
+    A size's gradient is what its token's dot differs by from the slot's weighted mean, over the slot's divisor.
+    Tokens of no slot get zeros: every program writes some of them.
+    """
     batch = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_rows = rows < tokens
+    first = tl.program_id(0) * SLOTS
+    m = first + tl.arange(0, SLOTS)
+    in_slots = m < num_slots
+    offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
-    source = tl.load(slot + batch * slot_stride_b + rows * slot_stride_n, mask=in_rows, other=-1).to(tl.int64)
-    found = in_rows & (source >= 0)
-    value = tl.load(
-        x + batch * x_stride_b + source[:, None] * x_stride_m + offsets_c[None, :],
-        mask=found[:, None] & in_channels[None, :],
-        other=0.0,
-    )
+    order += batch * tokens
+    offsets += batch * (num_slots + 1)
+    out += batch * tokens * channels
     if partner is not None:
-        own = tl.load(
-            partner + batch * partner_stride_b + rows[:, None].to(tl.int64) * partner_stride_n + offsets_c[None, :],
-            mask=in_rows[:, None] & in_channels[None, :],
-            other=0.0,
-        )
-        dot = tl.sum(value.to(tl.float32) * own.to(tl.float32), 1)
-        tl.store(dots + (batch * tokens + rows) * tl.num_programs(2) + tl.program_id(2), dot, mask=in_rows)
+        partner += batch * partner_stride_b
+        dots += batch * tokens
+        grad_size += batch * tokens
+    if size is not None:
+        size += batch * size_stride_b
+    nothing = tl.zeros((SLOTS, BLOCK_C), tl.float32).to(out.dtype.element_ty)
+    dropped = tl.load(offsets)
+    for start in range(first, dropped, tl.num_programs(0) * SLOTS):
+        position = start + tl.arange(0, SLOTS)
+        active = position < dropped
+        n = tl.load(order + position, mask=active, other=0).to(tl.int64)
+        mask = active[:, None] & in_channels[None, :]
+        tl.store(out + n[:, None] * channels + offsets_c[None, :], nothing, mask=mask)
+        if partner is not None:
+            tl.store(grad_size + n, tl.zeros((SLOTS,), tl.float32), mask=active)
+    start = tl.load(offsets + m, mask=in_slots, other=0)
+    count = tl.load(offsets + m + 1, mask=in_slots, other=0) - start
+    most = tl.max(count, 0)
+    source = x + batch * x_stride_b + m.to(tl.int64)[:, None] * x_stride_m + offsets_c[None, :]
+    row = tl.load(source, mask=in_slots[:, None] & in_channels[None, :], other=0.0)
     if total is not None:
         # Clamped as in the forward pass: a slot of size 0 gives its tokens no gradient.
-        divisor = tl.load(total + batch * num_slots + source, mask=found, other=1.0)
+        divisor = tl.load(total + batch * num_slots + m, mask=in_slots, other=1.0)
         share = 1.0 / tl.maximum(divisor + EPS if EPS > 0.0 else divisor, 1e-30)
-        if size is not None:
-            weight = tl.load(size + batch * size_stride_b + rows * size_stride_n, mask=in_rows, other=0.0)
-            share = share * weight.to(tl.float32)
-        value = (value.to(tl.float32) * share[:, None]).to(out.dtype.element_ty)
-    target = out + (batch * tokens + rows[:, None]) * channels + offsets_c[None, :]
-    tl.store(target, value, mask=in_rows[:, None] & in_channels[None, :])
-
-
-@triton.jit
-def size_gradient_kernel(
-    dots,  # (B, N, CHUNKS) float32: every token's row times its slot's gradient
-    slot,  # (B, N)
-    size,  # (B, N)
-    total,  # (B, M) float32
-    out,  # (B, N) float32, contiguous
-    tokens,
-    num_slots,
-    slot_stride_b,
-    slot_stride_n,
-    size_stride_b,
-    size_stride_n,
-    EPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """What a token's dot differs by from the weighted mean of its slot's, over what the slot is divided by."""
-    batch = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    in_i = i < tokens
-    slot += batch * slot_stride_b
-    size += batch * size_stride_b
-    dots += batch * tokens * CHUNKS
-    slot_i = tl.load(slot + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)
-    weighted = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    for start in range(0, tokens, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        in_j = j < tokens
-        slot_j = tl.load(slot + j * slot_stride_n, mask=in_j, other=-1).to(tl.int32)
-        dot_j = tl.zeros((BLOCK_J,), tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            dot_j += tl.load(dots + j * CHUNKS + chunk, mask=in_j, other=0.0)
-        dot_j *= tl.load(size + j * size_stride_n, mask=in_j, other=0.0).to(tl.float32)
-        weighted += tl.where(slot_j[None, :] == slot_i[:, None], dot_j[None, :], 0.0)
-    divisor = tl.load(total + batch * num_slots + slot_i, mask=in_i, other=1.0)
-    divisor = tl.maximum(divisor + EPS if EPS > 0.0 else divisor, 1e-30)
-    dot_i = tl.zeros((BLOCK_I,), tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        dot_i += tl.load(dots + i * CHUNKS + chunk, mask=in_i, other=0.0)
-    tl.store(out + batch * tokens + i, (dot_i - tl.sum(weighted, 1) / divisor) / divisor, mask=in_i)
+    if partner is not None:
+        weighted = tl.zeros((SLOTS,), tl.float32)
+        for step in range(most):
+            active = step < count
+            n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
+            source = partner + n[:, None] * partner_stride_n + offsets_c[None, :]
+            own = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0)
+            dot = tl.sum(own.to(tl.float32) * row.to(tl.float32), 1)
+            tl.store(dots + n, dot, mask=active)
+            weighted += dot * tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+        mean = weighted * share
+        tl.debug_barrier()  # one thread stored the dots that all of them load
+    if log_weight is not None:
+        direction = tl.load(log_weight + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
+    for step in range(most):
+        active = step < count
+        n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
+        value = row
+        if total is not None:
+            size_n = tl.full((SLOTS,), 1.0, tl.float32)
+            if size is not None:
+                size_n = tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+            result = row.to(tl.float32) * (share * size_n)[:, None]
+            if partner is not None:
+                gradient = (tl.load(dots + n, mask=active, other=0.0) - mean) * share
+                tl.store(grad_size + n, gradient, mask=active)
+                if log_weight is not None:
+                    result += (gradient * size_n)[:, None] * direction[None, :]
+            value = result.to(out.dtype.element_ty)
+        mask = active[:, None] & in_channels[None, :]
+        tl.store(out + n[:, None] * channels + offsets_c[None, :], value, mask=mask)
 
 
 def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,18 +254,27 @@ def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.T
     return order, offsets
 
 
-def _reduce(x, size, residual, order, offsets, *, mean, eps=0.0, head=None, log_size=(None, None)):
+def _side_by_side(block_c, *shared):
+    sharing = block_c <= SHARING_CHANNELS and any(weights is not None for weights in shared)
+    return SHARING_SLOTS if sharing else 1
+
+
+def _reduce(
+    x, size, residual, order, offsets, *, mean, eps=0.0, head=None, log_size=(None, None), norm=(None, None, None)
+):
     batch, tokens, channels = x.shape
     num_out = offsets.shape[1] - 1
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    first = 0 if head is None else head.shape[1]
-    out = torch.empty(batch, first + num_out, channels, dtype=dtype, device=x.device)
+    rows = 0 if head is None else head.shape[1]
+    out = torch.empty(batch, rows + num_out, channels, dtype=dtype, device=x.device)
     total = torch.empty(batch, num_out, dtype=torch.float32, device=x.device) if mean else None
+    weight, bias, norm_eps = norm
     learned = None if log_size[0] is None else torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
-    if batch and num_out:
-        tile = row_tile(channels)
-        chunks = triton.cdiv(channels, tile.block_c)
-        reduce_slots_kernel[(first + num_out, batch, chunks)](
+    normed, statistics = (None, None) if norm_eps is None else normed_like(out)
+    if batch and num_out and channels:
+        block_c = triton.next_power_of_2(channels)
+        slots = _side_by_side(block_c, log_size[0], weight, bias)
+        reduce_slots_kernel[(triton.cdiv(num_out, slots) + triton.cdiv(rows, slots), batch)](
             x,
             size,
             residual,
@@ -271,6 +285,10 @@ def _reduce(x, size, residual, order, offsets, *, mean, eps=0.0, head=None, log_
             out,
             total,
             learned,
+            weight,
+            bias,
+            normed,
+            statistics,
             tokens,
             num_out,
             channels,
@@ -279,17 +297,23 @@ def _reduce(x, size, residual, order, offsets, *, mean, eps=0.0, head=None, log_
             *((0, 0) if residual is None else residual.stride()[:2]),
             *((0, 0) if head is None else head.stride()[:2]),
             EPS=eps,
-            HEAD=first,
-            CHUNKS=chunks,
-            BLOCK_C=tile.block_c,
-            num_warps=max(1, tile.block_c // 256),  # 8 channels a thread: one 16-byte load of half precision
+            NORM_EPS=norm_eps,
+            HEAD=rows,
+            SLOTS=slots,
+            BLOCK_C=block_c,
+            num_warps=slots * row_warps(block_c),
         )
-    return out, total, learned
+    return out, total, learned, normed, statistics
+
+
+def sum_grouped(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Launch; x (B, N, C) grouped by order and offsets -> (B, M, C), in x's dtype."""
+    return _reduce(x, None, None, order, offsets, mean=False)[0]
 
 
 def sum_slots(x: torch.Tensor, slot: torch.Tensor, num_out: int) -> torch.Tensor:
     """Two launches; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
-    return _reduce(x, None, None, *group_slots(slot, num_out), mean=False)[0]
+    return sum_grouped(x, *group_slots(slot, num_out))
 
 
 def merge_tokens(
@@ -316,76 +340,86 @@ def merge_tokens_learned(
     head: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch; weight (1, C) and bias (1,) -> as merge_tokens, and the sizes (B, N) float32 that they give."""
-    return _reduce(x, None, residual, order, offsets, mean=True, eps=eps, head=head, log_size=(weight, bias))
+    return _reduce(x, None, residual, order, offsets, mean=True, eps=eps, head=head, log_size=(weight, bias))[:3]
 
 
-def _spread(x, slot, size=None, total=None, eps=0.0, partner=None):
+def merge_tokens_norm(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    size: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    head: torch.Tensor | None,
+    log_size: tuple[torch.Tensor | None, torch.Tensor | None],
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch -> as merge_tokens_learned ((B, 0) without a layer), normed (B, P + M, C), statistics (B, P + M, 2)."""
+    options = {"mean": True, "eps": eps, "head": head, "log_size": log_size, "norm": norm}
+    merged, total, learned, normed, statistics = _reduce(x, size, residual, order, offsets, **options)
+    return merged, total, total.new_empty(x.shape[0], 0) if learned is None else learned, normed, statistics
+
+
+def _spread(x, order, offsets, size=None, total=None, eps=0.0, partner=None, log_weight=None):
     batch, num_slots, channels = x.shape
-    tokens = slot.shape[1]
+    tokens = order.shape[1]
     out = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
-    dots = None
-    if out.numel():
-        tile = row_tile(channels)
-        chunks = triton.cdiv(channels, tile.block_c)
-        if partner is not None:
-            dots = torch.empty(batch, tokens, chunks, dtype=torch.float32, device=x.device)
-        spread_slots_kernel[(triton.cdiv(tokens, tile.rows), batch, chunks)](
-            x,
-            slot,
-            size,
-            total,
-            partner,
-            out,
-            dots,
-            tokens,
-            num_slots,
-            channels,
-            *x.stride()[:2],
-            *slot.stride(),
-            *((0, 0) if size is None else size.stride()),
-            *((0, 0) if partner is None else partner.stride()[:2]),
-            EPS=eps,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps if channels % 8 == 0 else 8,  # unaligned: every element its own address, 4 spill
-        )
-    return out, dots
+    dots = grad_size = None
+    if partner is not None:
+        dots, grad_size = torch.empty(2, batch, tokens, dtype=torch.float32, device=x.device)
+    if not (out.numel() and num_slots):
+        return out.zero_(), None if grad_size is None else grad_size.zero_()
+    block_c = triton.next_power_of_2(channels)
+    slots = _side_by_side(block_c, log_weight)
+    spread_slots_kernel[(triton.cdiv(num_slots, slots), batch)](
+        x,
+        order,
+        offsets,
+        size,
+        total,
+        partner,
+        log_weight,
+        out,
+        dots,
+        grad_size,
+        tokens,
+        num_slots,
+        channels,
+        *x.stride()[:2],
+        *((0, 0) if size is None else size.stride()),
+        *((0, 0) if partner is None else partner.stride()[:2]),
+        EPS=eps,
+        SLOTS=slots,
+        BLOCK_C=block_c,
+        num_warps=slots * row_warps(block_c),
+    )
+    return out, grad_size
 
 
 def spread_slots(
     x: torch.Tensor,
-    slot: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
     size: torch.Tensor | None = None,
     total: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Launch; x (B, M, C), slot (B, N) -> (B, N, C)."""
-    return _spread(x, slot, size, total, eps)[0]
+    """Launch; x (B, M, C), N tokens grouped by order and offsets -> (B, N, C)."""
+    return _spread(x, order, offsets, size, total, eps)[0]
 
 
 def merge_tokens_size_backward(
-    grad: torch.Tensor, x: torch.Tensor, slot: torch.Tensor, size: torch.Tensor, total: torch.Tensor, eps: float
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    size: torch.Tensor,
+    total: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two launches; grad (B, M, C), x (B, N, C) -> gradients of x (B, N, C) and of size (B, N) float32."""
-    batch, tokens = slot.shape
-    grad_x, dots = _spread(grad, slot, size, total, eps, x)
-    grad_size = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
-    if dots is None:  # no tokens, or no channels
-        return grad_x, grad_size.zero_()
-    size_gradient_kernel[(triton.cdiv(tokens, 32), batch)](
-        dots,
-        slot,
-        size,
-        total,
-        grad_size,
-        tokens,
-        total.shape[1],
-        *slot.stride(),
-        *size.stride(),
-        EPS=eps,
-        CHUNKS=dots.shape[2],
-        BLOCK_I=32,
-        BLOCK_J=64,
-        num_warps=4,
-    )
-    return grad_x, grad_size
+    """Launch; grad (B, M, C), x (B, N, C) -> gradients of x (B, N, C) and of size (B, N) float32.
+
+    With the weight (1, C) of the layer that gave the sizes, x's gradient includes what comes through it.
+    """
+    return _spread(grad, order, offsets, size, total, eps, x, weight)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastreduce import ops, reference
-from fastreduce.ops.attention import Attention
+from fastreduce.ops.attention import Attention, AttentionScores
+from fastreduce.reference import _blocks
 from tests.inputs import DTYPES, seeded, tokens
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -73,7 +74,7 @@ def test_against_plain_loops(batch, heads, queries, keys, head_dim, scale, eps, 
     ours = ops.attention(q, k, v, policy=policy, scale=scale, eps=eps)
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(
-        Attention.apply(q, k, v, policy, head_dim**-0.5 if scale is None else scale, eps),
+        Attention.apply(q, k, v, policy, head_dim**-0.5 if scale is None else scale, eps)[0],
         expected,
         atol=1e-12,
         rtol=1e-12,
@@ -100,15 +101,17 @@ def test_values_and_gradients_against_the_textbook(scale, eps):
     grads = torch.autograd.grad(expected, leaves, grad)
     for out in (
         ops.attention(*leaves[:3], policy=leaves[3], scale=scale, eps=eps),
-        Attention.apply(*leaves, scale, eps),
+        Attention.apply(*leaves, scale, eps)[0],
     ):
         torch.testing.assert_close(out, expected, atol=1e-13, rtol=1e-12)
         for a, b in zip(torch.autograd.grad(out, leaves, grad), grads, strict=True):
             torch.testing.assert_close(a, b, atol=1e-12 * b.abs().max().item(), rtol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", ALL_DTYPES)
-@pytest.mark.parametrize("layout", ["packed", "dense", "sequence first"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [*(("packed", dtype) for dtype in ALL_DTYPES), ("dense", torch.float16), ("sequence first", torch.float32)],
+)
 @pytest.mark.parametrize("masked", [True, False])
 def test_opcheck(masked, layout, dtype):
     q, k, v = packed(dtype=dtype)
@@ -136,20 +139,20 @@ def test_opcheck_of_fewer_queries_and_of_empty_batches():
 @pytest.mark.parametrize(("scale", "eps"), [(0.7, 1e-6), (0.7, 0.05), (3.0, 0.05)])
 def test_gradcheck_with_a_policy(scale, eps):
     leaves = [leaf(t) for t in (*packed(num_tokens=5, head_dim=3), policies(num_tokens=5))]
-    assert torch.autograd.gradcheck(lambda *inputs: Attention.apply(*inputs, scale, eps), leaves)
+    assert torch.autograd.gradcheck(lambda *inputs: Attention.apply(*inputs, scale, eps)[0], leaves)
     assert torch.autograd.gradcheck(lambda *inputs: reference.attention(*inputs, scale, eps), leaves)
 
 
 def test_gradcheck_without():
     q, k, v = (leaf(t) for t in packed(num_tokens=5, head_dim=3))
-    assert torch.autograd.gradcheck(lambda q, k, v: Attention.apply(q[:, :, :2], k, v, None, 0.7, 1e-6), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: Attention.apply(q[:, :, :2], k, v, None, 0.7, 1e-6)[0], (q, k, v))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("policy_dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_of_result_and_gradients(dtype, policy_dtype):
     leaves = [leaf(t) for t in (*packed(dtype=dtype), policies(dtype=policy_dtype))]
-    for out in (ops.attention(*leaves[:3], policy=leaves[3]), Attention.apply(*leaves, 0.5, 1e-6)):
+    for out in (ops.attention(*leaves[:3], policy=leaves[3]), Attention.apply(*leaves, 0.5, 1e-6)[0]):
         assert out.dtype == dtype
         for tensor, grad in zip(leaves, torch.autograd.grad(out.float().sum(), leaves), strict=True):
             assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape)
@@ -157,7 +160,7 @@ def test_dtypes_of_result_and_gradients(dtype, policy_dtype):
 
 def test_a_constant_policy_gets_no_gradient():
     q, k, v = (leaf(t) for t in packed())
-    out = Attention.apply(q, k, v, policies(), 0.5, 1e-6)
+    out = Attention.apply(q, k, v, policies(), 0.5, 1e-6)[0]
     assert all(grad is not None for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
@@ -180,7 +183,7 @@ def test_half_precision_is_summed_in_float32(dtype):
 
 
 def by_function(q, k, v, policy):
-    return Attention.apply(q, k, v, policy, 0.5, 1e-6)
+    return Attention.apply(q, k, v, policy, 0.5, 1e-6)[0]
 
 
 def by_reference(q, k, v, policy):
@@ -210,7 +213,7 @@ def test_bitwise_batch_invariance_and_determinism(dtype):
 
     def run(part):
         leaves = [leaf(tensor[part]) for tensor in (q, k, v, policy)]
-        out = Attention.apply(*leaves, 0.25, 1e-6)
+        out = Attention.apply(*leaves, 0.25, 1e-6)[0]
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
     for first, second, one in zip(run(slice(None)), run(slice(None)), run(slice(2, 3)), strict=True):
@@ -246,3 +249,193 @@ def test_refuses():
     ):
         with pytest.raises(kind, match=message):
             ops.attention(**{**good, **changed})
+
+
+INDEX = torch.tensor([[4, 0, 0], [2, 5, 2]])  # as ATS pads: the same query several times
+OFFSETS = tuple(torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 3, 3, 5, 6], [0, 2, 4, 4, 6]))
+
+
+def bias_of(q, *, hidden=True):
+    """Every third key is seen by nobody, and with ``hidden`` no key of the last image."""
+    bias = tokens(q.shape[0], q.shape[2], seed=3).to(torch.promote_types(q.dtype, torch.float32))
+    bias[:, 1::3] = -torch.inf
+    if hidden:
+        bias[-1] = -torch.inf
+    return bias
+
+
+def chosen(q, prefix=1):
+    rows = torch.cat([torch.arange(prefix).expand(2, prefix), INDEX + prefix], dim=1)
+    return q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+
+
+def spelled_out(q, k, v, bias):
+    """The matrix, the result and the logsumexp; a query without keys has weights of zero."""
+    logits = q.shape[3] ** -0.5 * q @ k.transpose(2, 3) + bias[:, None, None, :]
+    weights = torch.nan_to_num(torch.softmax(logits, -1), nan=0.0)
+    return weights, weights @ v, logits.logsumexp(-1)
+
+
+def ragged(q, k, v, bias=None, **options):
+    """All images in one row, of which the last is past the end: (2, H, 7, D) -> (1, H, 14, D)."""
+    q, k, v = (t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in (q, k, v))
+    bias = None if bias is None else bias.reshape(1, -1)
+    return ops.attention(q, k, v, bias=bias, offsets=OFFSETS, longest=(3, 2), **options)
+
+
+def by_parts(scale=None):
+    """Name -> (q, k, v, bias) -> results, by the public functions and by the functions that differentiate kernels."""
+    half = 0.5 if scale is None else scale
+    return {
+        "bias": lambda q, k, v, b: (ops.attention(q, k, v, bias=b, scale=scale),),
+        "bias, by function": lambda q, k, v, b: Attention.apply(q, k, v, None, half, 0.0, b),
+        "index": lambda q, k, v, b: (ops.attention(q, k, v, index=INDEX, scale=scale),),
+        "index, by function": lambda q, k, v, b: Attention.apply(q, k, v, None, half, 0.0, b, INDEX, 1),
+        "logsumexp": lambda q, k, v, b: ops.attention_logsumexp(q, k, v, bias=b, index=INDEX, scale=scale),
+        "class": lambda q, k, v, b: ops.attention_scores(q, k, v, kind="class", bias=b, prefix=2, scale=scale),
+        "class, by function": lambda q, k, v, b: AttentionScores.apply(q, k, v, "class", b, 2, half),
+        "received": lambda q, k, v, b: ops.attention_scores(q, k, v, kind="received", bias=b, scale=scale),
+        "received, by function": lambda q, k, v, b: AttentionScores.apply(q, k, v, "received", b, 0, half),
+        "ragged": lambda q, k, v, b: (ragged(q, k, v, b, scale=scale),),
+        "ragged, by function": lambda q, k, v, b: Attention.apply(
+            *(t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in (q, k, v)),
+            *(None, half, 0.0, b.reshape(1, -1), None, 0, *OFFSETS, 3, 2),
+        )[:1],
+    }
+
+
+@pytest.mark.parametrize("name", by_parts())
+def test_gradcheck_of_options(name):
+    call = by_parts(0.5)[name]
+    q, k, v = (leaf(t) for t in packed(heads=2, head_dim=3))
+    bias = tokens(2, 7, seed=3).double()
+    assert torch.autograd.gradcheck(call, (q, k, v, leaf(bias)))
+    hidden = bias_of(q)
+
+    def seen(q, k, v):
+        return tuple(out.masked_fill(out == -torch.inf, 0.0) for out in call(q, k, v, hidden))
+
+    assert torch.autograd.gradcheck(seen, (q, k, v))
+
+
+@pytest.mark.parametrize("dtype", ALL_DTYPES)
+@pytest.mark.parametrize("by_function", [False, True])
+def test_options_against_the_matrix(by_function, dtype):
+    q, k, v = packed(dtype=dtype)
+    bias = bias_of(q)
+    weights, exact, logsumexp = spelled_out(*(t.double() for t in (q, k, v, bias)))
+    calls = by_parts()
+    suffix = ", by function" if by_function else ""
+    close = functools.partial(
+        torch.testing.assert_close, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps
+    )
+    close(calls["bias" + suffix](q, k, v, bias)[0].double(), exact)
+    out, sums = calls["logsumexp"](q, k, v, bias)
+    close(out.double(), chosen(exact))
+    close(sums.double(), chosen(logsumexp.unsqueeze(-1)).squeeze(-1), atol=1e-5, rtol=1e-5)
+    for kind, scores in (("class", weights[:, :, 0, 2:].mean(1)), ("received", weights.sum((1, 2)))):
+        out, ours = calls[kind + suffix](q, k, v, bias)
+        close(out.double(), exact)
+        close(ours.double(), scores, atol=1e-5, rtol=1e-5)
+        assert ours.dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_scores_are_those_of_the_primitives(monkeypatch):
+    q, k, v = packed(dtype=torch.float32)
+    for most in (1 << 20, 20):  # a few rows of the matrix at a time
+        monkeypatch.setattr(_blocks, "MATRIX", most)
+        out, scores = ops.attention_scores(q[:, :, 1:], k, v, kind="received")
+        torch.testing.assert_close(scores, ops.received_scores(q[:, :, 1:], k))
+        torch.testing.assert_close(out, ops.attention(q[:, :, 1:], k, v))
+        torch.testing.assert_close(
+            AttentionScores.apply(q[:, :, 1:], k, v, "received", None, 0, 0.5)[1],
+            ops.received_scores(q[:, :, 1:], k, scale=0.5),
+        )
+    torch.testing.assert_close(
+        ops.attention_scores(q, k, v, kind="class", prefix=2)[1], ops.cls_scores(q[:, :, 0], k, prefix=2)
+    )
+
+
+def test_images_of_one_row_see_their_own_keys_only():
+    q, k, v = packed(1, 2, 9, dtype=torch.float32)
+    q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
+    bias = bias_of(q, hidden=False)
+    out = ops.attention(q, k, v, bias=bias, offsets=OFFSETS, longest=(3, 2))
+    for m, n in ((slice(0, 3), slice(0, 2)), (slice(5, 6), slice(4, 6))):
+        alone = ops.attention(q[:, :, m], k[:, :, n], v[:, :, n], bias=bias[:, n])
+        torch.testing.assert_close(out[:, :, m], alone)
+    for nothing in (slice(3, 5), slice(6, 9)):  # an image without keys, and rows past the end
+        assert not out[:, :, nothing].any()
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for grad, count in zip(grads, (6, 6, 6), strict=True):
+        assert not grad[:, :, count:].any()
+        assert grad.isfinite().all()
+    none = torch.zeros(1, dtype=torch.int32)
+    assert not ops.attention(q, k, v, offsets=(none, none), longest=(0, 0)).any()
+
+
+@pytest.mark.parametrize("name", [name for name in by_parts() if "function" in name])
+def test_opcheck_and_compile_options(name):
+    q, k, v = packed(dtype=torch.float32)
+    bias = bias_of(q)
+    call = by_parts()[name]
+    leaves = [leaf(t) for t in (q, k, v, bias)]
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (call, compiled):
+        outs = run(*leaves)
+        total = sum(torch.where(out == -torch.inf, 0.0, out).square().sum() for out in outs)
+        results.append([*outs, *torch.autograd.grad(total, leaves, allow_unused=True)])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain)
+    check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
+    if name.startswith("ragged"):
+        q, k, v = (t[:1] for t in (q, k, v))
+        options = (bias[:1], None, 0, *OFFSETS, 3, 2)
+    else:
+        options = (bias, INDEX if name.startswith("index") else None, 1, None, None, 0, 0)
+    arguments = (q, k, v, None, 0.5, 0.0, *options)
+    check(NATIVE.attention.default, arguments)
+    out, logsumexp, *rest = NATIVE.attention(*arguments)
+    of_scores = ()
+    if name.startswith(("class", "received")):
+        kind = name.split(",")[0]
+        check(NATIVE.attention_scores.default, (q, k, logsumexp, kind, bias, 1, 0.5))
+        of_scores = (None, torch.ones(2, 7 if kind == "received" else 6), kind, False)
+    for more in ((torch.ones_like(logsumexp),), of_scores):
+        check(
+            NATIVE.attention_backward.default,
+            (out, q, k, v, None, out, logsumexp, *rest, 0.5, 0.0, *options, *more),
+        )
+
+
+def test_refuses_options():
+    q, k, v = packed(dtype=torch.float32)
+    one = [t[:1] for t in (q, k, v)]
+    bias, policy, bounds = bias_of(q), torch.ones(2, 7), OFFSETS[0]
+    call, scores = ops.attention, ops.attention_scores
+    images = {"offsets": OFFSETS, "longest": (3, 2)}
+    for kind, message, refused in (
+        (ValueError, r"bias must have shape .*, got \(2, 6\)", lambda: call(q, k, v, bias=bias[:, 1:])),
+        (TypeError, "bias must be floating point", lambda: call(q, k, v, bias=bias > 0)),
+        (ValueError, "policy and bias exclude", lambda: call(q, k, v, bias=bias, policy=policy)),
+        (ValueError, "policy and index exclude", lambda: call(q, k, v, index=INDEX, policy=policy)),
+        (ValueError, "policy and offsets exclude", lambda: call(q, k, v, policy=policy, **images)),
+        (ValueError, "index and offsets exclude", lambda: call(q, k, v, index=INDEX, **images)),
+        (TypeError, "index must hold int64 or int32", lambda: call(q, k, v, index=INDEX.float())),
+        (ValueError, r"index must have q's batch size 2, got shape \(1, 3\)", lambda: call(q, k, v, index=INDEX[:1])),
+        (ValueError, "prefix must be between 0 and 7, got 8", lambda: call(q, k, v, index=INDEX, prefix=8)),
+        (ValueError, "the rows of all images", lambda: call(q, k, v, **images)),
+        (ValueError, "offsets need longest", lambda: call(*one, offsets=OFFSETS)),
+        (ValueError, r"longest=\(3, 2\) goes with offsets", lambda: call(*one, longest=(3, 2))),
+        (TypeError, "keys must be int32", lambda: call(*one, offsets=(bounds, bounds.long()), longest=(3, 2))),
+        (ValueError, "of one length, images", lambda: call(*one, offsets=(bounds, bounds[1:]), longest=(3, 2))),
+        (ValueError, "longest must be between 0", lambda: call(*one, offsets=OFFSETS, longest=(-1, 2))),
+        (ValueError, "kind must be one of 'class', 'received', got 'key'", lambda: scores(q, k, v, kind="key")),
+        (ValueError, "class token's query", lambda: scores(q[:, :, :0], k, v, kind="class")),
+        (ValueError, "prefix must be", lambda: scores(q, k, v, kind="class", prefix=8)),
+        (ValueError, "bias must have shape", lambda: ops.attention_logsumexp(q, k, v, bias=bias[:1])),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=message):
+            refused()

@@ -279,13 +279,14 @@ class TestDPCKNN:
 
     def test_noise_breaks_ties(self):
         """Two equal tokens are equally dense, so neither stands below the other: only noise makes one the peak."""
-        reducer = fastreduce.patch(tiny.build(), "dpcknn", keep=8, at=1, equal_weight=True).blocks._reducer
+        block = fastreduce.patch(tiny.build(), "dpcknn", keep=8, at=1, equal_weight=True).blocks[1]
+        reducer = block._reducer
         # Far from one another, and no sum of squares of which rounding could make the two distances differ.
         pairs = torch.arange(8.0).repeat_interleave(2).view(1, 16, 1).expand(1, 16, 48) ** 2
         tokens = fastreduce.Tokens(torch.cat([torch.zeros(1, 1, 48), pairs], dim=1), prefix=1, patches=16)
 
         def distinct():
-            return len(set((reducer.before(tokens, 0).plans[0].kept[0] // 2).tolist()))
+            return len(set((reducer.before(block, tokens, 0).plans[0].kept[0] // 2).tolist()))
 
         assert distinct() < 8
         reducer.generator = torch.Generator().manual_seed(1)

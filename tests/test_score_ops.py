@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from fastreduce import ops, reference
 from fastreduce.ops.cls_scores import ClsScores
 from fastreduce.ops.fuse_tokens import FuseTokens
 from fastreduce.ops.received_scores import ReceivedScores
+from fastreduce.reference import _blocks
 from tests.inputs import DTYPES, distinct_indices, seeded, tokens
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -35,7 +35,7 @@ def queries_and_keys(batch=2, heads=3, queries=5, keys=7, head_dim=4, dtype=torc
 @pytest.fixture(params=[2**20, 15], ids=["whole heads", "blocks of queries"])
 def matrix(request, monkeypatch):
     """Number of logits that the reference of received_scores holds at a time."""
-    monkeypatch.setattr(sys.modules["fastreduce.reference.received_scores"], "MATRIX", request.param)
+    monkeypatch.setattr(_blocks, "MATRIX", request.param)
 
 
 def fuse_inputs(batch=2, num_tokens=8, k=3, channels=5, prefix=1, dtype=torch.float64):
@@ -478,7 +478,7 @@ def test_received_scores_of_blocks_of_queries(queries, monkeypatch):
     q, k = queries_and_keys(2, 2, queries, 11)
     whole = ops.received_scores(q, k)
     torch.testing.assert_close(whole.sum(1), torch.full((2,), 2.0 * queries, dtype=torch.float64))
-    monkeypatch.setattr(sys.modules["fastreduce.reference.received_scores"], "MATRIX", 77)
+    monkeypatch.setattr(_blocks, "MATRIX", 77)
     torch.testing.assert_close(ops.received_scores(q, k), whole)
 
 

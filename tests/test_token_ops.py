@@ -4,13 +4,15 @@ import functools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from fastreduce import ops, reference
-from fastreduce.ops.gather_tokens import GatherTokens
-from fastreduce.ops.merge_tokens import MergeLearned, MergeTokens, UnmergeTokens
+from fastreduce.ops.fuse_tokens import FuseTokensNorm
+from fastreduce.ops.gather_tokens import GatherTokens, GatherTokensNorm
+from fastreduce.ops.merge_tokens import MergeTokens, UnmergeTokens
 from tests.budget import EPS
 from tests.inputs import distinct_indices, seeded, tokens
 from tests.matching import assert_slots_by_value, exact_metric, plain_slots
@@ -38,6 +40,7 @@ def layer(dtype=torch.float32, channels=5):
 
 
 LAYER = layer()
+NORM = tokens(5, seed=5), tokens(5, seed=6)
 
 
 def layouts(x):
@@ -73,21 +76,46 @@ def test_opcheck_merge(dtype):
         torch.library.opcheck(NATIVE.merge_tokens_learned.default, arguments, test_utils=OPCHECKS)
     total = NATIVE.merge_tokens(x, slot, *groups, sizes(), None, 0.0, None)[1]
     for grad in layouts(residual):
-        arguments = (grad, slot, sizes(), total, 1e-6)
+        arguments = (grad, slot, *groups, sizes(), total, 1e-6)
         torch.library.opcheck(NATIVE.merge_tokens_backward.default, arguments, test_utils=OPCHECKS)
-        arguments = (grad, x, slot, sizes(), total, 1e-6)
-        torch.library.opcheck(NATIVE.merge_tokens_size_backward.default, arguments, test_utils=OPCHECKS)
+        for weight in (None, layer(dtype)[0]):
+            arguments = (grad, x, slot, *groups, sizes(), total, 1e-6, weight)
+            torch.library.opcheck(NATIVE.merge_tokens_size_backward.default, arguments, test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck_norms(dtype):
+    x, slot, order = tokens(2, 9, 5, dtype=dtype), slots(), distinct_indices(2, 8, 8)
+    weight, bias, residual = tokens(5, seed=5), tokens(5, seed=6, dtype=dtype), tokens(2, 4, 5, dtype=dtype, seed=1)
+    groups, scores = NATIVE.group_slots(slot, 4), tokens(2, 8, seed=2)
+    norm = weight, bias, 1e-6
+    for call, arguments in (
+        (NATIVE.gather_tokens_norm, (x, order[:, :3], 1, None, None, None, 1e-6)),
+        (NATIVE.gather_tokens_norm, (x, order[:, :3], 1, residual, *norm)),
+        (NATIVE.fuse_tokens_norm, (x, order, scores, 2, 1, residual.float(), bias, *norm)),
+        (NATIVE.merge_tokens_norm, (x, slot, *groups, sizes(), residual, 0.0, None, None, None, *norm)),
+        (NATIVE.merge_tokens_norm, (x, slot, *groups, None, None, 1e-6, x[:, :2], *layer(dtype), *norm)),
+    ):
+        torch.library.opcheck(call.default, arguments, test_utils=OPCHECKS)
+    out, _, statistics = NATIVE.gather_tokens_norm(x, order[:, :3], 1, residual, weight, bias, 1e-6)
+    for grad in layouts(tokens(2, 4, 5, dtype=dtype, seed=3)):
+        for arguments in ((grad, grad, out, statistics, weight, True), (None, grad, out, statistics, None, False)):
+            torch.library.opcheck(NATIVE.norm_tokens_backward.default, arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck_unmerge_and_match(dtype):
     slot = slots(low=-1)
+    groups = NATIVE.group_slots(slot, 4)
     for x in layouts(tokens(2, 4, 5, dtype=dtype)):
-        torch.library.opcheck(NATIVE.unmerge_tokens.default, (x, slot), test_utils=OPCHECKS)
+        torch.library.opcheck(NATIVE.unmerge_tokens.default, (x, slot, *groups), test_utils=OPCHECKS)
     for grad in layouts(tokens(2, 9, 5, dtype=dtype)):
-        torch.library.opcheck(NATIVE.unmerge_tokens_backward.default, (grad, slot, 4), test_utils=OPCHECKS)
+        torch.library.opcheck(NATIVE.unmerge_tokens_backward.default, (grad, slot, *groups), test_utils=OPCHECKS)
     for metric in layouts(tokens(2, 9, 5, dtype=dtype)):
         torch.library.opcheck(NATIVE.match_tokens.default, (metric, 3, 1), test_utils=OPCHECKS)
+    keys = tokens(2, 9, 2, 5, dtype=dtype).transpose(1, 2)
+    torch.library.opcheck(NATIVE.match_tokens.default, (keys, 3, 1), test_utils=OPCHECKS)
+    assert torch.equal(ops.match_tokens(keys, 3), ops.match_tokens(keys.mean(1), 3))
 
 
 def test_opcheck_of_slots_in_any_layout_and_of_empty_batches():
@@ -95,7 +123,8 @@ def test_opcheck_of_slots_in_any_layout_and_of_empty_batches():
     for chosen in (*layouts(slot), slot.int(), slot[:1].expand(2, -1), slot[:0]):
         torch.library.opcheck(NATIVE.group_slots.default, (chosen, 4), test_utils=OPCHECKS)
         x = tokens(chosen.shape[0], 4, 5, dtype=torch.float16)
-        torch.library.opcheck(NATIVE.unmerge_tokens.default, (x, chosen), test_utils=OPCHECKS)
+        arguments = (x, chosen, *NATIVE.group_slots(chosen, 4))
+        torch.library.opcheck(NATIVE.unmerge_tokens.default, arguments, test_utils=OPCHECKS)
     groups = NATIVE.group_slots(slot[:0], 4)
     torch.library.opcheck(
         NATIVE.merge_tokens.default, (tokens(0, 9, 5), slot[:0], *groups, None, None, 0.0, None), test_utils=OPCHECKS
@@ -151,7 +180,7 @@ def test_gradcheck_merge_with_sizes_by_a_layer(prefix):
 
     def function(x, weight, bias, residual):
         head = x[:, :prefix] if prefix else None
-        return MergeLearned.apply(x[:, prefix:], slot, *groups, weight, bias, residual, 0.1, head)[0]
+        return MergeTokens.apply(x[:, prefix:], slot, *groups, None, residual, 0.1, head, weight, bias)[0]
 
     def plain(x, weight, bias, residual):
         options = {"log_size": (weight, bias), "residual": residual, "eps": 0.1}
@@ -206,7 +235,87 @@ def test_learned_weights_by_the_formula():
 
 def test_gradcheck_unmerge():
     slot = slots(low=-1)
-    assert torch.autograd.gradcheck(lambda x: UnmergeTokens.apply(x, slot), leaf(tokens(2, 4, 3).double()))
+    groups = NATIVE.group_slots(slot, 4)
+    assert torch.autograd.gradcheck(lambda x: UnmergeTokens.apply(x, slot, *groups), leaf(tokens(2, 4, 3).double()))
+
+
+def norm_ways(kernels):
+    """Every reduction with a norm, by its Function or by the reference; x (2, 9, 3), extra (2, 9, 3), sizes, a norm."""
+    order, slot = distinct_indices(2, 8, 8), torch.tensor([[0, 3, 3, 1, 3, 0, 1, 1, 2], [1, 1, 4, 1, 1, 1, 0, 4, 4]])
+    groups, kept = NATIVE.group_slots(slot, 5), torch.tensor([[4, 0, 4], [1, 1, 1]])
+
+    def gather(x, extra, size, weight, bias):
+        if kernels:
+            return GatherTokensNorm.apply(x, kept, 1, extra[:, :4], weight, bias, 0.1)
+        options = {"weight": weight, "bias": bias, "norm_eps": 0.1}
+        return ops.gather_tokens_norm(x, kept, residual=extra[:, :4], **options)
+
+    def fuse(x, extra, size, weight, bias):
+        added = extra[:, :5], extra[0, 5]
+        if kernels:
+            return FuseTokensNorm.apply(x, order, size[:, 1:], 3, 1, *added, weight, bias, 0.1)
+        options = {"residual": added[0], "residual_bias": added[1], "weight": weight, "bias": bias, "norm_eps": 0.1}
+        return ops.fuse_tokens_norm(x, order, size[:, 1:], 3, **options)
+
+    def merge(x, extra, size, weight, bias):
+        if kernels:
+            merged, _, normed = MergeTokens.apply(
+                x, slot, *groups, size, extra[:, :5], 0.1, extra[:, 5:7], None, None, weight, bias, 0.1
+            )
+            return merged, normed
+        options = {"size": size, "residual": extra[:, :5], "head": extra[:, 5:7], "eps": 0.1}
+        return ops.merge_tokens_norm(x, slot, 5, **options, weight=weight, bias=bias, norm_eps=0.1)[::2]
+
+    def merge_learned(x, extra, size, weight, bias):
+        learned = extra[:1, 0], size[0, :1]
+        if kernels:
+            merged, _, normed = MergeTokens.apply(x, slot, *groups, None, None, 0.1, None, *learned, weight, bias, 0.1)
+            return merged, normed
+        options = {"log_size": learned, "eps": 0.1, "weight": weight, "bias": bias, "norm_eps": 0.1}
+        return ops.merge_tokens_norm(x, slot, 5, **options)[::2]
+
+    return {"gather": gather, "fuse": fuse, "merge": merge, "merge_learned": merge_learned}
+
+
+@pytest.mark.parametrize("way", ["gather", "fuse", "merge", "merge_learned"])
+def test_gradcheck_norms(way):
+    whole = [
+        tokens(2, 9, 3),
+        tokens(2, 9, 3, seed=1),
+        torch.rand(2, 9, generator=seeded(2)) + 0.5,
+        tokens(3),
+        tokens(3),
+    ]
+    leaves = [leaf(tensor.double()) for tensor in whole]
+    run = norm_ways(kernels=True)[way]
+    assert torch.autograd.gradcheck(run, leaves)
+    upstream = [tokens(*out.shape, seed=4).double() for out in run(*leaves)]
+    for used, affine in ((slice(0, 1), True), (slice(1, 2), True), (slice(0, 2), False)):  # one output alone, no affine
+        results = []
+        for kernels in (True, False):
+            norm = leaves[3:] if affine else (None, None)
+            outs = norm_ways(kernels)[way](*leaves[:3], *norm)
+            results.append((*outs, *torch.autograd.grad(outs[used], leaves, upstream[used], allow_unused=True)))
+        for ours, plain in zip(*results, strict=True):
+            zeros = [torch.zeros(()) if value is None else value for value in (ours, plain)]
+            torch.testing.assert_close(*(value + torch.zeros_like(zeros[0] + zeros[1]) for value in zeros))
+
+
+def test_norms_are_pytorchs():
+    weight, bias, expected = tokens(5, seed=1), tokens(5, seed=2), nn.LayerNorm(5, eps=1e-3)
+    with torch.no_grad():
+        expected.weight.copy_(weight), expected.bias.copy_(bias)
+    norm = {"weight": weight, "bias": bias, "norm_eps": 1e-3}
+    for out, normed in (
+        ops.gather_tokens_norm(X, INDEX, residual=X[:, :4], **norm),
+        ops.fuse_tokens_norm(X, distinct_indices(2, 8, 8), X[:, 1:, 0], 3, **norm),
+        ops.merge_tokens_norm(X, SLOT, 4, **norm)[::2],
+    ):
+        torch.testing.assert_close(normed, expected(out))
+    for dtype in (torch.float16, torch.bfloat16):  # weight and bias keep their own dtype
+        out, normed = ops.gather_tokens_norm(X.to(dtype), INDEX, **norm)
+        assert normed.dtype == dtype
+        assert torch.equal(normed, expected(out.float()).to(dtype))
 
 
 def test_function_and_reference_have_the_same_gradients():
@@ -228,7 +337,7 @@ def test_function_and_reference_have_the_same_gradients_of_a_layer(x_dtype):
     x, slot, grad = tokens(2, 9, 5, dtype=x_dtype), slots(), tokens(2, 6, 5, dtype=x_dtype, seed=2)
     groups, results = NATIVE.group_slots(slot, 4), []
     for run in (
-        lambda x, *learned: MergeLearned.apply(x, slot, *groups, *learned, None, 0.25, x[:, :2])[0],
+        lambda x, *learned: MergeTokens.apply(x, slot, *groups, None, None, 0.25, x[:, :2], *learned)[0],
         lambda x, *learned: ops.merge_tokens(x, slot, 4, log_size=learned, eps=0.25, head=x[:, :2])[0],
     ):
         leaves = leaf(x), *map(leaf, layer())
@@ -242,9 +351,15 @@ def by_functions(x, metric):
     slot, _, _ = NATIVE.match_tokens(metric, 3, 1)
     groups = NATIVE.group_slots(slot, 6)
     merged, total = MergeTokens.apply(x, slot, *groups, metric.exp().sum(-1), None, 1e-6, None)
-    learned, _ = MergeLearned.apply(x, slot, *groups, *LAYER, None, 1e-6, None)
+    learned, _ = MergeTokens.apply(x, slot, *groups, None, None, 1e-6, None, *LAYER)
     kept = GatherTokens.apply(merged, total[:, 1:].topk(3)[1], 1, None)
-    return UnmergeTokens.apply(merged, slot).sum(1) + kept.sum(1) + learned.sum(1)
+    whole = UnmergeTokens.apply(merged, slot, *groups).sum(1) + kept.sum(1) + learned.sum(1)
+    order = total[:, 1:].argsort(dim=1)
+    kept = GatherTokensNorm.apply(merged, order[:, :3], 1, None, *NORM, 1e-3)
+    fused = FuseTokensNorm.apply(merged, order, total[:, 1:], 2, 1, kept[0], None, *NORM, 1e-3)
+    residual = fused[1].mean(1, keepdim=True).expand(-1, 6, -1)
+    again = MergeTokens.apply(x, slot, *groups, None, residual, 1e-6, None, *LAYER, *NORM, 1e-3)
+    return whole + again[0].sum(1) + again[2].sum(1)
 
 
 def by_reference(x, metric):
@@ -252,7 +367,9 @@ def by_reference(x, metric):
     merged, total = ops.merge_tokens(x, slot, 6, size=metric.exp().sum(-1), eps=1e-6)
     learned, _ = ops.merge_tokens(x, slot, 6, log_size=LAYER, eps=1e-6)
     kept = ops.gather_tokens(merged, total[:, 1:].topk(3)[1])
-    return ops.unmerge_tokens(merged, slot).sum(1) + kept.sum(1) + learned.sum(1)
+    whole = ops.unmerge_tokens(merged, slot).sum(1) + kept.sum(1) + learned.sum(1)
+    kept = ops.gather_tokens_norm(merged, total[:, 1:].topk(3)[1], weight=NORM[0], bias=NORM[1])
+    return whole + kept[0].sum(1) + kept[1].square().sum(1)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -317,6 +434,25 @@ BAD_CALLS = [
     (ValueError, r"batch size 2, got shape \(1, 3\)", lambda: ops.gather_tokens(X, INDEX[:1])),
     (ValueError, r"residual .* \(2, 4, 5\), got \(2, 3, 5\)", lambda: ops.gather_tokens(X, INDEX, residual=X[:, :3])),
     (ValueError, "index on meta", lambda: ops.gather_tokens(X, INDEX.to("meta"))),
+    *(
+        (kind, message, functools.partial(call, **options))
+        for kind, message, options in (
+            (ValueError, r"weight must have shape \(5,\), got \(4,\)", {"weight": torch.ones(4)}),
+            (ValueError, r"bias must have shape \(C\), got \(1, 5\)", {"bias": X[:1, 0]}),
+            (TypeError, "bias must be floating point, got torch.int64", {"bias": INDEX[0, :1]}),
+            (ValueError, "x is on cpu and weight on meta", {"weight": X[0, 0].to("meta")}),
+            (TypeError, "norm_eps must be a number, got None", {"norm_eps": None}),
+            (ValueError, "norm_eps must be .* finite, got -1.0", {"norm_eps": -1.0}),
+        )
+        for call in (
+            functools.partial(ops.gather_tokens_norm, X, INDEX),
+            functools.partial(ops.fuse_tokens_norm, X, SLOT[:, 1:], X[:, 1:, 0], 3),
+            functools.partial(ops.merge_tokens_norm, X, SLOT, 4),
+        )
+    ),
+    (ValueError, "prefix must be .* 9, got 10", lambda: ops.gather_tokens_norm(X, INDEX, prefix=10)),
+    (ValueError, "k must be .* 8, got 9", lambda: ops.fuse_tokens_norm(X, SLOT[:, 1:], X[:, 1:, 0], 9)),
+    (ValueError, "num_out must be .* got 0", lambda: ops.merge_tokens_norm(X, SLOT, 0)),
     (ValueError, "num_out must be .* got 0", lambda: ops.merge_tokens(X, SLOT, 0)),
     (TypeError, "num_out must be an integer, got 4.0", lambda: ops.merge_tokens(X, SLOT, 4.0)),
     (ValueError, r"slot must have shape \(2, 9\), got \(2, 8\)", lambda: ops.merge_tokens(X, SLOT[:, :8], 4)),
@@ -364,6 +500,7 @@ BAD_CALLS = [
     (ValueError, "prefix must be between 0 and 9, got 10", lambda: ops.match_tokens(METRIC, 0, prefix=10)),
     (TypeError, "prefix must be an integer, got '1'", lambda: ops.match_tokens(METRIC, 0, prefix="1")),
     (ValueError, r"at least 2 tokens, got shape \(2, 1, 4\)", lambda: ops.match_tokens(METRIC[:, :1], 0)),
+    (ValueError, r"at least one head, got shape \(2, 0, 9, 4\)", lambda: ops.match_tokens(METRIC[:, None][:, :0], 0)),
     (TypeError, "metric must be a tensor .* got NoneType", lambda: ops.match_tokens(None, 0)),
     (ValueError, r"slot must have shape \(B, N\), got \(9,\)", lambda: ops.group_slots(SLOT[0], 4)),
     (TypeError, "slot must hold .* got torch.uint8", lambda: ops.group_slots(SLOT.byte(), 4)),

@@ -1,13 +1,17 @@
-"""Attention under a policy that hides keys softly, as every block of DynamicViT computes it in training."""
+"""Attention in every use: hidden keys, biased keys, chosen queries, packed images, and with scores of the keys."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from bench.primitive import Inputs, Outputs, Primitive, Shape, nbytes, packed_qkv
+from bench.primitive import Inputs, Other, Outputs, Primitive, Shape, nbytes, packed_qkv
 from fastreduce import ops
 
 
@@ -31,54 +35,325 @@ def _plain(inputs: Inputs) -> Outputs:
     return (weights.to(v.dtype) @ v,)
 
 
+def _tensors(inputs: Inputs) -> list[Tensor]:
+    return [value for value in inputs.values() if isinstance(value, Tensor)]
+
+
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
-    return nbytes(*inputs.values(), *outputs)
+    return nbytes(*_tensors(inputs), *outputs)
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """All inputs once more, the upstream gradient, and four gradients."""
-    return nbytes(*inputs.values(), *outputs, *gradients)
+    """All inputs once more, the upstream gradient, and the gradients."""
+    return nbytes(*_tensors(inputs), *outputs, *gradients)
+
+
+def _tiles(q: Tensor, chosen: bool = False) -> Any:
+    from fastreduce.kernels.attention import attention_tiles
+
+    return attention_tiles(q.shape[3], q.dtype, aligned=True, chosen=chosen)
 
 
 def _tiled(inputs: Inputs) -> int:
-    """Q and the result once; K, V and every head's copy of the policy once a tile of queries."""
-    from fastreduce.kernels.attention import attention_tiles
-
-    q, k, v, policy = inputs.values()
-    sweeps = math.ceil(q.shape[2] / attention_tiles(q.shape[3], q.dtype, aligned=True).forward.own)
-    return 2 * nbytes(q) + sweeps * (nbytes(k, v) + q.shape[1] * nbytes(policy))
+    """Q and the result once; K, V and every head's copy of the policy or the bias once a tile of queries."""
+    q, k, v, *of_keys = _tensors(inputs)
+    sweeps = math.ceil(q.shape[2] / _tiles(q).forward.own)
+    return 2 * nbytes(q) + sweeps * (nbytes(k, v) + q.shape[1] * nbytes(*of_keys))
 
 
 def _backward_tiled(inputs: Inputs) -> int:
     """First K, V and the policy once a tile of queries, then Q and the upstream gradient once a tile of keys."""
-    from fastreduce.kernels.attention import attention_tiles
-
-    q, k, v, policy = inputs.values()
-    tiles = attention_tiles(q.shape[3], q.dtype, aligned=True)
+    q, k, v, *of_keys = _tensors(inputs)
+    tiles = _tiles(q)
     over_keys = math.ceil(q.shape[2] / tiles.grad_queries.own)
     over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
-    policies = (over_keys + 1) * q.shape[1] * nbytes(policy) + nbytes(policy)
-    return (1 + over_queries) * 2 * nbytes(q) + (1 + over_keys) * nbytes(k, v) + nbytes(q, k, v) + policies
+    others = (over_keys + 1) * q.shape[1] * nbytes(*of_keys)
+    return (1 + over_queries) * 2 * nbytes(q) + (1 + over_keys) * nbytes(k, v) + nbytes(q, k, v) + others
+
+
+def _policy_backward_tiled(inputs: Inputs) -> int:
+    return _backward_tiled(inputs) + nbytes(inputs["policy"])
 
 
 def _call(**arguments: Any) -> Outputs:
     return (ops.attention(**arguments),)
 
 
+def _weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The whole matrix."""
+    logits = (q @ k.transpose(2, 3)) * k.shape[-1] ** -0.5
+    return (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1).to(q.dtype)
+
+
+def _make_bias(shape: Shape, generator: torch.Generator) -> Inputs:
+    """Every token stands for up to four patches."""
+    q, k, v = packed_qkv(shape, generator)
+    size = torch.randint(1, 5, (shape.batch, shape.tokens), generator=generator, device=generator.device)
+    return {"q": q, "k": k, "v": v, "bias": size.float().log()}
+
+
+def _plain_bias(inputs: Inputs) -> Outputs:
+    q, k, v, bias = inputs.values()
+    return (_weights(q, k, bias) @ v,)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+
+
+def _sdpa_bias(inputs: Inputs) -> Outputs:
+    q, k, v, bias = inputs.values()
+    return (_sdpa(q, k, v, bias.to(q.dtype)[:, None, None, :]),)
+
+
+@torch.compile(dynamic=False)
+def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return flex_attention(q, k, v, score_mod=lambda score, b, head, m, n: score + bias[b, n])
+
+
+def _flex_bias(inputs: Inputs) -> Outputs:
+    return (_flex(*inputs.values()),)
+
+
+def _make_index(shape: Shape, generator: torch.Generator) -> Inputs:
+    """Half of the patches, of which the last fifth is padding."""
+    q, k, v = packed_qkv(shape, generator)
+    noise = torch.rand(shape.batch, shape.patches, generator=generator, device=generator.device)
+    index = noise.topk(shape.kept).indices
+    index[:, shape.kept - shape.kept // 5 :] = 0
+    return {"q": q, "k": k, "v": v, "index": index}
+
+
+def _chosen(q: Tensor, index: Tensor) -> Tensor:
+    rows = torch.nn.functional.pad(index + 1, (1, 0))
+    return q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+
+
+def _plain_index(inputs: Inputs) -> Outputs:
+    q, k, v, index = inputs.values()
+    return (_weights(_chosen(q, index), k) @ v,)
+
+
+def _sdpa_index(inputs: Inputs) -> Outputs:
+    q, k, v, index = inputs.values()
+    return (_sdpa(_chosen(q, index), k, v),)
+
+
+def _index_floor(inputs: Inputs, outputs: Outputs) -> int:
+    _, k, v, index = inputs.values()
+    return nbytes(k, v, index) + 2 * nbytes(*outputs)
+
+
+def _index_backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
+    return _index_floor(inputs, outputs) + nbytes(*gradients)
+
+
+def _index_bytes(inputs: Inputs) -> tuple[int, int, int]:
+    """Number of queries, bytes of their rows, and of the index for every head."""
+    q, index = inputs["q"], inputs["index"]
+    queries = 1 + index.shape[1]
+    return queries, nbytes(q) // q.shape[2] * queries, q.shape[1] * nbytes(index)
+
+
+def _index_tiled(inputs: Inputs) -> int:
+    queries, rows, index = _index_bytes(inputs)
+    sweeps = math.ceil(queries / _tiles(inputs["q"]).forward.own)
+    return 2 * rows + index + sweeps * nbytes(inputs["k"], inputs["v"])
+
+
+def _index_backward_tiled(inputs: Inputs) -> int:
+    """As without an index, of fewer queries; then their gradients are added up."""
+    q, k, v, _ = inputs.values()
+    queries, rows, index = _index_bytes(inputs)
+    tiles = _tiles(q, chosen=True)
+    over_keys = math.ceil(queries / tiles.grad_queries.own)
+    over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
+    gradients = 2 * rows + nbytes(q, k, v)
+    return (1 + over_queries) * (2 * rows + index) + (1 + over_keys) * nbytes(k, v) + gradients
+
+
+def _make_packed(shape: Shape, generator: torch.Generator) -> Inputs:
+    """Images of which each keeps fewer tokens than the one before; an eighth of the rows is past the end."""
+    lengths = [shape.tokens - image * shape.tokens // (2 * shape.batch) for image in range(shape.batch)]
+    bounds = [0, *itertools.accumulate(lengths)]
+    one = Shape(shape.model, bounds[-1] + bounds[-1] // 8, 1, shape.dtype)
+    q, k, v = packed_qkv(one, generator)
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=generator.device)
+    return {"q": q, "k": k, "v": v, "offsets": (offsets, offsets), "longest": (shape.tokens, shape.tokens)}
+
+
+def _lengths(inputs: Inputs) -> list[int]:
+    return inputs["offsets"][0].diff().tolist()
+
+
+def _plain_packed(inputs: Inputs) -> Outputs:
+    """Image by image."""
+    q, k, v = inputs["q"], inputs["k"], inputs["v"]
+    lengths = _lengths(inputs)
+    sizes = [*lengths, q.shape[2] - sum(lengths)]
+    pieces = [_weights(a, b) @ c for a, b, c in zip(*(t.split(sizes, 2)[:-1] for t in (q, k, v)), strict=True)]
+    return (torch.nn.functional.pad(torch.cat(pieces, 2), (0, 0, 0, sizes[-1])),)
+
+
+def _packed_floor(inputs: Inputs, outputs: Outputs) -> int:
+    row = nbytes(inputs["q"]) // inputs["q"].shape[2]
+    return 3 * row * sum(_lengths(inputs)) + nbytes(*outputs)
+
+
+def _packed_backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
+    row = nbytes(inputs["q"]) // inputs["q"].shape[2]
+    return 4 * row * sum(_lengths(inputs)) + nbytes(*gradients)
+
+
+def _packed_tiled(inputs: Inputs) -> int:
+    """As of every image alone; the result of all rows."""
+    q = inputs["q"]
+    row, own = nbytes(q) // q.shape[2], _tiles(q).forward.own
+    return nbytes(q) + row * sum(length + 2 * length * math.ceil(length / own) for length in _lengths(inputs))
+
+
+def _packed_backward_tiled(inputs: Inputs) -> int:
+    q = inputs["q"]
+    row, tiles = nbytes(q) // q.shape[2], _tiles(q)
+    read = 0
+    for length in _lengths(inputs):
+        sweeps = math.ceil(length / tiles.grad_queries.own) + math.ceil(length / tiles.grad_keys.own)
+        read += (4 + 2 * sweeps) * length
+    return 3 * nbytes(q) + row * read
+
+
+def _make_plain(shape: Shape, generator: torch.Generator) -> Inputs:
+    q, k, v = packed_qkv(shape, generator)
+    return {"q": q, "k": k, "v": v}
+
+
+def _scores(kind: str) -> tuple[Callable[..., Outputs], Callable[[Inputs], Outputs], Callable[[Inputs], Outputs]]:
+    """Ours, the whole matrix, and PyTorch's attention beside our small kernel for the scores alone."""
+
+    def call(**arguments: Any) -> Outputs:
+        return ops.attention_scores(**arguments, kind=kind)
+
+    def plain(inputs: Inputs) -> Outputs:
+        q, k, v = inputs.values()
+        weights = _weights(q, k)
+        return weights @ v, weights[:, :, 0, 1:].mean(1) if kind == "class" else weights.sum((1, 2))
+
+    def apart(inputs: Inputs) -> Outputs:
+        q, k, v = inputs.values()
+        return _sdpa(q, k, v), ops.cls_scores(q[:, :, 0], k) if kind == "class" else ops.received_scores(q, k)
+
+    return call, plain, apart
+
+
+def _class_tiled(inputs: Inputs) -> int:
+    return _tiled(inputs) + nbytes(inputs["k"])
+
+
+def _class_backward_tiled(inputs: Inputs) -> int:
+    return _backward_tiled(inputs) + nbytes(inputs["k"])
+
+
+def _received_tiled(inputs: Inputs) -> int:
+    """K once more, and Q once a tile of keys."""
+    q, k = inputs["q"], inputs["k"]
+    return _tiled(inputs) + nbytes(k) + math.ceil(k.shape[2] / _tiles(q).forward.own) * nbytes(q)
+
+
+def _received_backward_tiled(inputs: Inputs) -> int:
+    """K once more a tile of queries."""
+    q, k = inputs["q"], inputs["k"]
+    return _backward_tiled(inputs) + math.ceil(q.shape[2] / _tiles(q).grad_queries.own) * nbytes(k)
+
+
+_COMMON: dict[str, Any] = {"floor": _floor, "gradients": ("q", "k", "v"), "backward_floor": _backward_floor}
+
 ATTENTION = Primitive(
     "attention",
     make=_make,
     call=_call,
     plain=_plain,
-    floor=_floor,
-    gradients=("q", "k", "v", "policy"),
-    backward_floor=_backward_floor,
+    **(_COMMON | {"gradients": ("q", "k", "v", "policy")}),
+    tiled=_tiled,
+    backward_tiled=_policy_backward_tiled,
+)
+ATTENTION_BIAS = Primitive(
+    "attention_bias",
+    make=_make_bias,
+    call=_call,
+    plain=_plain_bias,
+    **_COMMON,
     tiled=_tiled,
     backward_tiled=_backward_tiled,
+    others={"sdpa": Other(_sdpa_bias), "flex": Other(_flex_bias, on_cpu=False)},
+)
+ATTENTION_INDEX = Primitive(
+    "attention_index",
+    make=_make_index,
+    call=_call,
+    plain=_plain_index,
+    floor=_index_floor,
+    gradients=("q", "k", "v"),
+    backward_floor=_index_backward_floor,
+    tiled=_index_tiled,
+    backward_tiled=_index_backward_tiled,
+    others={"sdpa": Other(_sdpa_index)},
+)
+ATTENTION_PACKED = Primitive(
+    "attention_packed",
+    make=_make_packed,
+    call=_call,
+    plain=_plain_packed,
+    floor=_packed_floor,
+    gradients=("q", "k", "v"),
+    backward_floor=_packed_backward_floor,
+    tiled=_packed_tiled,
+    backward_tiled=_packed_backward_tiled,
+)
+_call_class, _plain_class, _apart_class = _scores("class")
+ATTENTION_CLASS = Primitive(
+    "attention_scores_class",
+    make=_make_plain,
+    call=_call_class,
+    plain=_plain_class,
+    **_COMMON,
+    tiled=_class_tiled,
+    backward_tiled=_class_backward_tiled,
+    others={"sdpa": Other(_apart_class)},
+)
+_call_received, _plain_received, _apart_received = _scores("received")
+ATTENTION_RECEIVED = Primitive(
+    "attention_scores_received",
+    make=_make_plain,
+    call=_call_received,
+    plain=_plain_received,
+    **_COMMON,
+    tiled=_received_tiled,
+    backward_tiled=_received_backward_tiled,
+    others={"sdpa": Other(_apart_received)},
 )
 
 
 def test_attention(speed): ...
 
 
+def test_attention_bias(speed): ...
+
+
+def test_attention_index(speed): ...
+
+
+def test_attention_packed(speed): ...
+
+
+def test_attention_scores_class(speed): ...
+
+
+def test_attention_scores_received(speed): ...
+
+
 test_attention.primitive = ATTENTION
+test_attention_bias.primitive = ATTENTION_BIAS
+test_attention_index.primitive = ATTENTION_INDEX
+test_attention_packed.primitive = ATTENTION_PACKED
+test_attention_scores_class.primitive = ATTENTION_CLASS
+test_attention_scores_received.primitive = ATTENTION_RECEIVED

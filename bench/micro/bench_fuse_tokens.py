@@ -1,4 +1,4 @@
-"""Kept rows and the score-weighted sum of all the others, with the residual added to them (EViT)."""
+"""Kept rows and the score-weighted sum of all the others, with the residual added to them (EViT), and the norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bench.micro.bench_gather_tokens import affine, norm_backward_floor, normalised
 from bench.primitive import Inputs, Outputs, Primitive, Shape, nbytes, randn
 from fastreduce import ops
 
@@ -52,6 +53,27 @@ def _call(**arguments: Any) -> Outputs:
     return (ops.fuse_tokens(**arguments),)
 
 
+def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
+    return _make(shape, generator) | affine(shape, generator)
+
+
+def _call_norm(**arguments: Any) -> Outputs:
+    return ops.fuse_tokens_norm(**arguments)
+
+
+def _plain_norm(inputs: Inputs) -> Outputs:
+    (out,) = _plain(inputs)
+    return out, normalised(inputs, out)
+
+
+def _floor_norm(inputs: Inputs, outputs: Outputs) -> int:
+    return _floor(inputs, outputs[:1]) + nbytes(inputs["weight"], inputs["bias"], outputs[1])
+
+
+def _backward_floor_norm(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
+    return _backward_floor(inputs, outputs[:1], gradients[:3]) + norm_backward_floor(inputs, outputs[0])
+
+
 FUSE_TOKENS = Primitive(
     "fuse_tokens",
     make=_make,
@@ -63,7 +85,22 @@ FUSE_TOKENS = Primitive(
 )
 
 
+FUSE_TOKENS_NORM = Primitive(
+    "fuse_tokens_norm",
+    make=_make_norm,
+    call=_call_norm,
+    plain=_plain_norm,
+    floor=_floor_norm,
+    gradients=("x", "scores", "residual", "weight", "bias"),
+    backward_floor=_backward_floor_norm,
+)
+
+
 def test_fuse_tokens(speed): ...
 
 
+def test_fuse_tokens_norm(speed): ...
+
+
 test_fuse_tokens.primitive = FUSE_TOKENS
+test_fuse_tokens_norm.primitive = FUSE_TOKENS_NORM

@@ -1,4 +1,4 @@
-"""Bipartite soft matching on the keys averaged over heads (ToMe)."""
+"""Bipartite soft matching on the keys, averaged over the heads (ToMe)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.primitive import Inputs, Outputs, Primitive, Shape, nbytes, randn
+from bench.primitive import Inputs, Outputs, Primitive, Shape, nbytes, packed_qkv
 from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
     """A quarter of the patches merges: with half of them every even token would, and nothing be chosen."""
-    return {"metric": randn(generator, shape.dtype, shape.batch, shape.tokens, 64), "r": shape.patches // 4}
+    return {"metric": packed_qkv(shape, generator)[1], "r": shape.patches // 4}
 
 
 def _similarity(metric: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def _similarity(metric: Tensor) -> Tensor:
 
 def _plain(inputs: Inputs) -> Outputs:
     """The whole matrix of similarities, a sort of the best ones, and the slots that the merged order means."""
-    metric, r = inputs["metric"], inputs["r"]
+    metric, r = inputs["metric"].mean(1), inputs["r"]
     best, partner = _similarity(metric).max(dim=-1)
     order = best.argsort(dim=1, descending=True)
     merged, stays = order[:, :r], order[:, r:].sort(dim=1).values
@@ -45,20 +45,27 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """ceil(A / BLOCK_A) sweeps over the odd tokens, and the even ones once, or at every step if chunked; the slots."""
-    from fastreduce.kernels.match_tokens import match_tile
+    """ceil(A / BLOCK_A) sweeps over the odd tokens, and the even ones once, or at every step if chunked; the slots.
 
-    metric = inputs["metric"]
-    even, odd = metric[:, ::2], metric[:, 1::2]
-    tile = match_tile(metric.shape[2], metric.dtype)
-    sweeps = math.ceil(even.shape[1] / tile.block_a)
-    steps = math.ceil(odd.shape[1] / tile.block_b) if metric.shape[2] > tile.block_d else 1
-    return sweeps * nbytes(odd) + steps * nbytes(even) + metric.shape[0] * metric.shape[1] * torch.int64.itemsize
+    Of all heads, or of their mean, which then is written and the keys read once more.
+    """
+    from fastreduce.kernels.match_tokens import averages_while_loading, match_tile
+
+    keys = inputs["metric"]
+    batch, heads, tokens, channels = keys.shape
+    together = averages_while_loading(tokens, channels, keys.dtype)
+    tile = match_tile(channels, keys.dtype, heads if together else 1)
+    read = keys if together else keys[:, 0]
+    even, odd = read[..., ::2, :], read[..., 1::2, :]
+    sweeps = math.ceil(even.shape[-2] / tile.block_a)
+    steps = math.ceil(odd.shape[-2] / tile.block_b) if channels > tile.block_d else 1
+    before = 0 if together else nbytes(keys, read)
+    return before + sweeps * nbytes(odd) + steps * nbytes(even) + batch * tokens * torch.int64.itemsize
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
     """Partners, and the choice of who merges, may differ where similarities lie within two roundings of 1."""
-    metric, r, (slot,) = inputs["metric"].double(), inputs["r"], outputs
+    metric, r, (slot,) = inputs["metric"].mean(1).double(), inputs["r"], outputs
     even, odd = slot[:, ::2], slot[:, 1::2]
     first_odd = even.shape[1] - r
     if not torch.equal(odd, first_odd + torch.arange(odd.shape[1], device=slot.device).expand_as(odd)):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.micro.bench_gather_tokens import affine, norm_backward_floor, normalised
 from bench.primitive import Inputs, Outputs, Primitive, Shape, nbytes, randn
 from fastreduce import ops
 
@@ -68,6 +69,27 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(inputs["slot"], inputs["size"], merged, grad_x)
 
 
+def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
+    return _make(shape, generator) | affine(shape, generator)
+
+
+def _call_norm(*, indices: Any, **arguments: Any) -> Outputs:
+    return ops.merge_tokens_norm(**arguments)
+
+
+def _plain_norm(inputs: Inputs) -> Outputs:
+    merged, total = _plain(inputs)
+    return merged, total, normalised(inputs, merged)
+
+
+def _floor_norm(inputs: Inputs, outputs: Outputs) -> int:
+    return _floor(inputs, outputs) + nbytes(inputs["weight"], inputs["bias"])
+
+
+def _backward_floor_norm(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
+    return _backward_floor(inputs, outputs[:2], gradients[:2]) + norm_backward_floor(inputs, outputs[0])
+
+
 def _make_learned(shape: Shape, generator: torch.Generator) -> Inputs:
     """Patches and class token are views of the tokens; no cluster is empty; a layer as it is initialised."""
     batch, patches, channels, clusters = shape.batch, shape.patches, shape.channels, shape.kept
@@ -124,6 +146,15 @@ MERGE_TOKENS = Primitive(
     gradients=("x", "residual"),
     backward_floor=_backward_floor,
 )
+MERGE_TOKENS_NORM = Primitive(
+    "merge_tokens_norm",
+    make=_make_norm,
+    call=_call_norm,
+    plain=_plain_norm,
+    floor=_floor_norm,
+    gradients=("x", "residual", "weight", "bias"),
+    backward_floor=_backward_floor_norm,
+)
 MERGE_TOKENS_LEARNED = Primitive(
     "merge_tokens_learned",
     make=_make_learned,
@@ -138,8 +169,12 @@ MERGE_TOKENS_LEARNED = Primitive(
 def test_merge_tokens(speed): ...
 
 
+def test_merge_tokens_norm(speed): ...
+
+
 def test_merge_tokens_learned(speed): ...
 
 
 test_merge_tokens.primitive = MERGE_TOKENS
+test_merge_tokens_norm.primitive = MERGE_TOKENS_NORM
 test_merge_tokens_learned.primitive = MERGE_TOKENS_LEARNED

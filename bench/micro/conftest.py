@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 
 from bench.microbenchmark import DIRECTIONS, Microbenchmark, device_clock
-from bench.primitive import BATCHES, DTYPES, MODELS, TOKENS, Primitive, Shape, parse_shapes
+from bench.primitive import BATCHES, DTYPES, MODELS, TOKENS, Primitive, Shape, load_primitives, parse_shapes
 
 _CONTENDERS = ("fastreduce", "reference", "compiled", "plain")
 
@@ -31,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--contenders",
         default=None,
-        help="of fastreduce, reference, compiled, plain, comma separated (default: all; compiled not on the CPU, where "
-        "compiling takes minutes)",
+        help="of fastreduce, reference, compiled, plain and what a primitive names besides, comma separated (default: "
+        "all; compiled not on the CPU, where compiling takes minutes)",
     )
 
 
@@ -47,18 +48,21 @@ def _shapes(wanted: str, dtype: torch.dtype) -> list[Shape]:
         raise pytest.UsageError(f"--shapes takes few, all, or shapes: {error}") from None
 
 
-def _contenders(wanted: str | None) -> list[str]:
+def _contenders(wanted: str | None, primitives: Iterable[Primitive]) -> list[str]:
+    """Those of the primitives that are wanted; all of them may be."""
     on_cuda = _device().type == "cuda"
-    names = wanted.split(",") if wanted else [name for name in _CONTENDERS if on_cuda or name != "compiled"]
+    others = {name: other for primitive in load_primitives().values() for name, other in primitive.others.items()}
+    names = wanted.split(",") if wanted else [name for name in (*_CONTENDERS, *others) if on_cuda or name != "compiled"]
     for name in names:
-        if name not in _CONTENDERS:
-            raise pytest.UsageError(f"--contenders takes {', '.join(_CONTENDERS)}, got {name!r}")
+        if name not in (*_CONTENDERS, *others):
+            raise pytest.UsageError(f"--contenders takes {', '.join((*_CONTENDERS, *others))}, got {name!r}")
+    mine = {name for primitive in primitives for name, other in primitive.others.items() if on_cuda or other.on_cpu}
     # On the CPU fastreduce is the reference.
-    return [name for name in names if on_cuda or name != "reference"]
+    return [name for name in names if name in mine or (name in _CONTENDERS and (on_cuda or name != "reference"))]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    contenders = ", ".join(_contenders(config.getoption("--contenders")))
+    contenders = ", ".join(_contenders(config.getoption("--contenders"), load_primitives().values()))
     return f"fastreduce microbenchmarks on {_device()}: {contenders}"
 
 
@@ -70,7 +74,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     dtype = options.getoption("--dtype") or ("bfloat16" if _device().type == "cuda" else "float32")
     metafunc.parametrize("shape", _shapes(options.getoption("--shapes"), DTYPES[dtype]), ids=str)
     metafunc.parametrize("direction", DIRECTIONS if primitive.gradients else DIRECTIONS[:1])
-    metafunc.parametrize("contender", _contenders(options.getoption("--contenders")))
+    metafunc.parametrize("contender", _contenders(options.getoption("--contenders"), [primitive]))
 
 
 @functools.lru_cache(maxsize=1)  # its truth is shared by the contenders, which follow one another

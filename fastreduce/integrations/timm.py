@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..backends import check_backend, resolve
+from ..ops.attention import MAX_HEAD_DIM
 from ..reducers import ModelShape, Reducer, make_reducer
-from ..reducers.base import is_bare
+from ..reducers.base import Norm, is_bare, is_unhooked
 from ..reducers.schedule import Keep, KeepRate
-from ..tokens import Plan, Tokens, compose_kept, compose_slots, compose_sources, unmerge
+from ..tokens import Packing, Plan, Tokens, compose_kept, compose_slots, compose_sources, unmerge
 
 __all__ = [
     "Record",
@@ -48,6 +49,11 @@ def model_names() -> list[str]:
 def input_config(model: nn.Module) -> dict[str, Any]:
     """What a model takes: ``input_size`` (3, height, width), ``mean``, ``std``, ``crop_pct`` and ``crop_mode``."""
     return timm.data.resolve_model_data_config(model)
+
+
+# Our attention reads chosen queries where they are, without a copy of them, but takes longer a logit than PyTorch's: an
+# estimate from the bytes of the copy and the operations. bench.gpu shows both beside one another.
+MOST_KEYS_BY_INDEX = 1024
 
 
 class _SameGrid:
@@ -118,6 +124,23 @@ class ReducedBlock(nn.Module):
         """The norm before attention."""
         return self.norm1(x)
 
+    def _fusible(self, norm: Any, x: Tensor) -> Norm | None:
+        """A norm whose work a kernel can do as it is; half-precision autocast would have it in float32."""
+        if resolve(self._reducer.backend, x) == "reference" or torch.is_autocast_enabled(x.device.type):
+            return None
+        known = type(norm) in (nn.LayerNorm, timm.layers.LayerNorm) and len(norm.normalized_shape) == 1
+        if not known or not is_unhooked(norm):
+            return None
+        return Norm(norm.weight, norm.bias, norm.eps)
+
+    def attention_norm(self, x: Tensor) -> Norm | None:
+        """The norm before attention, where a kernel may apply it to what it makes of x."""
+        return self._fusible(self.norm1, x)
+
+    def mlp_norm(self, x: Tensor) -> Norm | None:
+        """The norm before the MLP, likewise."""
+        return self._fusible(self.norm2, x)
+
     def _heads(self, projected: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, N, parts * H * D) -> ``parts`` views of (B, H, N, D)."""
         batch, tokens, width = projected.shape
@@ -134,9 +157,19 @@ class ReducedBlock(nn.Module):
         bias = None if qkv.bias is None else qkv.bias[rows]
         return self._heads(F.linear(normed, qkv.weight[rows], bias), stop - start)
 
-    def query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _linear(self, layer: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
+        """A layer; where kernels run, one that is a linear map passes over the room behind packed tokens."""
+        if packing is None or resolve(self._reducer.backend, x) == "reference" or not is_bare(layer):
+            return layer(x)
+        weight: Any = layer.weight
+        if weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return layer(x)
+        bias: Any = layer.bias
+        return ops.linear_packed(x, weight, bias, packing.offsets, backend=self._reducer.backend)
+
+    def query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> three of (B, H, N, D)."""
-        q, k, v = self._heads(self.attn.qkv(normed), 3)
+        q, k, v = self._heads(self._linear(self.attn.qkv, normed, packing), 3)
         return self.attn.q_norm(q), self.attn.k_norm(k), v
 
     def query(self, normed: Tensor) -> Tensor:
@@ -148,12 +181,13 @@ class ReducedBlock(nn.Module):
         k, v = self._project(normed, 1, 3)
         return self.attn.k_norm(k), v
 
-    def early_query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def early_query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """All three from one product where a launch costs more than a few rows of it, else no query without need."""
         fewer_launches = resolve(self._reducer.backend, normed) == "triton"
         if fewer_launches or not self.has_class_token or not is_bare(self.attn.qkv):
-            return self.query_key_value(normed)
-        return self.query(normed[:, :1]), *self.key_value(normed)
+            return self.query_key_value(normed, packing)
+        first = normed[:, :1] if packing is None else normed.index_select(1, packing.offsets[:-1])
+        return self.query(first), *self.key_value(normed)
 
     def attend_kept(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens) -> Tensor:
         """Attention of the prefix and of the kept patch tokens -> (B, prefix + M, H * D)."""
@@ -164,35 +198,108 @@ class ReducedBlock(nn.Module):
         if late:
             assert rows is not None
             q = self.query(rows)
+        elif self._has_kernel(q, keys) and (keys.bias is not None or k.shape[2] <= MOST_KEYS_BY_INDEX):
+            out = ops.attention(
+                q, k, v, bias=keys.bias, index=kept, prefix=keys.prefix, scale=self.scale, backend=backend
+            )
+            return self._attended(out, rows)
         else:
             packed = q.transpose(1, 2).flatten(2)  # (B, N, H * D), a view
             picked = ops.gather_tokens(packed, kept, prefix=keys.prefix, backend=backend)
             q = picked.unflatten(2, q.shape[1::2]).transpose(1, 2)
         return self.attention(q, k, v, rows, keys)
 
-    def _bias(self, q: Tensor, keys: Tokens) -> Tensor | None:
-        """(B, 1, 1, N) what is added to the logits of every key; boolean where it only says which ones count."""
-        if keys.size is None:
-            return None if keys.valid is None else keys.valid[:, None, None, :]
-        size = keys.size if keys.valid is None else keys.size * keys.valid
-        # Half precision would round log 98 by a hundredth; on the CPU SDPA takes a float32 bias beside half inputs.
-        return size.log()[:, None, None, :].to(q.dtype if q.is_cuda else torch.promote_types(q.dtype, size.dtype))
+    def attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens, queries: Packing, rows: int
+    ) -> Tensor:
+        """Attention of the prefix and of the kept patch tokens, packed -> (1, rows, H * D)."""
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens) -> Tensor:
-        """Attention of M queries over N keys, timm's optional norm and gate -> (B, M, H * D)."""
+        def pick(x: Tensor) -> Tensor:
+            assert keys.packing is not None
+            offsets = keys.packing.offsets, queries.offsets
+            return ops.gather_packed(x, kept, offsets, num_out=rows, prefix=keys.prefix, backend=self._reducer.backend)
+
+        late = q.shape[2] < normed.shape[1]
+        picked = pick(normed) if late or getattr(self.attn, "gate", None) is not None else None
+        if late:
+            assert picked is not None
+            q = self.query(picked)
+        else:
+            q = pick(q.transpose(1, 2).flatten(2)).unflatten(2, q.shape[1::2]).transpose(1, 2)
+        return self.attention(q, k, v, picked, keys, queries)
+
+    def _is_plain(self, keys: Tokens) -> bool:
+        """Whether attention is a softmax over the keys with at most a bias: our own cannot drop weights."""
+        dropout = self.training and self.attn.attn_drop.p > 0
+        return keys.packing is None and keys.policy is None and not dropout
+
+    def _has_kernel(self, q: Tensor, keys: Tokens) -> bool:
+        """Whether plain attention can run on our own kernel."""
+        fits = resolve(self._reducer.backend, q) == "triton" and q.shape[3] <= MAX_HEAD_DIM
+        return fits and self._is_plain(keys)
+
+    def _bias(self, q: Tensor, keys: Tokens) -> Tensor | None:
+        """(B, 1, 1, N) what is added to the logits of every key."""
+        if keys.bias is None:
+            return None
+        # Half precision would round log 98 by a hundredth; on the CPU SDPA takes a float32 bias beside half inputs.
+        dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, keys.bias.dtype)
+        return keys.bias[:, None, None, :].to(dtype)
+
+    def _packed_attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Packing, queries: Packing) -> Tensor:
+        """Every query over the keys of its own image -> (1, H, T, D)."""
+        return ops.attention(
+            q,
+            k,
+            v,
+            # A view: torch.compile lets no autograd.Function take one tensor twice.
+            offsets=(queries.offsets, keys.offsets.view(-1)),
+            longest=(queries.longest, keys.longest),
+            scale=self.scale,
+            backend=self._reducer.backend,
+        )
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens, queries: Packing | None = None
+    ) -> Tensor:
+        """Attention of M queries over N keys, timm's optional norm and gate -> (B, M, H * D).
+
+        Of packed keys the queries are packed too: as ``queries`` says, or as the keys.
+        """
         attn = self.attn
-        bias = self._bias(q, keys)
         dropout = attn.attn_drop.p if self.training else 0.0
-        if keys.policy is not None:
+        if keys.packing is not None:
+            out = self._packed_attention(q, k, v, keys.packing, queries or keys.packing)
+        elif keys.policy is not None:
             out = ops.attention(q, k, v, policy=keys.policy, scale=attn.scale, backend=self._reducer.backend)
+        elif keys.bias is not None and self._has_kernel(q, keys):  # SDPA's fastest kernels take no bias
+            out = ops.attention(q, k, v, bias=keys.bias, scale=attn.scale, backend=self._reducer.backend)
         elif attn.fused_attn:
+            bias = self._bias(q, keys)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=attn.scale)
         else:
             logits = (q * attn.scale) @ k.transpose(-2, -1)
-            if bias is not None:
-                logits = logits.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else logits + bias
+            if (bias := self._bias(q, keys)) is not None:
+                logits = logits + bias
             out = attn.attn_drop(logits.softmax(dim=-1).to(v.dtype)) @ v
-        out = out.transpose(1, 2).flatten(2)
+        return self._attended(out, normed)
+
+    def attention_and_received(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`attention`, and (B, N) what every key got, from the same pass where that is cheaper."""
+        backend = self._reducer.backend
+        # Without a gradient the CPU computes the matrix once, a head at a time; with one SDPA does not keep it.
+        on_cpu = not q.is_cuda and not torch.is_grad_enabled() and self._is_plain(keys)
+        if keys.bias is None and (on_cpu or self._has_kernel(q, keys)):
+            out, received = ops.attention_scores(q, k, v, kind="received", scale=self.scale, backend=backend)
+            return self._attended(out, normed), received
+        received = ops.received_scores(q.detach(), k.detach(), scale=self.scale, backend=backend)
+        return self.attention(q, k, v, normed, keys), received
+
+    def _attended(self, out: Tensor, normed: Tensor | None) -> Tensor:
+        """(B, H, M, D) -> (B, M, H * D), through timm's optional norm and gate."""
+        attn, out = self.attn, out.transpose(1, 2).flatten(2)
         if (norm := getattr(attn, "norm", None)) is not None:
             out = norm(out)
         if (gate := getattr(attn, "gate", None)) is not None:
@@ -210,9 +317,26 @@ class ReducedBlock(nn.Module):
         bias = self.attn.proj.bias
         return None if bias is None else self.drop_path1(self.ls1(self.attn.proj_drop(bias)))
 
-    def branch(self, attended: Tensor) -> Tensor:
+    def _drop_path(self, drop_path: nn.Module, x: Tensor, packing: Packing | None) -> Tensor:
+        """Drop path leaves whole images out; of packed tokens the rows of these, by the same draw."""
+        if packing is None or not drop_path.training or not getattr(drop_path, "drop_prob", 0.0):
+            return drop_path(x)
+        scale = drop_path(x.new_ones(packing.batch, 1, 1))
+        return x * packing.spread(scale[:, 0], x.shape[1])
+
+    def branch(self, attended: Tensor, packing: Packing | None = None) -> Tensor:
         """Output projection, dropout, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
-        return self.drop_path1(self.ls1(self.attn.proj_drop(self.attn.proj(attended))))
+        projected = self.ls1(self.attn.proj_drop(self._linear(self.attn.proj, attended, packing)))
+        return self._drop_path(self.drop_path1, projected, packing)
+
+    def _mlp(self, x: Tensor, packing: Packing | None) -> Tensor:
+        """The MLP; of packed tokens timm's own in its two products."""
+        mlp: Any = self.mlp
+        known = type(mlp) is vit.Mlp and is_unhooked(mlp)
+        if packing is None or not known or resolve(self._reducer.backend, x) == "reference":
+            return mlp(x)
+        hidden = mlp.norm(mlp.drop1(mlp.act(self._linear(mlp.fc1, x, packing))))
+        return mlp.drop2(self._linear(mlp.fc2, hidden, packing))
 
     def step(self, tokens: Tokens) -> Tokens:
         """One block: reduction, attention, MLP."""
@@ -220,12 +344,14 @@ class ReducedBlock(nn.Module):
             tokens = self._reducer.attend_between(self, tokens)
         else:
             entered = tokens
-            tokens = self._reducer.before(tokens, self.stage)
+            tokens = self._reducer.before(self, tokens, self.stage)
             tokens = self._reducer.attend(self, tokens, self.stage)
             if self.recorder is not None:
                 self.recorder._add(entered, tokens)
-        x = tokens.x
-        return tokens.replace(x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))))
+        x, packing = tokens.x, tokens.packing
+        normed = self.norm2(x) if tokens.normed is None else tokens.normed
+        made = self.ls2(self._mlp(normed, packing))
+        return tokens.replace(x + self._drop_path(self.drop_path2, made, packing))
 
     def start(self, x: Tensor | Tokens) -> Tokens:
         """Take what the block before gave."""
@@ -233,6 +359,11 @@ class ReducedBlock(nn.Module):
             raise ValueError(
                 f"gradient checkpointing runs blocks twice, and {self._reducer.name} would draw other noise from its "
                 "own generator the second time: use torch's global one, which checkpointing restores, or no noise"
+            )
+        if getattr(self._reducer, "packed", False) and self.training and self.attn.attn_drop.p > 0:
+            raise ValueError(
+                f"packed tokens cannot be trained with attention dropout, and block {self.index} has "
+                f"attn_drop={self.attn.attn_drop.p}: patch the model with packed=False"
             )
         if isinstance(x, Tokens):
             return x
@@ -249,6 +380,7 @@ class ReducedBlock(nn.Module):
 
     def finish(self, tokens: Tokens) -> Tensor:
         """What ``model.norm`` and the pooling get. Where pooling looks at patches, each patch counts once."""
+        tokens = tokens.unpacked(backend=self._reducer.backend)
         if self._model.global_pool in ("", "token"):
             return tokens.x
         if any(plan.slot is not None for plan in tokens.plans):
@@ -463,11 +595,11 @@ def patch(
         keep: instead, the numbers of patch tokens kept, one for each stage.
         at: blocks at which the stages stand, from 0; the default is a quarter, half and three quarters of the depth.
         backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
-        **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``.
-            ``tome``: ``r``, ``rounds``. ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``:
-            ``k_neighbors``, ``equal_weight``, ``noise``. ``patchmerger``: ``scaled``. ``sinkhorn``: ``eps``, ``iters``,
-            ``gradient``. ``radial``: ``norm``, ``schedule``, ``min_radius``. See the classes in
-            :mod:`fastreduce.reducers`.
+        **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
+            ``packed`` (no padding between images). ``tome``: ``r``, ``rounds``. ``kmedoids``: ``iters``, ``cost``,
+            ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``, ``equal_weight``, ``noise``. ``patchmerger``:
+            ``scaled``. ``sinkhorn``: ``eps``, ``iters``, ``gradient``. ``radial``: ``norm``, ``schedule``,
+            ``min_radius``. See the classes in :mod:`fastreduce.reducers`.
 
     Returns:
         The model itself.
@@ -614,7 +746,7 @@ class Record:
             self.stages, self.decisions = [], []
         self.decisions.extend(left.decisions[len(entered.decisions) :])
         if len(left.plans) > len(entered.plans):
-            self.stages.append(Stage(left.plans, left.x.shape[0], left.prefix))
+            self.stages.append(Stage(left.plans, left.batch, left.prefix))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""``attention``: scaled dot-product attention with a differentiable policy on the keys, without the N x N matrix.
+"""``attention`` without the N x N matrix: with policy, bias, chosen queries, packed images; and what it says of keys.
 
-Launches: forward 1, backward 2; with a policy 2 and 3.
+Launches: forward 1, backward 2; with a policy 2 and 3; a differentiable bias adds 1 to the backward pass, an index 2.
+``attention_scores``: forward 2 for the class token's attention, 3 for the received one; backward 2.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import resolve
-from ._check import check_floating, check_same, check_shape, shape_of
+from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_logsumexp", "attention_scores"]
 
 MAX_HEAD_DIM = 256  # of the kernels
+KINDS = ("class", "received")
 
 
 def _sequence_first(tensor: Tensor) -> Tensor:
@@ -26,34 +28,80 @@ def _sequence_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    batch, heads, rows, head_dim = tensor.shape
-    return tensor.new_empty(batch, rows, heads, head_dim).transpose(1, 2)
+def _empty_like(tensor: Tensor, rows: int | None = None) -> Tensor:
+    batch, heads, own_rows, head_dim = tensor.shape
+    return tensor.new_empty(batch, own_rows if rows is None else rows, heads, head_dim).transpose(1, 2)
+
+
+def _pair(query_offsets: Tensor | None, key_offsets: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if query_offsets is None or key_offsets is None else (query_offsets, key_offsets)
 
 
 def _triton_forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    scale: float,
+    eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    longest_queries: int = 0,
+    longest_keys: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import attention as kernels
 
-    return kernels.attention(dense_rows(q), dense_rows(k), dense_rows(v), policy, scale, eps)
+    offsets, longest = _pair(query_offsets, key_offsets), (longest_queries, longest_keys)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    return kernels.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets, longest)
 
 
 def _reference_forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    scale: float,
+    eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    longest_queries: int = 0,
+    longest_keys: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, *sums = reference.attention_with_sums(q, k, v, policy, scale, eps)
+    offsets = _pair(query_offsets, key_offsets)
+    out, *sums = reference.attention_with_sums(q, k, v, policy, scale, eps, bias, index, prefix, offsets)
     return _sequence_first(out), sums[0], sums[1], sums[2]
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    scale: float,
+    eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    longest_queries: int = 0,
+    longest_keys: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, queries, head_dim = q.shape
+    if index is not None:
+        queries = prefix + index.shape[1]
     dtype = reference.accumulator(q.dtype)
     logsumexp = q.new_empty(batch, heads, queries, dtype=dtype)
     total = q.new_empty(batch, heads, 0 if policy is None else queries, dtype=dtype)
-    return _empty_like(q), logsumexp, total, q.new_empty(batch, heads, 0 if policy is None else head_dim, dtype=dtype)
+    mean = q.new_empty(batch, heads, 0 if policy is None else head_dim, dtype=dtype)
+    return _empty_like(q, queries), logsumexp, total, mean
 
 
 def _triton_backward(
@@ -68,11 +116,33 @@ def _triton_backward(
     mean: Tensor,
     scale: float,
     eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    longest_queries: int = 0,
+    longest_keys: int = 0,
+    grad_logsumexp: Tensor | None = None,
+    grad_scores: Tensor | None = None,
+    kind: str = "",
+    with_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import attention as kernels
 
+    offsets, longest = _pair(query_offsets, key_offsets), (longest_queries, longest_keys)
     grad, q, k, v = dense_rows(grad), dense_rows(q), dense_rows(k), dense_rows(v)
-    return kernels.attention_backward(grad, q, k, v, policy, out, logsumexp, total, mean, scale, eps)
+    grads = kernels.attention_backward(
+        *(grad, q, k, v, policy, out, logsumexp, total, mean, scale, eps),
+        *(bias, index, prefix, offsets, longest, grad_logsumexp, grad_scores, kind, with_bias),
+    )
+    if index is None:
+        return grads
+    from ..kernels import merge_tokens
+
+    # Queries that an index names twice add up.
+    rows = merge_tokens.sum_slots(grads[0].transpose(1, 2).flatten(2), reference.with_prefix(index, prefix), q.shape[2])
+    return rows.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2), *grads[1:]
 
 
 def _reference_backward(
@@ -87,9 +157,26 @@ def _reference_backward(
     mean: Tensor,
     scale: float,
     eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    longest_queries: int = 0,
+    longest_keys: int = 0,
+    grad_logsumexp: Tensor | None = None,
+    grad_scores: Tensor | None = None,
+    kind: str = "",
+    with_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *grads, grad_policy = reference.attention_backward(grad, q, k, v, policy, out, logsumexp, total, mean, scale, eps)
-    return _sequence_first(grads[0]), _sequence_first(grads[1]), _sequence_first(grads[2]), grad_policy
+    offsets = _pair(query_offsets, key_offsets)
+    *grads, grad_keys = reference.attention_backward(
+        *(grad, q, k, v, policy, out, logsumexp, total, mean, scale, eps),
+        *(bias, index, prefix, offsets, grad_logsumexp, grad_scores, kind),
+    )
+    if bias is not None and not with_bias:
+        grad_keys = grad_keys.new_empty(q.shape[0], 0)
+    return _sequence_first(grads[0]), _sequence_first(grads[1]), _sequence_first(grads[2]), grad_keys
 
 
 def _fake_backward(
@@ -104,13 +191,46 @@ def _fake_backward(
     mean: Tensor,
     scale: float,
     eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    query_offsets: Tensor | None = None,
+    key_offsets: Tensor | None = None,
+    longest_queries: int = 0,
+    longest_keys: int = 0,
+    grad_logsumexp: Tensor | None = None,
+    grad_scores: Tensor | None = None,
+    kind: str = "",
+    with_bias: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_policy = q.new_empty(q.shape[0], 0) if policy is None else policy.new_empty(policy.shape)
-    return _empty_like(q), _empty_like(k), _empty_like(v), grad_policy
+    of_keys = policy if policy is not None else bias
+    if of_keys is None:
+        grad_keys = q.new_empty(q.shape[0], 0)
+    else:
+        grad_keys = of_keys.new_empty(q.shape[0], k.shape[2] if policy is not None or with_bias else 0)
+    return _empty_like(q), _empty_like(k), _empty_like(v), grad_keys
 
 
+def _triton_scores(
+    q: Tensor, k: Tensor, logsumexp: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
+) -> Tensor:
+    from ..kernels import attention as kernels
+
+    return kernels.key_scores(dense_rows(q), dense_rows(k), logsumexp, kind, bias, prefix, scale)
+
+
+def _fake_scores(
+    q: Tensor, k: Tensor, logsumexp: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
+) -> Tensor:
+    return logsumexp.new_empty(k.shape[0], k.shape[2] - (prefix if kind == "class" else 0))
+
+
+_OPTIONS = (
+    "Tensor? bias=None, Tensor? index=None, int prefix=0, Tensor? query_offsets=None, Tensor? key_offsets=None,"
+    " SymInt longest_queries=0, SymInt longest_keys=0"
+)
 _forward = register(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? policy, float scale, float eps)"
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? policy, float scale, float eps, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     triton=_triton_forward,
     reference=_reference_forward,
@@ -118,27 +238,146 @@ _forward = register(
 )
 _backward = register(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? policy, Tensor out, Tensor logsumexp,"
-    " Tensor total, Tensor mean, float scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor total, Tensor mean, float scale, float eps, {_OPTIONS}, Tensor? grad_logsumexp=None,"
+    ' Tensor? grad_scores=None, str kind="", bool with_bias=True) -> (Tensor, Tensor, Tensor, Tensor)',
     triton=_triton_backward,
     reference=_reference_backward,
     fake=_fake_backward,
 )
+_scores = register(
+    "attention_scores(Tensor q, Tensor k, Tensor logsumexp, str kind, Tensor? bias, int prefix, float scale) -> Tensor",
+    triton=_triton_scores,
+    reference=reference.key_scores,
+    fake=_fake_scores,
+)
 
 
 class Attention(torch.autograd.Function):
-    """Gradient: the logits once more in tiles, from the logsumexp and the denominator of every row."""
+    """The result and its logsumexp. Gradient: the logits once more in tiles, from the sums of every row."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, scale: float, eps: float) -> Tensor:
-        out, logsumexp, total, mean = _forward(q, k, v, policy, scale, eps)
-        ctx.save_for_backward(q, k, v, policy, out, logsumexp, total, mean)
-        ctx.scale, ctx.eps = scale, eps
-        return out
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        policy: Tensor | None,
+        scale: float,
+        eps: float,
+        bias: Tensor | None = None,
+        index: Tensor | None = None,
+        prefix: int = 0,
+        query_offsets: Tensor | None = None,
+        key_offsets: Tensor | None = None,
+        longest_queries: int = 0,
+        longest_keys: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        options = (bias, index, prefix, query_offsets, key_offsets, longest_queries, longest_keys)
+        out, logsumexp, total, mean = _forward(q, k, v, policy, scale, eps, *options)
+        ctx.save_for_backward(q, k, v, policy, out, logsumexp, total, mean, bias, index, query_offsets, key_offsets)
+        ctx.numbers = (scale, eps, prefix, longest_queries, longest_keys)
+        ctx.set_materialize_grads(False)
+        if policy is not None:
+            ctx.mark_non_differentiable(logsumexp)
+        return out, logsumexp
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_q, grad_k, grad_v, grad_policy = _backward(grads[0], *ctx.saved_tensors, ctx.scale, ctx.eps)
-        return grad_q, grad_k, grad_v, grad_policy if ctx.needs_input_grad[3] else None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *saved, bias, index, query_offsets, key_offsets = ctx.saved_tensors
+        scale, eps, prefix, *longest = ctx.numbers
+        upstream, grad_logsumexp = grads
+        grad_q, grad_k, grad_v, grad_keys = _backward(
+            torch.zeros_like(saved[4]) if upstream is None else upstream,
+            *(*saved, scale, eps, bias, index, prefix, query_offsets, key_offsets, *longest),
+            grad_logsumexp=grad_logsumexp,
+            with_bias=len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6],
+        )
+        grad_policy = grad_keys if ctx.needs_input_grad[3] else None
+        grad_bias = grad_keys if len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6] else None
+        return grad_q, grad_k, grad_v, grad_policy, None, None, grad_bias, None, None, None, None, None, None
+
+
+class AttentionScores(torch.autograd.Function):
+    """The result and the scores of the keys. Gradient: both in one, the scores' at the cost of one sweep over K."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, logsumexp, total, mean = _forward(q, k, v, None, scale, 0.0, bias)
+        ctx.save_for_backward(q, k, v, out, logsumexp, total, mean, bias)
+        ctx.kind, ctx.prefix, ctx.scale = kind, prefix, scale
+        ctx.set_materialize_grads(False)
+        return out, _scores(q, k, logsumexp, kind, bias, prefix, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, logsumexp, total, mean, bias = ctx.saved_tensors
+        upstream, grad_scores = grads
+        grad_q, grad_k, grad_v, grad_bias = _backward(
+            torch.zeros_like(out) if upstream is None else upstream,
+            *(q, k, v, None, out, logsumexp, total, mean, ctx.scale, 0.0, bias, None, ctx.prefix),
+            grad_scores=grad_scores,
+            kind=ctx.kind,
+            with_bias=ctx.needs_input_grad[4],
+        )
+        return grad_q, grad_k, grad_v, None, grad_bias if ctx.needs_input_grad[4] else None, None, None
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, *, fewest_keys: int = 1) -> None:
+    for name, tensor, layout in (("q", q, "B H M D"), ("k", k, "B H N D"), ("v", v, "B H N D")):
+        check_shape(name, tensor, layout)
+        check_floating(name, tensor)
+        check_same("q", q, name, tensor, dtype=True)
+    batch, heads, _, head_dim = q.shape
+    keys = k.shape[2]
+    expected: tuple[int, ...] = (batch, heads, keys, head_dim)
+    for name, tensor in (("k", k), ("v", v)):
+        if shape_of(tensor) != expected:
+            raise ValueError(f"{name} must have shape {expected} to go with q {shape_of(q)}, got {shape_of(tensor)}")
+    if min(heads, head_dim) < 1 or keys < fewest_keys:
+        raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
+
+
+def _check_of_keys(name: str, value: Tensor, q: Tensor, k: Tensor) -> None:
+    check_shape(name, value, "B N")
+    check_floating(name, value)
+    check_same("q", q, name, value)
+    if shape_of(value) != (k.shape[0], k.shape[2]):
+        raise ValueError(f"{name} must have shape {(k.shape[0], k.shape[2])}, one entry a key, got {shape_of(value)}")
+
+
+def _check_index(index: Tensor, prefix: int, q: Tensor) -> None:
+    check_shape("index", index, "B K")
+    check_index("index", index)
+    check_same("q", q, "index", index)
+    check_count("prefix", prefix, 0, q.shape[2])
+    if index.shape[0] != q.shape[0]:
+        raise ValueError(f"index must have q's batch size {q.shape[0]}, got shape {shape_of(index)}")
+
+
+def _check_offsets(offsets: tuple[Tensor, Tensor], longest: tuple[int, int] | None, q: Tensor) -> tuple[int, int]:
+    if q.shape[0] != 1:
+        raise ValueError(f"with offsets q, k and v hold the rows of all images, (1, H, T, D), got q {shape_of(q)}")
+    if longest is None:
+        raise ValueError("offsets need longest=(most queries of an image, most keys of an image)")
+    for name, bounds in zip(("offsets of queries", "offsets of keys"), offsets, strict=True):
+        check_shape(name, bounds, "B")
+        check_same("q", q, name, bounds)
+        if bounds.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {bounds.dtype}")
+        if shape_of(bounds) != shape_of(offsets[0]) or bounds.shape[0] < 1:
+            raise ValueError(
+                f"offsets must be of one length, images + 1, got {shape_of(offsets[0])} and {shape_of(offsets[1])}"
+            )
+    for count in longest:
+        check_count("longest", count, 0, 2**31 - 1)
+    return longest
+
+
+def _check_head_dim(q: Tensor) -> None:
+    if q.shape[3] > MAX_HEAD_DIM:
+        raise ValueError(f"the kernels take up to {MAX_HEAD_DIM} channels a head, got {q.shape[3]}; use 'reference'")
 
 
 def attention(
@@ -147,21 +386,38 @@ def attention(
     v: Tensor,
     *,
     policy: Tensor | None = None,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 1,
+    offsets: tuple[Tensor, Tensor] | None = None,
+    longest: tuple[int, int] | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend, with keys that a policy hides softly from all queries but their own (DynamicViT, section 3.3).
+    """Attend: with a bias on every key, for chosen queries only, within packed images, or with keys softly hidden.
+
+    The bias is that of ToMe (section 3), the queries are those of ATS (section 3.2), and a policy hides keys from all
+    queries but their own (DynamicViT, section 3.3).
 
     Equivalent PyTorch::
 
-        logits = scale * q @ k.transpose(2, 3)
-        own = torch.eye(N)
+        rows = torch.cat([torch.arange(prefix).expand(B, prefix), index + prefix], dim=1)
+        q = q.gather(2, rows[:, None, :, None].expand(-1, H, -1, D))  # with an index
+        logits = scale * q @ k.transpose(2, 3) + bias[:, None, None, :]
+        torch.softmax(logits, dim=-1) @ v  # zeros, where every bias of the image is -inf
+
+        own = torch.eye(N)  # with a policy
         visible = policy[:, None, None, :]
         weights = torch.exp(logits - logits.amax(-1, keepdim=True)) * (visible + (1 - visible) * own)
-        ((weights + eps / N) / (weights.sum(-1, keepdim=True) + eps)) @ v  # without a policy: softmax(logits) @ v
+        ((weights + eps / N) / (weights.sum(-1, keepdim=True) + eps)) @ v
 
-    The kernels keep no matrix of queries by keys, forward or backward; the reference does.
+        for b in range(images):  # with offsets; rows past the last image are zeros
+            m, n = (slice(bounds[b], bounds[b + 1]) for bounds in offsets)
+            out[:, :, m] = attention(q[:, :, m], k[:, :, n], v[:, :, n], bias=bias[:, n])
+
+    The kernels keep no matrix of queries by keys, forward or backward; the reference does with a policy. One launch
+    forward, two backward; a policy adds one to each; a bias that needs a gradient adds one backward, an index two.
 
     Args:
         q: (B, H, M, D) queries. float32, float16, bfloat16 (reference: any); logits and sums are float32.
@@ -170,45 +426,164 @@ def attention(
         v: (B, H, N, D) values, in q's dtype.
         policy: (B, N) floating point, how visible each key is, 0 (hidden) .. 1 (not checked), or None for plain
             attention. Query m is token m, so M must equal N. Hidden keys count for the maximum and for ``eps / N``.
+            Not together with a bias, an index or offsets.
+        bias: (B, N) floating point of any dtype, added to every query's logits (the logarithm of the tokens' sizes), or
+            None. -inf for a key that nobody sees; its rows of k and v must be finite. A query that sees no key gets
+            zeros, and has no gradient.
+        index: (B, K) int64 or int32, positions among the M - prefix queries after the prefix, of those that attend, or
+            None for all. They are read where they are. Values are not checked; one may occur twice.
+        prefix: number of leading queries that always attend; only with an index.
+        offsets: of the queries and of the keys of every image, (images + 1,) int32 each, ascending from 0, on q's
+            device, or None. Then B is 1. Values are not checked, nor read by the host if kernels run.
+        longest: upper bounds of the queries and of the keys of an image; with offsets only.
         scale: factor on the dot products; None means ``D ** -0.5``.
         eps: smoothing of the weights under a policy, not negative; plain attention has none.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        (B, H, M, D) in q's dtype. Differentiable in q, k, v and policy.
+        (B, H, M, D), with an index (B, H, prefix + K, D), in q's dtype. Differentiable in q, k, v, policy and bias.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, no head, key or channel, a negative eps, or more than 256
-            channels a head for the kernels.
-        TypeError: a tensor that is not floating point, or q, k, v of several dtypes.
+        ValueError: wrong shapes, devices that differ, no head, key or channel (with offsets there may be no key), a
+            negative eps, a prefix outside 0 .. M, options that exclude one another, or more than 256 channels a head
+            for the kernels.
+        TypeError: a tensor that is not floating point, q, k, v of several dtypes, an index or offsets not of integers.
     """
-    for name, tensor, layout in (("q", q, "B H M D"), ("k", k, "B H N D"), ("v", v, "B H N D")):
-        check_shape(name, tensor, layout)
-        check_floating(name, tensor)
-        check_same("q", q, name, tensor, dtype=True)
-    batch, heads, queries, head_dim = q.shape
-    keys = k.shape[2]
-    expected: tuple[int, ...] = (batch, heads, keys, head_dim)
-    for name, tensor in (("k", k), ("v", v)):
-        if shape_of(tensor) != expected:
-            raise ValueError(f"{name} must have shape {expected} to go with q {shape_of(q)}, got {shape_of(tensor)}")
-    if min(heads, keys, head_dim) < 1:
-        raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
-    tensors: tuple[Tensor, ...] = (q, k, v)
+    _check_qkv(q, k, v, fewest_keys=1 if offsets is None else 0)
+    options = {"policy": policy, "bias": bias, "index": index, "offsets": offsets}
+    for first, second in (
+        ("policy", "bias"), ("policy", "index"), ("policy", "offsets"), ("index", "offsets")
+    ):  # fmt: skip
+        if options[first] is not None and options[second] is not None:
+            raise ValueError(f"{first} and {second} exclude one another")
     if policy is not None:
-        check_shape("policy", policy, "B N")
-        check_floating("policy", policy)
-        check_same("q", q, "policy", policy)
-        if shape_of(policy) != (batch, keys):
-            raise ValueError(f"policy must have shape {(batch, keys)}, one entry a key, got {shape_of(policy)}")
-        if queries != keys:
-            raise ValueError(f"a policy needs as many queries as keys, got {queries} queries and {keys} keys")
-        tensors = (q, k, v, policy)
+        _check_of_keys("policy", policy, q, k)
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"a policy needs as many queries as keys, got {q.shape[2]} queries and {k.shape[2]} keys")
+    if bias is not None:
+        _check_of_keys("bias", bias, q, k)
+    if index is not None:
+        _check_index(index, prefix, q)
+    if offsets is not None:
+        longest = _check_offsets(offsets, longest, q)
+    elif longest is not None:
+        raise ValueError(f"longest={longest} goes with offsets only")
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if resolve(backend, *tensors) == "reference":
-        return reference.attention(q, k, v, policy, scale, eps)
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"the kernels take up to {MAX_HEAD_DIM} channels a head, got {head_dim}; use 'reference'")
-    return Attention.apply(q, k, v, policy, scale, float(eps))
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    prefix = prefix if index is not None else 0
+    if resolve(backend, q, k, v, *(tensor for tensor in (policy, bias) if tensor is not None)) == "reference":
+        return reference.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets)
+    _check_head_dim(q)
+    ragged = (*(offsets or (None, None)), *(longest or (0, 0)))
+    return Attention.apply(q, k, v, policy, scale, float(eps), bias, index, prefix, *ragged)[0]
+
+
+def attention_logsumexp(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 1,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and the logsumexp of every query's logits, with which parts of the keys can be put together.
+
+    Equivalent PyTorch::
+
+        logits = scale * q @ k.transpose(2, 3) + bias[:, None, None, :]
+        torch.softmax(logits, dim=-1) @ v, torch.logsumexp(logits, dim=-1)
+
+    Launches as :func:`attention`: the sums are there in any case. The reference keeps the matrix of logits.
+
+    Args:
+        q: (B, H, M, D) queries, as for :func:`attention`.
+        k: (B, H, N, D) keys.
+        v: (B, H, N, D) values.
+        bias: (B, N) or None.
+        index: (B, K) or None.
+        prefix: number of leading queries that always attend; only with an index.
+        scale: factor on the dot products; None means ``D ** -0.5``.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        The result as of :func:`attention`, and (B, H, M) or (B, H, prefix + K), float32 (float64 for float64 inputs),
+        -inf for a query that sees no key. Both differentiable in q, k, v and bias.
+
+    Raises:
+        ValueError: as :func:`attention`.
+        TypeError: as :func:`attention`.
+    """
+    _check_qkv(q, k, v)
+    if bias is not None:
+        _check_of_keys("bias", bias, q, k)
+    if index is not None:
+        _check_index(index, prefix, q)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    prefix = prefix if index is not None else 0
+    if resolve(backend, q, k, v, *(() if bias is None else (bias,))) == "reference":
+        out, logsumexp, *_ = reference.attention_with_sums(q, k, v, None, scale, 0.0, bias, index, prefix)
+        return out, logsumexp
+    _check_head_dim(q)
+    return Attention.apply(q, k, v, None, scale, 0.0, bias, index, prefix)
+
+
+def attention_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    bias: Tensor | None = None,
+    prefix: int = 1,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and how much attention the keys get: from the sums of the same pass, without the matrix.
+
+    Equivalent PyTorch::
+
+        weights = torch.softmax(scale * q @ k.transpose(2, 3) + bias[:, None, None, :], dim=-1)
+        weights @ v, weights[:, :, 0, prefix:].mean(1)  # kind="class": cls_scores(q[:, :, 0], k, prefix=prefix)
+        weights @ v, weights.sum((1, 2))  # kind="received": received_scores(q, k)
+
+    Two launches forward for the class token's attention, which reads K once more; three for the received one, of which
+    the second computes the logits again and the third adds up the heads. Backward two, whatever has a gradient; that of
+    the scores costs one more product of q and k (with ``kind="class"`` for the first tile of queries only).
+
+    Args:
+        q: (B, H, M, D) queries, as for :func:`attention`; ``kind="class"``: the class token's is the first.
+        k: (B, H, N, D) keys.
+        v: (B, H, N, D) values.
+        kind: ``"class"`` or ``"received"``.
+        bias: (B, N) as for :func:`attention`, or None; the scores are those of the biased logits.
+        prefix: number of leading keys that get no score; for ``kind="class"`` only.
+        scale: factor on the dot products; None means ``D ** -0.5``.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. No backend holds the matrix of
+            a long sequence: the kernels no N x N at all, the reference 2 ** 20 logits an image outside autograd.
+
+    Returns:
+        (B, H, M, D) in q's dtype, and (B, N - prefix) or, received, (B, N), float32 (float64 for float64 inputs).
+        Both differentiable in q, k, v and bias.
+
+    Raises:
+        ValueError: an unknown kind, no query to take the class token's attention from; else as :func:`attention`.
+        TypeError: as :func:`attention`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    _check_qkv(q, k, v)
+    if bias is not None:
+        _check_of_keys("bias", bias, q, k)
+    if kind == "class":
+        check_count("prefix", prefix, 0, k.shape[2])
+        if q.shape[2] == 0:
+            raise ValueError(f"q must have the class token's query first, got shape {shape_of(q)}")
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if resolve(backend, q, k, v, *(() if bias is None else (bias,))) == "reference":
+        return reference.attention_scores(q, k, v, kind, bias, prefix, scale)
+    _check_head_dim(q)
+    return AttentionScores.apply(q, k, v, kind, bias, prefix, scale)

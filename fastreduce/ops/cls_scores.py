@@ -11,6 +11,7 @@ from .. import reference
 from ..backends import resolve
 from ._check import check_count, check_floating, check_same, check_shape, shape_of
 from ._library import dense_rows, register
+from .gather_packed import check_offsets
 
 __all__ = ["cls_scores"]
 
@@ -63,6 +64,21 @@ def _triton_value_forward(
     return kernels.cls_value_scores(dense_rows(q), dense_rows(k), dense_rows(value), valid, prefix, scale)
 
 
+def _triton_value_packed(
+    q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
+) -> Tensor:
+    from ..kernels import cls_scores as kernels
+
+    q, k, value = dense_rows(q), dense_rows(k), dense_rows(value)
+    return kernels.cls_value_scores_packed(q, k, value, offsets, longest, prefix, scale)
+
+
+def _fake_value_packed(
+    q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
+) -> Tensor:
+    return k.new_empty(q.shape[0], longest - prefix, dtype=reference.accumulator(k.dtype))
+
+
 def _fake_value_forward(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
     return k.new_empty(k.shape[0], k.shape[2] - prefix, dtype=reference.accumulator(k.dtype))
 
@@ -86,6 +102,13 @@ _value_forward = register(
     reference=reference.cls_value_scores,
     fake=_fake_value_forward,
 )
+_value_packed = register(
+    "cls_value_scores_packed(Tensor q, Tensor k, Tensor value, Tensor offsets, SymInt longest, int prefix, float scale)"
+    " -> Tensor",
+    triton=_triton_value_packed,
+    reference=reference.cls_value_scores_packed,
+    fake=_fake_value_packed,
+)
 
 
 class ClsScores(torch.autograd.Function):
@@ -103,6 +126,36 @@ class ClsScores(torch.autograd.Function):
         return *_backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.scale), None, None, None
 
 
+def _packed_scores(
+    q: Tensor,
+    k: Tensor,
+    value: Tensor | None,
+    valid: Tensor | None,
+    offsets: Tensor,
+    longest: int | None,
+    prefix: int,
+    scale: float | None,
+    backend: str | None,
+) -> Tensor:
+    check_offsets("offsets", offsets, "k", k)
+    if value is None or valid is not None or longest is None:
+        raise ValueError("with offsets the scores need value and longest, and no valid")
+    check_shape("value", value, "1 H T D")
+    check_same("k", k, "value", value, dtype=True)
+    one, heads, _, head_dim = k.shape
+    if one != 1 or shape_of(value) != shape_of(k):
+        raise ValueError(f"k and value must have one shape (1, H, T, D), got {shape_of(k)} and {shape_of(value)}")
+    if shape_of(q) != (offsets.shape[0] - 1, heads, head_dim) or min(heads, head_dim) < 1:
+        raise ValueError(
+            f"q must have shape {(offsets.shape[0] - 1, heads, head_dim)}, with a head and a channel, to go with k "
+            f"{shape_of(k)} and offsets {shape_of(offsets)}, got {shape_of(q)}"
+        )
+    check_count("prefix", prefix, 0, longest)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    forward = reference.cls_value_scores_packed if resolve(backend, q, k) == "reference" else _value_packed
+    return forward(q.detach(), k.detach(), value.detach(), offsets, longest, prefix, scale)
+
+
 def cls_scores(
     q: Tensor,
     k: Tensor,
@@ -111,6 +164,8 @@ def cls_scores(
     scale: float | None = None,
     value: Tensor | None = None,
     valid: Tensor | None = None,
+    offsets: Tensor | None = None,
+    longest: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Score every patch token by the attention that the class token pays to it, averaged over heads (EViT, section 3).
@@ -134,20 +189,28 @@ def cls_scores(
         value: (B, H, N, D) value vectors of any strides, in q's dtype, or None. With them the result has no gradient.
         valid: (B, N) bool, False for keys that take no part and score exactly 0, or None. At least one key of every
             image must be valid (not checked; its scores are NaN otherwise).
+        offsets: (B + 1,) int32 or None. With them the keys of all images are packed: k and value are (1, H, T, D), and
+            those of image b are ``offsets[b] .. offsets[b + 1]``, at least ``prefix`` (not checked). It takes
+            ``value`` and no ``valid``.
+        longest: with ``offsets``, the most keys that an image has (not checked). The result has ``longest - prefix``
+            columns, 0 behind the last token of an image.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         (B, N - prefix), float32 (float64 for float64 inputs). Without ``value``, differentiable in q and k.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. N.
-        TypeError: q, k or value not floating point, or of two dtypes; valid not bool.
+        ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. N, offsets without
+            value or longest, or with valid.
+        TypeError: q, k or value not floating point, or of two dtypes; valid not bool; offsets not int32.
     """
     check_shape("q", q, "B H D")
     check_shape("k", k, "B H N D")
     check_floating("q", q)
     check_same("q", q, "k", k, dtype=True)
     batch, heads, tokens, head_dim = k.shape
+    if offsets is not None:
+        return _packed_scores(q, k, value, valid, offsets, longest, prefix, scale, backend)
     if shape_of(q) != (batch, heads, head_dim):
         raise ValueError(f"q must have shape {(batch, heads, head_dim)} to go with k {shape_of(k)}, got {shape_of(q)}")
     if min(heads, tokens, head_dim) < 1:

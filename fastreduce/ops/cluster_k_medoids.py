@@ -66,7 +66,8 @@ def cluster_k_medoids(
     1e6 * N; that is not followed.
 
     Distances are Euclidean, by ``sqrt(|a|^2 + |b|^2 - 2 ab)`` in float32 (float64 for float64 x), as ``torch.cdist``
-    computes them for more than 25 tokens.
+    computes them for more than 25 tokens. Up to 1,024 tokens all of them are kept; of more they are computed again
+    wherever they are needed, so that memory grows as the number of tokens does.
 
     Equivalent PyTorch of one iteration with ``cost="all"``::
 

@@ -11,8 +11,9 @@ from .. import reference
 from ..backends import resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
+from ._norm import check_norm, fake_norm, norm_backward, save_norm
 
-__all__ = ["fuse_tokens"]
+__all__ = ["fuse_tokens", "fuse_tokens_norm"]
 
 
 def _triton_forward(
@@ -43,6 +44,26 @@ def _fake_forward(
     return x.new_empty(x.shape[0], prefix + k + 1, x.shape[2], dtype=dtype)
 
 
+def _triton_norm(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    prefix: int,
+    residual: Tensor | None,
+    residual_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import fuse_tokens as kernels
+
+    given = residual, residual_bias, weight, bias
+    residual, residual_bias, weight, bias = (None if rows is None else dense_rows(rows) for rows in given)
+    arguments = dense_rows(x), order, scores, k, prefix, residual, residual_bias
+    return kernels.fuse_tokens_norm(*arguments, weight, bias, norm_eps)
+
+
 def _triton_backward(
     grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -64,6 +85,13 @@ _forward = register(
     triton=_triton_forward,
     reference=reference.fuse_tokens,
     fake=_fake_forward,
+)
+_forward_norm = register(
+    "fuse_tokens_norm(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual,"
+    " Tensor? residual_bias, Tensor? weight, Tensor? bias, float norm_eps) -> (Tensor, Tensor, Tensor)",
+    triton=_triton_norm,
+    reference=lambda *arguments: reference.with_norm(reference.fuse_tokens(*arguments[:7]), *arguments[7:]),
+    fake=lambda *arguments: fake_norm(_fake_forward(*arguments[:7])),
 )
 _backward = register(
     "fuse_tokens_backward(Tensor grad, Tensor x, Tensor order, Tensor scores, SymInt k, int prefix,"
@@ -95,18 +123,95 @@ class FuseTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]
-        x, order, scores, residual_bias = ctx.saved_tensors
-        grad_x = grad_scores = grad_residual = grad_bias = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
-            grad_x, grad_scores = _backward(grad, x, order, scores, ctx.k, ctx.prefix, residual_bias)
-        if ctx.needs_input_grad[5]:
-            grad_residual = grad.to(ctx.residual_dtype)
-        if ctx.needs_input_grad[6]:
-            dtype = reference.accumulator(x.dtype)
-            surplus = scores.to(dtype).gather(1, order[:, ctx.k :].long()).sum(1) - 1
-            grad_bias = (surplus @ grad[:, -1].to(dtype)).to(residual_bias.dtype)
-        return grad_x, None, grad_scores, None, None, grad_residual, grad_bias
+        return _gradients(ctx, grads[0], *ctx.saved_tensors)
+
+
+class FuseTokensNorm(torch.autograd.Function):
+    """As FuseTokens, where the rows' gradient is their own and what the norm adds to it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        order: Tensor,
+        scores: Tensor,
+        k: int,
+        prefix: int,
+        residual: Tensor | None,
+        residual_bias: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = x, order, scores, k, prefix, residual, residual_bias
+        out, normed, statistics = _forward_norm(*arguments, weight, bias, norm_eps)
+        ctx.save_for_backward(x, order, scores, residual_bias, out, statistics, weight)
+        save_norm(ctx, 7, weight, bias)
+        ctx.k, ctx.prefix = k, prefix
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return out, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, grad_weight, grad_bias = norm_backward(ctx, grads[0], grads[1], *ctx.saved_tensors[4:])
+        if grad is None:
+            return (None,) * 10
+        return *_gradients(ctx, grad, *ctx.saved_tensors[:4]), grad_weight, grad_bias, None
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, residual_bias: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Of all the inputs of FuseTokens, those wanted, for the gradient of its rows."""
+    grad_x = grad_scores = grad_residual = grad_bias = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+        grad_x, grad_scores = _backward(grad, x, order, scores, ctx.k, ctx.prefix, residual_bias)
+    if ctx.needs_input_grad[5]:
+        grad_residual = grad.to(ctx.residual_dtype)
+    if ctx.needs_input_grad[6]:
+        assert residual_bias is not None
+        dtype = reference.accumulator(x.dtype)
+        surplus = scores.to(dtype).gather(1, order[:, ctx.k :].long()).sum(1) - 1
+        grad_bias = (surplus @ grad[:, -1].to(dtype)).to(residual_bias.dtype)
+    return grad_x, None, grad_scores, None, None, grad_residual, grad_bias
+
+
+def _check_arguments(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    prefix: int,
+    residual: Tensor | None,
+    residual_bias: Tensor | None,
+) -> list[Tensor]:
+    """Raise if they do not fit together; returns those that have a floating dtype."""
+    check_shape("x", x, "B N C")
+    check_shape("order", order, "B P")
+    check_shape("scores", scores, "B P")
+    check_floating("x", x)
+    check_index("order", order)
+    check_floating("scores", scores)
+    check_same("x", x, "order", order)
+    check_same("x", x, "scores", scores)
+    check_count("prefix", prefix, 0, x.shape[1])
+    expected: tuple[int, ...] = (x.shape[0], x.shape[1] - prefix)
+    for name, tensor in (("order", order), ("scores", scores)):
+        if shape_of(tensor) != expected:
+            raise ValueError(f"{name} must have shape {expected}, one entry a patch token, got {shape_of(tensor)}")
+    check_count("k", k, 0, expected[1])
+    if residual is not None:
+        check_same("x", x, "residual", residual)
+        expected = (x.shape[0], prefix + k + 1, x.shape[2])
+        if shape_of(residual) != expected:
+            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+    if residual_bias is not None:
+        check_same("x", x, "residual_bias", residual_bias)
+        if residual is None:
+            raise ValueError("residual_bias is part of a residual, but there is none")
+        if shape_of(residual_bias) != shape_of(x)[2:]:
+            raise ValueError(f"residual_bias must have shape {shape_of(x)[2:]}, got {shape_of(residual_bias)}")
+    return [tensor for tensor in (x, scores, residual, residual_bias) if tensor is not None]
 
 
 def fuse_tokens(
@@ -151,32 +256,59 @@ def fuse_tokens(
         ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, a k outside 0 .. P.
         TypeError: x or scores not floating point, order not an integer tensor.
     """
-    check_shape("x", x, "B N C")
-    check_shape("order", order, "B P")
-    check_shape("scores", scores, "B P")
-    check_floating("x", x)
-    check_index("order", order)
-    check_floating("scores", scores)
-    check_same("x", x, "order", order)
-    check_same("x", x, "scores", scores)
-    check_count("prefix", prefix, 0, x.shape[1])
-    expected: tuple[int, ...] = (x.shape[0], x.shape[1] - prefix)
-    for name, tensor in (("order", order), ("scores", scores)):
-        if shape_of(tensor) != expected:
-            raise ValueError(f"{name} must have shape {expected}, one entry a patch token, got {shape_of(tensor)}")
-    check_count("k", k, 0, expected[1])
-    if residual is not None:
-        check_same("x", x, "residual", residual)
-        expected = (x.shape[0], prefix + k + 1, x.shape[2])
-        if shape_of(residual) != expected:
-            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
-    if residual_bias is not None:
-        check_same("x", x, "residual_bias", residual_bias)
-        if residual is None:
-            raise ValueError("residual_bias is part of a residual, but there is none")
-        if shape_of(residual_bias) != shape_of(x)[2:]:
-            raise ValueError(f"residual_bias must have shape {shape_of(x)[2:]}, got {shape_of(residual_bias)}")
-    tensors = [tensor for tensor in (x, scores, residual, residual_bias) if tensor is not None]
+    tensors = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
     if resolve(backend, *tensors) == "reference":
         return reference.fuse_tokens(x, order, scores, k, prefix, residual, residual_bias)
     return FuseTokens.apply(x, order, scores, k, prefix, residual, residual_bias)
+
+
+def fuse_tokens_norm(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fuse_tokens`, with its arguments, and the layer normalisation that follows it, in one pass over memory.
+
+    Equivalent PyTorch::
+
+        out = fuse_tokens(x, order, scores, k, prefix=prefix, residual=residual, residual_bias=residual_bias)
+        out, F.layer_norm(out, (C,), weight, bias, norm_eps)
+
+    Args:
+        x: (B, N, C) tokens.
+        order: (B, P) a permutation of the patch tokens, best first.
+        scores: (B, P) the weight of every patch token.
+        k: how many patch tokens to keep.
+        weight: (C,) what the normalised rows are multiplied with, of any floating dtype, or None for ones.
+        bias: (C,) what is added to them, of any floating dtype, or None for zeros.
+        norm_eps: added to the variance.
+        prefix: number of leading tokens that are never reduced.
+        residual: (B, prefix + k + 1, C) to be added, or None.
+        residual_bias: (C,) a part that every row of the residual has once, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        out (B, prefix + k + 1, C) and normed (B, prefix + k + 1, C), both in the dtype of :func:`fuse_tokens`; the
+        statistics are float32 and those of out as it is stored. Differentiable in x, scores, residual, residual_bias,
+        weight and bias.
+
+    Raises:
+        ValueError: as in :func:`fuse_tokens`; weight or bias of another shape, norm_eps negative or not finite.
+        TypeError: as in :func:`fuse_tokens`; weight or bias not floating point, norm_eps not a number.
+    """
+    tensors = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
+    tensors += check_norm(x, weight, bias, norm_eps)
+    if resolve(backend, *tensors) == "reference":
+        out = reference.fuse_tokens(x, order, scores, k, prefix, residual, residual_bias)
+        return out, reference.layer_norm(out, weight, bias, norm_eps)
+    arguments = x, order, scores, k, prefix, residual, residual_bias
+    return FuseTokensNorm.apply(*arguments, weight, bias, float(norm_eps))

@@ -11,14 +11,42 @@ from .. import reference
 from ..backends import resolve
 from ._check import check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
+from ._norm import check_norm, fake_norm, norm_backward, save_norm
 
-__all__ = ["gather_tokens"]
+__all__ = ["gather_tokens", "gather_tokens_norm"]
 
 
 def _triton_forward(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> Tensor:
     from ..kernels import gather_tokens as kernels
 
     return kernels.gather_tokens(dense_rows(x), index, prefix, None if residual is None else dense_rows(residual))
+
+
+def _triton_norm(
+    x: Tensor,
+    index: Tensor,
+    prefix: int,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import gather_tokens as kernels
+
+    residual, weight, bias = (None if rows is None else dense_rows(rows) for rows in (residual, weight, bias))
+    return kernels.gather_tokens_norm(dense_rows(x), index, prefix, residual, weight, bias, norm_eps)
+
+
+def _reference_norm(
+    x: Tensor,
+    index: Tensor,
+    prefix: int,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.with_norm(reference.gather_tokens(x, index, prefix, residual), weight, bias, norm_eps)
 
 
 def _triton_backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
@@ -42,6 +70,13 @@ _forward = register(
     triton=_triton_forward,
     reference=reference.gather_tokens,
     fake=_fake_forward,
+)
+_forward_norm = register(
+    "gather_tokens_norm(Tensor x, Tensor index, int prefix, Tensor? residual, Tensor? weight, Tensor? bias,"
+    " float norm_eps) -> (Tensor, Tensor, Tensor)",
+    triton=_triton_norm,
+    reference=_reference_norm,
+    fake=lambda x, index, prefix, residual, *norm: fake_norm(_fake_forward(x, index, prefix, residual)),
 )
 _backward = register(
     "gather_tokens_backward(Tensor grad, Tensor index, int prefix, SymInt num_in) -> Tensor",
@@ -72,6 +107,58 @@ class GatherTokens(torch.autograd.Function):
         return grad_x, None, None, grad_residual
 
 
+class GatherTokensNorm(torch.autograd.Function):
+    """As GatherTokens, where the rows' gradient is their own and what the norm adds to it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        index: Tensor,
+        prefix: int,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        norm_eps: float,
+    ) -> tuple[Tensor, Tensor]:
+        out, normed, statistics = _forward_norm(x, index, prefix, residual, weight, bias, norm_eps)
+        ctx.save_for_backward(index, out, statistics, weight)
+        save_norm(ctx, 4, weight, bias)
+        ctx.prefix, ctx.num_in, ctx.x_dtype = prefix, x.shape[1], x.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return out, normed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        index, *saved = ctx.saved_tensors
+        grad, grad_weight, grad_bias = norm_backward(ctx, grads[0], grads[1], *saved)
+        if grad is None:
+            return (None,) * 7
+        grad_x = grad_residual = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _backward(grad, index, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
+        if ctx.needs_input_grad[3]:
+            grad_residual = grad.to(ctx.residual_dtype)
+        return grad_x, None, None, grad_residual, grad_weight, grad_bias, None
+
+
+def _check_arguments(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> None:
+    check_shape("x", x, "B N C")
+    check_shape("index", index, "B K")
+    check_floating("x", x)
+    check_index("index", index)
+    check_same("x", x, "index", index)
+    if not 0 <= prefix <= x.shape[1]:
+        raise ValueError(f"prefix must be between 0 and the number of tokens {x.shape[1]}, got {prefix}")
+    if index.shape[0] != x.shape[0]:
+        raise ValueError(f"index must have x's batch size {x.shape[0]}, got shape {shape_of(index)}")
+    if residual is not None:
+        check_same("x", x, "residual", residual)
+        expected = (x.shape[0], prefix + index.shape[1], x.shape[2])
+        if shape_of(residual) != expected:
+            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+
+
 def gather_tokens(
     x: Tensor, index: Tensor, *, prefix: int = 1, residual: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
@@ -97,20 +184,51 @@ def gather_tokens(
         ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N.
         TypeError: x not floating point, index not an integer tensor.
     """
-    check_shape("x", x, "B N C")
-    check_shape("index", index, "B K")
-    check_floating("x", x)
-    check_index("index", index)
-    check_same("x", x, "index", index)
-    if not 0 <= prefix <= x.shape[1]:
-        raise ValueError(f"prefix must be between 0 and the number of tokens {x.shape[1]}, got {prefix}")
-    if index.shape[0] != x.shape[0]:
-        raise ValueError(f"index must have x's batch size {x.shape[0]}, got shape {shape_of(index)}")
-    if residual is not None:
-        check_same("x", x, "residual", residual)
-        expected = (x.shape[0], prefix + index.shape[1], x.shape[2])
-        if shape_of(residual) != expected:
-            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+    _check_arguments(x, index, prefix, residual)
     if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
         return reference.gather_tokens(x, index, prefix, residual)
     return GatherTokens.apply(x, index, prefix, residual)
+
+
+def gather_tokens_norm(
+    x: Tensor,
+    index: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gather_tokens`, with its arguments, and the layer normalisation that follows it, in one pass over memory.
+
+    Equivalent PyTorch::
+
+        out = gather_tokens(x, index, prefix=prefix, residual=residual)
+        out, F.layer_norm(out, (C,), weight, bias, norm_eps)
+
+    Args:
+        x: (B, N, C) tokens.
+        index: (B, K) positions among the patch tokens.
+        weight: (C,) what the normalised rows are multiplied with, of any floating dtype, or None for ones.
+        bias: (C,) what is added to them, of any floating dtype, or None for zeros.
+        norm_eps: added to the variance.
+        prefix: number of leading tokens that are never reduced.
+        residual: (B, prefix + K, C) to be added, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        out (B, prefix + K, C) and normed (B, prefix + K, C), both in the dtype of :func:`gather_tokens`; the statistics
+        are float32 and those of out as it is stored. Differentiable in x, residual, weight and bias.
+
+    Raises:
+        ValueError: as in :func:`gather_tokens`; weight or bias of another shape, norm_eps negative or not finite.
+        TypeError: as in :func:`gather_tokens`; weight or bias not floating point, norm_eps not a number.
+    """
+    _check_arguments(x, index, prefix, residual)
+    affine = check_norm(x, weight, bias, norm_eps)
+    if resolve(backend, x, *(() if residual is None else (residual,)), *affine) == "reference":
+        out = reference.gather_tokens(x, index, prefix, residual)
+        return out, reference.layer_norm(out, weight, bias, norm_eps)
+    return GatherTokensNorm.apply(x, index, prefix, residual, weight, bias, float(norm_eps))

@@ -21,11 +21,11 @@ def _triton(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor
 
 def _reference(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     slot = reference.match_tokens(metric, r, prefix)
-    return slot, *reference.group_slots(slot, metric.shape[1] - r)
+    return slot, *reference.group_slots(slot, metric.shape[-2] - r)
 
 
 def _fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, _ = metric.shape
+    batch, tokens = metric.shape[0], metric.shape[-2]
     order, offsets = (metric.new_empty(batch, count, dtype=torch.int32) for count in (tokens, tokens - r + 1))
     return metric.new_empty(batch, tokens, dtype=torch.int64), order, offsets
 
@@ -49,13 +49,16 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
 
     Equivalent PyTorch, without prefix::
 
+        metric = metric.mean(1)  # of keys: float32 sums, rounded once
         unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         best, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)
         moving = (-best).sort(dim=1, stable=True).indices[:, :r]
 
     Args:
-        metric: (B, N, D), N at least 2: what similarity is measured in, in ToMe the keys averaged over heads.
-            float32, float16, bfloat16 (reference: any). Products are summed in float32.
+        metric: (B, N, D), N at least 2: what similarity is measured in. Or keys (B, H, N, D) of any strides, such as a
+            view of a packed qkv, of which the mean over the heads is the metric (ToMe): up to 640 tokens in half
+            precision it never reaches memory. float32, float16, bfloat16 (reference: any). Products are summed in
+            float32.
         r: number of tokens to merge, 0 .. (N - prefix) // 2.
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
@@ -78,9 +81,11 @@ def match_tokens_groups(
     Returns:
         slot (B, N), and what :func:`prepare_merge` returns for it: the groups for the kernels, None for the reference.
     """
-    check_shape("metric", metric, "B N D")
+    check_shape("metric", metric, "B H N D" if isinstance(metric, Tensor) and metric.ndim == 4 else "B N D")
     check_floating("metric", metric)
-    tokens = metric.shape[1]
+    if metric.ndim == 4 and metric.shape[1] == 0:
+        raise ValueError(f"keys must have at least one head, got shape {shape_of(metric)}")
+    tokens = metric.shape[-2]
     if tokens < 2:
         raise ValueError(f"metric must have at least 2 tokens, got shape {shape_of(metric)}")
     check_count("prefix", prefix, 0, tokens)

@@ -12,8 +12,9 @@ from .. import reference
 from ..backends import resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
+from ._norm import check_norm, fake_norm, norm_backward, save_norm
 
-__all__ = ["group_slots", "merge_tokens", "prepare_merge", "unmerge_tokens"]
+__all__ = ["group_slots", "merge_tokens", "merge_tokens_norm", "prepare_merge", "unmerge_tokens"]
 
 
 def _triton_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
@@ -83,30 +84,86 @@ def _reference_merge_learned(
     return *_reference_merge(x, slot, order, offsets, size, residual, eps, head), size
 
 
-def _triton_merge_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float) -> Tensor:
+def _triton_merge_norm(
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+    log_weight: Tensor | None,
+    log_bias: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import merge_tokens as kernels
 
-    return kernels.spread_slots(dense_rows(grad), slot, size, total, eps)
+    given = residual, head, log_weight, weight, bias
+    residual, head, log_weight, weight, bias = (None if rows is None else dense_rows(rows) for rows in given)
+    log_size, norm = (log_weight, log_bias), (weight, bias, norm_eps)
+    return kernels.merge_tokens_norm(dense_rows(x), order, offsets, size, residual, eps, head, log_size, norm)
+
+
+def _reference_merge_norm(
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+    log_weight: Tensor | None,
+    log_bias: Tensor | None,
+    *norm: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    learned = x.new_empty(x.shape[0], 0, dtype=reference.accumulator(x.dtype))
+    if log_weight is not None and log_bias is not None:
+        size = learned = reference.learned_sizes(x, log_weight, log_bias)
+    merged, total = _reference_merge(x, slot, order, offsets, size, residual, eps, head)
+    merged, normed, statistics = reference.with_norm(merged, *norm)
+    return merged, total, learned, normed, statistics
+
+
+def _triton_merge_backward(
+    grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, total: Tensor, eps: float
+) -> Tensor:
+    from ..kernels import merge_tokens as kernels
+
+    return kernels.spread_slots(dense_rows(grad), order, offsets, size, total, eps)
 
 
 def _triton_merge_size_backward(
-    grad: Tensor, x: Tensor, slot: Tensor, size: Tensor, total: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor,
+    total: Tensor,
+    eps: float,
+    weight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from ..kernels import merge_tokens as kernels
 
-    return kernels.merge_tokens_size_backward(dense_rows(grad), dense_rows(x), slot, size, total, eps)
+    weight = None if weight is None else dense_rows(weight)
+    rows = dense_rows(grad), dense_rows(x)
+    return kernels.merge_tokens_size_backward(*rows, order, offsets, size, total, eps, weight)
 
 
-def _triton_unmerge(x: Tensor, slot: Tensor) -> Tensor:
+def _triton_unmerge(x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     from ..kernels import merge_tokens as kernels
 
-    return kernels.spread_slots(dense_rows(x), slot)
+    return kernels.spread_slots(dense_rows(x), order, offsets)
 
 
-def _triton_unmerge_backward(grad: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+def _triton_unmerge_backward(grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     from ..kernels import merge_tokens as kernels
 
-    return kernels.sum_slots(dense_rows(grad), slot, num_slots)
+    return kernels.sum_grouped(dense_rows(grad), order, offsets)
 
 
 def _fake_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
@@ -146,6 +203,24 @@ def _fake_merge_learned(
     return merged, total, total.new_empty(slot.shape)
 
 
+def _fake_merge_norm(
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+    log_weight: Tensor | None,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    merged, total = _fake_merge(x, slot, order, offsets, None, residual, eps, head)
+    learned = total.new_empty(x.shape[0], 0) if log_weight is None else total.new_empty(slot.shape)
+    merged, normed, statistics = fake_norm(merged)
+    return merged, total, learned, normed, statistics
+
+
 _group = register(
     "group_slots(Tensor slot, SymInt num_out) -> (Tensor, Tensor)",
     triton=_triton_group,
@@ -166,48 +241,53 @@ _merge_learned = register(
     reference=_reference_merge_learned,
     fake=_fake_merge_learned,
 )
+_merge_norm = register(
+    "merge_tokens_norm(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor? residual, float eps,"
+    " Tensor? head, Tensor? log_weight, Tensor? log_bias, Tensor? weight, Tensor? bias, float norm_eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=_triton_merge_norm,
+    reference=_reference_merge_norm,
+    fake=_fake_merge_norm,
+)
 _merge_backward = register(
-    "merge_tokens_backward(Tensor grad, Tensor slot, Tensor? size, Tensor total, float eps) -> Tensor",
+    "merge_tokens_backward(Tensor grad, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor total,"
+    " float eps) -> Tensor",
     triton=_triton_merge_backward,
-    reference=reference.merge_tokens_backward,
-    fake=lambda grad, slot, size, total, eps: grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
+    reference=lambda grad, slot, order, offsets, *others: reference.merge_tokens_backward(grad, slot, *others),
+    fake=lambda grad, slot, *others: grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
 )
 _merge_size_backward = register(
-    "merge_tokens_size_backward(Tensor grad, Tensor x, Tensor slot, Tensor size, Tensor total, float eps)"
-    " -> (Tensor, Tensor)",
+    "merge_tokens_size_backward(Tensor grad, Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor size,"
+    " Tensor total, float eps, Tensor? weight) -> (Tensor, Tensor)",
     triton=_triton_merge_size_backward,
-    reference=reference.merge_tokens_size_backward,
-    fake=lambda grad, x, slot, size, total, eps: (
+    reference=lambda grad, x, slot, order, offsets, *others: reference.merge_tokens_size_backward(
+        grad, x, slot, *others
+    ),
+    fake=lambda grad, x, slot, order, offsets, size, total, *others: (
         grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
         total.new_empty(slot.shape),
     ),
 )
 _unmerge = register(
-    "unmerge_tokens(Tensor x, Tensor slot) -> Tensor",
+    "unmerge_tokens(Tensor x, Tensor slot, Tensor order, Tensor offsets) -> Tensor",
     triton=_triton_unmerge,
-    reference=reference.unmerge_tokens,
-    fake=lambda x, slot: x.new_empty(x.shape[0], slot.shape[1], x.shape[2]),
+    reference=lambda x, slot, order, offsets: reference.unmerge_tokens(x, slot),
+    fake=lambda x, slot, order, offsets: x.new_empty(x.shape[0], slot.shape[1], x.shape[2]),
 )
 _unmerge_backward = register(
-    "unmerge_tokens_backward(Tensor grad, Tensor slot, SymInt num_slots) -> Tensor",
+    "unmerge_tokens_backward(Tensor grad, Tensor slot, Tensor order, Tensor offsets) -> Tensor",
     triton=_triton_unmerge_backward,
-    reference=reference.sum_slots,
-    fake=lambda grad, slot, num_slots: grad.new_empty(grad.shape[0], num_slots, grad.shape[2]),
+    reference=lambda grad, slot, order, offsets: reference.sum_slots(grad, slot, offsets.shape[1] - 1),
+    fake=lambda grad, slot, order, offsets: grad.new_empty(grad.shape[0], offsets.shape[1] - 1, grad.shape[2]),
 )
-
-
-def _added_gradients(ctx: Any, grad: Tensor, residual: int, head: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient of the merged rows, and those of residual and head, the inputs at these places, if wanted."""
-    merged = grad[:, ctx.num_head :] if ctx.num_head else grad
-    return (
-        merged,
-        merged.to(ctx.residual_dtype) if ctx.needs_input_grad[residual] else None,
-        grad[:, : ctx.num_head].to(ctx.x_dtype) if ctx.needs_input_grad[head] else None,
-    )
 
 
 class MergeTokens(torch.autograd.Function):
-    """Gradient of x: every token gets its share size / total of its slot's gradient. Slots get none."""
+    """Gradient of x: every token gets its share size / total of its slot's gradient. Slots get none.
+
+    With a layer, sizes are exp(log_weight . x + log_bias): their gradient goes on to the layer and, once more, x. With
+    a norm_eps, the rows are also normalised.
+    """
 
     @staticmethod
     def forward(
@@ -220,93 +300,147 @@ class MergeTokens(torch.autograd.Function):
         residual: Tensor | None,
         eps: float,
         head: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        merged, total = _merge(x, slot, order, offsets, size, residual, eps, head)
-        ctx.save_for_backward(slot, size, total, x if ctx.needs_input_grad[4] else None)
+        log_weight: Tensor | None = None,
+        log_bias: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm_eps: float | None = None,
+    ) -> tuple[Tensor, ...]:
+        arguments = x, slot, order, offsets
+        needs_x = ctx.needs_input_grad[4] or log_weight is not None
+        extra: tuple[Tensor, ...] = ()
+        if norm_eps is not None:
+            options = size, residual, eps, head, log_weight, log_bias, weight, bias, norm_eps
+            merged, total, learned, *extra = _merge_norm(*arguments, *options)
+        elif log_weight is not None:
+            merged, total, learned = _merge_learned(*arguments, log_weight, log_bias, residual, eps, head)
+        else:
+            merged, total = _merge(*arguments, size, residual, eps, head)
+        if log_weight is not None:
+            size = learned
+        kept = (merged, extra[1], weight) if extra else ()
+        ctx.save_for_backward(x if needs_x else None, slot, order, offsets, size, total, log_weight, *kept)
+        save_norm(ctx, 10, weight, bias)
         ctx.eps = eps
         ctx.x_dtype = x.dtype
+        ctx.log_bias_dtype = None if log_bias is None else log_bias.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.num_head = 0 if head is None else head.shape[1]
         ctx.mark_non_differentiable(total)
-        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-        return merged, total
+        return merged, total, *extra[:1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return (None,) * 8
-        slot, size, total, x = ctx.saved_tensors
-        grad_x = grad_size = None
-        grad, grad_residual, grad_head = _added_gradients(ctx, grads[0], residual=5, head=7)
-        if ctx.needs_input_grad[4]:
-            grad_x, grad_size = _merge_size_backward(grad, x, slot, size, total, ctx.eps)
-            grad_x, grad_size = grad_x.to(ctx.x_dtype), grad_size.to(size.dtype)
-        elif ctx.needs_input_grad[0]:
-            grad_x = _merge_backward(grad, slot, size, total, ctx.eps).to(ctx.x_dtype)
-        return grad_x, None, None, None, grad_size, grad_residual, None, grad_head
-
-
-class MergeLearned(torch.autograd.Function):
-    """As MergeTokens for sizes exp(weight . x + bias): their gradient goes on to weight, bias and, once more, x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        slot: Tensor,
-        order: Tensor,
-        offsets: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        residual: Tensor | None,
-        eps: float,
-        head: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        merged, total, size = _merge_learned(x, slot, order, offsets, weight, bias, residual, eps, head)
-        ctx.save_for_backward(x, slot, size, total, weight)
-        ctx.eps = eps
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, bias.dtype
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.num_head = 0 if head is None else head.shape[1]
-        ctx.mark_non_differentiable(total)
-        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
-        return merged, total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if grads[0] is None:
-            return (None,) * 9
-        x, slot, size, total, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        grad, grad_residual, grad_head = _added_gradients(ctx, grads[0], residual=6, head=8)
-        if any(ctx.needs_input_grad[index] for index in (0, 4, 5)):
-            grad_x, grad_size = _merge_size_backward(grad, x, slot, size, total, ctx.eps)
-            exponent = grad_size * size
-            grad_x = torch.addcmul(grad_x.to(x.dtype), exponent.to(x.dtype).unsqueeze(-1), weight.to(x.dtype))
-            dtype = torch.promote_types(x.dtype, weight.dtype)  # a layer in float32 wants its gradient so too
-            products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
-            grad_weight = products.sum(0, dtype=exponent.dtype).to(weight.dtype)
-            grad_bias = exponent.sum().view(1).to(ctx.bias_dtype)
-        return grad_x, None, None, None, grad_weight, grad_bias, grad_residual, None, grad_head
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, slot, order, offsets, size, total, log_weight, *kept = ctx.saved_tensors
+        upstream, grad_weight, grad_bias = grads[0], None, None
+        if kept:
+            upstream, grad_weight, grad_bias = norm_backward(ctx, upstream, grads[2], *kept)
+        if upstream is None:
+            return (None,) * 13
+        grad = upstream[:, ctx.num_head :] if ctx.num_head else upstream
+        slots = slot, order, offsets
+        wanted = ctx.needs_input_grad
+        grad_x = grad_size = grad_log_weight = grad_log_bias = None
+        if log_weight is not None:
+            if wanted[0] or wanted[8] or wanted[9]:
+                grad_x, grad_size = _merge_size_backward(grad, x, *slots, size, total, ctx.eps, log_weight)
+                exponent = grad_size * size
+                dtype = torch.promote_types(x.dtype, log_weight.dtype)  # a layer in float32 wants its gradient so too
+                products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
+                grad_log_weight = products.sum(0, dtype=exponent.dtype).to(log_weight.dtype)
+                grad_log_bias = exponent.sum().view(1).to(ctx.log_bias_dtype)
+                grad_size = None
+        elif wanted[4]:
+            grad_x, grad_size = _merge_size_backward(grad, x, *slots, size, total, ctx.eps, None)
+            grad_size = grad_size.to(size.dtype)
+        elif wanted[0]:
+            grad_x = _merge_backward(grad, *slots, size, total, ctx.eps)
+        return (
+            None if grad_x is None else grad_x.to(ctx.x_dtype),
+            None,
+            None,
+            None,
+            grad_size,
+            grad.to(ctx.residual_dtype) if wanted[5] else None,
+            None,
+            upstream[:, : ctx.num_head].to(ctx.x_dtype) if wanted[7] else None,
+            grad_log_weight,
+            grad_log_bias,
+            grad_weight,
+            grad_bias,
+            None,
+        )
 
 
 class UnmergeTokens(torch.autograd.Function):
     """Gradient: every slot gets the sum over its tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        ctx.num_slots = x.shape[1]
-        return _unmerge(x, slot)
+    def forward(ctx: Any, x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(slot, order, offsets)
+        return _unmerge(x, slot, order, offsets)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _unmerge_backward(grads[0], ctx.saved_tensors[0], ctx.num_slots), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _unmerge_backward(grads[0], *ctx.saved_tensors), None, None, None
 
 
 def _check_slot(slot: Tensor) -> None:
     check_shape("slot", slot, "B N")
     check_index("slot", slot)
+
+
+def _check_merge(
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    size: Tensor | None,
+    log_size: tuple[Tensor, Tensor] | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+) -> list[Tensor]:
+    """Raise if they do not fit together; returns those whose dtype and device decide about the backend."""
+    check_shape("x", x, "B N C")
+    check_floating("x", x)
+    _check_slot(slot)
+    check_same("x", x, "slot", slot)
+    check_count("num_out", num_out, 1, 2**31 - 2)
+    if shape_of(slot) != shape_of(x)[:2]:
+        raise ValueError(f"slot must have shape {shape_of(x)[:2]}, got {shape_of(slot)}")
+    if size is not None:
+        check_same("x", x, "size", size)
+        if shape_of(size) != shape_of(slot):
+            raise ValueError(f"size must have shape {shape_of(slot)}, got {shape_of(size)}")
+    if log_size is not None:
+        if size is not None:
+            raise ValueError("size and log_size exclude each other, got both")
+        if not isinstance(log_size, tuple) or len(log_size) != 2:
+            raise TypeError(f"log_size must be a pair of weight and bias, got {type(log_size).__name__}")
+        for name, tensor, layout, shape in (
+            ("weight", log_size[0], "1 C", (1, x.shape[2])),
+            ("bias", log_size[1], "1", (1,)),
+        ):
+            check_shape(name, tensor, layout)
+            check_floating(name, tensor)
+            check_same("x", x, name, tensor)
+            if shape_of(tensor) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
+    if residual is not None:
+        check_same("x", x, "residual", residual)
+        expected = (x.shape[0], num_out, x.shape[2])
+        if shape_of(residual) != expected:
+            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0.0 <= eps < math.inf:
+        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+    if head is not None:
+        check_shape("head", head, "B P C")
+        check_same("x", x, "head", head, dtype=True)
+        if (head.shape[0], head.shape[2]) != (x.shape[0], x.shape[2]):
+            raise ValueError(f"head must have shape ({x.shape[0]}, P, {x.shape[2]}), got {shape_of(head)}")
+    return [x, *(() if residual is None else (residual,)), *(log_size or ())]
 
 
 def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -374,56 +508,77 @@ def merge_tokens(
         TypeError: x or log_size not floating point, log_size not a pair, slot not an integer tensor, head not in x's
             dtype, eps not a number.
     """
-    check_shape("x", x, "B N C")
-    check_floating("x", x)
-    _check_slot(slot)
-    check_same("x", x, "slot", slot)
-    check_count("num_out", num_out, 1, 2**31 - 2)
-    if shape_of(slot) != shape_of(x)[:2]:
-        raise ValueError(f"slot must have shape {shape_of(x)[:2]}, got {shape_of(slot)}")
-    if size is not None:
-        check_same("x", x, "size", size)
-        if shape_of(size) != shape_of(slot):
-            raise ValueError(f"size must have shape {shape_of(slot)}, got {shape_of(size)}")
-    if log_size is not None:
-        if size is not None:
-            raise ValueError("size and log_size exclude each other, got both")
-        if not isinstance(log_size, tuple) or len(log_size) != 2:
-            raise TypeError(f"log_size must be a pair of weight and bias, got {type(log_size).__name__}")
-        for name, tensor, layout, shape in (
-            ("weight", log_size[0], "1 C", (1, x.shape[2])),
-            ("bias", log_size[1], "1", (1,)),
-        ):
-            check_shape(name, tensor, layout)
-            check_floating(name, tensor)
-            check_same("x", x, name, tensor)
-            if shape_of(tensor) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
-    if residual is not None:
-        check_same("x", x, "residual", residual)
-        expected = (x.shape[0], num_out, x.shape[2])
-        if shape_of(residual) != expected:
-            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
-    if head is not None:
-        check_shape("head", head, "B P C")
-        check_same("x", x, "head", head, dtype=True)
-        if (head.shape[0], head.shape[2]) != (x.shape[0], x.shape[2]):
-            raise ValueError(f"head must have shape ({x.shape[0]}, P, {x.shape[2]}), got {shape_of(head)}")
-    if resolve(backend, x, *(() if residual is None else (residual,)), *(log_size or ())) == "reference":
+    tensors = _check_merge(x, slot, num_out, size, log_size, residual, eps, head)
+    if resolve(backend, *tensors) == "reference":
         if log_size is not None:
             size = reference.learned_sizes(x, *log_size)
         return reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
     order, offsets = _group(slot, num_out) if groups is None else groups
-    if log_size is not None:
-        return MergeLearned.apply(x, slot, order, offsets, *log_size, residual, float(eps), head)
-    return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head)
+    return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head, *(log_size or ()))
 
 
-def unmerge_tokens(x: Tensor, slot: Tensor, *, backend: str | None = None) -> Tensor:
+def merge_tokens_norm(
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    size: Tensor | None = None,
+    log_size: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    head: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`merge_tokens`, with its arguments, and the layer normalisation that follows it, in one pass over memory.
+
+    Equivalent PyTorch::
+
+        merged, size = merge_tokens(x, slot, num_out, size=size, residual=residual, head=head, ...)
+        merged, size, F.layer_norm(merged, (C,), weight, bias, norm_eps)
+
+    Args:
+        x: (B, N, C) tokens.
+        slot: (B, N) the slot of every token.
+        num_out: number of slots.
+        weight: (C,) what the normalised rows are multiplied with, of any floating dtype, or None for ones.
+        bias: (C,) what is added to them, of any floating dtype, or None for zeros.
+        norm_eps: added to the variance.
+        size: (B, N) the weights of the tokens, or None for ones.
+        log_size: weight (1, C) and bias (1,) of a layer that gives their logarithm, in place of size.
+        residual: (B, num_out, C) to be added to the merged rows, or None.
+        groups: what :func:`group_slots` returned for this slot.
+        eps: added to what the sums are divided by.
+        head: (B, P, C) rows to be put in front of the merged ones; they are normalised too.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        merged (B, P + num_out, C) and the new sizes (B, num_out) of :func:`merge_tokens`, and normed
+        (B, P + num_out, C) in merged's dtype; the statistics are float32 and those of merged as it is stored.
+        Differentiable in x, size, log_size, residual, head, weight and bias.
+
+    Raises:
+        ValueError: as in :func:`merge_tokens`; weight or bias of another shape, norm_eps negative or not finite.
+        TypeError: as in :func:`merge_tokens`; weight or bias not floating point, norm_eps not a number.
+    """
+    tensors = _check_merge(x, slot, num_out, size, log_size, residual, eps, head)
+    tensors += check_norm(x, weight, bias, norm_eps)
+    if resolve(backend, *tensors) == "reference":
+        if log_size is not None:
+            size = reference.learned_sizes(x, *log_size)
+        merged, total = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
+        return merged, total, reference.layer_norm(merged, weight, bias, norm_eps)
+    order, offsets = _group(slot, num_out) if groups is None else groups
+    arguments = x, slot, order, offsets, size, residual, float(eps), head, *(log_size or (None, None))
+    return MergeTokens.apply(*arguments, weight, bias, float(norm_eps))
+
+
+def unmerge_tokens(
+    x: Tensor, slot: Tensor, *, groups: tuple[Tensor, Tensor] | None = None, backend: str | None = None
+) -> Tensor:
     """Give every token the row of its slot, and zeros to those that were dropped.
 
     Equivalent PyTorch: ``x.gather(1, slot.unsqueeze(-1).expand(-1, -1, C))`` where no slot is -1.
@@ -431,6 +586,8 @@ def unmerge_tokens(x: Tensor, slot: Tensor, *, backend: str | None = None) -> Te
     Args:
         x: (B, M, C) rows.
         slot: (B, N) int64 or int32, values -1 .. M - 1, not checked; -1 gives zeros.
+        groups: what :func:`group_slots` returned for this slot and M slots, to save that step; the reference does not
+            need it.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
@@ -448,4 +605,5 @@ def unmerge_tokens(x: Tensor, slot: Tensor, *, backend: str | None = None) -> Te
         raise ValueError(f"slot must have x's batch size {x.shape[0]}, got shape {shape_of(slot)}")
     if resolve(backend, x) == "reference":
         return reference.unmerge_tokens(x, slot)
-    return UnmergeTokens.apply(x, slot)
+    order, offsets = _group(slot, x.shape[1]) if groups is None else groups
+    return UnmergeTokens.apply(x, slot, order, offsets)

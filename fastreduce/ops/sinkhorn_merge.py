@@ -160,8 +160,9 @@ def sinkhorn_merge(
     eps: float = 1.0,
     iters: int = 3,
     head: Tensor | None = None,
+    similarity: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Replace the tokens by K sums of normalised tokens, weighted by a Sinkhorn transport plan (Sinkhorn Tokenizer).
 
     Equivalent PyTorch::
@@ -182,6 +183,8 @@ def sinkhorn_merge(
         eps: temperature of the plan, positive; everything stays in the log domain, so 0.01 is as good as 1.
         iters: how many times both biases are updated, at least 1.
         head: (B, P, C) rows to put before the merged ones, unchanged, or None.
+        similarity: False returns None for the similarity. The reference, where no gradient is wanted, then keeps
+            nothing of its size: memory grows as the tokens do, for one more product of tokens and centers an iteration.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
@@ -220,9 +223,13 @@ def sinkhorn_merge(
             raise ValueError(f"head must have shape ({batch}, P, {channels}), got {shape_of(head)}")
         tensors.append(head)
     eps = float(eps)
-    if resolve(backend, *tensors) == "reference":
-        merged, similarity, token_bias, *_, cluster_biases = reference.sinkhorn_merge(x, centers, eps, iters, head)
+    by_reference = resolve(backend, *tensors) == "reference"
+    if by_reference and not similarity and not torch.is_grad_enabled():
+        merged, token_bias, cluster_bias = reference.sinkhorn_merge_blocks(x, centers, eps, iters, head)
+        return merged, None, token_bias, cluster_bias
+    if by_reference:
+        merged, products, token_bias, *_, cluster_biases = reference.sinkhorn_merge(x, centers, eps, iters, head)
     else:
-        merged, similarity, token_bias, cluster_biases = SinkhornMerge.apply(x, centers, eps, iters, head)
+        merged, products, token_bias, cluster_biases = SinkhornMerge.apply(x, centers, eps, iters, head)
     clusters = centers.shape[0]
-    return merged, similarity[..., :clusters], token_bias, cluster_biases[:, -1, :clusters]
+    return merged, products[..., :clusters] if similarity else None, token_bias, cluster_biases[:, -1, :clusters]

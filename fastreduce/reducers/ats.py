@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer
+from ..tokens import Packing, Plan, Tokens
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all, gather
 from .schedule import KeepSchedule
 
 __all__ = ["ATS"]
+
+
+class PackedBlock(AttentionBlock, Protocol):
+    """A block whose pieces also take packed tokens (1, T, C), with T anything in the place of N and M."""
+
+    def query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, T, C) -> three of (1, H, T, D)."""
+        ...
+
+    def early_query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, T, C) -> q (1, H, B or T, D), k and v (1, H, T, D); q may hold the images' class tokens alone."""
+        ...
+
+    def attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens, queries: Packing, rows: int
+    ) -> Tensor:
+        """As ``attend_kept``, of packed keys -> (1, rows, H * D), which lie as ``queries`` says."""
+        ...
+
+    def branch(self, attended: Tensor, packing: Packing | None = None) -> Tensor:
+        """(1, T, H * D) -> (1, T, C)."""
+        ...
 
 
 class ATS(ScheduledReducer):
@@ -27,6 +49,10 @@ class ATS(ScheduledReducer):
         trim: cut the padding down to the longest image of the batch. That needs the number on the host: None does so
             in eager mode on the CPU, where it costs nothing; True everywhere but in a compiled graph; False never.
             Logits do not depend on it.
+        packed: pad nothing: as soon as images keep different numbers, the tokens of all lie in one row behind each
+            other, and every layer works on those that are there and on no other. Logits do not depend on it; attention
+            dropout is refused in training. Where padding is not trimmed the row has room for the most that could be
+            kept, which the kernels pass over; adapters, quantised layers and hooks see the whole row, (1, T, C).
         backend: see :func:`fastreduce.backend`.
     """
 
@@ -34,12 +60,19 @@ class ATS(ScheduledReducer):
     ragged = True
 
     def __init__(
-        self, blocks: tuple[int, ...], schedule: KeepSchedule, trim: bool | None = None, backend: str = "auto"
+        self,
+        blocks: tuple[int, ...],
+        schedule: KeepSchedule,
+        trim: bool | None = None,
+        packed: bool = False,
+        backend: str = "auto",
     ):
         super().__init__(blocks, schedule, backend)
         if trim is not None and not isinstance(trim, bool):
             raise TypeError(f"trim must be True, False or None, got {trim!r}")
-        self.trim = trim
+        if not isinstance(packed, bool):
+            raise TypeError(f"packed must be True or False, got {packed!r}")
+        self.trim, self.packed = trim, packed
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
@@ -48,10 +81,14 @@ class ATS(ScheduledReducer):
             raise ValueError("ats samples by the attention of the class token, and this model has none")
         return super().make(shape, **arguments)
 
+    def _trims(self, index: Tensor) -> bool:
+        """Whether the host may wait for numbers."""
+        trim = self.trim if self.trim is not None else index.device.type == "cpu"
+        return trim and not torch.compiler.is_compiling() and index.device.type != "meta" and len(index) > 0
+
     def _without_padding(self, index: Tensor, valid: Tensor, prefix: int) -> tuple[Tensor, Tensor | None]:
         """Cut columns that are padding in every image; no ``valid`` where nothing else is left to mask."""
-        trim = self.trim if self.trim is not None else index.device.type == "cpu"
-        if not trim or torch.compiler.is_compiling() or index.device.type == "meta" or not len(index):
+        if not self._trims(index):
             return index, valid
         longest = int(valid.sum(1).max())
         valid = valid[:, :longest]
@@ -59,6 +96,8 @@ class ATS(ScheduledReducer):
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with sampling; the kept tokens come out in ascending position, padding behind them."""
+        if tokens.packing is not None:
+            return self._attend_packed(cast(PackedBlock, block), tokens, tokens.packing, stage)
         prefix, backend = tokens.prefix, self.backend
         normed = block.norm(tokens.x)
         q, k, v = block.early_query_key_value(normed)
@@ -68,13 +107,88 @@ class ATS(ScheduledReducer):
         budget = self.schedule.count(stage, tokens.patches)
         index, valid = ops.sample_tokens(scores, budget, prefix=prefix, backend=backend)
         index, seen = self._without_padding(index, valid, prefix)
+        if self.packed and seen is not None:
+            keys, packing = tokens.packed()
+            rows = normed.reshape(1, -1, normed.shape[2])
+            row_q, row_k, row_v = (_in_one_row(heads) for heads in (q, k, v))
+            return self._keep_packed(cast(PackedBlock, block), keys, packing, rows, row_q, row_k, row_v, index, seen)
         attended = block.attend_kept(q, k, v, normed, index, tokens)
-        x = ops.gather_tokens(tokens.x, index, prefix=prefix, residual=block.branch(attended), backend=backend)
-        plan = Plan(
-            block.index,
-            tokens.num_patches,
-            index.shape[1],
-            kept=index,
-            valid=None if seen is None else seen[:, prefix:],
+        x, following = gather(
+            block.mlp_norm(tokens.x), tokens.x, index, prefix=prefix, residual=block.branch(attended), backend=backend
         )
-        return tokens.replace(x, valid=seen, plans=(*tokens.plans, plan))
+        bias = None if seen is None else seen.log()  # 0 and -inf
+        plans = (*tokens.plans, _plan(block, tokens, index, seen))
+        return tokens.replace(x, normed=following, bias=bias, valid=seen, plans=plans)
+
+    def _attend_packed(self, block: PackedBlock, tokens: Tokens, packing: Packing, stage: int) -> Tokens:
+        """The same on tokens of all images in one row, from which one comes out."""
+        prefix, backend = tokens.prefix, self.backend
+        normed = block.norm(tokens.x)
+        q, k, v = block.early_query_key_value(normed, packing)
+        class_rows = q[0] if q.shape[2] < normed.shape[1] else q[0].index_select(1, packing.offsets[:-1])
+        scores = ops.cls_scores(
+            class_rows.transpose(0, 1),
+            k,
+            prefix=prefix,
+            scale=block.scale,
+            value=v,
+            offsets=packing.offsets,
+            longest=packing.longest,
+            backend=backend,
+        )
+        budget = self.schedule.count(stage, tokens.patches)
+        index, valid = ops.sample_tokens(scores, budget, prefix=prefix, backend=backend)
+        index, seen = self._without_padding(index, valid, prefix)
+        return self._keep_packed(block, tokens, packing, normed, q, k, v, index, seen)
+
+    def _keep_packed(
+        self,
+        block: PackedBlock,
+        keys: Tokens,
+        packing: Packing,
+        normed: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        index: Tensor,
+        seen: Tensor | None,
+    ) -> Tokens:
+        """Attention of the kept tokens over packed keys, and their sum with what they were."""
+        longest = keys.prefix + index.shape[1]
+        valid = index.new_ones(len(index), longest, dtype=torch.bool) if seen is None else seen
+        offsets = ops.token_offsets(valid, backend=self.backend)
+        queries = Packing(offsets, longest)
+        rows = int(offsets[-1]) if self._trims(index) else len(index) * longest
+        attended = block.attend_packed(q, k, v, normed, index, keys, queries, rows)
+        x = ops.gather_packed(
+            keys.x,
+            index,
+            (packing.offsets, offsets),
+            num_out=rows,
+            prefix=keys.prefix,
+            residual=block.branch(attended, queries),
+            backend=self.backend,
+        )
+        plans = (*keys.plans, _plan(block, keys, index, seen))
+        return keys.replace(x, valid=seen, plans=plans, packing=queries)
+
+    def attend_between(self, block: AttentionBlock, tokens: Tokens) -> Tokens:
+        """The attention half of a block without a stage, packed where the tokens are."""
+        if tokens.packing is None:
+            return attend_all(block, tokens)
+        packed = cast(PackedBlock, block)
+        normed = packed.norm(tokens.x)
+        q, k, v = packed.query_key_value(normed, tokens.packing)
+        attended = packed.attention(q, k, v, normed, tokens)
+        return tokens.replace(tokens.x + packed.branch(attended, tokens.packing))
+
+
+def _in_one_row(heads: Tensor) -> Tensor:
+    """(B, H, N, D) -> (1, H, B * N, D), of a packed projection a view."""
+    return heads.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
+
+def _plan(block: AttentionBlock, tokens: Tokens, index: Tensor, seen: Tensor | None) -> Plan:
+    """What a stage decided, the same for packed tokens and padded ones."""
+    valid = None if seen is None else seen[:, tokens.prefix :]
+    return Plan(block.index, tokens.num_patches, index.shape[1], kept=index, valid=valid)

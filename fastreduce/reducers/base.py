@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,28 @@ from .. import ops
 from ..tokens import Tokens
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
-__all__ = ["AttentionBlock", "ModelShape", "Reducer", "ScheduledReducer", "attend_all", "importance", "is_bare"]
+__all__ = [
+    "AttentionBlock",
+    "ModelShape",
+    "Norm",
+    "Reducer",
+    "ScheduledReducer",
+    "attend_all",
+    "fuse",
+    "gather",
+    "importance",
+    "is_bare",
+    "is_unhooked",
+    "merge",
+]
+
+
+class Norm(NamedTuple):
+    """A layer normalisation that the kernel which makes its rows can apply in the same launch."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    norm_eps: float
 
 
 class AttentionBlock(Protocol):
@@ -40,6 +61,14 @@ class AttentionBlock(Protocol):
         """(B, N, C) -> (B, N, C), the norm before attention."""
         ...
 
+    def attention_norm(self, x: Tensor) -> Norm | None:
+        """The norm before attention, where the kernel that reduces ``x`` may apply it: see ``Tokens.normed``."""
+        ...
+
+    def mlp_norm(self, x: Tensor) -> Norm | None:
+        """The norm before the MLP, likewise."""
+        ...
+
     def query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> three of (B, H, N, D)."""
         ...
@@ -63,9 +92,14 @@ class AttentionBlock(Protocol):
         """Attention of M queries over N keys -> (B, M, H * D), before the output projection.
 
         ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them). ``keys`` are the tokens that k
-        and v came from: the logarithm of their ``size`` is added to the logits (proportional attention), keys that are
-        not ``valid`` are not seen, and a ``policy`` masks as DynamicViT's training does.
+        and v came from: their ``bias`` is added to the logits, and a ``policy`` masks as DynamicViT's training does.
         """
+        ...
+
+    def attention_and_received(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`attention`, and how much attention every key got, (B, N), summed over heads and queries."""
         ...
 
     def branch(self, attended: Tensor) -> Tensor:
@@ -141,7 +175,7 @@ class Reducer(nn.Module, abc.ABC):
         schedule = keep_schedule(keep_rate, keep, len(blocks), shape.patches)
         return cls(blocks, schedule, backend=backend, **options)  # type: ignore[call-arg, arg-type, misc]
 
-    def before(self, tokens: Tokens, stage: int) -> Tokens:
+    def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Reduce the tokens that enter the block of this stage; by default they pass."""
         return tokens
 
@@ -185,17 +219,48 @@ class ScheduledReducer(Reducer):
         return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether calling a module does what its class does: no hook, forward or backward, and no forward of its own."""
+    forward = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
+    return not forward and not module._backward_pre_hooks and not module._backward_hooks
+
+
 def is_bare(layer: nn.Module) -> bool:
     """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output."""
-    return type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_hooks
+    return type(layer) is nn.Linear and is_unhooked(layer)
 
 
 def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
     """The attention half of a block that reduces nothing."""
-    normed = block.norm(tokens.x)
+    normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
     q, k, v = block.query_key_value(normed)
     attended = block.attention(q, k, v, normed, tokens)
     return tokens.replace(tokens.x + block.branch(attended))
+
+
+def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """:func:`ops.gather_tokens`, and what the norm makes of its rows if there is one."""
+    if norm is None:
+        return ops.gather_tokens(x, index, **options), None
+    return ops.gather_tokens_norm(x, index, **norm._asdict(), **options)
+
+
+def fuse(
+    norm: Norm | None, x: Tensor, order: Tensor, scores: Tensor, k: int, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`ops.fuse_tokens`, and what the norm makes of its rows if there is one."""
+    if norm is None:
+        return ops.fuse_tokens(x, order, scores, k, **options), None
+    return ops.fuse_tokens_norm(x, order, scores, k, **norm._asdict(), **options)
+
+
+def merge(
+    norm: Norm | None, x: Tensor, slot: Tensor, num_out: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`ops.merge_tokens`, and what the norm makes of its rows if there is one."""
+    if norm is None:
+        return *ops.merge_tokens(x, slot, num_out, **options), None
+    return ops.merge_tokens_norm(x, slot, num_out, **norm._asdict(), **options)
 
 
 def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, backend: str) -> Tensor:

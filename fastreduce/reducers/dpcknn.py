@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import ModelShape, Reducer, ScheduledReducer, is_bare
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, is_bare, merge
 from .schedule import KeepSchedule
 
 __all__ = ["DPCKNN"]
@@ -77,7 +77,7 @@ class DPCKNN(ScheduledReducer):
         """Knows the width of the tokens."""
         return super().make(shape, channels=shape.channels, **arguments)
 
-    def before(self, tokens: Tokens, stage: int) -> Tokens:
+    def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Cluster, and merge in the order of the centres."""
         keep = self.schedule.count(stage, tokens.patches)
         if keep >= tokens.num_patches:
@@ -97,7 +97,8 @@ class DPCKNN(ScheduledReducer):
                 log_size = layer.score.weight, layer.score.bias  # applied in the launch of the merge
             else:
                 size = layer(patches)
-        x, _ = ops.merge_tokens(
+        x, _, normed = merge(
+            block.attention_norm(patches),
             patches,
             label,
             keep,
@@ -109,4 +110,4 @@ class DPCKNN(ScheduledReducer):
             backend=backend,
         )
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=centers, slot=label)
-        return tokens.replace(x, plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))

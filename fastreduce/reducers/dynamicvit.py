@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import ModelShape, Reducer, ScheduledReducer
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, gather
 from .schedule import KeepSchedule
 
 __all__ = ["DynamicViT"]
@@ -99,20 +99,20 @@ class DynamicViT(ScheduledReducer):
             raise ValueError(f"dynamicvit needs a width that is a multiple of 4, got {shape.channels}")
         return super().make(shape, channels=shape.channels, **arguments)
 
-    def before(self, tokens: Tokens, stage: int) -> Tokens:
+    def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Decide."""
-        return self._decide(tokens, stage) if self.training else self._select(tokens, stage)
+        return self._decide(tokens, stage) if self.training else self._select(block, tokens, stage)
 
-    def _select(self, tokens: Tokens, stage: int) -> Tokens:
+    def _select(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         keep = self.schedule.count(stage, tokens.patches)
         if keep >= tokens.num_patches:
             return tokens
         prefix = tokens.prefix
         scores = self.score_predictor[stage](tokens.x, prefix=prefix)[..., 0]
         kept = ops.select_topk(scores, keep, backend=self.backend)
-        x = ops.gather_tokens(tokens.x, kept, prefix=prefix, backend=self.backend)
+        x, normed = gather(block.attention_norm(tokens.x), tokens.x, kept, prefix=prefix, backend=self.backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=kept)
-        return tokens.replace(x, plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))
 
     def noise(self, like: Tensor) -> Tensor:
         """Exponential noise E of the shape of ``like``; -log E is what Gumbel-softmax adds to the log-probabilities."""

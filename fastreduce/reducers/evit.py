@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, importance
+from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, fuse, importance
 from .schedule import KeepSchedule
 
 __all__ = ["EViT"]
@@ -54,11 +54,9 @@ class EViT(ScheduledReducer):
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
             residual = block.branch(fused)
             bias = None if self.normalize else block.branch_bias  # normalised weights sum to one
-            x = ops.fuse_tokens(
-                tokens.x, order, scores, keep, prefix=prefix, residual=residual, residual_bias=bias, backend=backend
-            )
+            x, added = tokens.x, {"residual": residual, "residual_bias": bias}
         else:
-            x = tokens.x + block.branch(attended)
-            x = ops.fuse_tokens(x, order, scores, keep, prefix=prefix, backend=backend)
+            x, added = tokens.x + block.branch(attended), {}
+        x, following = fuse(block.mlp_norm(x), x, order, scores, keep, prefix=prefix, **added, backend=backend)
         plan = Plan(block.index, tokens.num_patches, keep + 1, kept=order[:, :keep], fused=True)
-        return tokens.replace(x, plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=following, plans=(*tokens.plans, plan))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all, gather
 from .schedule import KeepSchedule, as_tuple
 
 __all__ = ["KMedoids"]
@@ -87,7 +87,7 @@ class KMedoids(ScheduledReducer):
         """The block before the first stage gives the weights."""
         return self.blocks[0] if self.equal_weight else self.blocks[0] - 1
 
-    def before(self, tokens: Tokens, stage: int) -> Tokens:
+    def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Cluster, and gather the medoids in cluster order."""
         keep = self.schedule.count(stage, tokens.patches)
         if keep >= tokens.num_patches:
@@ -106,9 +106,9 @@ class KMedoids(ScheduledReducer):
             first=self.starts[stage],
             backend=backend,
         )
-        x = ops.gather_tokens(tokens.x, centers, prefix=prefix, backend=backend)
+        x, normed = gather(block.attention_norm(tokens.x), tokens.x, centers, prefix=prefix, backend=backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=centers, slot=label)
-        return tokens.replace(x, received=None, plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=normed, received=None, plans=(*tokens.plans, plan))
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half; where the next block has a stage, with the attention that every token receives."""
@@ -118,8 +118,7 @@ class KMedoids(ScheduledReducer):
         """Attention half; where the next block has a stage, with the attention that every token receives."""
         if self.equal_weight or block.index + 1 not in self.blocks:
             return attend_all(block, tokens)
-        normed = block.norm(tokens.x)
+        normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
         q, k, v = block.query_key_value(normed)
-        received = ops.received_scores(q.detach(), k.detach(), scale=block.scale, backend=self.backend)
-        attended = block.attention(q, k, v, normed, tokens)
-        return tokens.replace(tokens.x + block.branch(attended), received=received)
+        attended, received = block.attention_and_received(q, k, v, normed, tokens)
+        return tokens.replace(tokens.x + block.branch(attended), received=received.detach())

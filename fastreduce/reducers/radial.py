@@ -9,9 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..tokens import Plan, Tokens
-from .base import ModelShape, Reducer
+from .base import AttentionBlock, ModelShape, Reducer, gather
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
 __all__ = ["Radial", "contiguous_radii", "radii_of_counts", "ring_radius"]
@@ -134,12 +133,12 @@ class Radial(Reducer):
         """Patch tokens after each stage."""
         return [len(self._kept(stage)) for stage in range(len(self.blocks))]
 
-    def before(self, tokens: Tokens, stage: int) -> Tokens:
+    def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Gather the patches inside the radius, in ascending position."""
         kept = self._kept(stage)
         if len(kept) == tokens.num_patches:
             return tokens
         index = kept.expand(tokens.x.shape[0], -1)
-        x = ops.gather_tokens(tokens.x, index, prefix=tokens.prefix, backend=self.backend)
+        x, normed = gather(block.attention_norm(tokens.x), tokens.x, index, prefix=tokens.prefix, backend=self.backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, len(kept), kept=kept)
-        return tokens.replace(x, plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Plan, SoftWeights, Tokens
-from .base import ModelShape, Reducer
+from .base import AttentionBlock, ModelShape, Reducer, is_bare
 from .schedule import KeepSchedule
 
 __all__ = ["PatchMerger", "SiT", "Sinkhorn"]
+
+LOGITS = 1 << 20  # of an image that are in memory at a time if more are not kept
 
 
 class SoftReducer(Reducer):
@@ -44,7 +47,28 @@ class SoftReducer(Reducer):
         copied.
         """
 
-    def before(self, tokens: Tokens, stage: int) -> Tokens:
+    def in_blocks(self, x: Tensor, stage: int) -> bool:
+        """Whether to do some clusters at a time: they are many, and no gradient needs their logits later."""
+        return not torch.is_grad_enabled() and x.shape[1] * self.clusters[stage] > LOGITS
+
+    def merge_all(self, logits: Tensor, x: Tensor, head: Tensor) -> tuple[Tensor, SoftWeights]:
+        """Weighted means of x (B, N, C) behind the head (B, prefix, C), by a softmax of logits (B, N, clusters)."""
+        merged, logsumexp = ops.soft_merge(logits, x, head=head, backend=self.backend)
+        return merged, SoftWeights(logits, logsumexp=logsumexp)
+
+    def merge_blocks(
+        self, logits: Callable[[slice], Tensor], count: int, x: Tensor, head: Tensor
+    ) -> tuple[Tensor, SoftWeights]:
+        """The same for some clusters after the others, which do not depend on one another; no logits are kept."""
+        size = max(1, LOGITS // x.shape[1])
+        merged, logsumexp = [head], []
+        for start in range(0, count, size):
+            rows, sums = ops.soft_merge(logits(slice(start, start + size)), x, backend=self.backend)
+            merged.append(rows)
+            logsumexp.append(sums)
+        return torch.cat(merged, dim=1), SoftWeights(lambda: logits(slice(None)), logsumexp=torch.cat(logsumexp, dim=1))
+
+    def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Merge softly; the prefix stays."""
         prefix, count = tokens.prefix, self.clusters[stage]
         if count > tokens.num_patches:
@@ -95,9 +119,16 @@ class SiT(SoftReducer):
 
     def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
         """Weighted means of the tokens as they are."""
-        logits = self.cluster_layers[stage](x)[:, prefix:]
-        merged, logsumexp = ops.soft_merge(logits, x[:, prefix:], head=x[:, :prefix], backend=self.backend)
-        return merged, SoftWeights(logits, logsumexp=logsumexp)
+        layer: Any = self.cluster_layers[stage]
+        norm, first, activation, last = layer.weight
+        if not self.in_blocks(x, stage) or not is_bare(last):
+            return self.merge_all(layer(x)[:, prefix:], x[:, prefix:], x[:, :prefix])
+        hidden = activation(first(norm(x)))
+
+        def logits(clusters: slice) -> Tensor:
+            return (layer.scale * F.linear(hidden, last.weight[clusters], last.bias[clusters]))[:, prefix:]
+
+        return self.merge_blocks(logits, self.clusters[stage], x[:, prefix:], x[:, :prefix])
 
 
 class MergerQueries(nn.Module):
@@ -141,9 +172,13 @@ class PatchMerger(SoftReducer):
         layer: Any = self.cluster_layers[stage]
         normed = layer.norm(x)
         queries = layer.queries * x.shape[-1] ** -0.5 if self.scaled else layer.queries
-        logits = F.linear(normed, queries)[:, prefix:]
-        merged, logsumexp = ops.soft_merge(logits, normed[:, prefix:], head=x[:, :prefix], backend=self.backend)
-        return merged, SoftWeights(logits, logsumexp=logsumexp)
+
+        def logits(clusters: slice) -> Tensor:
+            return F.linear(normed, queries[clusters])[:, prefix:]
+
+        if not self.in_blocks(x, stage):
+            return self.merge_all(logits(slice(None)), normed[:, prefix:], x[:, :prefix])
+        return self.merge_blocks(logits, self.clusters[stage], normed[:, prefix:], x[:, :prefix])
 
 
 class TransportCenters(nn.Module):
@@ -207,12 +242,21 @@ class Sinkhorn(SoftReducer):
 
     def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
         """Sums of normalised tokens: what each token gives away adds up to one."""
+        centers, eps, patches = self._centers(stage), self.eps, x[:, prefix:]
         merged, similarity, token_bias, cluster_bias = ops.sinkhorn_merge(
-            x[:, prefix:],
-            self._centers(stage),
-            eps=self.eps,
+            patches,
+            centers,
+            eps=eps,
             iters=self.iters,
             head=x[:, :prefix],
+            similarity=not self.in_blocks(x, stage),
             backend=self.backend,
         )
-        return merged, SoftWeights(similarity, token_bias, cluster_bias)
+        if similarity is not None:
+            return merged, SoftWeights(similarity, token_bias, cluster_bias)
+
+        def again() -> Tensor:
+            unit = F.normalize(patches.to(token_bias.dtype), dim=2)
+            return unit @ centers.to(token_bias.dtype).t() / eps
+
+        return merged, SoftWeights(again, token_bias, cluster_bias)

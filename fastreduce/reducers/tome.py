@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, attend_all
+from .base import AttentionBlock, ModelShape, Reducer, attend_all, merge
 from .schedule import Keep, KeepRate, KeepSchedule, as_tuple, keep_schedule, stage_blocks
 
 __all__ = ["ToMe"]
@@ -105,13 +105,14 @@ class ToMe(Reducer):
             counts.append(present)
         return counts
 
-    def _match(self, metric: Tensor, tokens: Tokens, merges: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """(B, N) slot of every token after all rounds, and its groups.
+    def _match(self, keys: Tensor, tokens: Tokens, merges: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(B, H, N, D) -> (B, N) slot of every token after all rounds, and its groups.
 
         Later rounds compare the mean keys of what was merged.
         """
-        slot, groups = ops.match_tokens_groups(metric, merges[0], prefix=tokens.prefix, backend=self.backend)
-        present = metric.shape[1] - merges[0]
+        slot, groups = ops.match_tokens_groups(keys, merges[0], prefix=tokens.prefix, backend=self.backend)
+        present = keys.shape[2] - merges[0]
+        metric = keys.mean(1) if len(merges) > 1 else keys
         for count in merges[1:]:
             merged, _ = ops.merge_tokens(metric, slot, present, size=tokens.size, groups=groups, backend=self.backend)
             following = ops.match_tokens(merged, count, prefix=tokens.prefix, backend=self.backend)
@@ -128,7 +129,7 @@ class ToMe(Reducer):
         backend = self.backend
         normed = block.norm(tokens.x)
         q, k, v = block.query_key_value(normed)
-        slot, groups = self._match(k.detach().mean(1), tokens, merges)  # (B, N)
+        slot, groups = self._match(k.detach(), tokens, merges)  # (B, N)
         num_out = tokens.x.shape[1] - sum(merges)
         attended = block.attention(q, k, v, normed, tokens)
         if block.commutes:
@@ -136,9 +137,9 @@ class ToMe(Reducer):
             x, residual = tokens.x, block.branch(merged)
         else:
             x, residual = tokens.x + block.branch(attended), None
-        x, size = ops.merge_tokens(
-            x, slot, num_out, size=tokens.size, residual=residual, groups=groups, backend=backend
+        x, size, following = merge(
+            block.mlp_norm(x), x, slot, num_out, size=tokens.size, residual=residual, groups=groups, backend=backend
         )
         prefix = tokens.prefix
         plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot, slot_prefix=prefix)
-        return tokens.replace(x, size=size, plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=following, size=size, bias=size.log(), plans=(*tokens.plans, plan))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ScheduledReducer, attend_all, importance
+from .base import AttentionBlock, ScheduledReducer, attend_all, gather, importance
 
 __all__ = ["TopK"]
 
@@ -25,6 +25,8 @@ class TopK(ScheduledReducer):
         scores = importance(block, q, k, prefix, backend=backend)
         kept = ops.select_topk(scores, keep, backend=backend)  # (B, keep)
         attended = block.attend_kept(q, k, v, normed, kept, tokens)  # (B, prefix + keep, C)
-        x = ops.gather_tokens(tokens.x, kept, prefix=prefix, residual=block.branch(attended), backend=backend)
+        x, following = gather(
+            block.mlp_norm(tokens.x), tokens.x, kept, prefix=prefix, residual=block.branch(attended), backend=backend
+        )
         plan = Plan(block.index, tokens.num_patches, keep, kept=kept)
-        return tokens.replace(x, plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=following, plans=(*tokens.plans, plan))

@@ -4,13 +4,22 @@ Each file holds one primitive: the forward formula, and the backward formula whe
 computes in float32 (float64 for float64 inputs) and casts once at the end.
 """
 
+from ._norm import layer_norm, layer_norm_backward, with_norm
 from ._rows import accumulator, with_prefix
-from .attention import attention, attention_backward, attention_with_sums
-from .cls_scores import cls_scores, cls_scores_backward, cls_value_scores
+from .attention import attention, attention_backward, attention_scores, attention_with_sums, key_scores
+from .cls_scores import cls_scores, cls_scores_backward, cls_value_scores, cls_value_scores_packed
 from .cluster_dpc_knn import cluster_dpc_knn
 from .cluster_k_medoids import cluster_k_medoids
 from .fuse_tokens import fuse_tokens, fuse_tokens_backward
+from .gather_packed import (
+    gather_packed,
+    gather_packed_backward,
+    token_offsets,
+    unpack_tokens,
+    unpack_tokens_backward,
+)
 from .gather_tokens import gather_tokens, scatter_tokens
+from .linear_packed import linear_packed, linear_packed_backward
 from .match_tokens import match_tokens
 from .merge_tokens import (
     group_slots,
@@ -24,24 +33,33 @@ from .merge_tokens import (
 from .received_scores import received_logsumexp, received_scores, received_scores_backward
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
-from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward
+from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_blocks
 from .soft_merge import soft_merge, soft_merge_backward
 
 __all__ = [
     "accumulator",
     "attention",
     "attention_backward",
+    "attention_scores",
     "attention_with_sums",
     "cls_scores",
     "cls_scores_backward",
     "cls_value_scores",
+    "cls_value_scores_packed",
     "cluster_dpc_knn",
     "cluster_k_medoids",
     "fuse_tokens",
     "fuse_tokens_backward",
+    "gather_packed",
+    "gather_packed_backward",
     "gather_tokens",
     "group_slots",
+    "key_scores",
+    "layer_norm",
+    "layer_norm_backward",
     "learned_sizes",
+    "linear_packed",
+    "linear_packed_backward",
     "match_tokens",
     "merge_tokens",
     "merge_tokens_backward",
@@ -54,9 +72,14 @@ __all__ = [
     "select_topk",
     "sinkhorn_merge",
     "sinkhorn_merge_backward",
+    "sinkhorn_merge_blocks",
     "soft_merge",
     "soft_merge_backward",
     "sum_slots",
+    "token_offsets",
     "unmerge_tokens",
+    "unpack_tokens",
+    "unpack_tokens_backward",
+    "with_norm",
     "with_prefix",
 ]

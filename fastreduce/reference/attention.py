@@ -1,18 +1,58 @@
-"""Attention whose keys a policy hides softly (DynamicViT, METHODS section 3)."""
+"""Attention and what its matrix says about the keys.
+
+Keys may have a bias (ToMe's log size, METHODS section 5) or be hidden softly by a policy (DynamicViT, section 3), the
+queries be a subset (ATS, section 4), the images of several lengths and packed into one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ._rows import accumulator
+from ._blocks import block_rows
+from ._rows import accumulator, take_rows, with_prefix
+from .gather_tokens import scatter_tokens
 
-__all__ = ["attention", "attention_backward", "attention_with_sums"]
+__all__ = ["attention", "attention_backward", "attention_scores", "attention_with_sums", "key_scores"]
+
+Offsets = tuple[Tensor, Tensor]  # of queries and keys, (B + 1,) each
 
 
-def _logits(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _chosen(q: Tensor, index: Tensor, prefix: int) -> Tensor:
+    """(B, H, N, D) -> (B, H, prefix + M, D): ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``."""
+    rows = take_rows(q.transpose(1, 2).flatten(2), with_prefix(index, prefix))
+    return rows.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2)
+
+
+def _images(offsets: Offsets) -> Iterator[tuple[slice, slice]]:
+    """Rows of the queries and of the keys of every image that has queries."""
+    queries, keys = (bounds.tolist() for bounds in offsets)
+    for image in range(len(queries) - 1):
+        if queries[image] < queries[image + 1]:
+            yield slice(queries[image], queries[image + 1]), slice(keys[image], keys[image + 1])
+
+
+def _join(pieces: list[Tensor], like: Tensor, rows: int) -> Tensor:
+    """The images' rows (1, H, m, ...), and zeros past them up to ``rows``, tokens first in memory."""
+    pieces = [piece.transpose(1, 2) for piece in pieces]
+    past = rows - sum(piece.shape[1] for piece in pieces)
+    if past or not pieces:
+        pieces.append(like.new_zeros(1, past, like.shape[1], *like.shape[3:]))
+    return torch.cat(pieces, dim=1).transpose(1, 2)
+
+
+def _seen(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A bias (B, N) that leaves every image a key, and whether the given one does (B, 1, 1, 1)."""
+    seen = (bias > -torch.inf).any(1, keepdim=True)
+    return bias.masked_fill(~seen, 0.0), seen[:, :, None, None]
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     dtype = accumulator(q.dtype)
-    return (q.to(dtype) * scale) @ k.to(dtype).transpose(2, 3)
+    logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
+    return logits if bias is None else logits + bias.to(dtype).view(bias.shape[0], *[1] * (logits.ndim - 2), -1)
 
 
 def _visibility(policy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -22,18 +62,45 @@ def _visibility(policy: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def attention_with_sums(
-    q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, scale: float, eps: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    scale: float,
+    eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`attention`, and for its backward pass three more tensors.
 
-    The maximum of a row plus the logarithm of its denominator (B, H, M), the denominator (B, H, M), the mean (B, H, D)
-    of v; without a policy the last two are empty.
+    The maximum of a row plus the logarithm of its denominator (B, H, M), -inf for a query without keys, the denominator
+    (B, H, M), the mean (B, H, D) of v; without a policy the last two are empty.
     """
-    logits, values = _logits(q, k, scale), v.to(accumulator(v.dtype))
+    nothing, nothing_more = (q.new_empty(*q.shape[:2], 0, dtype=accumulator(q.dtype)) for _ in range(2))
+    if offsets is not None:
+        outs, sums = [], []
+        for m, n in _images(offsets):
+            out, logsumexp, *_ = attention_with_sums(
+                q[:, :, m], k[:, :, n], v[:, :, n], None, scale, eps, None if bias is None else bias[:, n]
+            )
+            outs.append(out)
+            sums.append(logsumexp)
+        past = nothing.new_full((1, q.shape[1], q.shape[2] - sum(part.shape[2] for part in sums)), -torch.inf)
+        return _join(outs, q, q.shape[2]), torch.cat([*sums, past], dim=2), nothing, nothing_more
+    if index is not None:
+        q = _chosen(q, index, prefix)
+    if k.shape[2] == 0:
+        return torch.zeros_like(q), nothing.new_full(q.shape[:3], -torch.inf), nothing, nothing_more
+    bias, seen = (None, None) if bias is None else _seen(bias)
+    logits, values = _logits(q, k, scale, bias), v.to(accumulator(v.dtype))
     if policy is None:
         logsumexp = logits.logsumexp(-1)
         out = torch.exp(logits - logsumexp.unsqueeze(-1)) @ values
-        return out.to(q.dtype), logsumexp, logits.new_empty(*q.shape[:2], 0), logits.new_empty(*q.shape[:2], 0)
+        if seen is not None:
+            out, logsumexp = out * seen, logsumexp.masked_fill(~seen.squeeze(-1), -torch.inf)
+        return out.to(q.dtype), logsumexp, nothing, nothing_more
     maximum = logits.max(-1, keepdim=True).values
     weights = torch.exp(logits - maximum) * _visibility(policy, logits.dtype)
     total = weights.sum(-1, keepdim=True) + eps
@@ -42,8 +109,19 @@ def attention_with_sums(
     return out.to(q.dtype), (maximum + total.log()).squeeze(-1), total.squeeze(-1), mean.squeeze(2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, scale: float, eps: float) -> Tensor:
-    """``out = A v``, where A = softmax(S) and S = scale * q k^T.
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor | None,
+    scale: float,
+    eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    offsets: Offsets | None = None,
+) -> Tensor:
+    """``out = A v``, where A = softmax(S) and S[m, n] = scale * q[m] k[n] + bias[n]; zeros where every bias is -inf.
 
     With a policy p::
 
@@ -51,11 +129,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor | None, scale: flo
         E[m, n] = exp(S[m, n] - max_n S[m, n]) * G[m, n]  # the hidden keys count for the maximum
         A[m, n] = (E[m, n] + eps / N) / (sum_n E[m, n] + eps)
 
-    q (B, H, M, D), k and v (B, H, N, D), policy (B, N) or None -> (B, H, M, D).
+    q (B, H, M, D), k and v (B, H, N, D), policy and bias (B, N) or None -> (B, H, M, D).
+
+    With an index (B, K) the queries are ``q[b, :, row[b, m]]``, row = [0 .. prefix-1, index + prefix]. With offsets B
+    is 1, the queries of image i are the rows offsets[0][i] .. offsets[0][i + 1], which see the keys of
+    offsets[1][i] .. offsets[1][i + 1]; rows past the end are zeros.
     """
-    if policy is None:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    return attention_with_sums(q, k, v, policy, scale, eps)[0]
+    if offsets is not None:
+        pieces = [
+            attention(q[:, :, m], k[:, :, n], v[:, :, n], None, scale, eps, None if bias is None else bias[:, n])
+            for m, n in _images(offsets)
+        ]
+        return _join(pieces, q, q.shape[2])
+    if policy is not None:
+        return attention_with_sums(q, k, v, policy, scale, eps)[0]
+    if index is not None:
+        q = _chosen(q, index, prefix)
+    if k.shape[2] == 0:
+        return q * 0.0
+    mask = None if bias is None else bias.to(accumulator(q.dtype))[:, None, None, :]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
 def attention_backward(
@@ -70,23 +163,58 @@ def attention_backward(
     mean: Tensor,
     scale: float,
     eps: float,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 0,
+    offsets: Offsets | None = None,
+    grad_logsumexp: Tensor | None = None,
+    grad_scores: Tensor | None = None,
+    kind: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the policy, (B, 0) without one, for grad (B, H, M, D).
+    """Gradients of q, k, v and the policy or the bias, (B, 0) without one, for grad (B, H, M, D).
 
-    With a policy the maximum of a row has a gradient too, which goes to the first key that reaches it.
+    With a policy the maximum of a row has a gradient too, which goes to the first key that reaches it. The gradients
+    of the logsumexp (B, H, M) and of the ``kind`` of :func:`key_scores` join in, where they are given.
     """
-    logits = _logits(q, k, scale)
+    if offsets is not None:
+        grads_q, grads_k, grads_v, grads_bias = (torch.zeros_like(t) for t in (q, k, v, k if bias is None else bias))
+        for m, n in _images(offsets):
+            grads_q[:, :, m], grads_k[:, :, n], grads_v[:, :, n], grad_bias = attention_backward(
+                *(grad[:, :, m], q[:, :, m], k[:, :, n], v[:, :, n], None, out[:, :, m], logsumexp[:, :, m]),
+                *(total, mean, scale, eps, None if bias is None else bias[:, n]),
+                grad_logsumexp=None if grad_logsumexp is None else grad_logsumexp[:, :, m],
+            )
+            if bias is not None:
+                grads_bias[:, n] = grad_bias
+        return grads_q, grads_k, grads_v, q.new_empty(1, 0) if bias is None else grads_bias
+    num_tokens = q.shape[2]
+    if index is not None:
+        q = _chosen(q, index, prefix)
+    logits = _logits(q, k, scale, bias)
     dtype = logits.dtype
     upstream = grad.to(dtype)
     delta = (upstream * out.to(dtype)).sum(-1, keepdim=True)
-    slope = upstream @ v.to(dtype).transpose(2, 3) - delta
-    weights = torch.exp(logits - logsumexp.unsqueeze(-1))
+    slope = upstream @ v.to(dtype).transpose(2, 3)
+    # A query without keys has a logsumexp of -inf, and weights of zero.
+    weights = torch.exp(logits - logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).unsqueeze(-1))
+    if grad_logsumexp is not None:
+        delta = delta - grad_logsumexp.to(dtype).unsqueeze(-1)
+    if grad_scores is not None:
+        of_scores = grad_scores.to(dtype)[:, None, None, :]  # (B, 1, 1, N) or (B, 1, 1, N - prefix)
+        if kind == "class":
+            of_scores = torch.nn.functional.pad(of_scores, (prefix, 0)) / q.shape[1]
+            of_scores = torch.nn.functional.pad(of_scores, (0, 0, 0, q.shape[2] - 1))
+        slope = slope + of_scores
+        delta = delta + (weights * of_scores).sum(-1, keepdim=True)
+    slope = slope - delta
+    grad_keys = q.new_empty(q.shape[0], 0)
     if policy is None:
-        grad_policy = q.new_empty(q.shape[0], 0)
         grad_logits = weights * slope
+        if bias is not None:
+            grad_keys = grad_logits.sum((1, 2)).to(bias.dtype)
     else:
         diagonal = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
-        grad_policy = (weights * slope).masked_fill(diagonal, 0.0).sum((1, 2)).to(policy.dtype)
+        grad_keys = (weights * slope).masked_fill(diagonal, 0.0).sum((1, 2)).to(policy.dtype)
         weights = weights * _visibility(policy, dtype)
         share = eps / total.unsqueeze(-1)
         of_maximum = share * (upstream @ mean.unsqueeze(-1) - delta)
@@ -95,4 +223,53 @@ def attention_backward(
     grad_q = (grad_logits @ k.to(dtype)) * scale
     grad_k = (grad_logits.transpose(2, 3) @ q.to(dtype)) * scale
     grad_v = weights.transpose(2, 3) @ upstream
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_policy
+    if index is not None:
+        rows = scatter_tokens(grad_q.transpose(1, 2).flatten(2), index, prefix, num_tokens)
+        grad_q = rows.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_keys
+
+
+def key_scores(
+    q: Tensor, k: Tensor, logsumexp: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
+) -> Tensor:
+    """The scores of :func:`attention_scores` from the logsumexp (B, H, M) of the same logits."""
+    logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).unsqueeze(-1)
+    if kind == "class":
+        return torch.exp(_logits(q[:, :, :1], k, scale, bias) - logsumexp[:, :, :1])[:, :, 0, prefix:].mean(1)
+    received = logsumexp.new_zeros(k.shape[0], k.shape[2])
+    rows = block_rows(k.shape[2])
+    for head in range(k.shape[1]):
+        for block, lse in zip(q[:, head].split(rows, 1), logsumexp[:, head].split(rows, 1), strict=True):
+            received = received + torch.exp(_logits(block, k[:, head], scale, bias) - lse).sum(1)
+    return received
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention` without a policy, and what its matrix A (B, H, M, N) says about the keys.
+
+    ``kind="class"``: the attention of query 0, averaged over heads, to the keys after the prefix (B, N - prefix).
+    ``kind="received"``: the attention that a key receives, summed over heads and queries (B, N).
+    """
+    dtype = accumulator(q.dtype)
+    shown, seen = (None, None) if bias is None else _seen(bias)
+    if kind == "class":
+        # An elementwise product and a sum: matmul would first copy the strided K (measured 3 : 1).
+        logits = (k.to(dtype) * q[:, :, :1].to(dtype)).sum(-1) * scale  # (B, H, N)
+        if shown is not None:
+            logits = logits + shown.to(dtype).unsqueeze(1)
+        scores = torch.softmax(logits, dim=-1)[:, :, prefix:].mean(1)
+        scores = scores if seen is None else scores * seen[:, 0, 0]
+        return attention(q, k, v, None, scale, 0.0, bias), scores
+    outs, received = [], q.new_zeros(k.shape[0], k.shape[2], dtype=dtype)
+    rows = block_rows(k.shape[2])
+    for queries, keys, values in zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), strict=True):
+        blocks = []
+        for block in queries.split(rows, dim=1):
+            weights = torch.softmax(_logits(block, keys, scale, shown), dim=-1)
+            weights = weights if seen is None else weights * seen[:, 0]
+            blocks.append(weights @ values)
+            received = received + weights.sum(1)
+        outs.append(torch.cat(blocks, dim=1))
+    return torch.stack(outs, dim=2).transpose(1, 2).to(q.dtype), received

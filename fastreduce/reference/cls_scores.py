@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from ._rows import accumulator
 
-__all__ = ["cls_scores", "cls_scores_backward", "cls_value_scores"]
+__all__ = ["cls_scores", "cls_scores_backward", "cls_value_scores", "cls_value_scores_packed"]
 
 
 def _patch_attention(
@@ -44,6 +46,20 @@ def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, 
     scores = (attention * torch.linalg.vector_norm(value[:, :, prefix:], dim=-1, dtype=logits.dtype)).sum(1)
     # A weight of 0 times a norm that is not finite would be NaN.
     return scores if valid is None else scores.masked_fill_(~valid[:, prefix:], 0.0)
+
+
+def cls_value_scores_packed(
+    q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
+) -> Tensor:
+    """:func:`cls_value_scores` of packed keys, image by image, and 0 behind the last token of an image.
+
+    q (B, H, D), k and value (1, H, T, D), offsets (B + 1,) -> (B, longest - prefix).
+    """
+    scores = torch.zeros(q.shape[0], longest - prefix, dtype=accumulator(k.dtype), device=k.device)
+    for image, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        query, keys, values = q[image : image + 1], k[:, :, start:stop], value[:, :, start:stop]
+        scores[image, : stop - start - prefix] = cls_value_scores(query, keys, values, None, prefix, scale)
+    return scores
 
 
 def cls_scores_backward(

@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ._blocks import joined, row_blocks
 from ._rows import accumulator, take_rows
 from .select_topk import select_topk
 
 __all__ = ["cluster_dpc_knn"]
 
 
+class _Distances:
+    """Distances over sqrt(C) of the tokens x (B, N, C) in blocks of rows; a single block is computed once and kept."""
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        self.blocks = row_blocks(x.shape[1], x.shape[1])
+        self.kept = self._between(x, x) if len(self.blocks) == 1 else None
+
+    def _between(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.cdist(rows, columns).div_(math.sqrt(self.x.shape[2]))
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which rows, and their distances (B, rows, N) to all tokens."""
+        for rows in self.blocks:
+            yield rows, self._between(self.x[:, rows], self.x) if self.kept is None else self.kept
+
+    def nearest(self, centers: Tensor) -> Tensor:
+        """Place (B, N) of the nearest of centers (B, k), the first if tied."""
+        if self.kept is not None:
+            return take_rows(self.kept, centers).min(1)[1]
+        rows = take_rows(self.x, centers)
+        columns = row_blocks(self.x.shape[1], centers.shape[1])
+        return joined([self._between(rows, self.x[:, some]).min(1)[1] for some in columns])
+
+
 def _smallest(distance: Tensor, count: int) -> Tensor:
-    """(B, N, N) -> (B, N, count), ascending."""
+    """(B, M, N) -> (B, M, count), ascending."""
     tokens = distance.shape[-1]
     # torch sorts partially only up to a 64th of a row: at N = 196 padding makes 5 neighbours twice as fast.
     if not distance.is_cuda and tokens < 64 * count <= 2 * tokens:
@@ -31,17 +58,22 @@ def cluster_dpc_knn(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> 
     token, or the image's largest where there is none; the centres have the highest density * height. A token belongs to
     the nearest centre, the first if tied, and a centre to itself.
     """
-    batch, tokens, channels = x.shape
-    x = x.to(accumulator(x.dtype))
-    distance = torch.cdist(x, x).div_(math.sqrt(channels))  # (B, N, N)
-    density = _smallest(distance, min(neighbors, tokens)).square().mean(-1).neg().exp()
+    batch, tokens, _ = x.shape
+    distances = _Distances(x.to(accumulator(x.dtype)))
+    densities, largest = [], []
+    for _, distance in distances:
+        densities.append(_smallest(distance, min(neighbors, tokens)).square().mean(-1).neg().exp())
+        largest.append(distance.flatten(1).amax(1).unsqueeze(1))
+    density = joined(densities)
+    farthest = largest[0] if len(largest) == 1 else torch.cat(largest, dim=1).amax(1, keepdim=True)
     if noise is not None:
         density = density + noise.to(density.dtype)
-    farthest = distance.flatten(1).amax(1).unsqueeze(1)
-    # 1.0 where not denser, which adds the largest distance: three times as fast as a mask of truth values.
-    not_denser = density.unsqueeze(1).repeat(1, tokens, 1).le_(density.unsqueeze(2))
-    height = torch.addcmul(distance, not_denser, farthest.unsqueeze(2)).amin(-1).minimum(farthest)
-    centers = select_topk(density * height, k).contiguous()
-    label = take_rows(distance, centers).min(1)[1]
+    heights = []
+    for rows, distance in distances:
+        # 1.0 where not denser, which adds the largest distance: three times as fast as a mask of truth values.
+        not_denser = density.unsqueeze(1).repeat(1, distance.shape[1], 1).le_(density[:, rows].unsqueeze(2))
+        heights.append(torch.addcmul(distance, not_denser, farthest.unsqueeze(2)).amin(-1).minimum(farthest))
+    centers = select_topk(density * joined(heights), k).contiguous()
+    label = distances.nearest(centers)
     cluster = torch.arange(k, device=x.device).expand(batch, k)
     return centers, label.scatter_(1, centers, cluster)

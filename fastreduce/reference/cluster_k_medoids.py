@@ -5,53 +5,126 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._rows import accumulator, flat_rows
+from ._blocks import block_rows, joined, row_blocks
+from ._rows import accumulator, flat_rows, take_rows
 
 __all__ = ["cluster_k_medoids"]
 
 CHUNK = 2**17  # elements of x that a thread takes at once: the operands of the distances then stay in its cache
 
 
-def _distances(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """X (B, N, C) -> distance_to (B, N, N), ``distance_to[b, i, n] = d(n, i)``, and the costs over all tokens (B, N).
-
-    By ``torch.cdist``, as the released code; what is not a number counts as infinite.
-    """
-    batch, tokens, channels = x.shape
-    parts = [slice(None)]
-    if x.device.type == "cpu" and batch and not torch.compiler.is_compiling():  # traced, it would fix the batch size
-        images = torch.get_num_threads() * max(1, CHUNK // max(1, tokens * channels))
-        parts = [slice(start, start + images) for start in range(0, batch, images)]
-    distance_to = x.new_empty(batch, tokens, tokens)
-    costs = []
-    for part in parts:
-        distance = torch.cdist(x[part], x[part]).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-        distance_to[part] = distance.mT
-        costs.append((distance if weights is None else distance.mul_(weights[part].unsqueeze(2))).sum(2))
-    return distance_to, torch.cat(costs)
-
-
-def _nearest(distance_to: Tensor, centers: Tensor, rows: Tensor) -> Tensor:
-    """Place (B, N) of the nearest of centers (B, k); rows (B, k, N) is room to work in."""
-    tokens, count = distance_to.shape[1], centers.shape[1]
-    torch.index_select(distance_to.view(-1, tokens), 0, flat_rows(centers, tokens), out=rows.view(-1, tokens))
+def _first_nearest(rows: Tensor) -> Tensor:
+    """Place (B, N) of the first of the nearest centers; their distances rows (B, k, N) are overwritten."""
+    count = rows.shape[1]
     # The first place of the minimum, by vectorised passes: half the time of min() with its indices.
     from_end = torch.arange(count, 0, -1, dtype=rows.dtype, device=rows.device).unsqueeze(1)
     return count - rows.eq_(rows.amin(1, keepdim=True)).mul_(from_end).amax(1).long()
 
 
-def _farthest_first(distance_to: Tensor, k: int, first: int) -> Tensor:
+def _finite(weighted: Tensor) -> Tensor:
+    """What can be multiplied by zero: 0 * inf would be NaN."""
+    largest = torch.finfo(weighted.dtype).max
+    return weighted.nan_to_num(nan=largest, posinf=largest)
+
+
+class _Stored:
+    """All distances, ``distance_to[b, i, n] = d(n, i)``, and the costs over all tokens (B, N).
+
+    By ``torch.cdist``, as the released code; what is not a number counts as infinite.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor | None, k: int, members: bool):
+        batch, tokens, channels = x.shape
+        parts = [slice(None)]
+        if x.device.type == "cpu" and batch and not torch.compiler.is_compiling():  # that would fix the batch size
+            images = torch.get_num_threads() * max(1, CHUNK // max(1, tokens * channels))
+            parts = [slice(start, start + images) for start in range(0, batch, images)]
+        self.distance_to = x.new_empty(batch, tokens, tokens)
+        costs = []
+        for part in parts:
+            distance = torch.cdist(x[part], x[part]).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+            self.distance_to[part] = distance.mT
+            costs.append((distance if weights is None else distance.mul_(weights[part].unsqueeze(2))).sum(2))
+        self.costs = torch.cat(costs)
+        self.rows = x.new_empty(batch, k, tokens)
+        if members:
+            weighted = self.distance_to if weights is None else self.distance_to * weights.unsqueeze(2)
+            self.weighted = _finite(weighted)
+            self.weighted.diagonal(dim1=1, dim2=2).zero_()  # what rounding leaves there would decide between members
+            self.together = torch.empty_like(self.weighted)
+
+    def of(self, index: Tensor) -> Tensor:
+        """Distances (B, N) to one token of each image, index (B,)."""
+        batch, tokens, _ = self.distance_to.shape
+        return self.distance_to.view(batch * tokens, tokens).index_select(0, flat_rows(index.unsqueeze(1), tokens))
+
+    def nearest(self, centers: Tensor) -> Tensor:
+        """Place (B, N) of the nearest of centers (B, k)."""
+        tokens = self.distance_to.shape[1]
+        flat = self.distance_to.view(-1, tokens)
+        torch.index_select(flat, 0, flat_rows(centers, tokens), out=self.rows.view(-1, tokens))
+        return _first_nearest(self.rows)
+
+    def costs_of_members(self, label: Tensor) -> Tensor:
+        """Costs (B, N) over the tokens of each one's own label (B, N)."""
+        number = label.to(self.weighted.dtype)
+        torch.eq(number.unsqueeze(2), number.unsqueeze(1), out=self.together)
+        return self.together.mul_(self.weighted).sum(1)
+
+
+class _Recomputed:
+    """The same for many tokens: distances are computed again, some tokens at a time, wherever they are needed."""
+
+    def __init__(self, x: Tensor, weights: Tensor | None):
+        self.x, self.weights = x, weights
+        blocks = row_blocks(x.shape[1], x.shape[1])
+        self.costs = joined([self._between(rows, x).sum(2) for rows in blocks])
+        if weights is not None:
+            self.costs = self.costs * weights
+
+    def _between(self, rows: slice, columns: Tensor) -> Tensor:
+        return torch.cdist(self.x[:, rows], columns).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+
+    def of(self, index: Tensor) -> Tensor:
+        """Distances (B, N) to one token of each image, index (B,)."""
+        return self._between(slice(None), take_rows(self.x, index.unsqueeze(1))).squeeze(2)
+
+    def nearest(self, centers: Tensor) -> Tensor:
+        """Place (B, N) of the nearest of centers (B, k)."""
+        columns = take_rows(self.x, centers)
+        blocks = row_blocks(self.x.shape[1], centers.shape[1])
+        return joined([_first_nearest(self._between(rows, columns).mT) for rows in blocks])
+
+    def costs_of_members(self, label: Tensor) -> Tensor:
+        """Costs (B, N) over the tokens of each one's own label (B, N)."""
+        costs = []
+        place = torch.arange(self.x.shape[1], device=self.x.device)
+        for rows in row_blocks(self.x.shape[1], self.x.shape[1]):
+            distance = self._between(rows, self.x)
+            weighted = _finite(distance if self.weights is None else distance.mul_(self.weights.unsqueeze(1)))
+            others = label[:, rows].unsqueeze(2) == label.unsqueeze(1)
+            others &= place[rows].unsqueeze(1) != place
+            costs.append(weighted.mul_(others).sum(2))
+        return joined(costs)
+
+
+def _distances(x: Tensor, weights: Tensor | None, k: int, members: bool) -> _Stored | _Recomputed:
+    if x.shape[1] <= block_rows(x.shape[1]):
+        return _Stored(x, weights, k, members)
+    return _Recomputed(x, weights)
+
+
+def _farthest_first(distances: _Stored | _Recomputed, k: int, first: int) -> Tensor:
     """Centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
-    batch, tokens, _ = distance_to.shape
-    centers = torch.full((batch, k), first, device=distance_to.device)
-    largest = distance_to[:, first].clone()
+    batch, _ = distances.costs.shape
+    centers = torch.full((batch, k), first, device=distances.costs.device)
+    largest = distances.of(centers[:, 0])
     chosen = torch.zeros_like(largest, dtype=torch.bool)
     for j in range(1, k):
         chosen.scatter_(1, centers[:, j - 1 : j], True)
         newest = largest.masked_fill(chosen, 0.0).argmax(1)
         centers[:, j] = newest
-        rows = flat_rows(newest.unsqueeze(1), tokens)
-        largest = torch.maximum(largest, distance_to.view(batch * tokens, tokens).index_select(0, rows))
+        largest = torch.maximum(largest, distances.of(newest))
     return centers
 
 
@@ -78,26 +151,16 @@ def cluster_k_medoids(
     the members; a cost or weight that is NaN comes last.
     """
     dtype = accumulator(x.dtype)
-    batch, tokens, _ = x.shape
     weights = None if weights is None else weights.to(dtype)
-    distance_to, cost = _distances(x.to(dtype), weights)
+    distances = _distances(x.to(dtype), weights, k, members)
     if weights is None:
-        centers = _farthest_first(distance_to, k, first)
+        centers = _farthest_first(distances, k, first)
     else:
         centers = torch.sort(-weights, dim=1, stable=True)[1][:, :k]
-    if members:
-        largest = torch.finfo(dtype).max
-        weighted = distance_to if weights is None else distance_to * weights.unsqueeze(2)
-        weighted = weighted.nan_to_num(nan=largest, posinf=largest)  # 0 * inf would be NaN
-        weighted.diagonal(dim1=1, dim2=2).zero_()  # what rounding leaves there would decide between two members
-        together = torch.empty_like(weighted)
-    rows = distance_to.new_empty(batch, k, tokens)
-    order = torch.sort(cost, dim=1, stable=True)[1]
+    order = torch.sort(distances.costs, dim=1, stable=True)[1]
     for _ in range(iters):
-        label = _nearest(distance_to, centers, rows)
+        label = distances.nearest(centers)
         if members:
-            number = label.to(dtype)
-            torch.eq(number.unsqueeze(2), number.unsqueeze(1), out=together)
-            order = torch.sort(together.mul_(weighted).sum(1), dim=1, stable=True)[1]
+            order = torch.sort(distances.costs_of_members(label), dim=1, stable=True)[1]
         centers = _first_of_each(order, label, k)
-    return centers, _nearest(distance_to, centers, rows)
+    return centers, distances.nearest(centers)

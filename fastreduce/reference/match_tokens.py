@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._blocks import joined, split
 from ._rows import accumulator
 
 __all__ = ["match_tokens"]
@@ -12,24 +13,36 @@ __all__ = ["match_tokens"]
 WORST = -2.0  # below every cosine: where the similarity is NaN a token merges last, and prefix tokens never
 
 
+def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Largest cosine (B, A) of every token of A with those of B after the prefix, and of which, the first if tied."""
+    found = []
+    for rows in split(a, b.shape[1]):
+        similarity = rows @ b.transpose(1, 2)
+        similarity = similarity.masked_fill(similarity.isnan(), WORST)
+        similarity[:, :, :prefix] = float("-inf")
+        found.append(similarity.max(dim=-1))
+    best, destination = zip(*found, strict=True)
+    return joined(best), joined(destination)
+
+
 def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     """Merge the r tokens of set A (even positions) that lie closest to a token of set B (odd positions).
 
-    metric (B, N, D) -> slot (B, N), with values 0 .. N-r-1. Slots: the prefix in its order, the unmerged rest of A in
-    ascending position, the rest of B in its order. Similarity is the cosine (0 for zero vectors); ties go to the lower
-    index, of the destination as of the merged token. Prefix tokens neither merge nor receive.
+    metric (B, N, D), or keys (B, H, N, D) of which it is the mean -> slot (B, N), with values 0 .. N-r-1. Slots: the
+    prefix in its order, the unmerged rest of A in ascending position, the rest of B in its order. Similarity is the
+    cosine (0 for zero vectors); ties go to the lower index, of the destination as of the merged token. Prefix tokens
+    neither merge nor receive.
     """
+    if metric.ndim == 4:
+        metric = metric.mean(1)
     batch, tokens, _ = metric.shape
     metric = metric.to(accumulator(metric.dtype))
     unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
     prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
 
-    similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)  # (B, A, B)
-    similarity = similarity.masked_fill(similarity.isnan(), WORST)
-    similarity[:, :, :prefix_b] = float("-inf")
-    similarity[:, :prefix_a] = float("-inf")
-    best, destination = similarity.max(dim=-1)
+    best, destination = _nearest(unit[:, ::2], unit[:, 1::2], prefix_b)
+    best[:, :prefix_a] = float("-inf")
     merged_first = torch.sort(-best, dim=1, stable=True)[1][:, :r]
     merged = torch.zeros_like(best, dtype=torch.bool).scatter(
         1, merged_first, torch.ones_like(merged_first, dtype=torch.bool)

@@ -86,18 +86,23 @@ def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total
 
 
 def merge_tokens_size_backward(
-    grad: Tensor, x: Tensor, slot: Tensor, size: Tensor, total: Tensor, eps: float
+    grad: Tensor, x: Tensor, slot: Tensor, size: Tensor, total: Tensor, eps: float, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradients (B, N, C) of x and (B, N) of size for grad (B, num_out, C).
 
     ``grad_size[n] = sum_c grad[slot[n], c] (x[n, c] - merged[slot[n], c]) / (total[slot[n]] + eps)``, where the sum
-    over merged is the mean, weighted like the rows, of the sums over x.
+    over merged is the mean, weighted like the rows, of the sums over x. With the weight (1, C) of a layer that gave the
+    sizes' logarithms, x's gradient includes ``grad_size[n] size[n] weight``.
     """
     divisor = _divisor(total, eps)
     dots = (take_rows(grad, slot.long()).to(total.dtype) * x.to(total.dtype)).sum(-1)
     mean = torch.zeros_like(total).scatter_add_(1, slot.long(), dots * size.to(total.dtype)) / divisor
     grad_size = (dots - mean.gather(1, slot.long())) / divisor.gather(1, slot.long())
-    return merge_tokens_backward(grad, slot, size, total, eps), grad_size
+    if weight is None:
+        return merge_tokens_backward(grad, slot, size, total, eps), grad_size
+    grad_x = merge_tokens_backward(grad.to(total.dtype), slot, size, total, eps)
+    exponent = grad_size * size.to(total.dtype)
+    return torch.addcmul(grad_x, exponent.unsqueeze(-1), weight.to(total.dtype)).to(grad.dtype), grad_size
 
 
 def _divisor(total: Tensor, eps: float) -> Tensor:

@@ -5,15 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._blocks import block_rows
 from ._rows import accumulator
 
 __all__ = ["received_logsumexp", "received_scores", "received_scores_backward"]
-
-MATRIX = 1 << 20  # logits of an image that are in memory at a time: a whole head up to 1,024 tokens
-
-
-def _query_rows(k: Tensor) -> int:
-    return max(1, MATRIX // k.shape[2])
 
 
 def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -26,7 +21,7 @@ def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     received = [
         torch.softmax(rows @ keys.transpose(1, 2), dim=-1).sum(1)
         for queries, keys in zip((q.to(dtype) * scale).unbind(1), k.to(dtype).unbind(1), strict=True)
-        for rows in queries.split(_query_rows(k), dim=1)
+        for rows in queries.split(block_rows(k.shape[2]), dim=1)
     ]
     return torch.stack(received, dim=1).sum(1)
 
@@ -39,7 +34,7 @@ def received_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
     dtype = accumulator(k.dtype)
     heads = []
     for queries, keys in zip((q.to(dtype) * scale).unbind(1), k.to(dtype).unbind(1), strict=True):
-        blocks = queries.split(_query_rows(k), dim=1)
+        blocks = queries.split(block_rows(k.shape[2]), dim=1)
         heads.append(torch.cat([torch.logsumexp(rows @ keys.transpose(1, 2), dim=-1) for rows in blocks], dim=1))
     return torch.stack(heads, dim=1)
 
@@ -53,7 +48,7 @@ def received_scores_backward(
     for head in range(k.shape[1]):
         queries, keys = q[:, head].to(logsumexp.dtype), k[:, head].to(logsumexp.dtype)
         grad_k, blocks = torch.zeros_like(keys), []
-        rows = _query_rows(k)
+        rows = block_rows(k.shape[2])
         for block, lse in zip(queries.split(rows, dim=1), logsumexp[:, head].split(rows, dim=1), strict=True):
             attention = torch.exp(scale * block @ keys.transpose(1, 2) - lse.unsqueeze(-1))  # (B, rows, N)
             mean = (attention * upstream).sum(-1, keepdim=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._blocks import joined, row_blocks
 from ._rows import accumulator
 
-__all__ = ["sinkhorn_merge", "sinkhorn_merge_backward"]
+__all__ = ["sinkhorn_merge", "sinkhorn_merge_backward", "sinkhorn_merge_blocks"]
 
 
 def sinkhorn_merge(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
@@ -49,6 +50,40 @@ def sinkhorn_merge(x: Tensor, centers: Tensor, eps: float, iters: int, head: Ten
         torch.cat(biases, 1),
     )
     return merged, similarity.detach(), token_bias, *saved
+
+
+def sinkhorn_merge_blocks(
+    x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same merged rows, with c (B, N) and a (B, K), some tokens at a time and without gradient.
+
+    Nothing of the size of Z is kept: it is computed again for the start and for every iteration.
+    """
+    dtype = accumulator(x.dtype)
+    out_dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
+    x = x.to(dtype)
+    inverse_norm = torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-12).reciprocal()
+    directions = (centers.to(dtype) / eps).t().expand(x.shape[0], -1, -1)
+    blocks = row_blocks(x.shape[1], centers.shape[0])
+
+    def similarity(rows: slice) -> Tensor:
+        return torch.bmm(x[:, rows], directions).mul_(inverse_norm[:, rows])
+
+    starts = torch.stack([torch.logsumexp(similarity(rows), dim=1) for rows in blocks])
+    bias = -torch.logsumexp(starts, dim=0).unsqueeze(1)
+    for _ in range(iters - 1):
+        received = [torch.softmax(similarity(rows).add_(bias), dim=2).sum(1, keepdim=True) for rows in blocks]
+        bias = bias - joined(received).sum(1, keepdim=True).log()
+    merged, token_biases = x.new_zeros(x.shape[0], centers.shape[0], x.shape[2]), []
+    for rows in blocks:
+        scores = similarity(rows).add_(bias)
+        token_biases.append(-torch.logsumexp(scores, dim=2))
+        weights = torch.softmax(scores, dim=2).mul_(inverse_norm[:, rows])
+        merged = torch.baddbmm(merged, weights.mT, x[:, rows])
+    merged = merged.to(out_dtype)
+    if head is not None:
+        merged = torch.cat([head.to(out_dtype), merged], dim=1)
+    return merged, joined(token_biases), bias.squeeze(1)
 
 
 def sinkhorn_merge_backward(

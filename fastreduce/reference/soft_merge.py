@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._blocks import joined, split
 from ._rows import accumulator
 
 __all__ = ["soft_merge", "soft_merge_backward"]
@@ -17,11 +18,14 @@ def soft_merge(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, 
     which gets no gradient.
     """
     dtype = accumulator(torch.promote_types(logits.dtype, x.dtype))
-    weight = torch.softmax(logits, dim=1, dtype=dtype)
-    # From the largest entry of each column: torch.logsumexp would take all the exponentials again (measured 3 : 1).
-    largest = logits.detach().amax(1).to(dtype)
-    logsumexp = largest - weight.detach().amax(1).log_()
-    merged = torch.bmm(weight.transpose(1, 2), x.to(dtype))
+    x_wide, parts = x.to(dtype), []
+    for some in split(logits, x.shape[1], dim=2):  # clusters do not depend on one another
+        weight = torch.softmax(some, dim=1, dtype=dtype)
+        # From the largest entry of each column: torch.logsumexp would take all the exponentials again (measured 3 : 1).
+        largest = some.detach().amax(1).to(dtype)
+        logsumexp = largest - weight.detach().amax(1).log_()
+        parts.append((torch.bmm(weight.transpose(1, 2), x_wide), logsumexp))
+    merged, logsumexp = map(joined, zip(*parts, strict=True))
     if head is None:
         return merged.to(x.dtype), logsumexp
     promoted = torch.promote_types(x.dtype, head.dtype)

@@ -15,7 +15,8 @@ CLASSES = [
     ((4, 1025, 256), torch.float16),
     ((8, 197, 128), torch.float32),
 ]
-PLAIN = [CLASSES[0], CLASSES[5]]
+PLAIN = [CLASSES[1], CLASSES[2]]
+HIDDEN = [CLASSES[0], *CLASSES[3:]]
 
 
 def launches(heads, num_tokens, head_dim, dtype, policy):
@@ -36,7 +37,7 @@ def check(shape, dtype, arch, policy):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize(("shape", "dtype"), CLASSES)
+@pytest.mark.parametrize(("shape", "dtype"), HIDDEN)
 def test_gates_with_a_policy(shape, dtype, arch):
     mean, *_, summed = check(shape, dtype, arch, torch.zeros(2, shape[1]))
     assert (mean.name, summed.name) == ("mean_values_kernel", "sum_heads_kernel")
@@ -49,6 +50,45 @@ def test_gates_with_a_policy(shape, dtype, arch):
 @pytest.mark.parametrize(("shape", "dtype"), PLAIN)
 def test_gates_without(shape, dtype, arch):
     check(shape, dtype, arch, None)
+
+
+def launch_options(heads, num_tokens, head_dim, dtype, *, bias=False, chosen=False, packed=False, kind=""):
+    """Forward, the scores of that kind, and backward from all that has a gradient then."""
+    batch = 1 if packed else 2
+    q, k, v = torch.zeros(batch, num_tokens, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    of_keys = torch.zeros(batch, num_tokens) if bias else None
+    index = torch.zeros(batch, num_tokens // 2, dtype=torch.int64) if chosen else None
+    offsets = (torch.zeros(4, dtype=torch.int32),) * 2 if packed else None
+    options = (of_keys, index, 1, offsets, (num_tokens, num_tokens))
+    out, logsumexp, *rest = kernels.attention(q, k, v, None, 0.125, 0.0, *options)
+    scores = kernels.key_scores(q, k, logsumexp, kind, of_keys, 1, 0.125) if kind else None
+    kernels.attention_backward(
+        *(torch.zeros_like(out), q, k, v, None, out, logsumexp, *rest, 0.125, 0.0, *options),
+        *(torch.zeros_like(logsumexp), scores, kind),
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        (CLASSES[0][0], torch.float16, {"packed": True, "bias": True}),
+        ((8, 4097, 128), torch.float16, {"kind": "received", "bias": True}),
+        ((8, 4097, 128), torch.bfloat16, {"chosen": True, "bias": True}),
+        ((8, 197, 128), torch.float32, {"kind": "class", "bias": True}),
+    ],
+)
+def test_gates_of_options(shape, dtype, options, arch):
+    reports = check_gates(arch, lambda: launch_options(*shape, dtype, **options), wide=False)
+    names = ["attention", options.get("kind"), "sum_heads" if options.get("kind") == "received" else None]
+    names += ["grad_queries", "grad_keys", "sum_heads" if "bias" in options else None]
+    assert [report.name for report in reports] == [f"{name}_kernel" for name in names if name]
+    for report in reports:
+        if report.name == "sum_heads_kernel":
+            continue
+        assert max(report.load_bytes) == 16, report
+        assert report.name in ("class_kernel", "received_kernel") or max(report.store_bytes) == 16, report
+        assert (report.mma_ops > 0) == (dtype != torch.float32), report
 
 
 @pytest.mark.parametrize("arch", ARCHES)

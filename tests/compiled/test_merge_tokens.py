@@ -31,8 +31,8 @@ def test_gates(channels, dtype, arch):
     for launch in (
         lambda: kernels.merge_tokens(x, *groups(197, 99), size, residual),
         lambda: kernels.merge_tokens(x, *groups(197, 99), None, None),
-        lambda: kernels.spread_slots(residual, slot, size, total),
-        lambda: kernels.spread_slots(residual, slot),
+        lambda: kernels.spread_slots(residual, *groups(197, 99), size, total),
+        lambda: kernels.spread_slots(residual, *groups(197, 99)),
     ):
         (report,) = check_gates(arch, launch)
         assert report.registers <= 64, report
@@ -49,18 +49,14 @@ def test_gates(channels, dtype, arch):
 def test_gates_of_learned_weights(num_tokens, channels, dtype, arch):
     whole = torch.zeros(2, 1 + num_tokens, channels, dtype=dtype)
     x, head, merged = whole[:, 1:], whole[:, :1], whole[:, : num_tokens // 2]
-    slot, size = torch.zeros(2, num_tokens, dtype=torch.int64), torch.zeros(2, num_tokens)
-    total = torch.zeros(2, num_tokens // 2)
-    (report,) = check_gates(
-        arch, lambda: kernels.merge_tokens(x, *groups(num_tokens, num_tokens // 2), size, None, 1e-6, head)
-    )
+    grouped = groups(num_tokens, num_tokens // 2)
+    size, total = torch.zeros(2, num_tokens), torch.zeros(2, num_tokens // 2)
+    (report,) = check_gates(arch, lambda: kernels.merge_tokens(x, *grouped, size, None, 1e-6, head))
     assert report.registers <= 64, report
-    arguments = merged, x, slot, size, total, 1e-6
-    rows, weights = check_gates(arch, lambda: kernels.merge_tokens_size_backward(*arguments), wide=False)
-    assert 16 in rows.load_bytes, rows
-    assert 16 in rows.store_bytes, rows
-    assert rows.registers <= 96, rows
-    assert weights.registers <= 96, weights
+    for weight in (None, whole[:1, 0]):
+        arguments = merged, x, *grouped, size, total, 1e-6, weight
+        (report,) = check_gates(arch, lambda: kernels.merge_tokens_size_backward(*arguments))  # noqa: B023
+        assert report.registers <= 96, report
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -71,17 +67,11 @@ def test_gates_of_learned_weights(num_tokens, channels, dtype, arch):
 def test_gates_of_sizes_by_a_layer(channels, dtype, arch):
     x = torch.zeros(2, 197, channels, dtype=dtype)
     learned = torch.zeros(1, channels, dtype=dtype), torch.zeros(1, dtype=dtype)
-    plain, report = (
-        check_gates(arch, launch)[0]
-        for launch in (
-            lambda: kernels.merge_tokens(x[:, 1:], *groups(196, 98), None, None, 1e-6, x[:, :1]),
-            lambda: kernels.merge_tokens_learned(x[:, 1:], *groups(196, 98), *learned, None, 1e-6, x[:, :1]),
-        )
+    (report,) = check_gates(
+        arch, lambda: kernels.merge_tokens_learned(x[:, 1:], *groups(196, 98), *learned, None, 1e-6, x[:, :1])
     )
-    assert report.registers <= 64, report
-    assert report.shared_bytes <= 64, report  # a sum over its warps
-    if channels <= 1024:  # beside a row of x and one of the head, the weights: each is loaded once
-        assert 2 * report.load_bytes[16] == 3 * plain.load_bytes[16], (report, plain)
+    assert report.registers <= 96, report
+    assert report.shared_bytes <= 8192, report  # a sum over its warps, and the weights from one layout to another
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -90,13 +80,13 @@ def test_gates_of_sizes_by_a_layer(channels, dtype, arch):
 )
 def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
     x = torch.zeros(2, 198, width, dtype=dtype)[..., :channels]
-    slot, size, total = torch.zeros(2, 198, dtype=torch.int64), torch.zeros(2, 198), torch.zeros(2, 198)
+    grouped, size, total = groups(198, 198), torch.zeros(2, 198), torch.zeros(2, 198)
     for launch in (
-        lambda: kernels.merge_tokens(x, *groups(198, 198), size, x),
-        lambda: kernels.spread_slots(x, slot, size, total),
-        lambda: kernels.spread_slots(x, slot),
-        lambda: kernels.merge_tokens_size_backward(x, x, slot, size, total, 1e-6),
-        lambda: kernels.merge_tokens(x, *groups(198, 198), size, None, 1e-6, x[:, :5]),
-        lambda: kernels.merge_tokens_learned(x, *groups(198, 198), x[0, :1], x[0, 0, :1], None, 1e-6, x[:, :5]),
+        lambda: kernels.merge_tokens(x, *grouped, size, x),
+        lambda: kernels.spread_slots(x, *grouped, size, total),
+        lambda: kernels.spread_slots(x, *grouped),
+        lambda: kernels.merge_tokens_size_backward(x, x, *grouped, size, total, 1e-6, x[0, :1]),
+        lambda: kernels.merge_tokens(x, *grouped, size, None, 1e-6, x[:, :5]),
+        lambda: kernels.merge_tokens_learned(x, *grouped, x[0, :1], x[0, 0, :1], None, 1e-6, x[:, :5]),
     ):
         check_gates(arch, launch, wide=False)

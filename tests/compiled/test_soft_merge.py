@@ -8,7 +8,7 @@ from tests.compiled.gates import ARCHES, check_gates, with_dtypes
 from tests.inputs import DTYPES
 
 # (tokens, clusters, channels): more tokens or channels are more steps and programs, not another kernel
-SHAPES = [(196, 98, 384), (98, 49, 192), (12, 3, 768), (4096, 1024, 1024)]
+SHAPES = [(196, 98, 384), (12, 3, 768)]
 
 
 def reports_for(arch, logits, x, head, *, of_rows=None, wide=True):
@@ -16,7 +16,10 @@ def reports_for(arch, logits, x, head, *, of_rows=None, wide=True):
     rows = torch.zeros(x.shape[0], (0 if head is None else head.shape[1]) + logits.shape[2], x.shape[2], dtype=of_rows)
     logsumexp = torch.zeros(x.shape[0], logits.shape[2])
     (forward,) = check_gates(arch, lambda: kernels.soft_merge(logits, x, head), wide=wide)
-    (backward,) = check_gates(arch, lambda: kernels.soft_merge_backward(rows, logits, x, rows, logsumexp), wide=wide)
+    delta, backward = check_gates(
+        arch, lambda: kernels.soft_merge_backward(rows, logits, x, rows, logsumexp), wide=wide
+    )
+    assert max(delta.load_bytes) == 16 or not wide, delta
     for report in (forward, backward):
         # Tensor cores for half precision; none for float32, where they would round the inputs to 11 bits.
         assert (report.mma_ops > 0) == (of_rows != torch.float32), report
@@ -49,7 +52,7 @@ def test_gates_of_other_widths_and_strides(dtype, arch):
     reports_for(arch, logits[:, :64, :40].mT, torch.zeros(2, 40, 208, dtype=dtype), None, wide=False)
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("arch", ARCHES[:1])
 def test_gates_of_mixed_dtypes(arch):
     logits, x = torch.zeros(2, 196, 98, dtype=torch.float16), torch.zeros(2, 196, 384)
     reports_for(arch, logits, x, x[:, :1], of_rows=torch.float32)

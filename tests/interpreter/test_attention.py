@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.traffic import traffic
 from fastreduce import ops, reference
 from fastreduce.kernels import attention as kernels
 from tests.budget import EPS, assert_within_budget
@@ -214,3 +215,156 @@ def test_head_dims_beyond_the_kernels():
     q, k, v = packed(1, 1, 3, 257)
     with pytest.raises(ValueError, match="the kernels take up to 256 channels a head, got 257"):
         ops.attention(q, k, v, backend="triton")
+
+
+def bias_of(batch, num_tokens, dtype=torch.float32):
+    """Every fifth key is seen by nobody, and the last image has no other."""
+    bias = tokens(batch, num_tokens, seed=4)
+    bias[:, 2::5] = -torch.inf
+    if batch > 1:
+        bias[-1] = -torch.inf
+    return bias.to(dtype)
+
+
+def index_of(batch, patches, count):
+    """As ATS pads: the last ones name the first patch again."""
+    index = torch.randint(patches, (batch, count), generator=seeded(6))
+    index[:, count // 2 :] = 0
+    return index
+
+
+def one_row(q, k, v, bias=None, **options):
+    """An image of many tokens, one without queries, one without keys, a small one, and rows past the end."""
+    most = k.shape[2]
+    bounds = [0, most - 20, most - 20, most - 18, most - 15], [0, most - 22, most - 20, most - 20, most - 19]
+    offsets = tuple(torch.tensor(bound, dtype=torch.int32) for bound in bounds)
+    return ops.attention(q, k, v, bias=bias, offsets=offsets, longest=(most - 20, most - 20), **options)
+
+
+# What is called with q, k, v, a bias and options.
+OPTIONS = {
+    "bias": lambda q, k, v, b, **options: ops.attention(q, k, v, bias=b, **options),
+    "index": lambda q, k, v, b, **options: ops.attention(q, k, v, index=index_of(2, k.shape[2] - 1, 20), **options),
+    "index, bias": lambda q, k, v, b, **options: ops.attention(
+        q, k, v, bias=b, index=index_of(2, k.shape[2], 9).int(), prefix=0, **options
+    ),
+    "logsumexp": lambda q, k, v, b, **options: ops.attention_logsumexp(q, k, v, bias=b, **options),
+    "class": lambda q, k, v, b, **options: ops.attention_scores(q, k, v, kind="class", **options),
+    "class, bias": lambda q, k, v, b, **options: ops.attention_scores(
+        q, k, v, kind="class", bias=b, prefix=2, **options
+    ),
+    "received": lambda q, k, v, b, **options: ops.attention_scores(q, k, v, kind="received", **options),
+    "received, bias": lambda q, k, v, b, **options: ops.attention_scores(q, k, v, kind="received", bias=b, **options),
+    "one row": lambda q, k, v, b, **options: one_row(q[:1], k[:1], v[:1], **options),
+    "one row, bias": lambda q, k, v, b, **options: one_row(q[:1], k[:1], v[:1], b[:1], **options),
+}
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """Memory that is only reserved is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run_option(name, backend, inputs, cast=None):
+    """Results, of which -inf counts as nothing, and the gradients of all but the hidden keys' bias."""
+    leaves = [t.detach().to(cast or t.dtype).requires_grad_() for t in inputs]
+    outs = OPTIONS[name](*leaves, backend=backend)
+    outs = [torch.where(out == -torch.inf, 0.0, out) for out in (outs if isinstance(outs, tuple) else (outs,))]
+    upstream = [tokens(*out.shape, seed=9).to(inputs[0].dtype).to(out.dtype) for out in outs]
+    return [*outs, *torch.autograd.grad(outs, leaves, upstream, materialize_grads=True)]
+
+
+# 37 tokens are two tiles of float32, 70 are two of half precision, of which the second is nearly empty.
+@pytest.mark.parametrize(
+    ("name", "num_tokens", "head_dim", "dtype"),
+    [
+        *((name, 37, 16, torch.float32) for name in OPTIONS),
+        *((name, 70, 9, torch.float16) for name in ("bias", "received, bias", "one row, bias")),
+        *((name, 70, 16, torch.bfloat16) for name in ("index, bias", "logsumexp", "class, bias")),
+    ],
+)
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_options(name, num_tokens, head_dim, dtype):
+    q, k, v = packed(2, 2 if dtype == torch.float32 else 1, num_tokens, head_dim, dtype)
+    inputs = (q, k, v, bias_of(2, num_tokens, torch.float32 if dtype != torch.float16 else dtype).t().contiguous().t())
+    ours = run_option(name, "triton", inputs)
+    plain = run_option(name, "reference", inputs)
+    exact = run_option(name, "reference", inputs, torch.float64)
+    steps = 16 if dtype == torch.float32 else 4  # the roundings of a logit near 8
+    for triple in zip(ours, plain, exact, strict=True):
+        assert_within_budget(*triple, steps=steps * EPS[dtype] / EPS[triple[0].dtype])
+    if name in ("bias", "one row"):  # a query that sees no key
+        nothing = ours[0][-1] if name == "bias" else ours[0][:, :, num_tokens - 20 : num_tokens - 18]
+        assert not nothing.any()
+
+
+def test_options_do_not_look_at_other_images():
+    q, k, v = packed(2, 1, 37, 16)
+    bias = tokens(2, 37, seed=4)
+    for name in ("index, bias", "class, bias", "received, bias"):
+        whole = run_option(name, "triton", (q, k, v, bias))
+        other = [torch.cat([t[:1], 3.0 * t[:1]]) for t in (q, k, v, bias)]
+        for a, b in zip(whole, run_option(name, "triton", other), strict=True):
+            assert torch.equal(a[:1], b[:1])
+    # A packed image has the bits of an image alone, wherever it begins.
+    out = one_row(q[:1], k[:1], v[:1], bias[:1], backend="triton")
+    alone = ops.attention(q[:1, :, :17], k[:1, :, :15], v[:1, :, :15], bias=bias[:1, :15], backend="triton")
+    assert torch.equal(out[:, :, :17], alone)
+    last = [t[:1, :, rows] for t, rows in ((q, slice(19, 22)), (k, slice(17, 18)), (v, slice(17, 18)))]
+    assert torch.equal(out[:, :, 19:22], ops.attention(*last, bias=bias[:1, 17:18], backend="triton"))
+    assert not out[:, :, 22:].any()
+
+
+@pytest.mark.usefixtures("unwritten_is_nan")
+def test_empty_options():
+    q, k, v = packed(2, 1, 5, 8)
+    none = torch.zeros(2, 0, dtype=torch.int64)
+    assert ops.attention(q, k, v, index=none, prefix=0, backend="triton").shape == (2, 1, 0, 8)
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    out = ops.attention(q, k, v, index=none, prefix=1, backend="triton")
+    torch.testing.assert_close(out, ops.attention(q, k, v)[:, :, :1])
+    scores = ops.attention_scores(q[:, :, :0], k, v, kind="received", backend="triton")[1]
+    assert not scores.any()
+    assert ops.attention_scores(q, k, v, kind="class", prefix=5, backend="triton")[1].shape == (2, 0)
+    assert ops.attention_scores(q[:0], k[:0], v[:0], kind="class", backend="triton")[1].shape == (0, 4)
+    bound = torch.zeros(1, dtype=torch.int32)
+    for offsets in ((bound, bound), (torch.zeros(3, dtype=torch.int32),) * 2):
+        out = ops.attention(q[:1], k[:1], v[:1], offsets=offsets, longest=(0, 0), backend="triton")
+        grads = torch.autograd.grad(out.sum(), (q, k, v))
+        assert not any(t.any() for t in (out, *grads))
+
+
+LAUNCHES = {
+    "bias": (["attention"], ["grad_queries", "grad_keys", "sum_heads"]),
+    "index": (["attention"], ["grad_queries", "grad_keys", "group_slots", "reduce_slots"]),
+    "logsumexp": (["attention"], ["grad_queries", "grad_keys", "sum_heads"]),
+    "class": (["attention", "class"], ["grad_queries", "grad_keys"]),
+    "received": (["attention", "received", "sum_heads"], ["grad_queries", "grad_keys"]),
+    "one row": (["attention"], ["grad_queries", "grad_keys"]),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name):
+    leaves = [t.detach().requires_grad_() for t in packed(2, 1, 23, 8)]
+    bias = tokens(2, 23).requires_grad_()
+    with traffic() as forward:
+        outs = OPTIONS[name](*leaves, bias, backend="triton")
+    with traffic() as backward:
+        sum(out.sum() for out in (outs if isinstance(outs, tuple) else (outs,))).backward()
+    for counted, expected in zip((forward, backward), LAUNCHES[name], strict=True):
+        assert dict(counted.launches) == {f"{kernel}_kernel": 1 for kernel in expected}
+    if name == "bias":
+        with traffic() as backward:
+            OPTIONS[name](*leaves, bias.detach(), backend="triton").sum().backward()
+        assert "sum_heads_kernel" not in backward.launches
+    if name == "received":  # whoever only reads the scores pays for no sweep of theirs
+        with traffic() as plain:
+            ops.attention(*leaves, backend="triton").sum().backward()
+        with traffic() as one:
+            OPTIONS[name](*leaves, bias, backend="triton")[0].sum().backward()
+        assert one.loads["grad_queries_kernel"] == plain.loads["grad_queries_kernel"]

@@ -15,13 +15,13 @@ from tests.inputs import DTYPES, seeded, tokens
 SHAPES = [(2, 17, 24, 5, 5), (1, 1, 1, 1, 5), (0, 9, 8, 3, 5), (1, 70, 80, 66, 4), (1, 26, 33, 1, 3), (2, 9, 16, 9, 8)]
 
 
-ROUTES = {"one program an image": kernels.MAX_TOKENS, "several programs an image": 0}
+ROUTES = {"one program an image": 256, "several programs an image": 0}
 
 
 @pytest.fixture(params=ROUTES.values(), ids=ROUTES)
 def route(request, monkeypatch):
     """Both routes, whatever the number of tokens."""
-    monkeypatch.setattr(kernels, "MAX_TOKENS", request.param)
+    monkeypatch.setattr(kernels, "most_tokens", lambda dtype: request.param)
 
 
 @pytest.fixture
@@ -126,11 +126,11 @@ def test_determinism_and_batch_invariance(dtype):
         assert torch.equal(result[2:3], one)
 
 
-def test_launches(launched):
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 256), (torch.float32, 64)])
+def test_launches(dtype, most, launched):
     """Up to the limit one program does all that follows the densities."""
-    first = kernels.MAX_TOKENS
-    for num_tokens in (17, first, first + 1):
-        check(on_a_line(1, num_tokens, seed=3), 40 if num_tokens > 40 else 5)
+    for num_tokens in (17, most, most + 1):
+        check(on_a_line(1, num_tokens, dtype=dtype, seed=3), 40 if num_tokens > 40 else 5)
     several = ["density", "score", "sort_scores", "label", "group_slots"]
     assert launched == [*["density", "cluster"] * 2, *several]
 
@@ -147,7 +147,7 @@ def test_launches_of_a_stage(equal_weight, launched):
 
 @pytest.mark.parametrize("more", [0, 1])
 def test_around_the_limit(more, launched):
-    x = tokens(1, kernels.MAX_TOKENS + more, 8)
+    x = tokens(1, kernels.most_tokens(torch.float32) + more, 8)
     for k in (1, x.shape[1]):
         x[:, :: x.shape[1] // 7] = x[:, :1].clone()  # tokens that coincide
         centers, label, (order, offsets) = ops.cluster_dpc_knn_groups(x, k, backend="triton")
@@ -162,7 +162,7 @@ def test_both_routes_are_the_same_bits(dtype, monkeypatch):
     x = tokens(2, 90, 20, dtype=dtype)
     results = []
     for limit in ROUTES.values():
-        monkeypatch.setattr(kernels, "MAX_TOKENS", limit)
+        monkeypatch.setattr(kernels, "most_tokens", lambda dtype, limit=limit: limit)
         results.append(kernels.cluster_dpc_knn(x, 33, 5, None))
     for one, several in zip(*results, strict=True):
         assert torch.equal(one, several)

@@ -82,6 +82,44 @@ def test_a_longer_sequence():
     check(on_a_line(1, 600, 4, dtype=torch.float16), dyadic(1, 600, high=400), 40, iters=1)
 
 
+@pytest.fixture
+def nothing_stored(monkeypatch):
+    """Few tokens take the way of many."""
+    monkeypatch.setattr(kernels, "STORED", 0)
+
+
+@pytest.mark.usefixtures("nothing_stored")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("cost", ["all", "members"])
+class TestDistancesComputedAgain:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_exact_distances_with_ties(self, dtype, cost):
+        x = on_a_line(2, 70, 33, dtype=dtype)
+        check(x, dyadic(2, 70).to(dtype), 40, cost=cost)
+        check(x[:1, ::2, 7:], None, 21, iters=1, first=11, cost=cost)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_random_tokens(self, dtype, cost):
+        x = tokens(3, 38, 20, dtype=dtype)
+        weights = torch.rand(3, 38, generator=seeded())
+        check(x[:1], None, 7, first=5, cost=cost)
+        for whole, alone in zip(check(x, weights, 7, cost=cost), check(x[2:], weights[2:], 7, cost=cost), strict=True):
+            assert torch.equal(whole[2:], alone)
+        # Far from zero rounding leaves a token a distance to itself, which must not decide between two members.
+        check(tokens(1, 60, 4, dtype=dtype) + 50, 1 + torch.rand(1, 60, generator=seeded()) / 10, 25, cost=cost)
+
+    @pytest.mark.parametrize("bad", [NAN, INF])
+    def test_tokens_that_are_not_finite(self, bad, cost):
+        for places in ([3], list(range(31))):
+            x = on_a_line(1, 31, 4)
+            x[:, places, 1] = bad
+            check(x, dyadic(1, 31), 8, iters=1, cost=cost)
+            check(x, None, 8, iters=1, cost=cost, first=3)
+
+    def test_empty_batch(self, cost):
+        check(torch.zeros(0, 9, 4), torch.zeros(0, 9), 3, cost=cost)
+
+
 @pytest.mark.parametrize("cost", ["all", "members"])
 def test_all_tokens_equal(cost):
     """The first center takes every token; every other cluster is empty and takes token 0."""
@@ -129,7 +167,8 @@ def test_any_strides(dtype):
 @pytest.mark.parametrize(("num_tokens", "channels"), [(37, 40), (70, 131)])
 def test_distances(num_tokens, channels, dtype):
     x, weights = tokens(1, num_tokens, channels, dtype=dtype), torch.rand(1, num_tokens, generator=seeded(3))
-    distance, cost, centers = kernels.token_distances(x, weights, num_tokens)
+    cost, centers = torch.empty(1, num_tokens), torch.empty(1, num_tokens, dtype=torch.int64)
+    distance = kernels.token_distances(x, weights, cost, centers)
     assert torch.isinf(distance[:, :, num_tokens:]).all()
     distance = distance[:, :, :num_tokens]
     # |a|^2 + |b|^2 - 2ab leaves the rounding of |a|^2 on the diagonal, in the released code too; its root is large.

@@ -19,7 +19,7 @@ def check(metric, r, prefix=1):
     assert ours.dtype == torch.int64
     assert ours.is_contiguous()
     assert torch.equal(ours, ops.match_tokens(metric, r, prefix=prefix, backend="reference"))
-    for found, expected in zip(groups, reference.group_slots(ours, metric.shape[1] - r), strict=True):
+    for found, expected in zip(groups, reference.group_slots(ours, metric.shape[-2] - r), strict=True):
         assert found.dtype == torch.int32
         assert torch.equal(found, expected)
     return ours
@@ -38,6 +38,31 @@ def test_exact_cosines_with_ties(batch, num_tokens, dim, dtype):
     most = (num_tokens - 1) // 2
     for r in {0, most // 2, most}:
         check(metric, r)
+
+
+def packed_keys(batch, heads, num_tokens, dim, dtype):
+    """A view of a packed qkv, as attention has its keys."""
+    packed = tokens(batch, num_tokens, 3 * heads * dim, dtype=dtype).unflatten(2, (3, heads, dim))
+    return packed.permute(2, 0, 3, 1, 4)[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "num_tokens", "dim"), [(3, 30, 33), (1, 9, 8), (2, 261, 16), (3, 12, 130)])
+def test_keys_are_averaged_as_the_reference_does_it(heads, num_tokens, dim, dtype, monkeypatch):
+    """To the bit, so that equal cosines are tied alike; while they are loaded, or in a pass of their own."""
+    mean_keys, passes = kernels.mean_keys, []
+    keys = packed_keys(2, heads, num_tokens, dim, dtype)
+    assert torch.equal(mean_keys(keys), keys.mean(1))
+    r = num_tokens // 3
+    assert torch.equal(ops.match_tokens(keys, r, backend="triton"), ops.match_tokens(keys.mean(1), r, backend="triton"))
+    monkeypatch.setattr(kernels, "mean_keys", lambda keys: passes.append(keys) or mean_keys(keys))
+    metric = exact_metric(2, num_tokens, dim, dtype=dtype)
+    keys[:] = metric.unsqueeze(1) * torch.arange(2 - heads, heads + 1, 2).view(-1, 1, 1)  # of mean 1
+    assert torch.equal(check(keys, r), check(metric, r))
+    assert len(passes) == (heads > 1 and (dtype == torch.float32 or dim > 128))
+    monkeypatch.setattr(kernels, "MAX_GROUPED", num_tokens - 1)
+    check(keys, r)
+    assert len(passes) == (heads > 1) * (1 + (dtype == torch.float32 or dim > 128))
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bench.traffic import traffic
 from fastreduce import ops
 from fastreduce.kernels import merge_tokens as kernels
 from tests.budget import assert_within_budget
@@ -190,8 +191,7 @@ def check_weighted(triples):
     assert_within_budget(*grad_size, steps=8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["dense", "sliced", "expanded"])
+@pytest.mark.parametrize(("layout", "dtype"), list(zip(["dense", "sliced", "expanded"], DTYPES, strict=True)))
 @pytest.mark.parametrize(("batch", "num_tokens", "num_out", "channels"), SHAPES)
 def test_learned_weights_behind_a_head(batch, num_tokens, num_out, channels, layout, dtype):
     whole = tokens(batch, 1 + num_tokens, channels, dtype=dtype, layout=layout)
@@ -283,18 +283,18 @@ def test_sizes_by_a_layer_are_those_given(channels):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_by_a_layer_are_the_same_bits_in_any_batch(dtype):
-    slot, (weight, bias) = random_slots(4, 33, 12), layer(48, dtype)
+    slot, (weight, bias) = random_slots(3, 13, 5), layer(24, dtype)
 
     def run(images):
-        x = tokens(4, 34, 48, dtype=dtype)[images].requires_grad_()
+        x = tokens(3, 14, 24, dtype=dtype)[images].requires_grad_()
         options = {"log_size": (weight, bias), "eps": 1e-6, "head": x[:, :1], "backend": "triton"}
-        merged, total = ops.merge_tokens(x[:, 1:], slot[images], 12, **options)
-        return merged, total, *torch.autograd.grad(merged, x, tokens(4, 13, 48, dtype=dtype, seed=2)[images])
+        merged, total = ops.merge_tokens(x[:, 1:], slot[images], 5, **options)
+        return merged, total, *torch.autograd.grad(merged, x, tokens(3, 6, 24, dtype=dtype, seed=2)[images])
 
     whole = run(slice(None))
-    for again, alone, result in zip(run(slice(None)), run(slice(2, 3)), whole, strict=True):
+    for again, alone, result in zip(run(slice(None)), run(slice(1, 2)), whole, strict=True):
         assert torch.equal(again, result)
-        assert torch.equal(alone, result[2:3])
+        assert torch.equal(alone, result[1:2])
 
 
 def test_a_layer_of_constants_still_moves_the_tokens():
@@ -345,18 +345,18 @@ def test_head_rows_are_copied_and_the_residual_meets_the_merged_ones_only(dtype)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_gradients_are_the_same_bits_in_any_batch(dtype):
-    slot, size = random_slots(4, 33, 12), torch.rand(4, 33, generator=seeded(5))
+    slot, size = random_slots(3, 13, 5), torch.rand(3, 13, generator=seeded(5))
 
     def run(images):
-        x = tokens(4, 34, 48, dtype=dtype)[images].requires_grad_()
+        x = tokens(3, 14, 24, dtype=dtype)[images].requires_grad_()
         weight = size[images].clone().requires_grad_()
-        merged, _ = ops.merge_tokens(x[:, 1:], slot[images], 12, size=weight, eps=1e-6, head=x[:, :1], backend="triton")
-        return merged, *torch.autograd.grad(merged, (x, weight), tokens(4, 13, 48, dtype=dtype, seed=2)[images])
+        merged, _ = ops.merge_tokens(x[:, 1:], slot[images], 5, size=weight, eps=1e-6, head=x[:, :1], backend="triton")
+        return merged, *torch.autograd.grad(merged, (x, weight), tokens(3, 6, 24, dtype=dtype, seed=2)[images])
 
     whole = run(slice(None))
-    for again, alone, result in zip(run(slice(None)), run(slice(2, 3)), whole, strict=True):
+    for again, alone, result in zip(run(slice(None)), run(slice(1, 2)), whole, strict=True):
         assert torch.equal(again, result)
-        assert torch.equal(alone, result[2:3])
+        assert torch.equal(alone, result[1:2])
 
 
 def test_a_weight_that_is_not_a_number_stays_in_its_slot():
@@ -377,8 +377,7 @@ def test_constant_sizes_get_no_gradient_and_keep_no_tokens():
             assert not any(saved is x for saved in merged.grad_fn.saved_tensors)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["dense", "sliced", "expanded"])
+@pytest.mark.parametrize(("layout", "dtype"), list(zip(["dense", "sliced", "expanded"], DTYPES, strict=True)))
 @pytest.mark.parametrize(("batch", "num_tokens", "num_slots", "channels"), SHAPES)
 def test_unmerge_forward_and_backward(batch, num_tokens, num_slots, channels, layout, dtype):
     x = tokens(batch, num_slots, channels, dtype=dtype, layout=layout)
@@ -394,8 +393,19 @@ def test_unmerge_forward_and_backward(batch, num_tokens, num_slots, channels, la
         assert_within_budget(*triple)
 
 
-def test_unmerge_of_dropped_tokens_only():
-    x = tokens(2, 3, 8).requires_grad_()
+def test_unmerge_with_groups_takes_one_launch_a_way():
+    slot, x = random_slots(2, 9, 4, low=-1), tokens(2, 4, 8).requires_grad_()
+    groups = ops.group_slots(slot, 4, backend="triton")
+    with traffic() as counted:
+        out = ops.unmerge_tokens(x, slot, groups=groups, backend="triton")
+        torch.autograd.grad(out.sum(), x)
+    assert dict(counted.launches) == {"spread_slots_kernel": 1, "reduce_slots_kernel": 1}
+    assert torch.equal(out, ops.unmerge_tokens(x, slot, backend="triton"))
+
+
+@pytest.mark.parametrize("num_slots", [3, 0])
+def test_unmerge_of_dropped_tokens_only(num_slots):
+    x = tokens(2, num_slots, 8).requires_grad_()
     out = ops.unmerge_tokens(x, torch.full((2, 6), -1, dtype=torch.int32), backend="triton")
     assert out.shape == (2, 6, 8)
     assert not out.any()
@@ -420,20 +430,20 @@ def test_no_tokens_and_no_channels():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_determinism_and_batch_invariance_bitwise(dtype):
-    slot, size = random_slots(4, 33, 12), random_sizes(4, 33)
+    slot, size = random_slots(3, 13, 5), random_sizes(3, 13)
 
     def run(images):
-        x = tokens(4, 33, 48, dtype=dtype)[images].requires_grad_()
-        residual = tokens(4, 12, 48, dtype=dtype, seed=1)[images]
-        merged, total = ops.merge_tokens(x, slot[images], 12, size=size[images], residual=residual, backend="triton")
+        x = tokens(3, 13, 24, dtype=dtype)[images].requires_grad_()
+        residual = tokens(3, 5, 24, dtype=dtype, seed=1)[images]
+        merged, total = ops.merge_tokens(x, slot[images], 5, size=size[images], residual=residual, backend="triton")
         spread = ops.unmerge_tokens(merged, slot[images], backend="triton")
-        (grad,) = torch.autograd.grad(spread, x, tokens(4, 33, 48, dtype=dtype, seed=2)[images])
+        (grad,) = torch.autograd.grad(spread, x, tokens(3, 13, 24, dtype=dtype, seed=2)[images])
         return merged, total, spread, grad
 
     whole = run(slice(None))
-    for again, alone, result in zip(run(slice(None)), run(slice(2, 3)), whole, strict=True):
+    for again, alone, result in zip(run(slice(None)), run(slice(1, 2)), whole, strict=True):
         assert torch.equal(again, result)
-        assert torch.equal(alone, result[2:3])
+        assert torch.equal(alone, result[1:2])
 
 
 def test_rows_are_summed_in_index_order():

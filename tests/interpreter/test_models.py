@@ -27,13 +27,13 @@ METHODS = [
     ("patchmerger", {"keep_rate": 0.5}),
     ("sinkhorn", {"keep_rate": 0.5, "eps": 0.2}),
 ]
-USES = {"topk": ["class_logits", "sort_scores", "gather_tokens"], "evit": ["class_logits", "fuse_tokens"]}
-USES |= {"tome": ["best_match", "assign_slots", "reduce_slots"], "radial": ["gather_tokens"]}
+USES = {"topk": ["class_logits", "sort_scores", "attention", "gather_tokens"], "evit": ["class_logits", "fuse_tokens"]}
+USES |= {"tome": ["best_match", "assign_slots", "reduce_slots", "attention"], "radial": ["gather_tokens"]}
 USES |= {
     "dynamicvit": ["sort_scores", "gather_tokens"],
     "dynamicvit in training": ["attention", "mean_values"],
-    "ats": ["class_logits", "sample_tokens", "gather_tokens"],
-    "kmedoids": ["row_softmax", "token_distances", "iterate_clusters", "gather_tokens"],
+    "ats": ["class_logits", "sample_tokens", "attention", "gather_tokens"],
+    "kmedoids": ["attention", "received", "token_distances", "iterate_clusters", "gather_tokens"],
     "dpcknn": ["density", "cluster", "reduce_slots"],
     "sit": ["soft_merge"],
     "patchmerger": ["soft_merge"],

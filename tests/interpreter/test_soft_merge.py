@@ -7,10 +7,10 @@ from fastreduce import ops
 from tests.budget import EPS, assert_within_budget
 from tests.inputs import DTYPES, seeded, tokens
 
-# (batch, tokens, clusters, channels, head); 75 tokens are three steps, 130 clusters and 144 channels two tiles
+# (batch, tokens, clusters, channels, head); 140 tokens, 130 clusters and 144 channels are two tiles
 SHAPES = [
     (2, 17, 5, 24, 1),
-    (1, 75, 130, 144, 2),
+    (1, 140, 130, 144, 2),
     (1, 75, 66, 70, 3),
     (3, 9, 1, 8, 0),
     (1, 1, 3, 33, 1),

@@ -1,0 +1,225 @@
+"""Peak memory of inference at two lengths: it must grow as the number of tokens does, not as its square. No GPU needed.
+
+python -m bench.memory [--methods topk,...] [--primitives gather_tokens,...] [--tokens 1025,4097] [--json FILE]
+
+Three tables: whole models, one image, at a keep rate of 0.5 and the default blocks; primitives by the reference; and
+what the launchers of their kernels allocate, with CPU tensors and without running a kernel. On CUDA the first two run
+Triton, and the third is left out. Counted is what is alive at once, weights and inputs left out and outputs included:
+on CUDA by torch.cuda.max_memory_allocated, on the CPU from the allocations and releases that torch.profiler records,
+exact where the resident size of a process shows the allocator's habits. Non-zero exit if something grows by more than
+1.25 times as much as the tokens and is not among the known exceptions, or if one of these is not needed any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import fastreduce
+from fastreduce.integrations.timm import create_model, reduced_counts
+from fastreduce.measure import environment
+
+from .gates import Gate, Known, check_words, choose_primitives, table
+from .primitive import Primitive, Shape
+
+__all__ = ["allocations_only", "main", "peak_bytes"]
+
+MODEL = "deit_tiny_patch16_224"
+TOKENS = "1025,4097"
+KEEP_RATE = 0.5
+MOST_GROWTH = 1.25  # times the growth of the tokens
+OPTIONS: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
+_PLAN = "the similarities of tokens and clusters are a result, and what the gradient starts from"
+# Kind and method or primitive: the growth over that of the tokens, which is 4 where all is quadratic.
+KNOWN = {
+    "reference sinkhorn_merge": Known(4, _PLAN),
+    "kernels sinkhorn_merge": Known(4, _PLAN),
+    "reference attention": Known(4, "under a policy, in DynamicViT's training: only the kernel does without matrices"),
+}
+KNOWN_ON_CUDA = {"model sinkhorn": Known(4, _PLAN), "primitive sinkhorn_merge": Known(4, _PLAN)}
+
+
+def _peak_of_trace(path: Path) -> int:
+    """Most bytes alive at once, from what a trace says of every allocation and release."""
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    alive = most = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        alive += event["args"]["Bytes"]
+        most = max(most, alive)
+    return most
+
+
+@torch.inference_mode()
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call has allocated at once beyond what was there before."""
+    if device.type == "cuda":
+        call()  # libraries allocate their workspaces at their first call
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        profiler.export_chrome_trace(str(path))
+        return _peak_of_trace(path)
+
+
+@contextlib.contextmanager
+def allocations_only() -> Iterator[None]:
+    """Within the block ``backend="triton"`` takes CPU tensors, and launches do nothing."""
+    from triton.runtime.jit import JITFunction
+
+    from .compile_report import dispatch_to_triton
+
+    run = JITFunction.run
+    JITFunction.run = lambda *args, **kwargs: None
+    try:
+        with dispatch_to_triton():
+            yield
+    finally:
+        JITFunction.run = run
+
+
+def _build(name: str, tokens: int, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """A model that has so many tokens, and an image for it.
+
+    Raises:
+        ValueError: no square grid has so many.
+    """
+    torch.manual_seed(0)
+    usual: Any = create_model(name)
+    patches = tokens - usual.num_prefix_tokens
+    side = math.isqrt(max(0, patches))
+    if not patches > 0 or side * side != patches:
+        raise ValueError(f"{name} has {usual.num_prefix_tokens} tokens more than a square of patches, got {tokens}")
+    size = side * usual.patch_embed.patch_size[0]
+    return create_model(name, img_size=size).eval().to(device), torch.randn(1, 3, size, size, device=device)
+
+
+def _models(name: str, tokens: int, methods: Sequence[str], device: torch.device) -> Iterator[tuple[str, int, str]]:
+    """Name, peak and what is kept, of the unreduced model and of every method."""
+    model, image = _build(name, tokens, device)
+    yield "unreduced", peak_bytes(lambda: model(image), device), ""
+    for method in methods:
+        reduced = fastreduce.patch(model, method, keep_rate=KEEP_RATE, **OPTIONS.get(method, {}))
+        kept = ", ".join(map(str, reduced_counts(reduced)))
+        yield method, peak_bytes(lambda reduced=reduced: reduced(image), device), kept
+        fastreduce.unpatch(model)
+
+
+def _primitive(primitive: Primitive, shape: Shape, backend: str, device: torch.device) -> int:
+    inputs = primitive.make(shape, torch.Generator(device).manual_seed(0))
+    return peak_bytes(lambda: primitive.call(**inputs, backend=backend), device)
+
+
+class _Run:
+    """Rows of what was measured, by kind and name."""
+
+    def __init__(self, tokens: Sequence[int], device: torch.device):
+        self.tokens = tokens
+        known = KNOWN_ON_CUDA if device.type == "cuda" else KNOWN
+        self.gate = Gate("growth over that of the tokens", MOST_GROWTH, known)
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def add(self, kind: str, name: str, tokens: int, peak: int, kept: str = "") -> None:
+        """Of the last number of tokens, with the growth since the first."""
+        row = self.rows.setdefault(f"{kind} {name}", {"kind": kind, "name": name, "peaks": {}})
+        row["peaks"][tokens] = peak
+        row["kept"] = kept
+        if tokens == self.tokens[-1]:
+            row["growth"] = peak / max(1, row["peaks"][self.tokens[0]])
+            row["gate"] = self.gate.check(f"{kind} {name}", row["growth"] * self.tokens[0] / tokens)
+
+    def table(self, kind: str) -> str:
+        """The rows of a kind, peaks in MB."""
+        columns = {f"MB at {count}": count for count in self.tokens}
+        rows = [
+            {kind: row["name"], **{title: row["peaks"][count] / 1e6 for title, count in columns.items()}, **row}
+            for row in self.rows.values()
+            if row["kind"] == kind
+        ]
+        kept = ["kept"] if kind == "model" else []
+        return table(rows, (kind, *columns, "growth", "gate", *kept))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", help="names, comma separated; then primitives are left out (default: all)")
+    parser.add_argument("--primitives", help="names, comma separated; then models are left out (default: all)")
+    parser.add_argument("--tokens", default=TOKENS, help=f"with the class token, ascending; default {TOKENS}")
+    parser.add_argument("--model", default=MODEL, help=f"of timm; default {MODEL}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, judge; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    everything = options.methods is None and options.primitives is None
+    device, start = torch.device(options.device), time.perf_counter()
+    methods = primitives = None
+    try:
+        tokens = [int(word) for word in options.tokens.split(",")]
+        if len(tokens) < 2 or tokens != sorted(set(tokens)):
+            raise ValueError(f"--tokens wants at least two numbers, ascending, got {options.tokens!r}")
+        if everything or options.methods is not None:
+            methods = list(fastreduce.REDUCERS) if everything else options.methods.split(",")
+            check_words(methods, fastreduce.REDUCERS, "method")
+        if everything or options.primitives is not None:
+            primitives = choose_primitives(options.primitives)
+        run = _Run(tokens, device)
+        if methods is not None:
+            for count in tokens:
+                for name, peak, kept in _models(options.model, count, methods, device):
+                    run.add("model", name, count, peak, kept)
+            print(run.table("model"), end="\n\n", flush=True)
+    except ValueError as error:
+        parser.error(str(error))
+    kinds = ("primitive",) if device.type == "cuda" else ("reference", "kernels")
+    for kind in kinds if primitives is not None else ():
+        for count in tokens:
+            for name, primitive in primitives.items():
+                with allocations_only() if kind == "kernels" else contextlib.nullcontext():
+                    backend = "triton" if kind == "kernels" else "auto"
+                    run.add(kind, name, count, _primitive(primitive, Shape("deit_tiny", count, 1), backend, device))
+        print(run.table(kind), end="\n\n", flush=True)
+    for reason in run.gate.reasons():
+        print(f"known: {reason}")
+    usual = options.tokens == TOKENS and options.model == MODEL and device.type == "cpu"
+    stale: Any = "none" if not usual else "all" if everything else "seen"
+    failures = run.gate.failures(stale)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    print(f"\n{len(run.rows)} peaks, {time.perf_counter() - start:.0f} s, {len(failures)} failures")
+    if options.json is not None:
+        made = {"environment": environment(device), "peaks": list(run.rows.values()), "failures": failures}
+        options.json.write_text(json.dumps(made, indent=1))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

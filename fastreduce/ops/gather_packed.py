@@ -1,0 +1,293 @@
+"""``gather_packed`` and ``unpack_tokens``: images of different lengths in one row of tokens, without padding."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+
+__all__ = ["check_offsets", "gather_packed", "token_offsets", "unpack_tokens"]
+
+
+def check_offsets(name: str, offsets: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise unless ``offsets`` are (B + 1,) int32 on the device of ``like``."""
+    check_shape(name, offsets, "B+1")
+    check_same(like_name, like, name, offsets)
+    if offsets.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {offsets.dtype}")
+    if offsets.shape[0] < 1:
+        raise ValueError(f"{name} must have one entry more than there are images, got shape {shape_of(offsets)}")
+
+
+def _check_packed(name: str, tensor: Tensor) -> None:
+    """Raise unless the tensor is (1, T, C) floating point."""
+    check_shape(name, tensor, "1 T C")
+    check_floating(name, tensor)
+    if tensor.shape[0] != 1:
+        raise ValueError(f"{name} must have shape (1, T, C), got {shape_of(tensor)}")
+
+
+def _triton_offsets(valid: Tensor) -> Tensor:
+    from ..kernels import gather_packed as kernels
+
+    return kernels.token_offsets(valid)
+
+
+def _fake_offsets(valid: Tensor) -> Tensor:
+    return valid.new_empty(valid.shape[0] + 1, dtype=torch.int32)
+
+
+_offsets = register(
+    "token_offsets(Tensor valid) -> Tensor",
+    triton=_triton_offsets,
+    reference=reference.token_offsets,
+    fake=_fake_offsets,
+)
+
+
+def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
+    """Where the tokens of every image begin once they are packed, and where the last ones end.
+
+    Equivalent PyTorch::
+
+        torch.nn.functional.pad(valid.sum(1).cumsum(0), (1, 0)).int()
+
+    Args:
+        valid: (B, N) bool, which tokens are real.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B + 1,) int32 on the device of ``valid``; the host does not wait for it.
+
+    Raises:
+        ValueError: a wrong shape.
+        TypeError: valid not bool.
+    """
+    check_shape("valid", valid, "B N")
+    if valid.dtype != torch.bool:
+        raise TypeError(f"valid must be bool, got {valid.dtype}")
+    return reference.token_offsets(valid) if resolve(backend, valid) == "reference" else _offsets(valid)
+
+
+def _triton_gather(
+    x: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_out: int, residual: Tensor | None
+) -> Tensor:
+    from ..kernels import gather_packed as kernels
+
+    residual = None if residual is None else dense_rows(residual)
+    return kernels.gather_packed(dense_rows(x), index, source, target, prefix, num_out, residual)
+
+
+def _fake_gather(
+    x: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_out: int, residual: Tensor | None
+) -> Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(1, num_out, x.shape[2], dtype=dtype)
+
+
+def _triton_gather_backward(
+    grad: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_in: int
+) -> Tensor:
+    from ..kernels import gather_packed as kernels
+
+    return kernels.gather_packed_backward(dense_rows(grad), index, source, target, prefix, num_in)
+
+
+def _fake_gather_backward(
+    grad: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_in: int
+) -> Tensor:
+    return grad.new_empty(1, num_in, grad.shape[2])
+
+
+_gather = register(
+    "gather_packed(Tensor x, Tensor index, Tensor source, Tensor target, int prefix, SymInt num_out, Tensor? residual)"
+    " -> Tensor",
+    triton=_triton_gather,
+    reference=reference.gather_packed,
+    fake=_fake_gather,
+)
+_gather_backward = register(
+    "gather_packed_backward(Tensor grad, Tensor index, Tensor source, Tensor target, int prefix, SymInt num_in)"
+    " -> Tensor",
+    triton=_triton_gather_backward,
+    reference=reference.gather_packed_backward,
+    fake=_fake_gather_backward,
+)
+
+
+class GatherPacked(torch.autograd.Function):
+    """Gradient: every row that was kept gets that of the row it became; the residual's is the output's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        index: Tensor,
+        source: Tensor,
+        target: Tensor,
+        prefix: int,
+        num_out: int,
+        residual: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(index, source, target)
+        ctx.prefix, ctx.num_in, ctx.x_dtype = prefix, x.shape[1], x.dtype
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return _gather(x, index, source, target, prefix, num_out, residual)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = grad_residual = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _gather_backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
+        if ctx.needs_input_grad[6]:
+            grad_residual = grads[0].to(ctx.residual_dtype)
+        return grad_x, None, None, None, None, None, grad_residual
+
+
+def gather_packed(
+    x: Tensor,
+    index: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    *,
+    num_out: int,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Keep the prefix and the chosen patch tokens of every image, packed, and add a residual to them.
+
+    As :func:`gather_tokens`, but every image has, and keeps, a number of tokens of its own: those of image b are rows
+    ``offsets[b] .. offsets[b + 1]``, and there is no padding between images. The numbers stay on the device.
+
+    Equivalent PyTorch, for image b::
+
+        source, target = offsets
+        kept = index[b, : target[b + 1] - target[b] - prefix]
+        rows = source[b] + torch.cat([torch.arange(prefix), prefix + kept])
+        out[0, target[b] : target[b + 1]] = x[0, rows] + residual[0, target[b] : target[b + 1]]
+
+    Args:
+        x: (1, T, C) packed tokens. float32, float16, bfloat16 (reference: any).
+        index: (B, K) int64 or int32, positions among the image's own patch tokens, ascending and each once, those that
+            are real first, as :func:`sample_tokens` gives them. Values are not checked.
+        offsets: two of (B + 1,) int32: where the images begin in x, and where they do in the result
+            (:func:`token_offsets`); both from 0. Values are not checked.
+        num_out: rows of the result, at least ``offsets[1][B]``. On a device whose numbers the host does not wait for,
+            ``B * (prefix + K)`` is always enough.
+        prefix: number of leading tokens of every image that are never reduced (class, distillation, registers).
+        residual: (1, num_out, C) to be added, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (1, num_out, C), in x's dtype or, with a residual, the promoted one; zeros from row ``offsets[1][B]`` on.
+        Differentiable in x and residual, whose gradient in those rows means nothing.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, a negative prefix or num_out.
+        TypeError: x not floating point, index not an integer tensor, offsets not int32.
+    """
+    _check_packed("x", x)
+    check_shape("index", index, "B K")
+    check_index("index", index)
+    check_same("x", x, "index", index)
+    source, target = offsets
+    check_offsets("offsets[0]", source, "x", x)
+    check_offsets("offsets[1]", target, "x", x)
+    if not index.shape[0] == source.shape[0] - 1 == target.shape[0] - 1:
+        raise ValueError(
+            f"index {shape_of(index)} and offsets {shape_of(source)}, {shape_of(target)} must be of as many images"
+        )
+    check_count("prefix", prefix, 0, sys.maxsize)
+    check_count("num_out", num_out, 0, sys.maxsize)
+    if residual is not None:
+        _check_packed("residual", residual)
+        check_same("x", x, "residual", residual)
+        if shape_of(residual) != (1, num_out, x.shape[2]):
+            raise ValueError(f"residual must have shape {(1, num_out, x.shape[2])}, got {shape_of(residual)}")
+    if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
+        return reference.gather_packed(x, index, source, target, prefix, num_out, residual)
+    return GatherPacked.apply(x, index, source, target, prefix, num_out, residual)
+
+
+def _triton_unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    from ..kernels import gather_packed as kernels
+
+    return kernels.unpack_tokens(dense_rows(x), offsets, longest)
+
+
+def _fake_unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    return x.new_empty(offsets.shape[0] - 1, longest, x.shape[2])
+
+
+def _triton_unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
+    from ..kernels import gather_packed as kernels
+
+    return kernels.unpack_tokens_backward(dense_rows(grad), offsets, num_in)
+
+
+def _fake_unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
+    return grad.new_empty(1, num_in, grad.shape[2])
+
+
+_unpack = register(
+    "unpack_tokens(Tensor x, Tensor offsets, SymInt longest) -> Tensor",
+    triton=_triton_unpack,
+    reference=reference.unpack_tokens,
+    fake=_fake_unpack,
+)
+_unpack_backward = register(
+    "unpack_tokens_backward(Tensor grad, Tensor offsets, SymInt num_in) -> Tensor",
+    triton=_triton_unpack_backward,
+    reference=reference.unpack_tokens_backward,
+    fake=_fake_unpack_backward,
+)
+
+
+class UnpackTokens(torch.autograd.Function):
+    """Gradient: packed again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, longest: int) -> Tensor:
+        ctx.save_for_backward(offsets)
+        ctx.num_in = x.shape[1]
+        return _unpack(x, offsets, longest)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _unpack_backward(grads[0], ctx.saved_tensors[0], ctx.num_in), None, None
+
+
+def unpack_tokens(x: Tensor, offsets: Tensor, *, longest: int, backend: str | None = None) -> Tensor:
+    """Bring packed tokens back to one row an image, zeros behind the shorter ones.
+
+    Equivalent PyTorch::
+
+        images = x[0, : offsets[-1]].split(offsets.diff().tolist())
+        torch.nn.utils.rnn.pad_sequence(images, batch_first=True)  # (B, longest, C)
+
+    Args:
+        x: (1, T, C) packed tokens, at least ``offsets[B]``. float32, float16, bfloat16 (reference: any).
+        offsets: (B + 1,) int32, where the images begin, from 0. Values are not checked.
+        longest: tokens of an image in the result, at least as many as the longest image has (not checked).
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, longest, C) in x's dtype, differentiable in x.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, a negative longest.
+        TypeError: x not floating point, offsets not int32.
+    """
+    _check_packed("x", x)
+    check_offsets("offsets", offsets, "x", x)
+    check_count("longest", longest, 0, sys.maxsize)
+    if resolve(backend, x) == "reference":
+        return reference.unpack_tokens(x, offsets, longest)
+    return UnpackTokens.apply(x, offsets, longest)

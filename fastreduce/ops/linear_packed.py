@@ -1,0 +1,106 @@
+"""``linear_packed``: a linear layer on packed tokens, which costs nothing behind the last of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import resolve
+from ._check import check_floating, check_same, check_shape, shape_of
+from ._library import dense_rows, register
+from .gather_packed import check_offsets
+
+__all__ = ["linear_packed"]
+
+
+def _triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    from ..kernels import linear_packed as kernels
+
+    return kernels.linear_packed(dense_rows(x), dense_rows(weight), bias, offsets)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    return x.new_empty(1, x.shape[1], weight.shape[0])
+
+
+def _triton_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import linear_packed as kernels
+
+    return kernels.linear_packed_backward(dense_rows(grad), dense_rows(x), dense_rows(weight), offsets)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+_forward = register(
+    "linear_packed(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
+    triton=_triton_forward,
+    reference=reference.linear_packed,
+    fake=_fake_forward,
+)
+_backward = register(
+    "linear_packed_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets) -> (Tensor, Tensor, Tensor)",
+    triton=_triton_backward,
+    reference=reference.linear_packed_backward,
+    fake=_fake_backward,
+)
+
+
+class LinearPacked(torch.autograd.Function):
+    """Gradient: that of a linear layer on the rows that are there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        return _forward(x, weight, bias, offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight, grad_bias = _backward(grads[0], *ctx.saved_tensors)
+        return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None
+
+
+def linear_packed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """A linear layer on the tokens that are there: of packed tokens with room behind them, the room costs nothing.
+
+    Equivalent PyTorch::
+
+        out = torch.nn.functional.linear(x, weight, bias)
+        out[:, offsets[-1] :] = 0
+
+    The kernels multiply float32 in three passes of the tensor cores (``tf32x3``), which is nearly as exact as float32.
+
+    Args:
+        x: (1, T, I) packed tokens. float32, float16, bfloat16 (reference: any).
+        weight: (O, I) in x's dtype.
+        bias: (O,) in x's dtype, or None.
+        offsets: (B + 1,) int32, where the images begin; of which only the last, the number of tokens, matters.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (1, T, O), zeros from row ``offsets[B]`` on. Differentiable in x, weight and bias.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ.
+        TypeError: x not floating point, several dtypes, offsets not int32.
+    """
+    check_shape("x", x, "1 T I")
+    check_floating("x", x)
+    check_shape("weight", weight, "O I")
+    check_same("x", x, "weight", weight, dtype=True)
+    if x.shape[0] != 1 or x.shape[2] != weight.shape[1]:
+        raise ValueError(f"x must have shape (1, T, {weight.shape[1]}) to go with weight, got {shape_of(x)}")
+    if bias is not None:
+        check_same("x", x, "bias", bias, dtype=True)
+        if shape_of(bias) != (weight.shape[0],):
+            raise ValueError(f"bias must have shape {(weight.shape[0],)} to go with weight, got {shape_of(bias)}")
+    check_offsets("offsets", offsets, "x", x)
+    if resolve(backend, x) == "reference":
+        return reference.linear_packed(x, weight, bias, offsets)
+    return LinearPacked.apply(x, weight, bias, offsets)

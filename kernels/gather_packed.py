@@ -1,0 +1,278 @@
+"""Packed tokens: kept rows with the residual fused in, their gradient, and the way back to padded rows.
+
+Every program looks up by bisection which image its rows belong to, so that nothing has to be known on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import row_tile
+
+
+@triton.jit
+def _image_of(offsets, row, batch, STEPS: tl.constexpr):
+    """How many images end at a row or before it: the image that the row is in, and ``batch`` behind the last."""
+    image = tl.zeros_like(row)
+    end = image + batch
+    for _ in range(STEPS):
+        middle = (image + end) // 2
+        searching = image < end
+        ended = tl.load(offsets + middle + 1, mask=searching, other=0) <= row
+        image = tl.where(searching & ended, middle + 1, image)
+        end = tl.where(searching & ~ended, middle, end)
+    return image
+
+
+@triton.jit
+def token_offsets_kernel(
+    valid,  # (B, N) bool
+    offsets,  # (B + 1,) int32
+    batch,
+    tokens,
+    valid_stride_b,
+    valid_stride_n,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program counts BLOCK_B images at a time and adds up."""
+    total = tl.zeros((), tl.int32)
+    tl.store(offsets, total)
+    for start_b in range(0, batch, BLOCK_B):
+        images = start_b + tl.arange(0, BLOCK_B)
+        in_b = images < batch
+        rows = valid + images.to(tl.int64)[:, None] * valid_stride_b
+        count = tl.zeros((BLOCK_B,), tl.int32)
+        for start_n in range(0, tokens, BLOCK_N):
+            columns = start_n + tl.arange(0, BLOCK_N)
+            mask = in_b[:, None] & (columns < tokens)[None, :]
+            real = tl.load(rows + columns.to(tl.int64)[None, :] * valid_stride_n, mask=mask, other=0)
+            count += tl.sum((real != 0).to(tl.int32), 1)
+        tl.store(offsets + 1 + images, total + tl.cumsum(count, 0), mask=in_b)
+        total += tl.sum(count, 0)
+
+
+@triton.jit
+def gather_packed_kernel(
+    x,  # (T, C), or (B, SOURCE_ROWS, C) without source
+    index,  # (B, K) or None for rows as they are
+    residual,  # (R, C) or None
+    source,  # (B + 1,) int32 or None
+    target,  # (B + 1,) int32
+    out,  # (R, C), contiguous
+    num_out,
+    channels,
+    batch,
+    x_stride_b,
+    x_stride_t,
+    index_stride_b,
+    index_stride_k,
+    residual_stride_t,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """One program makes ROWS packed rows, BLOCK_C channels of them; zeros behind the last image."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image = _image_of(target, rows, batch, STEPS)
+    in_rows = rows < num_out
+    real = in_rows & (image < batch)
+    place = rows - tl.load(target + image, mask=real, other=0)
+    picked = place.to(tl.int64)
+    if index is not None:
+        is_patch = real & (place >= PREFIX)
+        entry = image.to(tl.int64) * index_stride_b + (place - PREFIX).to(tl.int64) * index_stride_k
+        chosen = tl.load(index + entry, mask=is_patch, other=0).to(tl.int64)
+        picked = tl.where(is_patch, chosen + PREFIX, picked)
+    if source is None:
+        begin = image.to(tl.int64) * x_stride_b
+    else:
+        begin = tl.load(source + image, mask=real, other=0).to(tl.int64) * x_stride_t
+    in_c = offsets_c < channels
+    mask = real[:, None] & in_c[None, :]
+    value = tl.load(x + (begin + picked * x_stride_t)[:, None] + offsets_c[None, :], mask=mask, other=0.0)
+    value = value.to(tl.float32)
+    if residual is not None:
+        added = residual + rows.to(tl.int64)[:, None] * residual_stride_t + offsets_c[None, :]
+        value += tl.load(added, mask=mask, other=0.0).to(tl.float32)
+    rows_out = out + rows.to(tl.int64)[:, None] * channels + offsets_c[None, :]
+    tl.store(rows_out, value.to(out.dtype.element_ty), mask=in_rows[:, None] & in_c[None, :])
+
+
+@triton.jit
+def scatter_packed_kernel(
+    x,  # (R, C)
+    index,  # (B, K), ascending where it is real, or None for rows as they are
+    source,  # (B + 1,) int32 or None: rows of out of an image, num_out / B each without
+    target,  # (B + 1,) int32
+    out,  # (num_out, C), contiguous
+    num_out,
+    channels,
+    batch,
+    each,
+    x_stride_t,
+    index_stride_b,
+    index_stride_k,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    STEPS: tl.constexpr,
+    INDEX_STEPS: tl.constexpr,
+):
+    """One program: ROWS rows of out, each of which looks for the row that it became; zeros where there is none."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offsets_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_rows = rows < num_out
+    if source is None:
+        image = (rows // each).to(tl.int32)
+        place = (rows - image * each).to(tl.int32)
+        found = in_rows
+    else:
+        image = _image_of(source, rows, batch, STEPS)
+        found = in_rows & (image < batch)
+        place = rows - tl.load(source + image, mask=found, other=0)
+    begin = tl.load(target + image, mask=found, other=0)
+    count = tl.load(target + image + 1, mask=found, other=0) - begin
+    if index is not None:
+        is_patch = found & (place >= PREFIX)
+        entries = index + image.to(tl.int64) * index_stride_b
+        first = tl.zeros_like(rows)  # the first index that is not below the place
+        end = tl.maximum(count - PREFIX, 0)
+        for _ in range(INDEX_STEPS):
+            middle = (first + end) // 2
+            searching = is_patch & (first < end)
+            entry = tl.load(entries + middle.to(tl.int64) * index_stride_k, mask=searching, other=0).to(tl.int32)
+            below = entry < place - PREFIX
+            first = tl.where(searching & below, middle + 1, first)
+            end = tl.where(searching & ~below, middle, end)
+        inside = is_patch & (first < count - PREFIX)
+        entry = tl.load(entries + first.to(tl.int64) * index_stride_k, mask=inside, other=0).to(tl.int32)
+        found = tl.where(is_patch, inside & (entry == place - PREFIX), found)
+        place = tl.where(is_patch, first + PREFIX, place)
+    found = found & (place < count)
+    in_c = offsets_c < channels
+    became = (begin + place).to(tl.int64)[:, None] * x_stride_t + offsets_c[None, :]
+    value = tl.load(x + became, mask=found[:, None] & in_c[None, :], other=0.0)
+    rows_out = out + rows.to(tl.int64)[:, None] * channels + offsets_c[None, :]
+    tl.store(rows_out, value.to(out.dtype.element_ty), mask=in_rows[:, None] & in_c[None, :])
+
+
+def token_offsets(valid: torch.Tensor) -> torch.Tensor:
+    """Launch; valid (B, N) bool of any strides -> (B + 1,) int32."""
+    batch, tokens = valid.shape
+    offsets = torch.empty(batch + 1, dtype=torch.int32, device=valid.device)
+    # 16 flags a thread: the one program waits for memory, and needs few rounds.
+    block_n = min(128, max(16, triton.next_power_of_2(tokens)))
+    block_b = min(max(1, 4096 // block_n), triton.next_power_of_2(max(1, batch)))
+    token_offsets_kernel[(1,)](
+        valid, offsets, batch, tokens, *valid.stride(), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
+    )
+    return offsets
+
+
+def _gather(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    source: torch.Tensor | None,
+    target: torch.Tensor,
+    prefix: int,
+    num_out: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    channels, batch = x.shape[2], target.shape[0] - 1
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty(1, num_out, channels, dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    tile = row_tile(channels)
+    gather_packed_kernel[(triton.cdiv(num_out, tile.rows), triton.cdiv(channels, tile.block_c))](
+        x,
+        index,
+        residual,
+        source,
+        target,
+        out,
+        num_out,
+        channels,
+        batch,
+        *x.stride()[:2],
+        *((0, 0) if index is None else index.stride()),
+        0 if residual is None else residual.stride(1),
+        PREFIX=prefix,
+        ROWS=tile.rows,
+        BLOCK_C=tile.block_c,
+        STEPS=batch.bit_length(),
+        num_warps=tile.num_warps,
+    )
+    return out
+
+
+def _scatter(
+    x: torch.Tensor,
+    index: torch.Tensor | None,
+    source: torch.Tensor | None,
+    target: torch.Tensor,
+    prefix: int,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    batch, (channels, each) = target.shape[0] - 1, (out.shape[2], out.shape[1])
+    if out.numel() == 0:
+        return out
+    num_out = out.shape[0] * each
+    tile = row_tile(channels)
+    scatter_packed_kernel[(triton.cdiv(num_out, tile.rows), triton.cdiv(channels, tile.block_c))](
+        x,
+        index,
+        source,
+        target,
+        out,
+        num_out,
+        channels,
+        batch,
+        each,
+        x.stride(1),
+        *((0, 0) if index is None else index.stride()),
+        PREFIX=prefix,
+        ROWS=tile.rows,
+        BLOCK_C=tile.block_c,
+        STEPS=batch.bit_length(),
+        INDEX_STEPS=0 if index is None else index.shape[1].bit_length(),
+        num_warps=tile.num_warps,
+    )
+    return out
+
+
+def gather_packed(
+    x: torch.Tensor,
+    index: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    prefix: int,
+    num_out: int,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Launch; x (1, T, C) and residual with contiguous channels, index (B, K) of any strides."""
+    return _gather(x, index, source, target, prefix, num_out, residual)
+
+
+def gather_packed_backward(
+    grad: torch.Tensor, index: torch.Tensor, source: torch.Tensor, target: torch.Tensor, prefix: int, num_in: int
+) -> torch.Tensor:
+    """Launch; grad (1, R, C) with contiguous channels -> (1, num_in, C)."""
+    out = torch.empty(1, num_in, grad.shape[2], dtype=grad.dtype, device=grad.device)
+    return _scatter(grad, index, source, target, prefix, out)
+
+
+def unpack_tokens(x: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
+    """Launch; x (1, T, C) with contiguous channels -> (B, longest, C)."""
+    out = torch.empty(offsets.shape[0] - 1, longest, x.shape[2], dtype=x.dtype, device=x.device)
+    return _scatter(x, None, None, offsets, 0, out)
+
+
+def unpack_tokens_backward(grad: torch.Tensor, offsets: torch.Tensor, num_in: int) -> torch.Tensor:
+    """Launch; grad (B, longest, C) with contiguous channels -> (1, num_in, C)."""
+    return _gather(grad, None, None, offsets, 0, num_in, None)

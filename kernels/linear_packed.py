@@ -1,0 +1,240 @@
+"""Matrix products of packed tokens: how many rows there are is read on the device, and room behind them costs nothing.
+
+Forward and the gradient of the rows are one kernel; the gradient of the weight another, split over the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductTile:
+    """Rows and columns of the result of one program, and what it sums over at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def _fits(size: int, high: int) -> int:
+    """The least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
+    return min(max(triton.next_power_of_2(size), 16), high)
+
+
+def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether tiles can be 128 wide: where nothing is aligned, every element has a pointer of its own, and they spill.
+
+    float32 is three products of tf32, whose parts are held in registers.
+    """
+    return dtype != torch.float32 and inner % 16 == columns % 16 == 0
+
+
+def product_tile(inner: int, columns: int, dtype: torch.dtype) -> ProductTile:
+    """Found by compiling for sm_80 and sm_90: no spill; wide tiles read the least, and keep three stages in flight."""
+    if _wide(inner, columns, dtype):
+        return ProductTile(128, _fits(columns, 128), _fits(inner, 64), num_warps=8, num_stages=3)
+    return ProductTile(64, _fits(columns, 64), _fits(inner, 32), num_warps=8, num_stages=2)
+
+
+def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> ProductTile:
+    """The same of the weight's gradient, which sums over rows."""
+    if _wide(ins, outs, dtype):
+        return ProductTile(_fits(outs, 128), _fits(ins, 128), 64, num_warps=8, num_stages=3)
+    return ProductTile(_fits(outs, 64), _fits(ins, 64), 32, num_warps=8, num_stages=2)
+
+
+def grad_weight_parts(ins: int, outs: int, rows: int, dtype: torch.dtype) -> int:
+    """How many programs share a tile's sum: for two on each of 132 multiprocessors, with 512 rows or more each."""
+    tile = grad_weight_tile(ins, outs, dtype)
+    tiles = triton.cdiv(outs, tile.block_m) * triton.cdiv(ins, tile.block_n)
+    return max(1, min(triton.cdiv(264, tiles), rows // 512))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Exact products; float32 by three of tf32, except on AMD, which has none."""
+    return "ieee" if torch.version.hip or dtype != torch.float32 else "tf32x3"
+
+
+@triton.jit
+def _blocks(columns, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which block of rows and of columns: eight blocks of rows go through all columns together, out of the L2."""
+    blocks_n = tl.cdiv(columns, BLOCK_N)
+    group = tl.program_id(0) // (8 * blocks_n)
+    first = group * 8
+    size = tl.minimum(tl.cdiv(rows, BLOCK_M) - first, 8)
+    within = tl.program_id(0) % (8 * blocks_n)
+    return first + within % size, within // size
+
+
+@triton.jit
+def packed_product_kernel(
+    x,  # (T, K)
+    weight,  # (K, N) by its strides
+    bias,  # (N,) or None
+    offsets,  # (B + 1,) int32
+    out,  # (T, N), contiguous
+    rows,
+    columns,
+    inner,
+    batch,
+    x_stride_t,
+    weight_stride_k,
+    weight_stride_n,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """One tile of ``x @ weight + bias``; a tile behind the last row sums over nothing."""
+    block_m, block_n = _blocks(columns, rows, BLOCK_M, BLOCK_N)
+    total = tl.load(offsets + batch)
+    offsets_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_k = tl.arange(0, BLOCK_K)
+    real = offsets_m < total
+    in_n = offsets_n < columns
+    x_tile = x + offsets_m.to(tl.int64)[:, None] * x_stride_t + offsets_k[None, :]
+    weight_tile = weight + offsets_k[:, None] * weight_stride_k + offsets_n.to(tl.int64)[None, :] * weight_stride_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, tl.where(block_m * BLOCK_M < total, inner, 0), BLOCK_K):
+        if EVEN_K:
+            token = tl.load(x_tile, mask=real[:, None], other=0.0)
+            factor = tl.load(weight_tile, mask=in_n[None, :], other=0.0)
+        else:
+            in_k = start + offsets_k < inner
+            token = tl.load(x_tile, mask=real[:, None] & in_k[None, :], other=0.0)
+            factor = tl.load(weight_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        acc = tl.dot(token, factor, acc, input_precision=PRECISION)
+        x_tile += BLOCK_K
+        weight_tile += BLOCK_K * weight_stride_k
+    if bias is not None:
+        acc += tl.load(bias + offsets_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    value = tl.where(real[:, None], acc, 0.0).to(out.dtype.element_ty)
+    target = out + offsets_m.to(tl.int64)[:, None] * columns + offsets_n[None, :]
+    tl.store(target, value, mask=(offsets_m < rows)[:, None] & in_n[None, :])
+
+
+@triton.jit
+def packed_weight_kernel(
+    grad,  # (T, O)
+    x,  # (T, I)
+    offsets,  # (B + 1,) int32
+    grad_weight,  # (P, O, I), contiguous
+    grad_bias,  # (P, O), contiguous
+    outs,
+    ins,
+    batch,
+    grad_stride_t,
+    x_stride_t,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of ``grad.T @ x`` over one of P parts of the rows; the first tile of a row also sums ``grad``."""
+    part = tl.program_id(1).to(tl.int64)
+    blocks_n = tl.cdiv(ins, BLOCK_N)
+    block_n = tl.program_id(0) % blocks_n
+    offsets_m = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_n = offsets_m < outs, offsets_n < ins
+    total = tl.load(offsets + batch)
+    share = tl.cdiv(tl.cdiv(total, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, total)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(begin, end, BLOCK_K):
+        rows = start + tl.arange(0, BLOCK_K)
+        real, rows = rows < end, rows.to(tl.int64)
+        slope = grad + rows[:, None] * grad_stride_t + offsets_m[None, :]
+        slope = tl.load(slope, mask=real[:, None] & in_m[None, :], other=0.0)
+        token = x + rows[:, None] * x_stride_t + offsets_n[None, :]
+        token = tl.load(token, mask=real[:, None] & in_n[None, :], other=0.0)
+        acc = tl.dot(tl.trans(slope), token, acc, input_precision=PRECISION)
+        if block_n == 0:
+            sums += tl.sum(slope.to(tl.float32), 0)
+    target = grad_weight + part * outs * ins + offsets_m.to(tl.int64)[:, None] * ins + offsets_n[None, :]
+    tl.store(target, acc.to(grad_weight.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
+    if block_n == 0:
+        tl.store(grad_bias + part * outs + offsets_m, sums.to(grad_bias.dtype.element_ty), mask=in_m)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
+    """Launch; x (1, T, K) with contiguous channels times weight (K, N) of any strides -> (1, T, N)."""
+    _, rows, inner = x.shape
+    columns = weight.shape[1]
+    out = torch.empty(1, rows, columns, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    tile = product_tile(inner, columns, x.dtype)
+    packed_product_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)](
+        x,
+        weight,
+        bias,
+        offsets,
+        out,
+        rows,
+        columns,
+        inner,
+        offsets.shape[0] - 1,
+        x.stride(1),
+        *weight.stride(),
+        PRECISION=_precision(x.dtype),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        EVEN_K=inner % tile.block_k == 0,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def linear_packed(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor
+) -> torch.Tensor:
+    """Launch; x (1, T, I) and weight (O, I), dense last axes -> (1, T, O)."""
+    return _product(x, weight.t(), bias, offsets)
+
+
+def linear_packed_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two launches, and two sums where the rows are shared out; grad (1, T, O), x (1, T, I), weight (O, I)."""
+    outs, ins = weight.shape
+    parts = grad_weight_parts(ins, outs, x.shape[1], x.dtype)
+    dtype = weight.dtype if parts == 1 else torch.float32
+    grad_weight = torch.empty(parts, outs, ins, dtype=dtype, device=x.device)
+    grad_bias = torch.empty(parts, outs, dtype=dtype, device=x.device)
+    tile = grad_weight_tile(ins, outs, x.dtype)
+    packed_weight_kernel[(triton.cdiv(outs, tile.block_m) * triton.cdiv(ins, tile.block_n), parts)](
+        grad,
+        x,
+        offsets,
+        grad_weight,
+        grad_bias,
+        outs,
+        ins,
+        offsets.shape[0] - 1,
+        grad.stride(1),
+        x.stride(1),
+        PRECISION=_precision(x.dtype),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    grad_x = _product(grad, weight, None, offsets)
+    if parts == 1:
+        return grad_x, grad_weight[0], grad_bias[0]
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(weight.dtype)
