@@ -1,4 +1,4 @@
-"""Entry point of the ``fastreduce`` command. The commands are in :mod:`fastreduce.commands`."""
+"""Entry point of the ``fastreduce`` command. Commands: :mod:`fastreduce.commands`, :mod:`fastreduce.study_commands`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def main() -> None:
         print(f'fastreduce: {", ".join(missing)} missing; pip install "fastreduce[cli]"', file=sys.stderr)
         sys.exit(2)
     from .commands import app
+    from .study_commands import study
 
+    app.add_typer(study, name="study")
     app()
 
 

@@ -32,7 +32,7 @@ _TITLES = {
 }
 
 
-class _UserError(Exception):
+class UserError(Exception):
     """Something that the user can mend; shown as one line, like the errors of typer."""
 
     def format_message(self) -> str:
@@ -105,12 +105,12 @@ def _top(
         print(context.get_help())
 
 
-def _split(words: list[str] | None) -> tuple[str, ...]:
+def split(words: list[str] | None) -> tuple[str, ...]:
     """``["a,b", "c"]`` -> ``("a", "b", "c")``."""
     return tuple(part.strip() for word in words or [] for part in word.split(",") if part.strip())
 
 
-def _numbers(option: str, example: str, words: list[str] | None, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
+def numbers(option: str, example: str, words: list[str] | None, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
     """``["0.7,0.5", "0.3"]`` -> ``(0.7, 0.5, 0.3)``, None if the option was not given."""
     if not words:
         return None
@@ -131,16 +131,16 @@ def _writable(path: Path) -> Path:
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """What the user can mend ends as one line; to be used around the checking of what was given, and nothing else."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        raise _UserError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Any]:
+def progress_bar() -> Iterator[Any]:
     """Give a function ``(what, done, total)`` that moves a bar on stderr."""
     columns = (TextColumn("{task.description:<26}"), BarColumn(40), TextColumn("{task.percentage:>3.0f} %"))
     console = Console(stderr=True)
@@ -194,19 +194,19 @@ def compare(
     nothing) and the official algorithm written plainly, which is also the reference in float64.
     """
     started = time.perf_counter()
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         from .compare import Comparison, Settings
         from .measure import usual_troubles
 
-        with _user_errors():
+        with user_errors():
             settings = Settings(
                 image=image,
                 model=model,
                 checkpoint=checkpoint,
                 pretrained=pretrained,
-                methods=_split(methods),
-                keep_rates=_numbers("--keep-rate", "0.7,0.5", keep_rate, float) or Settings.keep_rates,
-                at=_numbers("--at", "3,6,9", at, int),
+                methods=split(methods),
+                keep_rates=numbers("--keep-rate", "0.7,0.5", keep_rate, float) or Settings.keep_rates,
+                at=numbers("--at", "3,6,9", at, int),
                 batch=batch,
                 rounds=rounds,
                 seconds=seconds,
@@ -227,7 +227,7 @@ def compare(
             comparison.check(progress)
             comparison.measure(progress)
         except usual_troubles() as error:
-            raise _UserError(str(error)) from error
+            raise UserError(str(error)) from error
         files = _draw(comparison, out, progress) if pictures else []
     result = comparison.result()
     console = Console()
@@ -436,19 +436,19 @@ def plan(
     against the official algorithm in float64. Speed only: accuracy is not measured.
     """
     started = time.perf_counter()
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         from .measure import usual_troubles
         from .plan import Planner, Settings
 
-        with _user_errors():
+        with user_errors():
             settings = Settings(
                 model=model,
                 checkpoint=checkpoint,
                 pretrained=pretrained,
                 method=method,
-                keep_rates=_numbers("--keep-rate", "0.7,0.5", keep_rate, float) or (),
-                at=_numbers("--at", "3,6,9", at, int),
-                batches=_numbers("--batch", "1,16", batch, int) or (),
+                keep_rates=numbers("--keep-rate", "0.7,0.5", keep_rate, float) or (),
+                at=numbers("--at", "3,6,9", at, int),
+                batches=numbers("--batch", "1,16", batch, int) or (),
                 round_to=round_to,
                 rounds=rounds,
                 seconds=seconds,
@@ -469,7 +469,7 @@ def plan(
             planner.check(progress)
             planner.measure(progress)
         except usual_troubles() as error:
-            raise _UserError(str(error)) from error
+            raise UserError(str(error)) from error
     result = planner.result()
     console = Console()
     console.print(_where(result) + (", CUDA graphs" if result["graphs"] else ""), highlight=False)

@@ -1,0 +1,222 @@
+"""What is trained, and how: frozen data that says, with the data set, everything a run depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from ..integrations.timm import create_model, load_official, official_state, patch, reduced_counts
+from .data import DATA_SETS
+
+__all__ = ["Backbone", "Protocol", "Reduction", "load_trained", "plain_data", "protocol_for"]
+
+
+def plain_data(value: Any) -> Any:
+    """A dataclass as it reads in JSON, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(value), default=os.fspath))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A timm Vision Transformer, and where its weights come from.
+
+    Attributes:
+        name: of the model in timm.
+        options: arguments for ``timm.create_model``, such as ``img_size`` and ``depth``.
+        pretrained: let timm download its weights.
+        checkpoint: a file of weights, read by :func:`fastreduce.load_official`. A head for another number of classes is
+            left out, as with ``pretrained``.
+    """
+
+    name: str = "deit_small_patch16_224"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError("give either pretrained or a checkpoint")
+
+    def build(self, num_classes: int, drop_path: float = 0.0) -> nn.Module:
+        """The model in evaluation mode; what no weights are given for is drawn from torch's global generator.
+
+        Raises:
+            ValueError: a checkpoint that does not fit.
+        """
+        model = create_model(
+            self.name, pretrained=self.pretrained, num_classes=num_classes, drop_path_rate=drop_path, **self.options
+        )
+        if self.checkpoint is not None:
+            state, own = official_state(os.fspath(self.checkpoint)), model.state_dict()
+            for key, value in own.items():
+                if key.startswith("head.") and key in state and state[key].shape != value.shape:
+                    state[key] = value
+            load_official(model, state)
+        return model.eval()
+
+    def knows(self, num_classes: int) -> bool:
+        """Whether its weights include a head for so many classes."""
+        if self.checkpoint is not None:
+            head = official_state(os.fspath(self.checkpoint)).get("head.weight")
+            return head is not None and len(head) == num_classes
+        return self.pretrained and getattr(get_pretrained_cfg(self.name), "num_classes", None) == num_classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """A token reduction method with its schedule: the arguments of :func:`fastreduce.patch`.
+
+    Attributes:
+        method: name in ``fastreduce.REDUCERS``.
+        keep_rate: a rate, or one absolute fraction for each stage.
+        at: the blocks; None for a quarter, half and three quarters of the depth.
+        options: the method's own.
+    """
+
+    method: str
+    keep_rate: float | tuple[float, ...] | None = None
+    at: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Patch the model, in place; new layers are drawn from torch's global generator."""
+        return patch(model, self.method, keep_rate=self.keep_rate, at=self.at, **self.options)
+
+    def fractions(self, model: nn.Module) -> list[float]:
+        """The share of the patches that each stage of the patched model is to keep."""
+        stages = len(reduced_counts(model))
+        if self.keep_rate is None or isinstance(self.keep_rate, (int, float)):
+            rate = 0.7 if self.keep_rate is None else self.keep_rate
+            return [rate ** (stage + 1) for stage in range(stages)]
+        return list(self.keep_rate)
+
+    @property
+    def variant(self) -> str:
+        """The method and radial's norm, as recordings name it: ``radial_l2``."""
+        return f"radial_{self.options.get('norm', 'l2')}" if self.method == "radial" else self.method
+
+    @property
+    def label(self) -> str:
+        """The method, radial's norm and the rate, for progress bars and folders: ``radial-l2-0.7``."""
+        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
+        parts = [self.method, self.options.get("norm"), *(None if rate is None else f"{rate:g}" for rate in rates)]
+        return "-".join(part for part in parts if part is not None)
+
+
+def load_trained(
+    backbone: Backbone, reduction: Reduction | None, weights: str | os.PathLike[str], num_classes: int
+) -> nn.Module:
+    """A model of which :func:`~fastreduce.study.train.train` wrote the weights, in evaluation mode.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: weights that do not fit.
+    """
+    model = dataclasses.replace(backbone, pretrained=False, checkpoint=None).build(num_classes)
+    if reduction is not None:
+        reduction.apply(model)
+    return load_official(model, os.fspath(weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a model is trained. The defaults are the paper's for ImageNet; :func:`protocol_for` gives the others.
+
+    Attributes:
+        epochs: passes over the data, ``warmup_epochs`` of them with a rising learning rate.
+        batch_size: images of one process that go through the model together.
+        accumulate: batches between updates.
+        lr: for a total batch (all processes, all accumulated batches) of 1,024; scaled linearly. The schedule is a
+            cosine from it to ``min_lr`` after a line from ``warmup_lr``, moved with every update.
+        weight_decay: of AdamW; none of it for vectors, biases, positions and the class token.
+        eps: of AdamW.
+        clip_norm: largest norm of the gradient, or None.
+        backbone_lr: factor of the learning rate of all but the new parts: head, positions, patch embedding and the
+            method's own layers.
+        frozen_epochs: epochs at the start in which that factor is 0.
+        drop_path: rate at the last block.
+        label_smoothing, mixup, cutmix, mixup_switch: see ``timm.data.Mixup``; of single-label sets only.
+        repeats: times that an image occurs in a row, each time differently augmented; an epoch keeps its length.
+        ema: decay of the moving average of the weights, or None.
+        mixed_precision: ``"fp16"`` means float32 on a CPU, which has no fast float16.
+        asymmetry: ``gamma_neg``, ``gamma_pos`` and ``clip`` of the asymmetric loss, for multi-label sets.
+        distillation: from a teacher's soft or hard decisions; DynamicViT's own terms do not need it.
+        distillation_weight: share of the loss.
+        temperature: of the soft form.
+        ratio_weight, logit_weight, token_weight: of DynamicViT's losses.
+        workers: processes that load images; the random numbers depend on how many there are.
+        seed: of everything.
+    """
+
+    epochs: int = 30
+    warmup_epochs: int = 20
+    batch_size: int = 256
+    accumulate: int = 2
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    weight_decay: float = 0.05
+    eps: float = 1e-8
+    clip_norm: float | None = None
+    backbone_lr: float = 1.0
+    frozen_epochs: int = 0
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    mixup_switch: float = 0.5
+    repeats: int = 3
+    ema: float | None = 0.99996
+    mixed_precision: Literal["no", "fp16", "bf16"] = "fp16"
+    asymmetry: tuple[float, float, float] = (4.0, 0.0, 0.05)
+    distillation: Literal["soft", "hard"] | None = None
+    distillation_weight: float = 0.5
+    temperature: float = 1.0
+    ratio_weight: float = 2.0
+    logit_weight: float = 0.5
+    token_weight: float = 0.5
+    workers: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_epochs", "frozen_epochs"):
+            if not 0 <= getattr(self, name) <= self.epochs:
+                raise ValueError(f"{name} must lie between 0 and epochs ({self.epochs}), got {getattr(self, name)}")
+        if self.mixes and self.batch_size % 2:
+            raise ValueError(f"mixup pairs images, so batch_size must be even, got {self.batch_size}")
+        for name, known in (("mixed_precision", ("no", "fp16", "bf16")), ("distillation", (None, "soft", "hard"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a single-label set are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def protocol_for(name: str, **changes: Any) -> Protocol:
+    """The paper's protocol for one of the data sets, with changes; for digits without what only suits photos.
+
+    How training images are augmented belongs to the data set: see :func:`~fastreduce.study.data.open_data`.
+
+    Raises:
+        ValueError: an unknown data set, or values out of range.
+        TypeError: an unknown field.
+    """
+    if name not in DATA_SETS:
+        raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(DATA_SETS)}")
+    own: dict[str, dict[str, Any]] = {
+        "coco": {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0},
+        "nuswide": {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0},
+        "digits": {"mixup": 0.0, "cutmix": 0.0, "repeats": 1, "ema": None, "workers": 0},
+    }
+    return dataclasses.replace(Protocol(), **{**own.get(name, {}), **changes})

@@ -1,0 +1,389 @@
+"""What a model did with every image of a data set, in one compact file of columns.
+
+The file is a plain safetensors file, one tensor a column with an image a row; it is written batch by batch and read
+memory-mapped, so that neither needs memory for more than a batch of images. With DeiT-S, class features after four
+blocks and three stages at keep rate 0.9, an image takes 7.1 kB (4.0 kB with float16 features): 0.36 GB (0.20 GB) for
+the 50,000 validation images of ImageNet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..integrations.timm import ReducedBlocks, Stage, record, reduced_counts
+from ..tokens import Tokens
+from .measures import mean_average_precision
+
+__all__ = ["UNREDUCED", "ColumnWriter", "Recording", "Run", "feature_blocks", "open_recording", "record_images"]
+
+UNREDUCED = "none"
+_FORMAT = "fastreduce-recording-1"
+_KINDS = ("kept", "slots", "features")
+_NAMES = {
+    "bool": "BOOL",
+    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("uint", "int") for bits in (8, 16, 32, 64)},
+    **{f"float{bits}": f"F{bits}" for bits in (16, 32, 64)},
+}
+
+Array = NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Which model saw which images, and how well it did.
+
+    Attributes:
+        dataset: name of the data set.
+        backbone: name of the model that was reduced.
+        method: name of the reduction, ``"none"`` for the unreduced model.
+        keep_rate: of the first stage; None for the unreduced model, and for radial patterns without one.
+        accuracy: top-1 or mean average precision in per cent, NaN where unknown.
+        parameters: of the model, which orders backbones by capacity.
+    """
+
+    dataset: str
+    backbone: str
+    method: str = UNREDUCED
+    keep_rate: float | None = None
+    accuracy: float = math.nan
+    parameters: int = 0
+
+    @property
+    def name(self) -> str:
+        """For messages and tables: ``topk deit_small_patch16_224 0.5``."""
+        rate = "" if self.keep_rate is None else f" {self.keep_rate:g}"
+        return f"{self.method} {self.backbone}{rate}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """A run with what it did; arrays read from a file are memory-mapped and read-only.
+
+    Attributes:
+        run: which model and data set.
+        grid: rows and columns of patches; P is their product.
+        depth: number of blocks.
+        kept: by the block of each stage (images, K) integer, the original patches that are left after it, -1 for
+            padding and for fused tokens. Methods without a kept set (ToMe, soft merging) have none.
+        slots: by block (images, P) integer, the token that every original patch is in; merging methods only. Soft
+            merging: the token that it weighs most in.
+        features: by block (images, C) floating, the class token after it.
+        outputs: ``prediction`` (images, up to 5) integer, best first, with ``target`` (images,) integer; of multi-label
+            data ``scores`` (images, classes) float32 with ``target`` (images, classes) uint8.
+    """
+
+    run: Run
+    grid: tuple[int, int]
+    depth: int
+    kept: Mapping[int, Array] = dataclasses.field(default_factory=dict)
+    slots: Mapping[int, Array] = dataclasses.field(default_factory=dict)
+    features: Mapping[int, Array] = dataclasses.field(default_factory=dict)
+    outputs: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        """All arrays, under their names in the file."""
+        named = {f"{kind}.{block}": array for kind in _KINDS for block, array in getattr(self, kind).items()}
+        return named | {f"outputs.{name}": array for name, array in self.outputs.items()}
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return max((len(array) for array in self.columns.values()), default=0)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks at which a stage reduced something."""
+        return tuple(sorted({*self.kept, *self.slots}))
+
+    def pattern(self, block: int, image: int) -> NDArray[np.int64]:
+        """(P,): the token that every original patch of one image is in after a stage, -1 for lost ones."""
+        if block in self.slots:
+            return self.slots[block][image].astype(np.int64)
+        kept = self.kept[block][image].astype(np.int64)
+        slots = np.full(self.patches, -1)
+        slots[kept[kept >= 0]] = np.flatnonzero(kept >= 0)
+        return slots
+
+
+def _smallest(low: int, high: int) -> np.dtype[Any]:
+    """The smallest integer type that holds low to high."""
+    kinds = (np.uint8, np.int8, np.int16, np.int32) if low >= 0 else (np.int8, np.int16, np.int32)
+    return np.dtype(next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
+
+
+class ColumnWriter:
+    """Writes columns of unknown length, piece by piece, and joins them into one safetensors file when it is left.
+
+    Until then the pieces lie in a temporary folder beside ``path``; an exception removes them and leaves no file.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        metadata: strings for the file's header, until it is closed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.metadata: dict[str, str] = {}
+        self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.")
+        self._pieces: dict[str, tuple[IO[bytes], np.dtype[Any], tuple[int, ...]]] = {}
+        self._lengths: dict[str, int] = {}
+
+    def __enter__(self) -> ColumnWriter:
+        return self
+
+    def append(self, columns: Mapping[str, Array]) -> None:
+        """Add rows: arrays whose first dimension is one length, and the rest as in the first call.
+
+        Raises:
+            ValueError: other columns, types or shapes than those of the first call.
+        """
+        if not self._pieces:
+            for index, (name, array) in enumerate(columns.items()):
+                piece: IO[bytes] = open(Path(self._folder.name) / str(index), "w+b")  # noqa: SIM115
+                self._pieces[name] = (piece, array.dtype, array.shape[1:])
+                self._lengths[name] = 0
+        if columns.keys() != self._pieces.keys():
+            raise ValueError(f"the columns were {', '.join(self._pieces)}, now they are {', '.join(columns)}")
+        for name, array in columns.items():
+            piece, dtype, shape = self._pieces[name]
+            if (array.dtype, array.shape[1:]) != (dtype, shape):
+                raise ValueError(f"{name} was {dtype} {shape} an image, now it is {array.dtype} {array.shape[1:]}")
+            piece.write(np.ascontiguousarray(array).data)
+            self._lengths[name] += len(array)
+
+    def column(self, name: str) -> Array:
+        """What was written to a column so far, memory-mapped."""
+        piece, dtype, shape = self._pieces[name]
+        piece.flush()
+        return np.memmap(piece.name, dtype, "r", shape=(self._lengths[name], *shape))
+
+    def _write(self, file: IO[bytes]) -> None:
+        header: dict[str, Any] = {"__metadata__": self.metadata}
+        end = 0
+        # Wide types first, so that every column lies at a multiple of its type.
+        names = sorted(self._pieces, key=lambda name: -self._pieces[name][1].itemsize)
+        for name in names:
+            piece, dtype, shape = self._pieces[name]
+            start, end = end, end + piece.tell()
+            shape = (self._lengths[name], *shape)
+            header[name] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": [start, end]}
+        words = json.dumps(header).encode()
+        words += b" " * (-len(words) % 8)
+        file.write(len(words).to_bytes(8, "little") + words)
+        for name in names:
+            piece = self._pieces[name][0]
+            piece.seek(0)
+            shutil.copyfileobj(piece, file, 1 << 20)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                whole = Path(self._folder.name) / "whole"
+                with open(whole, "wb") as file:
+                    self._write(file)
+                os.replace(whole, self.path)
+        finally:
+            for piece, _, _ in self._pieces.values():
+                piece.close()
+            self._folder.cleanup()
+
+
+def open_recording(path: str | os.PathLike[str]) -> Recording:
+    """Read what :func:`record_images` wrote, memory-mapped.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is no recording.
+    """
+    kinds = {short: name for name, short in _NAMES.items()}
+    with open(path, "rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if length > os.fstat(file.fileno()).st_size:
+                raise ValueError("no header")
+            header = json.loads(file.read(length))
+            about = json.loads(header.pop("__metadata__")[_FORMAT])
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a recording of fastreduce") from error
+    groups: dict[str, dict[Any, Array]] = {"kept": {}, "slots": {}, "features": {}, "outputs": {}}
+    for name, column in header.items():
+        kind, _, key = name.partition(".")
+        offset = 8 + length + column["data_offsets"][0]
+        array = np.memmap(path, kinds[column["dtype"]], "r", offset=offset, shape=tuple(column["shape"]))
+        groups[kind][key if kind == "outputs" else int(key)] = array
+    return Recording(Run(**about["run"]), tuple(about["grid"]), about["depth"], **groups)
+
+
+def feature_blocks(depth: int) -> tuple[int, ...]:
+    """The blocks whose class features are compared: a quarter, half and three quarters, and the last one.
+
+    For twelve blocks the paper's 3, 6, 9 and 11.
+    """
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4, depth - 1}))
+
+
+@contextmanager
+def _class_features(model: Any, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """The class token after each of the blocks, (B, C), of the latest forward pass."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(block: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor | Tokens) -> None:
+            seen[block] = (output.unpacked().x if isinstance(output, Tokens) else output)[:, 0]
+
+        return hook
+
+    handles = [model.blocks[block].register_forward_hook(keep(block)) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stage_columns(stages: Sequence[Stage], widths: Mapping[int, int], patches: int) -> dict[str, Array]:
+    columns = {}
+    for stage in stages:
+        if stage.patch_slot.shape[1] != patches:
+            raise ValueError(f"every image must have the model's {patches} patches, got {stage.patch_slot.shape[1]}")
+        if stage.kept_patches is not None:
+            kept = stage.kept_patches.cpu().numpy()
+            padding = ((0, 0), (0, widths[stage.block] - kept.shape[1]))
+            columns[f"kept.{stage.block}"] = np.pad(kept.astype(_smallest(-1, patches)), padding, constant_values=-1)
+        if stage.merges or stage.kept_patches is None:
+            slots = stage.patch_slot.cpu().numpy()
+            columns[f"slots.{stage.block}"] = slots.astype(_smallest(0, widths[stage.block]))
+    return columns
+
+
+def _output_columns(logits: Tensor, target: Tensor) -> dict[str, Array]:
+    if target.ndim == 2:
+        scores = logits.float().cpu().numpy()
+        return {"outputs.scores": scores, "outputs.target": (target > 0).cpu().numpy().astype(np.uint8)}
+    small = _smallest(-1, max(5, logits.shape[1]))
+    best = logits.topk(min(5, logits.shape[1])).indices
+    return {
+        "outputs.prediction": best.cpu().numpy().astype(small),
+        "outputs.target": target.cpu().numpy().astype(small),
+    }
+
+
+def _accuracy(writer: ColumnWriter, names: Iterable[str]) -> float:
+    target = writer.column("outputs.target")
+    if "outputs.scores" in names:
+        return mean_average_precision(writer.column("outputs.scores"), target)
+    return float(100 * (writer.column("outputs.prediction")[:, 0] == target).mean())
+
+
+def record_images(
+    model: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    path: str | os.PathLike[str],
+    *,
+    dataset: str,
+    backbone: str,
+    method: str | None = None,
+    keep_rate: float | None = None,
+    features: Sequence[int] | None = None,
+    feature_dtype: str = "float32",
+    progress: Callable[[int], None] = lambda images: None,
+) -> Recording:
+    """Run a model over a data set, without gradient and in evaluation mode, and record what it does with every image.
+
+    Args:
+        model: a timm Vision Transformer, patched or not.
+        batches: (images (B, 3, height, width), targets) each; targets (B,) integer, or (B, classes) 0 and 1 for
+            multi-label data. To be compared, recordings must have seen the same images in the same order.
+        path: of the file that is written; an interrupted recording leaves none.
+        dataset: name of the data set.
+        backbone: name of the model.
+        method: name of the reduction (with its variant: ``"radial_l2"``); by default the reducer's own, and ``"none"``
+            for a model that is not patched.
+        keep_rate: of the first stage; None for an unreduced model, and for radial patterns without one.
+        features: blocks after which the class token is recorded; by default :func:`feature_blocks`, none for a model
+            without class token.
+        feature_dtype: ``"float32"``, ``"float16"`` or ``"float64"``.
+        progress: is told the number of images so far, after every batch.
+
+    Returns:
+        The recording, opened from the file; its accuracy is that of these batches.
+
+    Raises:
+        ValueError: no images, no such block, class features of a model without class token, an unknown dtype, or a
+            keep rate that does not fit the model.
+    """
+    depth, grid = len(model.blocks), tuple(model.patch_embed.grid_size)
+    reducer = model.blocks._reducer if isinstance(model.blocks, ReducedBlocks) else None
+    if (reducer is None) != (keep_rate is None) and (reducer is None or reducer.name != "radial"):
+        state = "not patched" if reducer is None else f"patched with {reducer.name}"
+        raise ValueError(f"keep_rate is {keep_rate}, and the model is {state}")
+    if features is None:
+        features = feature_blocks(depth) if model.cls_token is not None else ()
+    if features and model.cls_token is None:
+        raise ValueError("the model has no class token whose features could be recorded; give features=()")
+    if not all(0 <= block < depth for block in features):
+        raise ValueError(f"features must be blocks from 0 to {depth - 1}, got {tuple(features)}")
+    if feature_dtype not in ("float16", "float32", "float64"):
+        raise ValueError(f"feature_dtype must be float16, float32 or float64, got {feature_dtype!r}")
+    widths = {} if reducer is None else dict(zip(reducer.blocks, reduced_counts(model), strict=True))
+    weight, training = next(model.parameters()), model.training
+    done, names = 0, set[str]()
+    model.eval()
+    try:
+        with ColumnWriter(path) as writer, _class_features(model, features) as seen, torch.inference_mode():
+            for images, target in batches:
+                images, stages = images.to(weight.device, weight.dtype), []
+                if reducer is None:
+                    logits = model(images)
+                else:
+                    with record(model) as recorder:
+                        logits = model(images)
+                    stages = recorder.stages
+                columns = _stage_columns(stages, widths, math.prod(grid))
+                for block in features:
+                    columns[f"features.{block}"] = seen[block].to(getattr(torch, feature_dtype)).cpu().numpy()
+                columns |= _output_columns(logits, target)
+                names.update(columns)
+                writer.append(columns)
+                done += len(images)
+                progress(done)
+            if not done:
+                raise ValueError("there were no images to record")
+            run = Run(
+                dataset,
+                backbone,
+                method if method is not None else UNREDUCED if reducer is None else reducer.name,
+                keep_rate,
+                _accuracy(writer, names),
+                sum(parameter.numel() for parameter in model.parameters()),
+            )
+            about = {"run": dataclasses.asdict(run), "grid": grid, "depth": depth}
+            writer.metadata = {_FORMAT: json.dumps(about)}
+    finally:
+        model.train(training)
+    return open_recording(path)

@@ -1,0 +1,162 @@
+"""One static HTML page that holds a study together: text, tables and pictures, without a script, legible on paper."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Section", "Table", "write_report"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of words and numbers.
+
+    Attributes:
+        columns: their headings.
+        rows: as many cells each as there are columns; None and NaN are shown as a dash.
+        caption: a line above, or nothing.
+        digits: decimals of floating point numbers.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    digits: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: its heading.
+        paragraphs: plain text; nothing in it is read as HTML.
+        tables: below the text.
+        figures: below the tables, each with a caption.
+    """
+
+    title: str
+    paragraphs: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[tuple[Figure, str]] = ()
+
+
+_PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; margin-bottom: .2rem }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .87rem }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem }
+th, td { padding: .18rem .7rem; text-align: left; border-bottom: 1px solid #e4e4e4 }
+th { border-bottom: 1.5px solid #111 }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+figure { margin: 1.2rem 0; break-inside: avoid }
+figure svg { max-width: 100%; height: auto }
+figcaption, .facts { color: #555; font-size: .87rem }
+.facts td, .facts th { border: 0; padding: .05rem .9rem .05rem 0; font-weight: 400 }
+nav { font-size: .87rem }
+@media print { body { font-size: 10pt; margin: 0; max-width: none } nav { display: none } tr { break-inside: avoid } }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<table class="facts">
+{% for name, value in facts %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}</table>
+<nav>{% for section in sections %}<a href="#part{{ loop.index }}">{{ section.title }}</a>{{ " · " if not loop.last }}\
+{% endfor %}</nav>
+{% for section in sections %}<section id="part{{ loop.index }}">
+<h2>{{ section.title }}</h2>
+{% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>
+{% endfor %}{% for table in section.tables %}<table>
+{% if table.caption %}<caption>{{ table.caption }}</caption>
+{% endif %}<tr>{% for name in table.columns %}<th{% if table | is_number(loop.index0) %} class="number"{% endif %}>\
+{{ name }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}\
+<td{% if table | is_number(loop.index0) %} class="number"{% endif %}>\
+{{ cell | shown(table.digits) }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endfor %}{% for figure, caption in section.figures %}<figure>
+{{ figure | svg }}
+<figcaption>{{ caption }}</figcaption>
+</figure>
+{% endfor %}</section>
+{% endfor %}</body>
+</html>
+"""
+
+
+def _is_missing(cell: Any) -> bool:
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def _is_number(table: Table, column: int) -> bool:
+    cells = [row[column] for row in table.rows if not _is_missing(row[column])]
+    return bool(cells) and all(isinstance(cell, (int, float)) and not isinstance(cell, bool) for cell in cells)
+
+
+def _shown(cell: Any, digits: int) -> str:
+    if _is_missing(cell):
+        return "–"
+    return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+
+
+def _svg(figure: Figure) -> Any:
+    """The picture as a part of the page; the same picture gives the same bytes."""
+    import matplotlib
+    from markupsafe import Markup
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "fastreduce"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = buffer.getvalue()
+    return Markup(drawn[drawn.index("<svg") :])
+
+
+def write_report(
+    path: str | os.PathLike[str], title: str, facts: Sequence[tuple[str, Any]], sections: Sequence[Section]
+) -> None:
+    """Write the page.
+
+    Args:
+        path: the HTML file; its folder is made if it is not there.
+        title: of the page.
+        facts: names and values that stand below the title (machine, versions, command).
+        sections: in their order.
+
+    Raises:
+        ValueError: a table has a row with more or fewer cells than columns.
+    """
+    import jinja2
+
+    for section in sections:
+        for table in section.tables:
+            for row in table.rows:
+                if len(row) != len(table.columns):
+                    raise ValueError(
+                        f"a row of {table.caption or section.title!r} has {len(row)} cells for {len(table.columns)} "
+                        f"columns: {list(row)!r}"
+                    )
+    pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    pages.filters.update(is_number=_is_number, shown=_shown, svg=_svg)
+    page = pages.from_string(_PAGE).render(title=title, facts=facts, sections=sections)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")

@@ -1,0 +1,517 @@
+"""Fine-tuning with or without token reduction, on accelerate: one process, several GPUs or several machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from safetensors.torch import save_file
+from timm.data import Mixup
+from timm.data.distributed_sampler import RepeatAugSampler
+from timm.loss import AsymmetricLossMultiLabel, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..integrations.timm import record
+from ..losses import dynamicvit_loss
+from .data import DataSet
+from .evaluate import measure_accuracy
+from .protocol import Backbone, Protocol, Reduction, plain_data
+
+__all__ = ["Epoch", "Training", "make_accelerator", "parameter_groups", "train"]
+
+_NEW_PARTS = ("head", "pos_embed", "patch_embed", "reducers")
+_WITHOUT_DECAY = ("pos_embed", "cls_token", "reg_token", "dist_token")
+_STATE, _PART, _RESULT = "epoch-", ".part", "training.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave.
+
+    Attributes:
+        losses: of every batch, the mean over all processes.
+        lr: of the last update.
+        accuracy: what :func:`~fastreduce.study.evaluate.measure_accuracy` gives, in per cent, or empty where it was not
+            measured.
+        ema_accuracy: the same of the averaged weights.
+        seconds: without validation.
+    """
+
+    losses: list[float]
+    lr: float
+    accuracy: dict[str, float]
+    ema_accuracy: dict[str, float]
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """The mean."""
+        return math.fsum(self.losses) / len(self.losses)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A finished training.
+
+    Attributes:
+        epochs: its history.
+        weights: ``model.safetensors``, with the names of the patched model.
+        ema_weights: those of the moving average, or None.
+    """
+
+    epochs: list[Epoch]
+    weights: Path
+    ema_weights: Path | None
+
+
+class _History:
+    """What accelerate saves and loads beside model, optimizer and random numbers."""
+
+    def __init__(self, description: Mapping[str, Any]):
+        self.description = description
+        self.epochs: list[Epoch] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"description": self.description, "epochs": [dataclasses.asdict(epoch) for epoch in self.epochs]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        _check_same(self.description, state["description"])
+        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+
+
+def _check_same(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for part in wanted:
+        if wanted[part] != found.get(part):
+            raise ValueError(
+                f"the folder holds another training: its {part} is {found.get(part)!r}, wanted was {wanted[part]!r}"
+            )
+
+
+class _Observed(nn.Module):
+    """A model whose forward pass, the only one that gradients are synchronised for, also gives tokens and decisions."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model: Any = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        with record(self.model) as seen:
+            features = self.model.forward_features(images)
+        return self.model.forward_head(features), features[:, self.model.num_prefix_tokens :], seen.decisions
+
+
+class _Objective:
+    """The loss of a batch."""
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        multi_label: bool,
+        teacher: Any,
+        fractions: list[float] | None,
+    ):
+        self.protocol, self.teacher, self.fractions = protocol, teacher, fractions
+        self.base: nn.Module
+        if multi_label:
+            gamma_neg, gamma_pos, clip = protocol.asymmetry
+            self.base = AsymmetricLossMultiLabel(gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip)
+        elif protocol.mixes:
+            self.base = SoftTargetCrossEntropy()
+        else:
+            self.base = LabelSmoothingCrossEntropy(protocol.label_smoothing)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        tokens, decisions = None, []
+        if self.fractions is None:
+            logits = model(images)
+        else:
+            logits, tokens, decisions = model(images)
+        teacher_logits = teacher_tokens = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                features = self.teacher.forward_features(images)
+                teacher_logits = self.teacher.forward_head(features).float()
+                teacher_tokens = features[:, self.teacher.num_prefix_tokens :].float()
+        loss = self.base(logits, labels)
+        if self.protocol.distillation is not None:
+            assert teacher_logits is not None
+            share = self.protocol.distillation_weight
+            loss = (1 - share) * loss + share * self._distilled(logits, teacher_logits)
+        if self.fractions is None:
+            return loss
+        given: dict[str, Any] = {}
+        if teacher_logits is not None:
+            given = {"logits": logits, "teacher_logits": teacher_logits}
+            given |= {"tokens": tokens, "teacher_tokens": teacher_tokens}
+        return dynamicvit_loss(
+            loss,
+            decisions,
+            self.fractions,
+            ratio_weight=self.protocol.ratio_weight,
+            logit_weight=self.protocol.logit_weight,
+            token_weight=self.protocol.token_weight,
+            **given,
+        )
+
+    def _distilled(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        if self.protocol.distillation == "hard":
+            return F.cross_entropy(logits, teacher_logits.argmax(1))
+        temperature = self.protocol.temperature
+        student, teacher = (logits / temperature).log_softmax(1), (teacher_logits / temperature).log_softmax(1)
+        return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimizer: new parts and backbone, each with and without weight decay.
+
+    Returns:
+        Those that are not empty, with ``params``, ``weight_decay``, ``new`` and the ``lr_scale`` that timm's schedulers
+        respect.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith((".bias", *_WITHOUT_DECAY))
+            groups.setdefault((name.startswith(_NEW_PARTS), decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "new": new, "lr_scale": 1.0}
+        for (new, decays), parameters in groups.items()
+    ]
+
+
+def make_accelerator(protocol: Protocol, cpu: bool = False) -> Accelerator:
+    """What runs the protocol here: on the processes that ``accelerate launch`` started, or on this one alone."""
+    alone = PartialState(cpu=cpu).num_processes == 1
+    AcceleratorState._reset_state(reset_partial_state=alone)  # which else refuse another device or precision
+    on_cpu = PartialState(cpu=cpu).device.type == "cpu"
+    precision = "no" if on_cpu and protocol.mixed_precision == "fp16" else protocol.mixed_precision
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=protocol.accumulate,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=protocol.seed),
+    )
+
+
+def _loader(protocol: Protocol, data: DataSet) -> DataLoader:
+    sampler = None
+    if protocol.repeats > 1:
+        # For one process: accelerate shares the batches out.
+        sampler = RepeatAugSampler(data.train, num_replicas=1, rank=0, num_repeats=protocol.repeats)
+    return DataLoader(
+        data.train,
+        batch_size=protocol.batch_size,
+        sampler=sampler,
+        shuffle=sampler is None,
+        num_workers=protocol.workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+
+
+def _states(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob(f"{_STATE}*") if path.suffix != _PART)
+
+
+def _write_weights(model: nn.Module, path: Path) -> Path:
+    part = path.with_name(path.name + _PART)
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, part)
+    return part.replace(path)
+
+
+def _read_result(folder: Path, description: Mapping[str, Any]) -> Training | None:
+    """The training that the folder holds, if it is finished."""
+    path = folder / _RESULT
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        epochs = [Epoch(**epoch) for epoch in found["epochs"]]
+        held = found["description"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the result of a training: {error}") from error
+    _check_same(description, held)
+    ema = folder / "model_ema.safetensors"
+    return Training(epochs, folder / "model.safetensors", ema if ema.exists() else None)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Of the weights, in their order."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _describe(
+    data: DataSet,
+    backbone: Backbone,
+    protocol: Protocol,
+    reduction: Reduction | None,
+    teacher: nn.Module | None,
+    processes: int,
+) -> dict[str, Any]:
+    """All that the curve depends on; of files and models what is in them, wherever they are."""
+    start = plain_data(backbone)
+    if backbone.checkpoint is not None:
+        start["checkpoint"] = hashlib.sha256(Path(backbone.checkpoint).read_bytes()).hexdigest()
+    return {
+        "data": {
+            "name": data.name,
+            "images": [len(data.train), len(data.val)],
+            "classes": data.num_classes,
+            "image_size": data.image_size,
+            "augmentation": plain_data(data.augmentation),
+        },
+        "backbone": start,
+        "teacher": None if teacher is None else _fingerprint(teacher),
+        "reduction": None if reduction is None else plain_data(reduction),
+        "protocol": plain_data(protocol),
+        "processes": processes,
+    }
+
+
+class _Trainer:
+    """Everything that a training holds while it runs."""
+
+    def __init__(
+        self,
+        data: DataSet,
+        backbone: Backbone,
+        protocol: Protocol,
+        reduction: Reduction | None,
+        teacher: nn.Module | None,
+        accelerator: Accelerator,
+        history: _History,
+    ):
+        self.protocol, self.data, self.accelerator, self.history = protocol, data, accelerator, history
+        set_seed(protocol.seed)  # the same weights in all processes
+        self.model = backbone.build(data.num_classes, protocol.drop_path)
+        reduced = None if reduction is None else reduction.apply(self.model)
+        fractions = None
+        if reduction is not None and reduced is not None and reduction.method == "dynamicvit":
+            fractions = reduction.fractions(reduced)
+            if teacher is None and not backbone.knows(data.num_classes):
+                raise ValueError(
+                    f"dynamicvit learns from a teacher, and the backbone has no head for the classes of {data.name}: "
+                    "give one, such as the unreduced model after its fine-tuning"
+                )
+            teacher = backbone.build(data.num_classes) if teacher is None else teacher
+        if protocol.distillation is not None and teacher is None:
+            raise ValueError(f"{protocol.distillation} distillation needs a teacher")
+        if teacher is not None:
+            teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
+        self.objective = _Objective(protocol, data.multi_label, teacher, fractions)
+        self.mixup: Any = None
+        if protocol.mixes and not data.multi_label:
+            self.mixup = Mixup(
+                mixup_alpha=protocol.mixup,
+                cutmix_alpha=protocol.cutmix,
+                switch_prob=protocol.mixup_switch,
+                label_smoothing=protocol.label_smoothing,
+                num_classes=data.num_classes,
+            )
+        self.optimizer = create_optimizer_v2(
+            parameter_groups(self.model, protocol.weight_decay),
+            opt="adamw",
+            lr=protocol.lr * protocol.batch_size * accelerator.num_processes * protocol.accumulate / 1024,
+            weight_decay=protocol.weight_decay,
+            eps=protocol.eps,
+        )
+        # Before accelerate changes the model's forward.
+        self.ema = None if protocol.ema is None else ModelEmaV3(self.model, decay=protocol.ema).to(accelerator.device)
+        observed = self.model if fractions is None else _Observed(self.model)
+        self.trained, self.stepper, self.loader = accelerator.prepare(observed, self.optimizer, _loader(protocol, data))
+        if not len(self.loader):
+            together = protocol.batch_size * accelerator.num_processes
+            raise ValueError(f"{data.name} has {len(data.train)} training images, fewer than a batch of {together}")
+        self.updates = math.ceil(len(self.loader) / protocol.accumulate)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            sched="cosine",
+            num_epochs=protocol.epochs,
+            min_lr=protocol.min_lr,
+            warmup_lr=protocol.warmup_lr,
+            warmup_epochs=protocol.warmup_epochs,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates,
+        )
+        accelerator.register_for_checkpointing(history, *([] if self.ema is None else [self.ema]))
+        set_seed(protocol.seed, device_specific=True)
+
+    def _scale_rates(self, epoch: int) -> None:
+        factor = 0.0 if epoch < self.protocol.frozen_epochs else self.protocol.backbone_lr
+        for group in self.optimizer.param_groups:
+            group["lr_scale"] = 1.0 if group["new"] else factor
+
+    def run_epoch(self, epoch: int, moved: Callable[[float], None]) -> tuple[list[float], float]:
+        """The losses of all batches, and the last learning rate of the new parts."""
+        self.trained.train()
+        self._scale_rates(epoch)
+        self.loader.set_epoch(epoch)
+        losses, update = [], epoch * self.updates
+        for done, (images, labels) in enumerate(self.loader, 1):
+            if self.mixup is not None:
+                images, labels = self.mixup(images, labels)
+            with self.accelerator.accumulate(self.trained):
+                self.scheduler.step_update(update)
+                with self.accelerator.autocast():
+                    loss = self.objective(self.trained, images, labels)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.protocol.clip_norm is not None:
+                    self.accelerator.clip_grad_norm_(self.trained.parameters(), self.protocol.clip_norm)
+                self.stepper.step()
+                self.stepper.zero_grad()
+            losses.append(loss.detach().float())
+            if self.accelerator.sync_gradients:
+                update += 1
+                if self.ema is not None:
+                    self.ema.update(self.model)
+            moved(done / len(self.loader))
+        values = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
+        if (bad := next((i for i, value in enumerate(values) if not math.isfinite(value)), None)) is not None:
+            raise FloatingPointError(f"the loss became {values[bad]} in batch {bad} of epoch {epoch}: lower the rate")
+        return values, next(group["lr"] for group in self.optimizer.param_groups if group["new"])
+
+    def validate(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Accuracy of the model, and of its moving average."""
+        settings = {"batch_size": self.protocol.batch_size, "workers": self.protocol.workers}
+        results = [
+            {} if model is None else measure_accuracy(model, self.data, accelerator=self.accelerator, **settings)
+            for model in (self.model, None if self.ema is None else self.ema.module)
+        ]
+        return results[0], results[1]
+
+    def save_state(self, folder: Path) -> None:
+        """A checkpoint under its own name, then away with the ones before: there is always a complete one."""
+        older = _states(folder)
+        whole = folder / f"{_STATE}{len(self.history.epochs):05}"
+        part = whole.with_name(whole.name + _PART)
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            part.replace(whole)
+            for path in older:
+                shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, folder: Path) -> None:
+        """Write the weights, then the result, then away with the checkpoints."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            _write_weights(self.model, folder / "model.safetensors")
+            if self.ema is not None:
+                _write_weights(self.ema.module, folder / "model_ema.safetensors")
+            part = folder / (_RESULT + _PART)
+            part.write_text(json.dumps(self.history.state_dict(), indent=1) + "\n")
+            part.replace(folder / _RESULT)
+            for path in folder.glob(f"{_STATE}*"):
+                shutil.rmtree(path)
+        self.accelerator.wait_for_everyone()
+
+
+def train(
+    data: DataSet,
+    backbone: Backbone,
+    protocol: Protocol,
+    folder: str | os.PathLike[str],
+    *,
+    reduction: Reduction | None = None,
+    teacher: nn.Module | None = None,
+    cpu: bool = False,
+    validate_every: int = 1,
+    checkpoint_every: int = 1,
+    progress: Callable[[str, float, float], None] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> Training:
+    """Fine-tune a backbone, with or without token reduction.
+
+    Where ``accelerate launch`` started several processes, all of them call this, and share the batches out. The same
+    arguments give the same curve, on one machine; an interrupted training goes on where its last checkpoint was, with
+    the curve that it would have had, and a finished one is read from the folder.
+
+    Example::
+
+        data = open_data("digits")
+        backbone = Backbone("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4}, checkpoint="digits.safetensors")
+        reduction = Reduction("topk", keep_rate=0.5)
+        train(data, backbone, protocol_for("digits", epochs=5, warmup_epochs=1), "runs/topk-0.5", reduction=reduction)
+
+    Args:
+        data: from :func:`~fastreduce.study.data.open_data`.
+        backbone: the model and its weights.
+        protocol: how; :func:`~fastreduce.study.protocol.protocol_for` has the paper's.
+        folder: for ``model.safetensors`` (and ``model_ema.safetensors``), ``training.json`` and, on the way,
+            checkpoints; all processes must see it.
+        reduction: the method, or None for the unreduced model.
+        teacher: an unreduced timm model for distillation. DynamicViT's default is the backbone with its weights, which
+            must have been trained for these classes.
+        cpu: stay on the CPU.
+        validate_every: epochs between validations, 0 for a single one at the end.
+        checkpoint_every: epochs between checkpoints, 0 for none before the end.
+        progress: called with what is done, how much of it and out of how much, by the first process.
+        on_epoch: called by every process after an epoch and its checkpoint.
+
+    Returns:
+        The history and the files.
+
+    Raises:
+        ValueError: a folder that holds another training, weights that do not fit, a data set smaller than a batch,
+            distillation without a teacher.
+        FloatingPointError: the loss is not finite.
+    """
+    folder = Path(folder)
+    accelerator = make_accelerator(protocol, cpu)
+    history = _History(_describe(data, backbone, protocol, reduction, teacher, accelerator.num_processes))
+    if (finished := _read_result(folder, history.description)) is not None:
+        return finished
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f"*{_PART}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    accelerator.wait_for_everyone()
+    trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator, history)
+    if states := _states(folder):
+        accelerator.load_state(str(states[-1]))
+    what = data.name if reduction is None else f"{data.name} {reduction.label}"
+
+    def moved(done: float) -> None:
+        if progress is not None and accelerator.is_main_process:
+            progress(f"training {what}", done, protocol.epochs)
+
+    for epoch in range(len(history.epochs), protocol.epochs):
+        start = time.perf_counter()
+        losses, lr = trainer.run_epoch(epoch, lambda part, epoch=epoch: moved(epoch + part))  # type: ignore[misc]
+        seconds = time.perf_counter() - start
+        measured: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        if epoch + 1 == protocol.epochs or (validate_every and (epoch + 1) % validate_every == 0):
+            measured = trainer.validate()
+        history.epochs.append(Epoch(losses, lr, *measured, seconds))
+        if checkpoint_every and (epoch + 1) % checkpoint_every == 0 and epoch + 1 < protocol.epochs:
+            trainer.save_state(folder)
+        if on_epoch is not None:
+            on_epoch(history.epochs[-1])
+    trainer.finish(folder)
+    accelerator.free_memory()
+    result = _read_result(folder, history.description)
+    assert result is not None
+    return result

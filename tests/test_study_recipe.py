@@ -1,0 +1,83 @@
+"""The embedded study's settings, and the training of a whole study."""
+
+import dataclasses
+import multiprocessing
+
+import pytest
+import torch
+
+from fastreduce.integrations.timm import reduced_counts, unpatch
+from fastreduce.study import recipe as recipes
+from fastreduce.study.protocol import Backbone, protocol_for
+from fastreduce.study.recipe import DIGITS, DIGITS_QUICK, paper_recipe, reductions, train_all
+from fastreduce.study.train import Epoch
+
+from .test_study_train import BACKBONE, PLAIN, few_digits
+
+
+@pytest.mark.parametrize("recipe", [DIGITS, DIGITS_QUICK])
+def test_every_method_can_do_the_digits(recipe):
+    runs = list(recipe.runs)
+    assert runs[0] is None
+    assert len(runs) == 1 + 11 * len({reduction.keep_rate for reduction in recipe.reductions})
+    assert len({reduction.label for reduction in recipe.reductions}) == len(recipe.reductions)
+    model = recipe.backbone.build(10)
+    assert len(model.blocks) == 12
+    images = torch.randn(2, 3, 32, 32)
+    for reduction in recipe.reductions:
+        reduction.apply(model)
+        counts = reduced_counts(model)
+        assert len(counts) == 3
+        if reduction.keep_rate == 0.25:
+            with torch.no_grad():
+                assert model(images).shape == (2, 10)
+        unpatch(model)
+
+
+def test_labels():
+    radial, dpcknn = reductions(("radial", "dpcknn"), (0.5,), dpcknn={"k_neighbors": 4})
+    assert (radial.label, dpcknn.label) == ("radial-l2-0.5", "dpcknn-0.5")
+    assert radial.options == {"norm": "l2", "schedule": "stages"}
+    assert dataclasses.replace(dpcknn, keep_rate=(0.5, 0.25)).label == "dpcknn-0.5-0.25"
+
+
+def test_the_papers_recipe():
+    paper = paper_recipe("nabirds", "deit_tiny_patch16_224")
+    assert (paper.fine_tuning, paper.training) == (protocol_for("nabirds"), None)
+    assert paper.augmentation.rand_augment is None
+    assert len(paper.reductions) == 44
+    with pytest.raises(ValueError, match="the paper has no digits"):
+        paper_recipe("digits")
+    assert Backbone("deit_tiny_patch16_224", pretrained=True).knows(1000)
+    assert not Backbone("deit_tiny_patch16_224").knows(1000)
+
+
+def test_train_all(tmp_path, monkeypatch):
+    protocol = dataclasses.replace(PLAIN, epochs=1)
+    tiny = dataclasses.replace(
+        DIGITS, backbone=BACKBONE, training=protocol, fine_tuning=protocol, reductions=reductions(("sit",), (0.5,))
+    )
+    monkeypatch.setattr(recipes, "open_data", lambda *arguments, **named: few_digits(16))
+    said = []
+    alone = train_all(tiny, tmp_path / "alone", cpu=True, progress=lambda *words: said.append(words))
+    assert list(alone) == ["backbone", "unreduced", "sit-0.5"]
+    assert said[-1] == ("training digits sit-0.5", 2, 2)
+    for name, training in alone.items():
+        assert training.weights == tmp_path / "alone" / name / "model.safetensors"
+    assert alone["unreduced"].epochs[0].losses != alone["backbone"].epochs[0].losses
+
+    fork = multiprocessing.get_context("fork")  # spawned processes would import everything again
+    monkeypatch.setattr(recipes.multiprocessing, "get_context", lambda kind: fork)
+    together = train_all(tiny, tmp_path / "together", jobs=2, cpu=True, progress=lambda *words: said.append(words))
+    assert said[-1] == ("training digits", 2, 2)
+
+    def curves(trainings):
+        return {name: [_without_clock(epoch) for epoch in found.epochs] for name, found in trainings.items()}
+
+    assert curves(together) == curves(alone)
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        train_all(tiny, tmp_path, jobs=0)
+
+
+def _without_clock(epoch: Epoch) -> Epoch:
+    return dataclasses.replace(epoch, seconds=0.0)

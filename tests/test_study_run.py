@@ -1,0 +1,182 @@
+"""A study from training to report, on the real digits but with a model of a few thousand weights."""
+
+import csv
+import dataclasses
+import html.parser
+import json
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("accelerate")
+
+from fastreduce.study.findings import find
+from fastreduce.study.pictures import FAMILIES, TITLES
+from fastreduce.study.protocol import Backbone
+from fastreduce.study.recipe import DIGITS, Recipe, reductions
+from fastreduce.study.record import Recording, Run
+from fastreduce.study.report import Section, Table, write_report
+from fastreduce.study.run import run_study
+
+METHODS = ("topk", "tome", "kmedoids", "radial")
+
+
+def small() -> Recipe:
+    backbone = Backbone(
+        "vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 4, "num_heads": 2}
+    )
+    one = dataclasses.replace(DIGITS.fine_tuning, epochs=1, warmup_epochs=0, batch_size=256)
+    return dataclasses.replace(
+        DIGITS,
+        image_size=16,
+        backbone=backbone,
+        training=one,
+        fine_tuning=one,
+        reductions=reductions(METHODS, (0.5, 0.9)),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def study(folder):
+    found = run_study(small(), folder, cpu=True)
+    assert found is not None
+    return found
+
+
+def test_every_model_is_there(study, folder):
+    runs = [recording.run for recording in study.recordings]
+    wanted = [name if name != "radial" else "radial_l2" for name in METHODS for _ in range(2)]
+    assert [run.method for run in runs] == ["none", *wanted]
+    assert [run.keep_rate for run in runs[1:]] == [0.5, 0.9] * len(METHODS)
+    for recording, evaluation in zip(study.recordings, study.evaluations, strict=True):
+        assert recording.images == 602
+        assert recording.run.accuracy == pytest.approx(evaluation.accuracy["top1"], abs=1e-4)
+        assert evaluation.images_per_second > 0
+    assert study.evaluations[1].gmacs < study.evaluations[2].gmacs < study.evaluations[0].gmacs
+    stored = json.loads((folder / "results.json").read_text())
+    assert [model["accuracy"]["top1"] for model in stored["models"]] == [
+        evaluation.accuracy["top1"] for evaluation in study.evaluations
+    ]
+
+
+def test_tables(study, folder):
+    with open(folder / "tables" / "method.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(study.rows["method"])
+    row = next(row for row in rows if (row["method_a"], row["method_b"]) == ("topk", "kmedoids"))
+    assert 0 < float(row["iou_1"]) < 1
+    assert float(row["difference"]) == pytest.approx(float(row["accuracy_a"]) - float(row["accuracy_b"]))
+    assert {path.name for path in (folder / "tables").iterdir()} == {
+        "correlations.csv", "depth-keep-rate.csv", "depth-method.csv", "keep-rate.csv", "method.csv",
+    }  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.cells, self.drawings = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+        self.drawings += tag == "svg"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "td":
+            self.cells.append(data.strip())
+
+
+def test_the_page_holds_all_of_it(study, folder):
+    page = Page()
+    page.feed((folder / "report.html").read_text())
+    assert not page.open
+    drawn = list((folder / "pictures").glob("*.png"))
+    assert page.drawings == len(drawn) == 7
+    for finding in study.findings:
+        assert finding.claim in page.cells
+    for recording in study.recordings[1:]:
+        assert f"{recording.run.accuracy:.2f}" in page.cells
+
+
+def test_a_second_call_trains_nothing_again(study, folder, monkeypatch):
+    def fail(*args):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("fastreduce.study.train._Trainer", fail)
+    monkeypatch.setattr("fastreduce.study.run.record_images", fail)
+    again = run_study(small(), folder, cpu=True)
+    assert [one.run for one in again.recordings] == [one.run for one in study.recordings]
+    assert again.findings == study.findings
+
+
+def test_another_study_is_not_mixed_in(study, folder):
+    other = dataclasses.replace(small(), training=dataclasses.replace(small().training, seed=1))
+    with pytest.raises(ValueError, match="another training"):
+        run_study(other, folder, cpu=True)
+
+
+def test_a_page_says_what_it_was_given_and_nothing_else(tmp_path):
+    table = Table(["a <name>", "x"], [["<script>", 1.0], ["b", math.nan], ["c", None]], digits=1)
+    write_report(tmp_path / "deep" / "p.html", "A & B", [("k", "<v>")], [Section("S", ["p < q"], [table])])
+    text = (tmp_path / "deep" / "p.html").read_text()
+    assert "<script>" not in text
+    assert "p &lt; q" in text
+    assert text.count('<td class="number">–</td>') == 2
+    with pytest.raises(ValueError, match="1 cells for 2 columns"):
+        write_report(tmp_path / "p.html", "t", [], [Section("S", (), [Table(["a", "b"], [[1]])])])
+
+
+class TestFindings:
+    """On recordings whose accuracies are chosen."""
+
+    @staticmethod
+    def recording(method, rate, right, images=2000):
+        wrong = np.arange(images) % 1000 >= round(10 * right)
+        prediction = np.where(wrong, 1, 0)[:, None]
+        run = Run("digits", "small", method, rate, right)
+        outputs = {"prediction": prediction, "target": np.zeros(images, np.int64)}
+        return Recording(run, (2, 2), 4, outputs=outputs)
+
+    def verdicts(self, accuracies, rows=None):
+        recordings = [self.recording(method, rate, right) for (method, rate), right in accuracies.items()]
+        return [finding.verdict for finding in find(recordings, [], rows or {}, [])]
+
+    def test_nothing_is_claimed_of_nothing(self):
+        assert set(self.verdicts({("none", None): 90.0})) == {"not examined"}
+
+    def accuracies(self, **gaps):
+        rates = (0.25, 0.5, 0.7, 0.9)
+        methods = [method for methods in FAMILIES.values() for method in methods if method in TITLES]
+        return {("none", None): 80.0} | {
+            (method, rate): 80.0 + gaps.get(method, 0.0) for method in methods for rate in rates
+        }
+
+    def test_as_in_the_paper(self):
+        soft = dict.fromkeys(FAMILIES["Soft merging"], -20.0)
+        hard = dict.fromkeys(FAMILIES["Hard merging"], -10.0)
+        rates = self.accuracies(topk=5, evit=8, **soft, **hard)
+        rates["evit", 0.25] += 4
+        found = self.verdicts(rates)
+        assert found[1:5] == ["holds"] * 4
+        assert found[8] == "holds"
+        assert found[0] == "does not hold"  # EViT is above: never best, always second
+        rates = self.accuracies(topk=5, **soft, **hard)
+        assert self.verdicts(rates)[0] == "holds"
+
+    def test_the_other_way_round(self):
+        soft = dict.fromkeys(FAMILIES["Soft merging"], 15.0)
+        hard = dict.fromkeys(FAMILIES["Hard merging"], 10.0)
+        assert self.verdicts(self.accuracies(evit=-5, **soft, **hard))[1:5] == ["does not hold"] * 4
+
+    def test_small_gaps_decide_nothing(self):
+        assert self.verdicts(self.accuracies(evit=0.1))[1] == "undecided"
+        assert self.verdicts(self.accuracies())[2:5] == ["undecided"] * 3
