@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +17,7 @@ from rich.console import Console
 from .commands import UserError, numbers, progress_bar, split, user_errors
 
 if TYPE_CHECKING:
+    from .study.data import DataSet
     from .study.protocol import Backbone, Reduction
     from .study.recipe import Recipe
     from .study.run import Study
@@ -49,6 +52,19 @@ _Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
 _Out = Annotated[Path, typer.Option(help="Folder for what is made.")]
 
 
+@contextmanager
+def _training_errors() -> Iterator[None]:
+    """As :func:`user_errors`, with what only a training comes to: a loss that is not finite, too little memory."""
+    from .measure import usual_troubles
+
+    troubles: tuple[type[Exception], ...] = (FloatingPointError, *usual_troubles())
+    try:
+        with user_errors():
+            yield
+    except troubles as error:
+        raise UserError(str(error)) from error
+
+
 def _backbone(dataset: str, model: str | None, checkpoint: Path | None, pretrained: bool) -> Backbone:
     from .study.protocol import Backbone
     from .study.recipe import DIGITS
@@ -58,14 +74,21 @@ def _backbone(dataset: str, model: str | None, checkpoint: Path | None, pretrain
     return Backbone(model or "deit_small_patch16_224", pretrained=pretrained, checkpoint=checkpoint)
 
 
-def _reduction(method: str | None, keep_rate: float | None) -> Reduction | None:
-    from .study.protocol import Reduction
+def _reduction(dataset: str, method: str | None, keep_rate: float | None) -> Reduction | None:
+    """As the study of the data set has it."""
+    from .study.recipe import DIGITS, reductions
 
-    if method is None:
+    if (method is None) != (keep_rate is None):
+        given = f"--keep-rate {keep_rate}" if method is None else f"--method {method}"
+        raise ValueError(f"--method and --keep-rate go together, got {given} alone")
+    if method is None or keep_rate is None:
         return None
-    name, _, norm = method.partition("-")
-    options = {"norm": norm or "l2", "schedule": "stages"} if name == "radial" else {}
-    return Reduction(name, keep_rate, options=options)
+    return reductions([method], [keep_rate], **(_options(DIGITS) if dataset == "digits" else {}))[0]
+
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe sets for each of its methods."""
+    return {reduction.method: reduction.options for reduction in recipe.reductions}
 
 
 def _recipe(
@@ -101,7 +124,7 @@ def _recipe(
     if wanted or rates:
         known = dict.fromkeys(reduction.method for reduction in recipe.reductions)
         held = dict.fromkeys(reduction.keep_rate for reduction in recipe.reductions)
-        chosen = reductions(wanted or tuple(known), rates or tuple(held))  # type: ignore[arg-type]
+        chosen = reductions(wanted or tuple(known), rates or tuple(held), **_options(recipe))  # type: ignore[arg-type]
         recipe = dataclasses.replace(recipe, reductions=chosen)
     return recipe
 
@@ -121,7 +144,8 @@ def run(
     epochs: _Epochs = None,
     batch_size: _BatchSize = None,
     jobs: Annotated[
-        int | None, typer.Option(help="Models trained at a time. (default: one a core; with a GPU 1)")
+        int | None,
+        typer.Option(help="Models trained at a time. (default: one a core; with a GPU or several processes 1)"),
     ] = None,
     seed: _Seed = 0,
     cpu: _Cpu = False,
@@ -138,8 +162,9 @@ def run(
         from .study.run import run_study
 
         if jobs is None:
-            jobs = 1 if torch.cuda.is_available() and not cpu else os.cpu_count() or 1
-        with user_errors():
+            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # else started by accelerate launch
+            jobs = os.cpu_count() or 1 if alone and (cpu or not torch.cuda.is_available()) else 1
+        with _training_errors():
             backbone = _backbone(dataset, model, checkpoint, pretrained)
             recipe = _recipe(dataset, quick, methods, keep_rate, epochs, batch_size, seed, backbone)
             found = run_study(recipe, out, root=root, jobs=jobs, cpu=cpu, progress=progress)
@@ -191,7 +216,7 @@ def train(
         from .study.recipe import DIGITS
         from .study.train import train as fine_tune
 
-        with user_errors():
+        with _training_errors():
             changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
             given = {name: value for name, value in changes.items() if value is not None}
             protocol = DIGITS.fine_tuning if dataset == "digits" else protocol_for(dataset)
@@ -203,7 +228,7 @@ def train(
                 backbone,
                 protocol,
                 out,
-                reduction=_reduction(method, keep_rate),
+                reduction=_reduction(dataset, method, keep_rate),
                 cpu=cpu,
                 progress=progress,
             )
@@ -213,18 +238,24 @@ def train(
 
 
 def _built(
-    dataset: str, root: Path | None, weights: Path, model: str | None, method: str | None, keep_rate: float | None
-) -> tuple[Any, Any, str]:
-    """The trained model, the data and the backbone's name."""
-    from .integrations.timm import load_official
-    from .study.data import open_data
+    dataset: str,
+    root: Path | None,
+    weights: Path,
+    model: str | None,
+    method: str | None,
+    keep_rate: float | None,
+    cpu: bool,
+) -> tuple[Any, DataSet, Backbone, Reduction | None]:
+    """The trained model where it is to run, the data, and what the model was made of."""
+    import torch
 
-    data = open_data(dataset, root)
-    backbone = _backbone(dataset, model, None, False)
-    built = backbone.build(data.num_classes)
-    if (reduction := _reduction(method, keep_rate)) is not None:
-        reduction.apply(built)
-    return load_official(built, weights), data, backbone.name
+    from .study.data import open_data
+    from .study.protocol import load_trained
+
+    reduction = _reduction(dataset, method, keep_rate)
+    data, backbone = open_data(dataset, root), _backbone(dataset, model, None, False)
+    built = load_trained(backbone, reduction, weights, data.num_classes)
+    return built.to("cuda" if torch.cuda.is_available() and not cpu else "cpu"), data, backbone, reduction
 
 
 @study.command()
@@ -236,13 +267,15 @@ def evaluate(
     method: _Method = None,
     keep_rate: _KeepRate = None,
     batch_size: Annotated[int, typer.Option(help="For accuracy and for speed.")] = 64,
+    cpu: _Cpu = False,
 ) -> None:
     """Accuracy, images per second, multiply-adds and kept tokens of one model, as JSON."""
     from .study.evaluate import evaluate as judge
+    from .study.protocol import protocol_for
 
     with user_errors():
-        built, data, _ = _built(dataset, root, weights, model, method, keep_rate)
-        found = judge(built, data, batch_size=batch_size)
+        built, data, _, _ = _built(dataset, root, weights, model, method, keep_rate, cpu)
+        found = judge(built, data, batch_size=batch_size, workers=protocol_for(dataset).workers)
     print(json.dumps(dataclasses.asdict(found), indent=1))
 
 
@@ -256,22 +289,25 @@ def record(
     method: _Method = None,
     keep_rate: _KeepRate = None,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    cpu: _Cpu = False,
 ) -> None:
     """Write what one model does with every validation image: kept patches, assignments, class features."""
     from torch.utils.data import DataLoader
 
+    from .study.protocol import protocol_for
     from .study.record import record_images
 
-    with user_errors():
-        built, data, name = _built(dataset, root, weights, model, method, keep_rate)
+    with progress_bar() as progress, user_errors():
+        built, data, backbone, reduction = _built(dataset, root, weights, model, method, keep_rate, cpu)
         found = record_images(
             built,
-            DataLoader(data.val, batch_size=batch_size),
+            DataLoader(data.val, batch_size=batch_size, num_workers=protocol_for(dataset).workers),
             out,
             dataset=dataset,
-            backbone=name,
-            method=None if method is None else method.replace("-", "_"),
+            backbone=backbone.name,
+            method=None if reduction is None else reduction.variant,
             keep_rate=keep_rate,
+            progress=lambda images: progress("recording", images, len(data.val)),
         )
     Console().print(f"{found.run.name}: {found.images} images, {found.run.accuracy:.2f} %: {out}", highlight=False)
 
@@ -279,18 +315,30 @@ def record(
 @study.command()
 def compare(
     recordings: Annotated[list[Path], typer.Argument(help="What study record wrote.")],
-    axis: Annotated[str, typer.Option(help="keep_rate, backbone or method.")] = "method",
-    out: Annotated[Path, typer.Option(help="The table, .csv; correlations go beside it.")] = Path("comparison.csv"),
+    axis: Annotated[
+        str, typer.Option(help="keep_rate, backbone or method; dataset compares depth maps alone.")
+    ] = "method",
+    out: Annotated[
+        Path, typer.Option(help="The table, .csv; correlations and that of depth maps go beside it.")
+    ] = Path("comparison.csv"),
 ) -> None:
     """Hold recordings of the same images against one another, and the similarities against the gaps in accuracy."""
     from .study.comparison import compare as hold
-    from .study.comparison import correlate, write_csv
+    from .study.comparison import compare_depth_maps, correlate, token_statistics, write_csv
     from .study.record import open_recording
 
     with user_errors():
-        rows = hold([open_recording(path) for path in recordings], axis)
-        correlations = correlate(rows, axis)
+        opened = [open_recording(path) for path in recordings]
+        tables = {"-depth": compare_depth_maps([token_statistics(recording) for recording in opened], axis)}
+        if axis != "dataset":
+            rows = hold(opened, axis)
+            tables = {"": rows, "-correlations": correlate(rows, axis)} | tables
+        if not any(tables.values()):
+            names = ", ".join(recording.run.name for recording in opened)
+            raise ValueError(f"no two of these recordings differ in {axis} alone: {names}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(rows, out)
-        write_csv(correlations, beside := out.with_name(f"{out.stem}-correlations.csv"))
-    Console().print(f"{len(rows)} pairs: {out}, {beside}", highlight=False, soft_wrap=True)
+        written = {out.with_name(f"{out.stem}{ending}.csv"): table for ending, table in tables.items() if table}
+        for path, table in written.items():
+            write_csv(table, path)
+    for path, table in written.items():
+        Console().print(f"{path}: {len(table)} rows", highlight=False, soft_wrap=True)

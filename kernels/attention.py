@@ -42,7 +42,7 @@ HALF_TILES = {
     256: AttentionTiles(AttentionTile(64, 32, 8), AttentionTile(32, 32, 8), AttentionTile(32, 64, 8)),
 }
 # At 128 channels a few words would spill, of an index and a bias on sm_90, of scores and a bias on sm_80 (Triton 3.6),
-# of a bias in float32 on sm_80.
+# of a bias or scores in float32 on sm_80.
 CHOSEN_GRAD_KEYS = AttentionTile(32, 32, 8)
 SCORED_GRAD_QUERIES = AttentionTile(64, 16, 8)
 BIASED_FLOAT = AttentionTile(16, 16, 8)
@@ -76,7 +76,7 @@ def attention_tiles(
             tiles = dataclasses.replace(tiles, grad_queries=SCORED_GRAD_QUERIES)
         return tiles
     tile = (FLOAT_TILES if dtype == torch.float32 else UNALIGNED_TILES)[width]
-    if width == 128 and dtype == torch.float32 and biased:
+    if width == 128 and dtype == torch.float32 and (biased or scored):
         tile = BIASED_FLOAT
     return AttentionTiles(tile, tile, tile)
 

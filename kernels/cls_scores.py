@@ -79,7 +79,7 @@ def class_logits_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """One program: the logits of BLOCK_N keys of one head, their maximum and the sum of their exponentials."""
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     offsets_n = part * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -366,7 +366,8 @@ def _spread(x, order, offsets, size=None, total=None, eps=0.0, partner=None, log
     out = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     dots = grad_size = None
     if partner is not None:
-        dots, grad_size = torch.empty(2, batch, tokens, dtype=torch.float32, device=x.device)
+        # What is returned comes first: torch.compile assumes that the results of an operator are aligned.
+        grad_size, dots = torch.empty(2, batch, tokens, dtype=torch.float32, device=x.device)
     if not (out.numel() and num_slots):
         return out.zero_(), None if grad_size is None else grad_size.zero_()
     block_c = triton.next_power_of_2(channels)

@@ -179,4 +179,12 @@ class TestFindings:
 
     def test_small_gaps_decide_nothing(self):
         assert self.verdicts(self.accuracies(evit=0.1))[1] == "undecided"
-        assert self.verdicts(self.accuracies())[2:5] == ["undecided"] * 3
+        found = self.verdicts(self.accuracies())
+        assert [found[0], *found[2:5]] == ["undecided"] * 4
+
+    def test_methods_are_averaged_over_the_same_keep_rates(self):
+        rates = self.accuracies(topk=-10)
+        only_light = {key: value for key, value in rates.items() if key[0] not in FAMILIES["Pruning"] or key[1] == 0.9}
+        assert self.verdicts(only_light)[2] == "does not hold"
+        none_shared = {key: value for key, value in only_light.items() if key[0] != "tome" or key[1] != 0.9}
+        assert self.verdicts(none_shared)[2] == "not examined"

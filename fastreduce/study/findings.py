@@ -22,6 +22,7 @@ from .record import UNREDUCED, Recording
 __all__ = ["Finding", "Verdict", "find"]
 
 Verdict = Literal["holds", "does not hold", "undecided", "not examined"]
+_Shares = Mapping[tuple[str, str, float | None], float]  # of patches after the first stage, by backbone, method, rate
 _Scores = Mapping[tuple[str, float | None], NDArray[np.float64]]  # per cent by image, for every method and keep rate
 
 
@@ -60,6 +61,11 @@ def _mean_scores(scores: _Scores, methods: Sequence[str], rates: Sequence[float]
     return np.mean([scores[method, rate] for method in methods for rate in rates if (method, rate) in scores], axis=0)
 
 
+def _shared_rates(scores: _Scores, methods: Sequence[str], rates: Sequence[float]) -> list[float]:
+    """Keep rates that every method was trained at: only these can be averaged without favour."""
+    return [rate for rate in rates if all((method, rate) in scores for method in methods)]
+
+
 def _gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, float]:
     """Mean paired difference and its standard error."""
     difference = first - second
@@ -68,7 +74,7 @@ def _gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float
 
 def _above(gap: tuple[float, float]) -> Verdict:
     mean, error = gap
-    if abs(mean) <= 2 * error:
+    if not abs(mean) > 2 * error:  # an undefined error too
         return "undecided"
     return "holds" if mean > 0 else "does not hold"
 
@@ -87,13 +93,21 @@ def _top_k_is_strong(scores: _Scores, rates: Sequence[float]) -> Finding:
         return Finding(claim, "not examined", "needs Top-K and three other methods at keep rates from 0.5")
     ranks = {}
     for rate in rates:
-        own = scores["topk", rate].mean()
-        others = [scores[method, rate].mean() for method in methods if (method, rate) in scores]
-        ranks[rate] = 1 + sum(value > own for value in others)
-    best, three = (sum(rank <= limit for rank in ranks.values()) / len(ranks) for limit in (1, 3))
-    words = ", ".join(f"{rank} at {rate:g}" for rate, rank in ranks.items())
-    verdict: Verdict = "holds" if best >= 1 / 3 and three >= 0.8 else "does not hold"
-    return Finding(claim, verdict, f"its rank among {len(methods)} methods: {words}")
+        others = [method for method in methods if method != "topk" and (method, rate) in scores]
+        gaps = [_gap(scores["topk", rate], scores[method, rate]) for method in others]
+        behind = sum(gap[0] < 0 for gap in gaps)
+        verdicts = [_above(gap) for gap in gaps]
+        surely = verdicts.count("does not hold")
+        possibly = surely + verdicts.count("undecided")
+        ranks[rate] = 1 + behind, 1 + surely, 1 + possibly
+
+    def strong(place: int) -> bool:
+        best, three = (sum(rank[place] <= limit for rank in ranks.values()) / len(ranks) for limit in (1, 3))
+        return best >= 1 / 3 and three >= 0.8
+
+    verdict: Verdict = "holds" if strong(2) else "undecided" if strong(1) else "does not hold"
+    words = ", ".join(f"{rank} ({low} to {high}) at {rate:g}" for rate, (rank, low, high) in ranks.items())
+    return Finding(claim, verdict, f"its rank among {len(methods)} methods (within two standard errors): {words}")
 
 
 def _evit_is_above(scores: _Scores, rates: Sequence[float]) -> Finding:
@@ -110,17 +124,19 @@ def _evit_is_above(scores: _Scores, rates: Sequence[float]) -> Finding:
 
 def _family_beats(scores: _Scores, rates: Sequence[float], claim: str, first: str, others: Sequence[str]) -> Finding:
     winners, losers = _methods(scores, first), [method for family in others for method in _methods(scores, family)]
-    if not winners or not losers:
-        return Finding(claim, "not examined", "needs methods of both kinds")
-    gap = _gap(_mean_scores(scores, winners, rates), _mean_scores(scores, losers, rates))
+    shared = _shared_rates(scores, winners + losers, rates)
+    if not winners or not losers or not shared:
+        return Finding(claim, "not examined", "needs methods of both kinds, all at one keep rate")
+    gap = _gap(_mean_scores(scores, winners, shared), _mean_scores(scores, losers, shared))
     return Finding(claim, _above(gap), f"{_in_words(gap)} on average over methods and keep rates")
 
 
 def _static_beats_soft(scores: _Scores, rates: Sequence[float]) -> Finding:
     claim = "A static radial pattern beats every soft merging method."
     static, soft = _methods(scores, "Static"), _methods(scores, "Soft merging")
-    if not static or not soft:
-        return Finding(claim, "not examined", "needs a radial pattern and soft merging")
+    rates = _shared_rates(scores, static + soft, rates)
+    if not static or not soft or not rates:
+        return Finding(claim, "not examined", "needs a radial pattern and soft merging, all at one keep rate")
     pattern = max(static, key=lambda method: float(_mean_scores(scores, [method], rates).mean()))
     own = _mean_scores(scores, [pattern], rates)
     gaps = {method: _gap(own, _mean_scores(scores, [method], rates)) for method in soft}
@@ -134,11 +150,24 @@ def _static_beats_soft(scores: _Scores, rates: Sequence[float]) -> Finding:
     return Finding(claim, verdict, f"{TITLES[pattern]}: {words}")
 
 
-def _agreement_beyond_chance(row: Row, shares: Mapping[tuple[str, float | None], float]) -> float:
-    """How much of B's kept set lies in A's: 0 as by chance, 1 all of it; at the first stage."""
-    column = min((name for name in row if name.startswith("ioa_") and "_std_" not in name), key=_block)
-    chance = shares[row["method_a"], row["keep_rate_a"]]
-    return float((row[column] - chance) / (1 - chance))
+def _shares(tokens: Sequence[TokenStatistics]) -> _Shares:
+    return {
+        (entry.run.backbone, entry.run.method, entry.run.keep_rate): float(entry.share[0])
+        for entry in tokens
+        if len(entry.share)
+    }
+
+
+def _agreements(rows: Sequence[Row], shares: _Shares) -> dict[str, list[float]]:
+    """For every pruning method, how much of B's first stage lies in A's: 0 as by chance, 1 all of it."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        columns = [name for name in row if name.startswith("ioa_") and "_std_" not in name]
+        chance = shares.get((row["backbone_a"], row["method_a"], row["keep_rate_a"]), 1.0)
+        if row["method_a"] in FAMILIES["Pruning"] and columns and chance < 1:
+            value = row[min(columns, key=_block)]
+            found.setdefault(row["method_a"], []).append(float((value - chance) / (1 - chance)))
+    return found
 
 
 def _block(column: str) -> int:
@@ -147,11 +176,7 @@ def _block(column: str) -> int:
 
 def _rates_agree(across_rates: Sequence[Row], tokens: Sequence[TokenStatistics]) -> Finding:
     claim = "Pruning patterns agree across keep rates, except for ATS."
-    shares = {(entry.run.method, entry.run.keep_rate): float(entry.share[0]) for entry in tokens if len(entry.share)}
-    agreement: dict[str, list[float]] = {}
-    for row in across_rates:
-        if row["method_a"] in FAMILIES["Pruning"] and any(name.startswith("ioa_") for name in row):
-            agreement.setdefault(row["method_a"], []).append(_agreement_beyond_chance(row, shares))
+    agreement = _agreements(across_rates, _shares(tokens))
     if "ats" not in agreement or len(agreement) < 2:
         return Finding(claim, "not examined", "needs ATS and another pruning method at two keep rates")
     means = {method: statistics.fmean(values) for method, values in agreement.items()}
@@ -181,23 +206,18 @@ def _radial_disagrees(across_methods: Sequence[Row]) -> Finding:
     return Finding(claim, verdict, words)
 
 
-def _backbones_disagree(across_backbones: Sequence[Row], across_rates: Sequence[Row]) -> Finding:
+def _backbones_disagree(
+    across_backbones: Sequence[Row], across_rates: Sequence[Row], tokens: Sequence[TokenStatistics]
+) -> Finding:
     claim = "Pruning patterns do not agree across backbone capacities."
-
-    def mean(rows: Sequence[Row]) -> float | None:
-        values = [
-            row[name]
-            for row in rows
-            for name in row
-            if row["method_a"] in FAMILIES["Pruning"] and name.startswith("ioa_") and "_std_" not in name
-        ]
-        return statistics.fmean(values) if values else None
-
-    capacities, rates = mean(across_backbones), mean(across_rates)
-    if capacities is None or rates is None:
-        return Finding(claim, "not examined", "this study has one backbone")
-    words = f"IoA is {capacities:.2f} across backbones and {rates:.2f} across keep rates"
-    return Finding(claim, "holds" if capacities < rates else "does not hold", words)
+    shares = _shares(tokens)
+    capacities, rates = _agreements(across_backbones, shares), _agreements(across_rates, shares)
+    both = capacities.keys() & rates.keys()
+    if not both:
+        return Finding(claim, "not examined", "needs a pruning method on two backbones and at two keep rates")
+    one, other = (statistics.fmean(statistics.fmean(found[method]) for method in both) for found in (capacities, rates))
+    words = f"share beyond chance, first stage: {one:.2f} across backbones and {other:.2f} across keep rates"
+    return Finding(claim, "holds" if one < other else "does not hold", words)
 
 
 def _little_reduction_helps(scores: _Scores) -> Finding:
@@ -218,18 +238,20 @@ def _similarities_follow(correlations: Sequence[Row]) -> Finding:
     claim = "Procrustes distance and NMI follow the gap in accuracy closely, IoU of kept tokens moderately."
     strength: dict[str, float] = {}
     for measure in ("procrustes", "nmi", "iou"):
-        values = [
-            abs(row["spearman"])
-            for row in correlations
-            if row["measure"].rsplit("_", 1)[0] == measure and row["pairs"] > 2 and math.isfinite(row["spearman"])
-        ]
-        if values:
-            strength[measure] = statistics.fmean(values)
+        anchors: dict[str, list[float]] = {}
+        for row in correlations:
+            if row["measure"].rsplit("_", 1)[0] == measure and row["pairs"] > 2 and math.isfinite(row["spearman"]):
+                anchors.setdefault(row["method"], []).append(row["spearman"])
+        if anchors:
+            # Chance has no sign, and is averaged away; the sign is a matter of whether the anchor is the better one.
+            strength[measure] = statistics.fmean(abs(statistics.fmean(values)) for values in anchors.values())
     if len(strength) < 3:
         return Finding(claim, "not examined", "needs features, assignments and kept sets of several methods")
     holds = min(strength["procrustes"], strength["nmi"]) > strength["iou"] > 0.3
     words = ", ".join(f"{name} {value:.2f}" for name, value in strength.items())
-    return Finding(claim, "holds" if holds else "does not hold", f"mean absolute Spearman correlation: {words}")
+    return Finding(
+        claim, "holds" if holds else "does not hold", f"Spearman correlation, mean over rates and blocks: {words}"
+    )
 
 
 def find(
@@ -243,7 +265,7 @@ def find(
     Args:
         recordings: of the unreduced model and of reduced ones; variants of the radial patterns are named
             ``radial_l1`` and so on.
-        tokens: :func:`~fastreduce.study.comparison.token_statistics` of each.
+        tokens: :func:`~fastreduce.study.comparison.token_statistics` of each, and of those on other backbones.
         rows: what :func:`~fastreduce.study.comparison.compare` gave along ``"keep_rate"``, ``"backbone"`` and
             ``"method"``; any may be missing.
         correlations: what :func:`~fastreduce.study.comparison.correlate` gave along ``"method"``.
@@ -262,7 +284,7 @@ def find(
         _family_beats(scores, rates, "Hard merging beats soft merging.", "Hard merging", ("Soft merging",)),
         _static_beats_soft(scores, rates),
         _rates_agree(across["keep_rate"], tokens),
-        _backbones_disagree(across["backbone"], across["keep_rate"]),
+        _backbones_disagree(across["backbone"], across["keep_rate"], tokens),
         _radial_disagrees(across["method"]),
         _little_reduction_helps(scores),
         _similarities_follow(correlations),

@@ -99,13 +99,13 @@ def _by_family(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
 def _panels(
     results: Sequence[Result], baseline: Result | None, title: str, subtitle: str, across: str, metric: str
 ) -> tuple[Figure, list[tuple[Axes, dict[str, list[Result]]]]]:
-    """One panel a family, all with the same accuracies from bottom to top."""
+    """One panel a family, all with the same axes."""
     grouped = _by_family(results)
     if not grouped:
         raise ValueError(f"no result of a known method to draw; methods are {', '.join(TITLES)}")
-    figure = _figure(2.5 * len(grouped) + 0.9, 3.9, title, subtitle)
-    axes = figure.subplots(1, len(grouped), sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.7 / figure.get_figwidth(), right=0.985, bottom=0.15, top=0.74, wspace=0.08)
+    figure = _figure(2.5 * len(grouped) + 0.9, 4.4, title, subtitle)
+    axes = figure.subplots(1, len(grouped), sharex=True, sharey=True, squeeze=False)[0]
+    figure.subplots_adjust(left=0.7 / figure.get_figwidth(), right=0.985, bottom=0.26, top=0.77, wspace=0.08)
     for panel, (family, _) in zip(axes, grouped.items(), strict=True):
         _plain(panel)
         panel.set_title(family, fontsize=9.5, loc="left", color="#111111")
@@ -114,6 +114,11 @@ def _panels(
             panel.axhline(baseline.accuracy, color="#111111", linewidth=1.0, zorder=1)
     axes[0].set_ylabel(metric, fontsize=8.5)
     return figure, list(zip(axes, grouped.values(), strict=True))
+
+
+def _legend_below(axes: Axes) -> None:
+    """Where no line can run through it."""
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), ncols=2, columnspacing=1, fontsize=8, frameon=False)
 
 
 def accuracy_by_rate(
@@ -137,7 +142,7 @@ def accuracy_by_rate(
             axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, label=TITLES[method])
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.set_xlim(max(rates) + 0.05, min(rates) - 0.05)
-        axes.legend(fontsize=8, frameon=False)
+        _legend_below(axes)
     return figure
 
 
@@ -163,7 +168,7 @@ def accuracy_by_speed(
             axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, label=TITLES[method])
         if baseline is not None:
             axes.plot(baseline.images_per_second, baseline.accuracy, "*", color="#111111", markersize=9, zorder=5)
-        axes.legend(fontsize=8, frameon=False)
+        _legend_below(axes)
     return figure
 
 
@@ -267,9 +272,12 @@ def scatter(
             axes.plot(x, y, linestyle="", marker=marker, color=colour, markersize=5.5, label=family)
     axes.margins(0.12, 0.08)
     if len(points) <= 14:
+        middle = sum(axes.get_xlim()) / 2
         for method, x_value, y_value in points:
             words = TITLES.get(method, method)
-            axes.annotate(words, (x_value, y_value), (5, 3), textcoords="offset points", fontsize=7.5, color=_GREY)
+            side, shift = ("right", -6) if x_value > middle else ("left", 6)
+            label = axes.annotate(words, (x_value, y_value), (shift, 0), textcoords="offset points", ha=side)
+            label.set(va="center", fontsize=7.5, color=_GREY)
     axes.set_xlabel(across, fontsize=8.5)
     axes.set_ylabel(up, fontsize=8.5)
     axes.legend(fontsize=8, frameon=False)

@@ -97,11 +97,13 @@ class _History:
 
 
 def _check_same(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for part in wanted:
-        if wanted[part] != found.get(part):
-            raise ValueError(
-                f"the folder holds another training: its {part} is {found.get(part)!r}, wanted was {wanted[part]!r}"
-            )
+    for part, value in wanted.items():
+        held = found.get(part)
+        if isinstance(value, dict) and isinstance(held, dict):
+            other = [key for key in {**value, **held} if value.get(key) != held.get(key)]
+            value, held = ({key: side.get(key) for key in other} for side in (value, held))
+        if value != held:
+            raise ValueError(f"the folder holds another training: its {part} is {held!r}, wanted was {value!r}")
 
 
 class _Observed(nn.Module):

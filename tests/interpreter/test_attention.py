@@ -301,6 +301,17 @@ def test_options(name, num_tokens, head_dim, dtype):
         assert not nothing.any()
 
 
+@pytest.mark.parametrize("name", ["class", "received"])
+def test_scores_of_logits_far_below_zero(name):
+    """exp(0 - logsumexp) is infinite: a key past the end must not get it."""
+    ones = torch.ones(1, 1, 5, 16)
+    q, k = (sign * 5.0 * ones + 0.01 * tokens(1, 1, 5, 16, seed=seed) for sign, seed in ((1, 1), (-1, 2)))
+    inputs = (q, k, tokens(1, 1, 5, 16), torch.zeros(1, 5))
+    ours, plain = (run_option(name, backend, inputs) for backend in ("triton", "reference"))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
 def test_options_do_not_look_at_other_images():
     q, k, v = packed(2, 1, 37, 16)
     bias = tokens(2, 37, seed=4)

@@ -103,3 +103,12 @@ def test_kernels_score_a_model_without_a_class_token():
         with torch.no_grad():
             logits[backend] = patched(images)
     torch.testing.assert_close(logits["triton"], logits["reference"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_with_a_hook_is_called():
+    """Hooks of either direction: the launch that would do its work too leaves it alone."""
+    model, called = fastreduce.patch(_model(), "topk", at=(1, 2), keep_rate=0.5, backend="triton"), []
+    model.blocks[1].norm2.register_forward_hook(lambda *_: called.append("forward"))
+    model.blocks[2].norm2.register_full_backward_hook(lambda *_: called.append("backward"))
+    _run(model, torch.randn(1, 3, 20, 20))
+    assert called == ["forward", "backward"]
