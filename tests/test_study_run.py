@@ -101,8 +101,10 @@ def test_the_page_holds_all_of_it(study, folder):
     assert not page.open
     drawn = list((folder / "pictures").glob("*.png"))
     assert page.drawings == len(drawn) == 7
+    summary = (folder / "summary.md").read_text()
     for finding in study.findings:
         assert finding.claim in page.cells
+        assert f"| {finding.claim} | {finding.verdict} | {finding.evidence} |" in summary
     for recording in study.recordings[1:]:
         assert f"{recording.run.accuracy:.2f}" in page.cells
 

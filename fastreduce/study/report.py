@@ -32,6 +32,13 @@ class Table:
     caption: str = ""
     digits: int = 2
 
+    def markdown(self) -> str:
+        """The table for a README, its caption above it."""
+        lines = [self.caption, ""] if self.caption else []
+        lines += [f"| {' | '.join(self.columns)} |", "|" + "---|" * len(self.columns)]
+        lines += [f"| {' | '.join(_shown(cell, self.digits) for cell in row)} |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:

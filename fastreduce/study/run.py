@@ -150,8 +150,8 @@ def run_study(
 
     Args:
         recipe: what is trained, and how.
-        folder: gets ``report.html``, ``results.json``, ``tables/``, ``pictures/`` and, under ``models/``, the weights,
-            histories and recordings of every model.
+        folder: gets ``report.html``, ``summary.md``, ``results.json``, ``tables/``, ``pictures/`` and, under
+            ``models/``, the weights, histories and recordings of every model.
         root: the folder of the data set; none for digits.
         jobs: how many models are trained at a time; see :func:`~fastreduce.study.recipe.train_all`.
         cpu: stay on the CPU.
@@ -377,4 +377,6 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
         Section("Similarity and accuracy", (), [_correlation_table(study)]),
         Section("Speed", (), [_speed_table(study)]),
     ]
+    summary = f"{_accuracy_table(study).markdown()}\n{findings.markdown()}"
+    (folder / "summary.md").write_text(summary, encoding="utf-8")
     write_report(folder / "report.html", f"Token reduction on {data.name}", facts, sections)

@@ -47,7 +47,7 @@ def packed_keys(batch, heads, num_tokens, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "num_tokens", "dim"), [(3, 30, 33), (1, 9, 8), (2, 261, 16), (3, 12, 130)])
+@pytest.mark.parametrize(("heads", "num_tokens", "dim"), [(3, 30, 33), (1, 9, 8), (2, 133, 16), (3, 12, 130)])
 def test_keys_are_averaged_as_the_reference_does_it(heads, num_tokens, dim, dtype, monkeypatch):
     """To the bit, so that equal cosines are tied alike; while they are loaded, or in a pass of their own."""
     mean_keys, passes = kernels.mean_keys, []
