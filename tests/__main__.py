@@ -12,6 +12,7 @@ import sys
 def main(arguments: list[str]) -> int:
     """Run both kinds of test; non-zero if either fails."""
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    plain.setdefault("OMP_NUM_THREADS", "1")  # a worker on each core: more threads would wait for one another
     workers = str(min(8, os.cpu_count() or 1))
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal"]
     ordinary = subprocess.call([*pytest, "tests", "--ignore=tests/interpreter", *arguments], env=plain)

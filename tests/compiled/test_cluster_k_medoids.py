@@ -19,8 +19,7 @@ def distances_of(x, weights):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels", [48, 384])
+@pytest.mark.parametrize(("channels", "dtype"), [(48, DTYPES[1]), (384, DTYPES[0]), (384, DTYPES[2])])
 def test_gates_of_the_distances(channels, dtype, arch):
     x = torch.zeros(2, 197, channels, dtype=dtype)[:, 1:]
     (report,) = check_gates(arch, distances_of(x, torch.zeros(2, 196)), wide=False)
@@ -32,7 +31,7 @@ def test_gates_of_the_distances(channels, dtype, arch):
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize(("width", "channels"), [(33, 33), (192, 64), (15, 10)])
+@pytest.mark.parametrize(("width", "channels"), [(33, 33), (192, 64)])
 def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
     x = torch.zeros(2, 198, width, dtype=dtype)[..., :channels]
     for weights in (None, torch.zeros(2, 396, dtype=dtype)[:, ::2]):
@@ -41,7 +40,7 @@ def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(("weighted", "members"), [(True, False), (True, True), (False, False)])
-@pytest.mark.parametrize("num_tokens", [49, 196, 577, 1024])
+@pytest.mark.parametrize("num_tokens", [196, 1024])
 def test_gates_of_the_iterations(num_tokens, weighted, members, arch):
     weights = torch.zeros(2, num_tokens) if weighted else None
     *_, report = reports_for(arch, torch.zeros(2, num_tokens, 64, dtype=torch.float16), weights, members=members)
@@ -51,8 +50,7 @@ def test_gates_of_the_iterations(num_tokens, weighted, members, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize(("width", "channels"), [(384, 384), (33, 33)])
+@pytest.mark.parametrize(("width", "channels", "dtype"), [(384, 384, DTYPES[1]), (33, 33, DTYPES[0])])
 def test_gates_of_distances_computed_again(width, channels, dtype, arch):
     x = torch.zeros(2, 4097, width, dtype=dtype)[:, 1:, :channels]
     reports = reports_for(arch, x, torch.zeros(2, 4096), members=True) + reports_for(arch, x, None)

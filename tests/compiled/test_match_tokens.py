@@ -48,14 +48,14 @@ def test_gates_of_keys(num_tokens, dim, dtype, separately, arch):
 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize(("width", "dim"), [(33, 33), (192, 64), (15, 10)])
+@pytest.mark.parametrize(("width", "dim"), [(33, 33), (192, 64)])
 def test_gates_of_other_widths_and_strides(width, dim, dtype, arch):
     reports_for(arch, torch.zeros(2, 198, width, dtype=dtype)[..., :dim], prefix=2)
     reports_for(arch, torch.zeros(2, 3, 198, width, dtype=dtype)[..., :dim], prefix=2)
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("num_tokens", [2, 197, 320, 577, 640, 1025, 4097, 8192, 20000])
+@pytest.mark.parametrize("num_tokens", [2, 320, 640, 4097, 20000])
 def test_gates_of_the_slots(num_tokens, arch):
     _, slots = reports_for(arch, torch.zeros(2, num_tokens, 64, dtype=torch.float16))
     assert slots.registers <= 80, slots

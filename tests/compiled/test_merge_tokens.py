@@ -5,7 +5,6 @@ import torch
 
 from fastreduce.kernels import merge_tokens as kernels
 from tests.compiled.gates import ARCHES, check_gates
-from tests.inputs import DTYPES
 
 
 def groups(num_tokens, num_out):
@@ -23,7 +22,7 @@ def test_gates_of_the_groups(num_tokens, dtype, arch):
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
     ("channels", "dtype"),
-    [(192, torch.float16), (384, torch.bfloat16), (1024, torch.float16), *((768, d) for d in DTYPES)],
+    [(192, torch.float16), (384, torch.bfloat16), (1024, torch.float16), (768, torch.float32)],
 )
 def test_gates(channels, dtype, arch):
     x, residual = torch.zeros(2, 197, channels, dtype=dtype), torch.zeros(2, 99, channels, dtype=dtype)

@@ -23,7 +23,7 @@ def test_gates_of_rows(arch, dtype, channels):
 
 # All widths that are multiples of 64 compile to one and the same kernel.
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gates_of_linear_packed(arch, dtype):
     ins, outs = 384, 1536
     x, weight = torch.zeros(1, 2048, ins, dtype=dtype), torch.zeros(outs, ins, dtype=dtype)
@@ -38,8 +38,7 @@ def test_gates_of_linear_packed(arch, dtype):
         assert arch == 80 or report.registers <= 168, report  # room for what comes with the next compiler
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("dtype", "arch"), [(torch.float16, 90), (torch.float32, 80)])
 def test_odd_widths_do_not_spill(arch, dtype):
     x, weight, grad = (torch.zeros(size, dtype=dtype) for size in ((1, 600, 300), (1001, 300), (1, 600, 1001)))
     check_gates(arch, lambda: linear_packed.linear_packed(x, weight, None, OFFSETS), wide=False, mma=True)

@@ -46,7 +46,7 @@ def test_gates(shape, dtype, arch):
 # Their settings do not depend on the number of tokens, of which any odd one is compiled alike.
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
 def test_gates_of_the_gradients(head_dim, dtype, arch):
     shape = (6, 197, head_dim)
     q, k = packed(*shape, dtype)
