@@ -1,6 +1,25 @@
 """These tests compile kernels ahead of time: impossible in a process that runs the interpreter."""
 
 import os
+from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["test_*.py"]
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of every case one architecture, in turn; ``bench.compile_report`` compiles all shape classes for both."""
+    cases = {}
+    for item in items:
+        if item.path.parent == HERE and "arch" in item.fixturenames:
+            others, _, arch = item.callspec.id.rpartition("-")
+            assert arch == str(item.callspec.params["arch"]), f"{item.nodeid}: arch must be the outermost parameter"
+            cases.setdefault((item.path.name, item.originalname, others), []).append(item)
+    left_out = set()
+    for turn, case in enumerate(cases.values()):
+        left_out.update(set(case) - {case[turn % len(case)]})
+    items[:] = [item for item in items if item not in left_out]
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
