@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("accelerate")
 
+from fastreduce.study.comparison import TokenStatistics
 from fastreduce.study.findings import find
 from fastreduce.study.pictures import FAMILIES, TITLES
 from fastreduce.study.protocol import Backbone
@@ -190,3 +191,21 @@ class TestFindings:
         assert self.verdicts(only_light)[2] == "does not hold"
         none_shared = {key: value for key, value in only_light.items() if key[0] != "tome" or key[1] != 0.9}
         assert self.verdicts(none_shared)[2] == "not examined"
+
+    def test_what_chance_alone_would_give_is_no_agreement(self):
+        def radial(iou):
+            run = {"dataset": "digits", "backbone": "small", "accuracy": 90.0}
+            ends = {
+                "a": run | {"method": "topk", "keep_rate": 0.5},
+                "b": run | {"method": "radial_l2", "keep_rate": 0.5},
+            }
+            row = {f"{name}_{end}": value for end, of in ends.items() for name, value in of.items()}
+            tokens = [
+                TokenStatistics(Run(**ends[end]), (1,), np.array([0.5]), np.zeros(1), None, None, (0.0, 0.0))
+                for end in "ab"
+            ]
+            found = find([], tokens, {"method": [row | {"iou_1": iou, "difference": 0.0}]}, [])
+            return found[7].verdict, found[7].evidence
+
+        assert radial(1 / 3) == ("holds", "IoU of the first stage, beyond chance: Top-K 0.00")
+        assert radial(1.0)[0] == "does not hold"

@@ -51,9 +51,9 @@ def input_config(model: nn.Module) -> dict[str, Any]:
     return timm.data.resolve_model_data_config(model)
 
 
-# Our attention reads chosen queries where they are, without a copy of them, but takes longer a logit than PyTorch's: an
-# estimate from the bytes of the copy and the operations. bench.gpu shows both beside one another.
-MOST_KEYS_BY_INDEX = 1024
+# Our attention reads chosen queries where they are, and gives the class token's scores for one launch instead of two,
+# but takes longer a logit than PyTorch's: an estimate from bytes and operations. bench.gpu shows both side by side.
+MOST_KEYS_BY_OURS = 1024
 
 
 class _SameGrid:
@@ -198,7 +198,7 @@ class ReducedBlock(nn.Module):
         if late:
             assert rows is not None
             q = self.query(rows)
-        elif self._has_kernel(q, keys) and (keys.bias is not None or k.shape[2] <= MOST_KEYS_BY_INDEX):
+        elif self._has_kernel(q, keys) and (keys.bias is not None or k.shape[2] <= MOST_KEYS_BY_OURS):
             out = ops.attention(
                 q, k, v, bias=keys.bias, index=kept, prefix=keys.prefix, scale=self.scale, backend=backend
             )
@@ -284,18 +284,30 @@ class ReducedBlock(nn.Module):
             out = attn.attn_drop(logits.softmax(dim=-1).to(v.dtype)) @ v
         return self._attended(out, normed)
 
-    def attention_and_received(
+    def attention_and_class(
         self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens
     ) -> tuple[Tensor, Tensor]:
+        """:meth:`attention`, and (B, N - prefix) the class token's, from the same pass where that is cheaper."""
+        options: dict[str, Any] = {"prefix": keys.prefix, "scale": self.scale, "backend": self._reducer.backend}
+        if self._has_kernel(q, keys) and k.shape[2] <= MOST_KEYS_BY_OURS:
+            out, scores = ops.attention_scores(q, k, v, kind="class", bias=keys.bias, **options)
+            return self._attended(out, normed), scores
+        assert keys.bias is None  # cls_scores has none
+        return self.attention(q, k, v, normed, keys), ops.cls_scores(q[:, :, 0], k, **options)
+
+    def attention_and_received(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens, *, differentiable: bool
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`attention`, and (B, N) what every key got, from the same pass where that is cheaper."""
-        backend = self._reducer.backend
+        options: dict[str, Any] = {"scale": self.scale, "backend": self._reducer.backend}
         # Without a gradient the CPU computes the matrix once, a head at a time; with one SDPA does not keep it.
         on_cpu = not q.is_cuda and not torch.is_grad_enabled() and self._is_plain(keys)
-        if keys.bias is None and (on_cpu or self._has_kernel(q, keys)):
-            out, received = ops.attention_scores(q, k, v, kind="received", scale=self.scale, backend=backend)
+        if on_cpu or self._has_kernel(q, keys):
+            out, received = ops.attention_scores(q, k, v, kind="received", bias=keys.bias, **options)
             return self._attended(out, normed), received
-        received = ops.received_scores(q.detach(), k.detach(), scale=self.scale, backend=backend)
-        return self.attention(q, k, v, normed, keys), received
+        assert keys.bias is None  # received_scores has none
+        scored = (q, k) if differentiable else (q.detach(), k.detach())
+        return self.attention(q, k, v, normed, keys), ops.received_scores(*scored, **options)
 
     def _attended(self, out: Tensor, normed: Tensor | None) -> Tensor:
         """(B, H, M, D) -> (B, M, H * D), through timm's optional norm and gate."""
@@ -360,7 +372,7 @@ class ReducedBlock(nn.Module):
                 f"gradient checkpointing runs blocks twice, and {self._reducer.name} would draw other noise from its "
                 "own generator the second time: use torch's global one, which checkpointing restores, or no noise"
             )
-        if getattr(self._reducer, "packed", False) and self.training and self.attn.attn_drop.p > 0:
+        if self._reducer.packed and self.training and self.attn.attn_drop.p > 0:
             raise ValueError(
                 f"packed tokens cannot be trained with attention dropout, and block {self.index} has "
                 f"attn_drop={self.attn.attn_drop.p}: patch the model with packed=False"

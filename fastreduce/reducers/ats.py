@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..tokens import Packing, Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all, gather
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, gather
 from .schedule import KeepSchedule
 
 __all__ = ["ATS"]
-
-
-class PackedBlock(AttentionBlock, Protocol):
-    """A block whose pieces also take packed tokens (1, T, C), with T anything in the place of N and M."""
-
-    def query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(1, T, C) -> three of (1, H, T, D)."""
-        ...
-
-    def early_query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(1, T, C) -> q (1, H, B or T, D), k and v (1, H, T, D); q may hold the images' class tokens alone."""
-        ...
-
-    def attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens, queries: Packing, rows: int
-    ) -> Tensor:
-        """As ``attend_kept``, of packed keys -> (1, rows, H * D), which lie as ``queries`` says."""
-        ...
-
-    def branch(self, attended: Tensor, packing: Packing | None = None) -> Tensor:
-        """(1, T, H * D) -> (1, T, C)."""
-        ...
 
 
 class ATS(ScheduledReducer):
@@ -97,7 +75,7 @@ class ATS(ScheduledReducer):
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with sampling; the kept tokens come out in ascending position, padding behind them."""
         if tokens.packing is not None:
-            return self._attend_packed(cast(PackedBlock, block), tokens, tokens.packing, stage)
+            return self._attend_packed(block, tokens, tokens.packing, stage)
         prefix, backend = tokens.prefix, self.backend
         normed = block.norm(tokens.x)
         q, k, v = block.early_query_key_value(normed)
@@ -111,7 +89,7 @@ class ATS(ScheduledReducer):
             keys, packing = tokens.packed()
             rows = normed.reshape(1, -1, normed.shape[2])
             row_q, row_k, row_v = (_in_one_row(heads) for heads in (q, k, v))
-            return self._keep_packed(cast(PackedBlock, block), keys, packing, rows, row_q, row_k, row_v, index, seen)
+            return self._keep_packed(block, keys, packing, rows, row_q, row_k, row_v, index, seen)
         attended = block.attend_kept(q, k, v, normed, index, tokens)
         x, following = gather(
             block.mlp_norm(tokens.x), tokens.x, index, prefix=prefix, residual=block.branch(attended), backend=backend
@@ -120,7 +98,7 @@ class ATS(ScheduledReducer):
         plans = (*tokens.plans, _plan(block, tokens, index, seen))
         return tokens.replace(x, normed=following, bias=bias, valid=seen, plans=plans)
 
-    def _attend_packed(self, block: PackedBlock, tokens: Tokens, packing: Packing, stage: int) -> Tokens:
+    def _attend_packed(self, block: AttentionBlock, tokens: Tokens, packing: Packing, stage: int) -> Tokens:
         """The same on tokens of all images in one row, from which one comes out."""
         prefix, backend = tokens.prefix, self.backend
         normed = block.norm(tokens.x)
@@ -143,7 +121,7 @@ class ATS(ScheduledReducer):
 
     def _keep_packed(
         self,
-        block: PackedBlock,
+        block: AttentionBlock,
         keys: Tokens,
         packing: Packing,
         normed: Tensor,
@@ -171,16 +149,6 @@ class ATS(ScheduledReducer):
         )
         plans = (*keys.plans, _plan(block, keys, index, seen))
         return keys.replace(x, valid=seen, plans=plans, packing=queries)
-
-    def attend_between(self, block: AttentionBlock, tokens: Tokens) -> Tokens:
-        """The attention half of a block without a stage, packed where the tokens are."""
-        if tokens.packing is None:
-            return attend_all(block, tokens)
-        packed = cast(PackedBlock, block)
-        normed = packed.norm(tokens.x)
-        q, k, v = packed.query_key_value(normed, tokens.packing)
-        attended = packed.attention(q, k, v, normed, tokens)
-        return tokens.replace(tokens.x + packed.branch(attended, tokens.packing))
 
 
 def _in_one_row(heads: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..tokens import Tokens
+from ..tokens import Packing, Tokens
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Reducer",
     "ScheduledReducer",
     "attend_all",
+    "attend_with_importance",
     "fuse",
     "gather",
     "importance",
@@ -41,7 +42,8 @@ class Norm(NamedTuple):
 class AttentionBlock(Protocol):
     """The attention half of a pre-norm transformer block, in the pieces between which a reducer can act.
 
-    Shapes: tokens (B, N, C); H heads of dimension D; M query rows.
+    Shapes: tokens (B, N, C); H heads of dimension D; M query rows. Where a ``packing`` is given, or ``keys`` have one,
+    the tokens of all images lie in one row: B is 1, and N and M are lengths of rows.
     """
 
     index: int
@@ -69,14 +71,14 @@ class AttentionBlock(Protocol):
         """The norm before the MLP, likewise."""
         ...
 
-    def query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> three of (B, H, N, D)."""
         ...
 
-    def early_query_key_value(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def early_query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> q (B, H, 1 or N, D), k and v (B, H, N, D), for methods that decide before they attend.
 
-        q may hold the class token's row alone, which is what their scores need.
+        q may hold the class token's row alone (packed, those of all images), which is what their scores need.
         """
         ...
 
@@ -96,13 +98,28 @@ class AttentionBlock(Protocol):
         """
         ...
 
-    def attention_and_received(
-        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`attention`, and how much attention every key got, (B, N), summed over heads and queries."""
+    def attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens, queries: Packing, rows: int
+    ) -> Tensor:
+        """As :meth:`attend_kept`, of packed keys -> (1, rows, H * D), which lie as ``queries`` says."""
         ...
 
-    def branch(self, attended: Tensor) -> Tensor:
+    def attention_and_class(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`attention`, and that of the class token to every patch, (B, N - prefix), averaged over heads."""
+        ...
+
+    def attention_and_received(
+        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens, *, differentiable: bool
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`attention`, and how much attention every key got, (B, N), summed over heads and queries.
+
+        Where the second need not be ``differentiable`` it may be had without what a gradient would take.
+        """
+        ...
+
+    def branch(self, attended: Tensor, packing: Packing | None = None) -> Tensor:
         """Output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
         ...
 
@@ -144,6 +161,7 @@ class Reducer(nn.Module, abc.ABC):
         grid: the patch grid (rows, columns) that the patterns were made for, or None where any will do.
         generator: where the method draws its noise from, or None for torch's global generator or no noise.
         ragged: whether images keep different numbers of tokens, so that ``Tokens.valid`` and padding occur.
+        packed: whether such tokens are packed in one row instead.
         blocks: the blocks at which the stages stand, ascending.
         backend: passed to every op.
     """
@@ -152,6 +170,7 @@ class Reducer(nn.Module, abc.ABC):
     grid: tuple[int, int] | None = None
     generator: torch.Generator | None = None
     ragged: ClassVar[bool] = False
+    packed: bool = False
 
     def __init__(self, blocks: tuple[int, ...], backend: str = "auto"):
         super().__init__()
@@ -233,9 +252,9 @@ def is_bare(layer: nn.Module) -> bool:
 def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
     """The attention half of a block that reduces nothing."""
     normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
-    q, k, v = block.query_key_value(normed)
+    q, k, v = block.query_key_value(normed, tokens.packing)
     attended = block.attention(q, k, v, normed, tokens)
-    return tokens.replace(tokens.x + block.branch(attended))
+    return tokens.replace(tokens.x + block.branch(attended, tokens.packing))
 
 
 def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -271,5 +290,18 @@ def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, back
     """
     if block.has_class_token:
         return ops.cls_scores(q[:, :, 0], k, prefix=prefix, scale=block.scale, backend=backend)
-    received = ops.received_scores(q, k, scale=block.scale, backend=backend)
+    return _received_importance(ops.received_scores(q, k, scale=block.scale, backend=backend), q, prefix)
+
+
+def attend_with_importance(
+    block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, tokens: Tokens
+) -> tuple[Tensor, Tensor]:
+    """Attention of all tokens (B, N, H * D), and their :func:`importance`."""
+    if block.has_class_token:
+        return block.attention_and_class(q, k, v, normed, tokens)
+    attended, received = block.attention_and_received(q, k, v, normed, tokens, differentiable=True)
+    return attended, _received_importance(received, q, tokens.prefix)
+
+
+def _received_importance(received: Tensor, q: Tensor, prefix: int) -> Tensor:
     return received[:, prefix:] / (q.shape[1] * q.shape[2])

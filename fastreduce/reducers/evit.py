@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, fuse, importance
+from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, attend_with_importance, fuse
 from .schedule import KeepSchedule
 
 __all__ = ["EViT"]
@@ -45,11 +45,10 @@ class EViT(ScheduledReducer):
         prefix, backend = tokens.prefix, self.backend
         normed = block.norm(tokens.x)
         q, k, v = block.query_key_value(normed)
-        scores = importance(block, q, k, prefix, backend=backend)
+        attended, scores = attend_with_importance(block, q, k, v, normed, tokens)
         order = ops.select_topk(scores, tokens.num_patches, backend=backend)
         if self.normalize:
             scores = scores / scores.gather(1, order[:, keep:].long()).sum(1, keepdim=True)
-        attended = block.attention(q, k, v, normed, tokens)
         if block.commutes and (self.normalize or not block.drops_paths):
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
             residual = block.branch(fused)

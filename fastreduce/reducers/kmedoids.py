@@ -120,5 +120,5 @@ class KMedoids(ScheduledReducer):
             return attend_all(block, tokens)
         normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
         q, k, v = block.query_key_value(normed)
-        attended, received = block.attention_and_received(q, k, v, normed, tokens)
+        attended, received = block.attention_and_received(q, k, v, normed, tokens, differentiable=False)
         return tokens.replace(tokens.x + block.branch(attended), received=received.detach())

@@ -23,6 +23,7 @@ __all__ = ["Finding", "Verdict", "find"]
 
 Verdict = Literal["holds", "does not hold", "undecided", "not examined"]
 _Shares = Mapping[tuple[str, str, float | None], float]  # of patches after the first stage, by backbone, method, rate
+_AGREES = 0.5  # of what chance leaves
 _Scores = Mapping[tuple[str, float | None], NDArray[np.float64]]  # per cent by image, for every method and keep rate
 
 
@@ -182,28 +183,28 @@ def _rates_agree(across_rates: Sequence[Row], tokens: Sequence[TokenStatistics])
     means = {method: statistics.fmean(values) for method, values in agreement.items()}
     others = [value for method, value in means.items() if method != "ats"]
     words = ", ".join(f"{TITLES[method]} {value:.2f}" for method, value in means.items())
-    verdict: Verdict = "holds" if min(others) > max(0.5, means["ats"]) else "does not hold"
+    verdict: Verdict = "holds" if min(others) > max(_AGREES, means["ats"]) else "does not hold"
     return Finding(claim, verdict, f"share of the smaller first stage that the larger holds, beyond chance: {words}")
 
 
-def _radial_disagrees(across_methods: Sequence[Row]) -> Finding:
+def _radial_disagrees(across_methods: Sequence[Row], tokens: Sequence[TokenStatistics]) -> Finding:
     claim = "Pruning patterns do not agree with radial patterns."
-    pruning, radial = FAMILIES["Pruning"], FAMILIES["Static"]
-    among, against = [], []
+    shares = _shares(tokens)
+    beyond: dict[str, list[float]] = {}
     for row in across_methods:
         columns = [name for name in row if name.startswith("iou_") and "_std_" not in name]
-        if row["method_a"] in pruning and columns and row["keep_rate_a"] == row["keep_rate_b"]:
-            value = row[min(columns, key=_block)]
-            if row["method_b"] in pruning:
-                among.append(value)
-            elif row["method_b"] in radial:
-                against.append(value)
-    if not among or not against:
-        return Finding(claim, "not examined", "needs two pruning methods and a radial pattern at one keep rate")
-    one, other = statistics.fmean(among), statistics.fmean(against)
-    verdict: Verdict = "holds" if other < one else "does not hold"
-    words = f"IoU of the first stage is {one:.2f} among pruning methods and {other:.2f} with radial patterns"
-    return Finding(claim, verdict, words)
+        if row["method_a"] in FAMILIES["Pruning"] and row["method_b"] in FAMILIES["Static"] and columns:
+            a, b = (shares.get((row[f"backbone_{c}"], row[f"method_{c}"], row[f"keep_rate_{c}"]), 1.0) for c in "ab")
+            chance = a * b / (a + b - a * b)
+            if row["keep_rate_a"] == row["keep_rate_b"] and chance < 1:
+                value = row[min(columns, key=_block)]
+                beyond.setdefault(row["method_a"], []).append((value - chance) / (1 - chance))
+    if not beyond:
+        return Finding(claim, "not examined", "needs a pruning method and a radial pattern at one keep rate")
+    means = {method: statistics.fmean(values) for method, values in beyond.items()}
+    words = ", ".join(f"{TITLES[method]} {value:.2f}" for method, value in means.items())
+    verdict: Verdict = "holds" if max(means.values()) < _AGREES else "does not hold"
+    return Finding(claim, verdict, f"IoU of the first stage, beyond chance: {words}")
 
 
 def _backbones_disagree(
@@ -285,7 +286,7 @@ def find(
         _static_beats_soft(scores, rates),
         _rates_agree(across["keep_rate"], tokens),
         _backbones_disagree(across["backbone"], across["keep_rate"], tokens),
-        _radial_disagrees(across["method"]),
+        _radial_disagrees(across["method"], tokens),
         _little_reduction_helps(scores),
         _similarities_follow(correlations),
     ]

@@ -27,7 +27,10 @@ METHODS = [
     ("patchmerger", {"keep_rate": 0.5}),
     ("sinkhorn", {"keep_rate": 0.5, "eps": 0.2}),
 ]
-USES = {"topk": ["class_logits", "sort_scores", "attention", "gather_tokens"], "evit": ["class_logits", "fuse_tokens"]}
+USES = {
+    "topk": ["class_logits", "sort_scores", "attention", "gather_tokens"],
+    "evit": ["attention", "class", "sort_scores", "fuse_tokens"],
+}
 USES |= {"tome": ["best_match", "assign_slots", "reduce_slots", "attention"], "radial": ["gather_tokens"]}
 USES |= {
     "dynamicvit": ["sort_scores", "gather_tokens"],
