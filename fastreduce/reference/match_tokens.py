@@ -17,8 +17,7 @@ def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Largest cosine (B, A) of every token of A with those of B after the prefix, and of which, the first if tied."""
     found = []
     for rows in split(a, b.shape[1]):
-        similarity = rows @ b.transpose(1, 2)
-        similarity = similarity.masked_fill(similarity.isnan(), WORST)
+        similarity = (rows @ b.transpose(1, 2)).nan_to_num_(WORST)
         similarity[:, :, :prefix] = float("-inf")
         found.append(similarity.max(dim=-1))
     best, destination = zip(*found, strict=True)
