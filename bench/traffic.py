@@ -50,7 +50,6 @@ HARD = ("topk", "evit", "ats", "dynamicvit", "tome", "kmedoids", "dpcknn", "radi
 # Primitive, direction and, where only one is meant, model and tokens.
 _PAST_THE_END = "rows of a tile past the end repeat the last row, since a mask of their own costs registers"
 _OWN_NORMS = "norms of a tile's own rows read them once more"
-_WHOLE_GRADIENT = "the rows' whole gradient is written for the residual, then read by the reduction's backward pass"
 KNOWN_TRAFFIC = {
     "attention forward deit_tiny-50": Known(1.19, "the mean of V is a pass of its own, where one tile holds all else"),
     "attention backward deit_tiny-50": Known(
@@ -60,9 +59,6 @@ KNOWN_TRAFFIC = {
     "cluster_dpc_knn forward deit_tiny-50": Known(1.98, "as above, with tiles of 32 and 64 for 49 tokens"),
     "cluster_k_medoids forward": Known(1.43, f"{_PAST_THE_END}; {_OWN_NORMS}"),
     "cluster_k_medoids forward deit_tiny-50": Known(1.71, "as above, with tiles of 64 of which 49 rows are tokens"),
-    "fuse_tokens_norm backward": Known(1.18, _WHOLE_GRADIENT),
-    "gather_tokens_norm backward": Known(1.22, _WHOLE_GRADIENT),
-    "merge_tokens_norm backward": Known(1.2, _WHOLE_GRADIENT),
     "received_scores forward": Known(1.36, _PAST_THE_END),
     "received_scores forward deit_tiny-50": Known(1.47, "as above, with tiles of 64 of which 50 rows are tokens"),
     "received_scores backward": Known(1.81, f"{_PAST_THE_END}; a step loads its rows for each of its two products"),

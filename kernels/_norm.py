@@ -1,4 +1,4 @@
-"""Layer normalisation of rows that a kernel holds, and the pass over memory that differentiates it."""
+"""Layer normalisation of rows that a kernel holds, and its gradient."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import whole_rows
+from ._launch import RowTile, row_warps, whole_rows
 
-# Rows whose gradients of weight and bias one program adds up: their partial sums are 6 % of what it moves.
+# Rows that one program of a backward pass takes in turn: what it adds up for the gradients of weight and bias, written
+# and read once more, is some 6 % of what it moves.
 SUMMED_ROWS = 32
 
 
@@ -64,61 +65,60 @@ def norm_rows_kernel(
 
 
 @triton.jit
-def norm_backward_kernel(
+def _vector(values, offsets_c, channels, missing: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Values (C,) in float32; ``missing`` for each where there are none."""
+    if values is None:
+        result = tl.full((BLOCK_C,), missing, tl.float32)
+    else:
+        result = tl.load(values + offsets_c, mask=offsets_c < channels, other=0.0).to(tl.float32)
+    return result
+
+
+@triton.jit
+def _norm_gradient(
     grad_out,  # (B, N, C) or None
     grad_normed,  # (B, N, C)
     out,  # (B, N, C), contiguous
     statistics,  # (B, N, 2) float32, contiguous
-    weight,  # (C,) or None
-    grad,  # (B, N, C), contiguous
-    sums,  # (programs, 2, C) float32 or None: of the gradients of weight and bias
-    rows,  # B * N
-    tokens,
+    factor,  # (BLOCK_C,): the norm's weight
+    batch,
+    row,  # (ROWS,) int64, of one image
+    in_rows,
+    offsets_c,
+    rows,  # N
     channels,
     out_stride_b,
     out_stride_n,
     normed_stride_b,
     normed_stride_n,
-    STEPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    """One program: STEPS times ROWS rows of the whole batch; a row's gradient does not depend on the others."""
-    offsets_c = tl.arange(0, BLOCK_C)
-    in_channels = offsets_c < channels
-    first = tl.program_id(0).to(tl.int64) * STEPS * ROWS
-    weight_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    bias_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    if weight is not None:
-        factor = tl.load(weight + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
-    for step in range(STEPS):
-        row = first + step * ROWS + tl.arange(0, ROWS)
-        in_rows = row < rows
-        mask = in_rows[:, None] & in_channels[None, :]
-        batch = row // tokens
-        token = row % tokens
-        source = grad_normed + (batch * normed_stride_b + token * normed_stride_n)[:, None] + offsets_c[None, :]
-        upstream = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        flat = row[:, None] * channels + offsets_c[None, :]
-        value = tl.load(out + flat, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(statistics + 2 * row, mask=in_rows, other=0.0)
-        scale = tl.load(statistics + 2 * row + 1, mask=in_rows, other=0.0)
-        normal = tl.where(mask, (value - mean[:, None]) * scale[:, None], 0.0)
-        if sums is not None:
-            weight_sum += upstream * normal
-            bias_sum += upstream
-        if weight is not None:
-            upstream *= factor[None, :]
-        inner = tl.sum(upstream, 1)[:, None] + normal * tl.sum(upstream * normal, 1)[:, None]
-        result = (upstream - inner / channels) * scale[:, None]
-        if grad_out is not None:
-            source = grad_out + (batch * out_stride_b + token * out_stride_n)[:, None] + offsets_c[None, :]
-            result += tl.load(source, mask=mask, other=0.0).to(tl.float32)
-        tl.store(grad + flat, result.to(grad.dtype.element_ty), mask=mask)
-    if sums is not None:
-        target = sums + tl.program_id(0).to(tl.int64) * 2 * channels + offsets_c
-        tl.store(target, tl.sum(weight_sum, 0), mask=in_channels)
-        tl.store(target + channels, tl.sum(bias_sum, 0), mask=in_channels)
+    """Whole gradient of rows of out (ROWS, BLOCK_C), and what they add to those of weight and bias.
+
+    Rows that are masked have and add zeros, channels past the last have numbers that mean nothing and add zeros.
+    """
+    mask = in_rows[:, None] & (offsets_c < channels)[None, :]
+    source = grad_normed + batch * normed_stride_b + row[:, None] * normed_stride_n + offsets_c[None, :]
+    upstream = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    flat = batch * rows + row
+    value = tl.load(out + flat[:, None] * channels + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(statistics + 2 * flat, mask=in_rows, other=0.0)
+    scale = tl.load(statistics + 2 * flat + 1, mask=in_rows, other=0.0)
+    normal = (value - mean[:, None]) * scale[:, None]
+    scaled = upstream * factor[None, :]
+    inner = tl.sum(scaled, 1)[:, None] + normal * tl.sum(scaled * normal, 1)[:, None]
+    gradient = (scaled - inner / channels) * scale[:, None]
+    if grad_out is not None:
+        source = grad_out + batch * out_stride_b + row[:, None] * out_stride_n + offsets_c[None, :]
+        gradient += tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    return gradient, upstream * normal, upstream
+
+
+@triton.jit
+def _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels):
+    """What the rows of one program add to the gradients of weight and bias: sums (programs, 2, C)."""
+    target = sums + program * 2 * channels + offsets_c
+    tl.store(target, tl.sum(weight_sum, 0), mask=offsets_c < channels)
+    tl.store(target + channels, tl.sum(bias_sum, 0), mask=offsets_c < channels)
 
 
 def normed_like(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,39 +151,21 @@ def norm_rows(
     return out, normed, statistics
 
 
-def norm_backward(
-    grad_out: torch.Tensor | None,
-    grad_normed: torch.Tensor,
-    out: torch.Tensor,
-    statistics: torch.Tensor,
-    weight: torch.Tensor | None,
-    affine: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch, and a sum if affine -> gradients of out (B, N, C), and of weight and bias (2, C) float32, else (0, C)."""
-    batch, tokens, channels = out.shape
-    rows = batch * tokens
-    grad = torch.empty_like(out)
-    tile = whole_rows(channels)
-    steps = max(1, SUMMED_ROWS // tile.rows)
-    programs = triton.cdiv(rows, steps * tile.rows)
-    sums = torch.empty(programs, 2, channels, dtype=torch.float32, device=out.device) if affine else None
-    if out.numel():
-        norm_backward_kernel[(programs,)](
-            grad_out,
-            grad_normed,
-            out,
-            statistics,
-            weight,
-            grad,
-            sums,
-            rows,
-            tokens,
-            channels,
-            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
-            *grad_normed.stride()[:2],
-            STEPS=steps,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
-        )
-    return grad, statistics.new_empty(0, channels) if sums is None else sums.sum(0)
+def backward_tile(channels: int) -> RowTile:
+    """Whole rows that a backward pass holds at a time, 8 channels a thread: 4 side by side wait for memory together.
+
+    From 2,048 channels on they would leave a thread too few registers: one.
+    """
+    block_c = triton.next_power_of_2(max(1, channels))
+    rows = 4 if block_c <= 1024 else 1
+    return RowTile(rows=rows, block_c=block_c, num_warps=rows * row_warps(block_c))
+
+
+def empty_sums(out: torch.Tensor, programs: int, affine: bool) -> torch.Tensor | None:
+    """Room for what every program adds to the gradients of weight and bias (programs, 2, C) float32, if affine."""
+    return torch.empty(programs, 2, out.shape[2], dtype=torch.float32, device=out.device) if affine else None
+
+
+def added_up(out: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
+    """Gradients of weight and bias (2, C) float32, (0, C) if none are wanted."""
+    return torch.empty(0, out.shape[2], dtype=torch.float32, device=out.device) if sums is None else sums.sum(0)

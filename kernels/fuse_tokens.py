@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 
 from ._launch import RowTile, row_tile, whole_rows
-from ._norm import _store_normed, norm_rows, normed_like
+from ._norm import (
+    SUMMED_ROWS,
+    _norm_gradient,
+    _store_normed,
+    _store_sums,
+    _vector,
+    added_up,
+    backward_tile,
+    empty_sums,
+    norm_rows,
+    normed_like,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +298,124 @@ def fuse_tokens_backward_kernel(
     tl.store(target, dot.to(grad_scores.dtype.element_ty), mask=is_patch)
 
 
+@triton.jit
+def fuse_tokens_norm_backward_kernel(
+    grad_out,  # (B, num_kept + 1, C) or None
+    grad_normed,  # (B, num_kept + 1, C)
+    out,  # (B, num_kept + 1, C), contiguous
+    statistics,  # (B, num_kept + 1, 2) float32, contiguous
+    weight,  # (C,) or None
+    x,  # (B, N, C)
+    order,  # (B, N - PREFIX)
+    scores,  # (B, N - PREFIX)
+    residual_bias,  # (C,) or None
+    grad_x,  # (B, N, C), contiguous
+    grad_scores,  # (B, N - PREFIX), contiguous
+    grad_rows,  # (B, num_kept + 1, C), contiguous, or None
+    sums,  # (programs, 2, C) float32 or None: of the gradients of weight and bias
+    num_kept,  # PREFIX + k
+    tokens,
+    channels,
+    out_stride_b,
+    out_stride_n,
+    normed_stride_b,
+    normed_stride_n,
+    x_stride_b,
+    x_stride_n,
+    order_stride_b,
+    order_stride_n,
+    scores_stride_b,
+    scores_stride_n,
+    PREFIX: tl.constexpr,
+    SUMMED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: SUMMED rows of the rest, after the gradient of the fused row, or as many rows of out."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_c = tl.arange(0, BLOCK_C)
+    in_channels = offsets_c < channels
+    order += batch * order_stride_b
+    grad_x += batch * tokens * channels
+    grad_scores += batch * (tokens - PREFIX)
+    factor = _vector(weight, offsets_c, channels, 1.0, BLOCK_C)
+    rest_blocks = tl.cdiv(tokens - num_kept, SUMMED)
+    if tl.program_id(0) < rest_blocks:
+        fused, _weight_part, _bias_part = _norm_gradient(
+            grad_out,
+            grad_normed,
+            out,
+            statistics,
+            factor,
+            batch,
+            num_kept + tl.zeros((1,), tl.int64),
+            tl.full((1,), True, tl.int1),
+            offsets_c,
+            num_kept + 1,
+            channels,
+            out_stride_b,
+            out_stride_n,
+            normed_stride_b,
+            normed_stride_n,
+        )
+        once = _vector(residual_bias, offsets_c, channels, 0.0, BLOCK_C)
+        first = num_kept + tl.program_id(0) * SUMMED
+        for begin in range(first, tl.minimum(first + SUMMED, tokens), ROWS):
+            positions = begin + tl.arange(0, ROWS)
+            in_rest = positions < tokens
+            mask = in_rest[:, None] & in_channels[None, :]
+            patches = (positions - PREFIX).to(tl.int64)
+            picked = tl.load(order + patches * order_stride_n, mask=in_rest, other=0).to(tl.int64)
+            score = tl.load(scores + batch * scores_stride_b + picked * scores_stride_n, mask=in_rest, other=0.0)
+            source = x + batch * x_stride_b + (picked + PREFIX)[:, None] * x_stride_n + offsets_c[None, :]
+            token = tl.load(source, mask=mask, other=0.0).to(tl.float32) + once[None, :]
+            dot = tl.sum(token * fused, 1)
+            tl.store(grad_scores + picked, dot.to(grad_scores.dtype.element_ty), mask=in_rest)
+            share = (score.to(tl.float32)[:, None] * fused).to(grad_x.dtype.element_ty)
+            tl.store(grad_x + (picked + PREFIX)[:, None] * channels + offsets_c[None, :], share, mask=mask)
+    else:
+        block = tl.program_id(0) - rest_blocks
+        weight_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        bias_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        first = block * SUMMED
+        for begin in range(first, tl.minimum(first + SUMMED, num_kept + 1), ROWS):
+            positions = (begin + tl.arange(0, ROWS)).to(tl.int64)
+            in_rows = positions <= num_kept
+            is_kept = positions < num_kept
+            is_patch = is_kept & (positions >= PREFIX)
+            picked = tl.load(order + (positions - PREFIX) * order_stride_n, mask=is_patch, other=0).to(tl.int64)
+            gradient, weight_part, bias_part = _norm_gradient(
+                grad_out,
+                grad_normed,
+                out,
+                statistics,
+                factor,
+                batch,
+                positions,
+                in_rows,
+                offsets_c,
+                num_kept + 1,
+                channels,
+                out_stride_b,
+                out_stride_n,
+                normed_stride_b,
+                normed_stride_n,
+            )
+            weight_sum += weight_part
+            bias_sum += bias_part
+            rows = tl.where(is_patch, picked + PREFIX, positions)
+            target = grad_x + rows[:, None] * channels + offsets_c[None, :]
+            tl.store(target, gradient.to(grad_x.dtype.element_ty), mask=is_kept[:, None] & in_channels[None, :])
+            tl.store(grad_scores + picked, tl.zeros((ROWS,), grad_scores.dtype.element_ty), mask=is_patch)
+            if grad_rows is not None:
+                target = grad_rows + (batch * (num_kept + 1) + positions)[:, None] * channels + offsets_c[None, :]
+                mask = in_rows[:, None] & in_channels[None, :]
+                tl.store(target, gradient.to(grad_rows.dtype.element_ty), mask=mask)
+        if sums is not None:
+            program = batch * tl.cdiv(num_kept + 1, SUMMED) + block
+            _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
+
+
 def _launch(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -412,3 +541,63 @@ def fuse_tokens_backward(
             num_warps=tile.num_warps,
         )
     return grad_x, grad_scores
+
+
+def fuse_tokens_norm_backward(
+    grad_out: torch.Tensor | None,
+    grad_normed: torch.Tensor,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    affine: bool,
+    rows: bool,
+    x: torch.Tensor,
+    order: torch.Tensor,
+    scores: torch.Tensor,
+    prefix: int,
+    residual_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch, and a sum if affine -> gradients of x, of the scores, of out if rows, else (B, 0, C).
+
+    The last are those of weight and bias (2, C) float32, else (0, C).
+    """
+    batch, tokens, channels = x.shape
+    num_out = out.shape[1]
+    grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
+    grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
+    grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
+    tile = backward_tile(channels)
+    programs = triton.cdiv(num_out, SUMMED_ROWS)
+    sums = empty_sums(out, batch * programs, affine)
+    if not out.numel():
+        grad_scores.zero_()
+    else:
+        fuse_tokens_norm_backward_kernel[(triton.cdiv(tokens - num_out + 1, SUMMED_ROWS) + programs, batch)](
+            grad_out,
+            grad_normed,
+            out,
+            statistics,
+            weight,
+            x,
+            order,
+            scores,
+            residual_bias,
+            grad_x,
+            grad_scores,
+            grad_rows if rows else None,
+            sums,
+            num_out - 1,
+            tokens,
+            channels,
+            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
+            *grad_normed.stride()[:2],
+            *x.stride()[:2],
+            *order.stride(),
+            *scores.stride(),
+            PREFIX=prefix,
+            SUMMED=SUMMED_ROWS,
+            ROWS=tile.rows,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+    return grad_x, grad_scores, grad_rows, added_up(out, sums)

@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 
 from ._launch import RowTile, row_tile, whole_rows
-from ._norm import _store_normed, normed_like
+from ._norm import (
+    SUMMED_ROWS,
+    _norm_gradient,
+    _store_normed,
+    _store_sums,
+    _vector,
+    added_up,
+    backward_tile,
+    empty_sums,
+    normed_like,
+)
 
 
 @triton.jit
@@ -56,6 +66,80 @@ def gather_tokens_kernel(
     tl.store(out + row[:, None] * channels + offsets_c[None, :], stored, mask=mask)
     if normed is not None:
         _store_normed(stored, mask, row, in_rows, offsets_c, weight, bias, normed, statistics, channels, NORM_EPS)
+
+
+@triton.jit
+def gather_tokens_norm_backward_kernel(
+    grad_out,  # (B, M, C) or None
+    grad_normed,  # (B, M, C)
+    out,  # (B, M, C), contiguous
+    statistics,  # (B, M, 2) float32, contiguous
+    weight,  # (C,) or None
+    order,  # (B, M) int32: the rows of out by the token that they were taken from
+    offsets,  # (B, N + 1) int32
+    grad_x,  # (B, N, C), contiguous
+    grad_rows,  # (B, M, C), contiguous, or None
+    sums,  # (programs, 2, C) float32 or None: of the gradients of weight and bias
+    tokens,
+    num_out,
+    channels,
+    out_stride_b,
+    out_stride_n,
+    normed_stride_b,
+    normed_stride_n,
+    SUMMED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: SUMMED tokens, ROWS of them side by side; each walks the rows taken from it, mostly one or none."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_c = tl.arange(0, BLOCK_C)
+    in_channels = offsets_c < channels
+    order += batch * num_out
+    offsets += batch * (tokens + 1)
+    factor = _vector(weight, offsets_c, channels, 1.0, BLOCK_C)
+    weight_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    bias_sum = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    first = tl.program_id(0) * SUMMED
+    last = tl.minimum(first + SUMMED, tokens)
+    for begin in tl.range(first, last, ROWS, disable_licm=True):  # hoisted addresses would spill
+        n = begin + tl.arange(0, ROWS)
+        in_tokens = n < tokens
+        start = tl.load(offsets + n, mask=in_tokens, other=0)
+        count = tl.load(offsets + n + 1, mask=in_tokens, other=0) - start
+        acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
+        for step in tl.range(0, tl.max(count, 0), disable_licm=True):
+            active = step < count
+            row = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
+            gradient, weight_part, bias_part = _norm_gradient(
+                grad_out,
+                grad_normed,
+                out,
+                statistics,
+                factor,
+                batch,
+                row,
+                active,
+                offsets_c,
+                num_out,
+                channels,
+                out_stride_b,
+                out_stride_n,
+                normed_stride_b,
+                normed_stride_n,
+            )
+            acc += gradient
+            weight_sum += weight_part
+            bias_sum += bias_part
+            if grad_rows is not None:
+                target = grad_rows + (batch * num_out + row)[:, None] * channels + offsets_c[None, :]
+                mask = active[:, None] & in_channels[None, :]
+                tl.store(target, gradient.to(grad_rows.dtype.element_ty), mask=mask)
+        target = grad_x + (batch * tokens + n)[:, None] * channels + offsets_c[None, :]
+        tl.store(target, acc.to(grad_x.dtype.element_ty), mask=in_tokens[:, None] & in_channels[None, :])
+    if sums is not None:
+        program = batch * tl.num_programs(0) + tl.program_id(0)
+        _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
 
 
 def _launch(
@@ -116,3 +200,50 @@ def gather_tokens_norm(
     assert normed is not None
     assert statistics is not None
     return out, normed, statistics
+
+
+def gather_tokens_norm_backward(
+    grad_out: torch.Tensor | None,
+    grad_normed: torch.Tensor,
+    out: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    affine: bool,
+    rows: bool,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch, and a sum if affine; rows of out grouped by their N tokens -> gradients of x (B, N, C), of out if rows.
+
+    The latter is (B, M, C), else (B, 0, C); then those of weight and bias (2, C) float32, else (0, C).
+    """
+    batch, num_out, channels = out.shape
+    tokens = offsets.shape[1] - 1
+    grad_x = out.new_empty(batch, tokens, channels)
+    grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
+    tile = backward_tile(channels)
+    programs = triton.cdiv(tokens, SUMMED_ROWS)
+    sums = empty_sums(out, batch * programs, affine)
+    if grad_x.numel():
+        gather_tokens_norm_backward_kernel[(programs, batch)](
+            grad_out,
+            grad_normed,
+            out,
+            statistics,
+            weight,
+            order,
+            offsets,
+            grad_x,
+            grad_rows if rows else None,
+            sums,
+            tokens,
+            num_out,
+            channels,
+            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
+            *grad_normed.stride()[:2],
+            SUMMED=SUMMED_ROWS,
+            ROWS=tile.rows,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+    return grad_x, grad_rows, added_up(out, sums)

@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 
 from ._launch import row_warps
-from ._norm import _store_normed, normed_like
+from ._norm import (
+    SUMMED_ROWS,
+    _norm_gradient,
+    _store_normed,
+    _store_sums,
+    _vector,
+    added_up,
+    backward_tile,
+    empty_sums,
+    normed_like,
+)
 
 # Slots that a program walks side by side where it loads weights of a layer or of a norm, which they share: 4 keep these
 # at a tenth of the traffic, more would wait for the largest. With wider rows two of them spill on sm_80.
@@ -145,6 +155,113 @@ def reduce_slots_kernel(
 
 
 @triton.jit
+def _drop(
+    order,
+    offsets,
+    out,
+    grad_size,
+    batch,
+    tokens,
+    num_slots,
+    channels,
+    offsets_c,
+    SLOTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Tokens of no slot get zeros: every program writes some of them."""
+    order += batch * tokens
+    nothing = tl.zeros((SLOTS, BLOCK_C), tl.float32).to(out.dtype.element_ty)
+    dropped = tl.load(offsets + batch * (num_slots + 1))
+    for start in range(tl.program_id(0) * SLOTS, dropped, tl.num_programs(0) * SLOTS):
+        position = start + tl.arange(0, SLOTS)
+        active = position < dropped
+        n = tl.load(order + position, mask=active, other=0).to(tl.int64) + batch * tokens
+        mask = active[:, None] & (offsets_c < channels)[None, :]
+        tl.store(out + n[:, None] * channels + offsets_c[None, :], nothing, mask=mask)
+        if grad_size is not None:
+            tl.store(grad_size + n, tl.zeros((SLOTS,), tl.float32), mask=active)
+
+
+@triton.jit
+def _spread(
+    row,  # (SLOTS, BLOCK_C): what the tokens of slots m share
+    m,
+    in_slots,
+    order,
+    offsets,
+    size,
+    total,
+    partner,
+    log_weight,
+    direction,  # (BLOCK_C,): log_weight
+    out,
+    dots,
+    grad_size,
+    batch,
+    tokens,
+    num_slots,
+    channels,
+    offsets_c,
+    size_stride_b,
+    size_stride_n,
+    partner_stride_b,
+    partner_stride_n,
+    EPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """``out[n] = share[n] * row[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
+
+    A size's gradient is what its token's dot differs by from the slot's weighted mean, over the slot's divisor.
+    """
+    in_channels = offsets_c < channels
+    order += batch * tokens
+    offsets += batch * (num_slots + 1)
+    out += batch * tokens * channels
+    if partner is not None:
+        partner += batch * partner_stride_b
+        dots += batch * tokens
+        grad_size += batch * tokens
+    if size is not None:
+        size += batch * size_stride_b
+    start = tl.load(offsets + m, mask=in_slots, other=0)
+    count = tl.load(offsets + m + 1, mask=in_slots, other=0) - start
+    most = tl.max(count, 0)
+    if total is not None:
+        # Clamped as in the forward pass: a slot of size 0 gives its tokens no gradient.
+        divisor = tl.load(total + batch * num_slots + m, mask=in_slots, other=1.0)
+        share = 1.0 / tl.maximum(divisor + EPS if EPS > 0.0 else divisor, 1e-30)
+    if partner is not None:
+        weighted = tl.zeros((SLOTS,), tl.float32)
+        for step in range(most):
+            active = step < count
+            n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
+            source = partner + n[:, None] * partner_stride_n + offsets_c[None, :]
+            own = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0)
+            dot = tl.sum(own.to(tl.float32) * row.to(tl.float32), 1)
+            tl.store(dots + n, dot, mask=active)
+            weighted += dot * tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+        mean = weighted * share
+        tl.debug_barrier()  # one thread stored the dots that all of them load
+    for step in range(most):
+        active = step < count
+        n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
+        value = row
+        if total is not None:
+            size_n = tl.full((SLOTS,), 1.0, tl.float32)
+            if size is not None:
+                size_n = tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+            result = row.to(tl.float32) * (share * size_n)[:, None]
+            if partner is not None:
+                gradient = (tl.load(dots + n, mask=active, other=0.0) - mean) * share
+                tl.store(grad_size + n, gradient, mask=active)
+                if log_weight is not None:
+                    result += (gradient * size_n)[:, None] * direction[None, :]
+            value = result.to(out.dtype.element_ty)
+        mask = active[:, None] & in_channels[None, :]
+        tl.store(out + n[:, None] * channels + offsets_c[None, :], value, mask=mask)
+
+
+@triton.jit
 def spread_slots_kernel(
     x,  # (B, M, C)
     order,  # (B, N) int32
@@ -169,76 +286,150 @@ def spread_slots_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``out[n] = share[n] * x[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
-
-    A size's gradient is what its token's dot differs by from the slot's weighted mean, over the slot's divisor.
-    Tokens of no slot get zeros: every program writes some of them.
-    """
+    """One program spreads the rows of SLOTS slots, side by side."""
     batch = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * SLOTS
-    m = first + tl.arange(0, SLOTS)
+    m = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     in_slots = m < num_slots
     offsets_c = tl.arange(0, BLOCK_C)
-    in_channels = offsets_c < channels
-    order += batch * tokens
-    offsets += batch * (num_slots + 1)
-    out += batch * tokens * channels
-    if partner is not None:
-        partner += batch * partner_stride_b
-        dots += batch * tokens
-        grad_size += batch * tokens
-    if size is not None:
-        size += batch * size_stride_b
-    nothing = tl.zeros((SLOTS, BLOCK_C), tl.float32).to(out.dtype.element_ty)
-    dropped = tl.load(offsets)
-    for start in range(first, dropped, tl.num_programs(0) * SLOTS):
-        position = start + tl.arange(0, SLOTS)
-        active = position < dropped
-        n = tl.load(order + position, mask=active, other=0).to(tl.int64)
-        mask = active[:, None] & in_channels[None, :]
-        tl.store(out + n[:, None] * channels + offsets_c[None, :], nothing, mask=mask)
-        if partner is not None:
-            tl.store(grad_size + n, tl.zeros((SLOTS,), tl.float32), mask=active)
-    start = tl.load(offsets + m, mask=in_slots, other=0)
-    count = tl.load(offsets + m + 1, mask=in_slots, other=0) - start
-    most = tl.max(count, 0)
+    _drop(order, offsets, out, grad_size, batch, tokens, num_slots, channels, offsets_c, SLOTS, BLOCK_C)
     source = x + batch * x_stride_b + m.to(tl.int64)[:, None] * x_stride_m + offsets_c[None, :]
-    row = tl.load(source, mask=in_slots[:, None] & in_channels[None, :], other=0.0)
-    if total is not None:
-        # Clamped as in the forward pass: a slot of size 0 gives its tokens no gradient.
-        divisor = tl.load(total + batch * num_slots + m, mask=in_slots, other=1.0)
-        share = 1.0 / tl.maximum(divisor + EPS if EPS > 0.0 else divisor, 1e-30)
-    if partner is not None:
-        weighted = tl.zeros((SLOTS,), tl.float32)
-        for step in range(most):
-            active = step < count
-            n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
-            source = partner + n[:, None] * partner_stride_n + offsets_c[None, :]
-            own = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0)
-            dot = tl.sum(own.to(tl.float32) * row.to(tl.float32), 1)
-            tl.store(dots + n, dot, mask=active)
-            weighted += dot * tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
-        mean = weighted * share
-        tl.debug_barrier()  # one thread stored the dots that all of them load
-    if log_weight is not None:
-        direction = tl.load(log_weight + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
-    for step in range(most):
-        active = step < count
-        n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
-        value = row
-        if total is not None:
-            size_n = tl.full((SLOTS,), 1.0, tl.float32)
-            if size is not None:
-                size_n = tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
-            result = row.to(tl.float32) * (share * size_n)[:, None]
-            if partner is not None:
-                gradient = (tl.load(dots + n, mask=active, other=0.0) - mean) * share
-                tl.store(grad_size + n, gradient, mask=active)
-                if log_weight is not None:
-                    result += (gradient * size_n)[:, None] * direction[None, :]
-            value = result.to(out.dtype.element_ty)
-        mask = active[:, None] & in_channels[None, :]
-        tl.store(out + n[:, None] * channels + offsets_c[None, :], value, mask=mask)
+    row = tl.load(source, mask=in_slots[:, None] & (offsets_c < channels)[None, :], other=0.0)
+    _spread(
+        row,
+        m,
+        in_slots,
+        order,
+        offsets,
+        size,
+        total,
+        partner,
+        log_weight,
+        _vector(log_weight, offsets_c, channels, 0.0, BLOCK_C),
+        out,
+        dots,
+        grad_size,
+        batch,
+        tokens,
+        num_slots,
+        channels,
+        offsets_c,
+        size_stride_b,
+        size_stride_n,
+        partner_stride_b,
+        partner_stride_n,
+        EPS,
+        SLOTS,
+    )
+
+
+@triton.jit
+def merge_tokens_norm_backward_kernel(
+    grad_out,  # (B, P + M, C) or None
+    grad_normed,  # (B, P + M, C)
+    merged,  # (B, P + M, C), contiguous
+    statistics,  # (B, P + M, 2) float32, contiguous
+    weight,  # (C,) or None
+    order,  # (B, N) int32
+    offsets,  # (B, M + 1) int32
+    size,  # (B, N) or None
+    total,  # (B, M) float32
+    partner,  # (B, N, C) or None: the rows that were merged, if the sizes get a gradient
+    log_weight,  # (1, C) or None
+    grad_x,  # (B, N, C), contiguous
+    dots,  # (B, N) float32 or None
+    grad_size,  # (B, N) float32 or None
+    grad_rows,  # (B, M, C), contiguous, or None
+    grad_head,  # (B, P, C), contiguous, or None
+    sums,  # (programs, 2, C) float32 or None: of the gradients of weight and bias
+    tokens,
+    num_slots,
+    channels,
+    out_stride_b,
+    out_stride_n,
+    normed_stride_b,
+    normed_stride_n,
+    size_stride_b,
+    size_stride_n,
+    partner_stride_b,
+    partner_stride_n,
+    EPS: tl.constexpr,
+    HEAD: tl.constexpr,
+    SUMMED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: SUMMED rows, SLOTS side by side, whose gradients it computes, stores if wanted, and spreads."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_c = tl.arange(0, BLOCK_C)
+    in_channels = offsets_c < channels
+    _drop(order, offsets, grad_x, grad_size, batch, tokens, num_slots, channels, offsets_c, SLOTS, BLOCK_C)
+    factor = _vector(weight, offsets_c, channels, 1.0, BLOCK_C)
+    direction = _vector(log_weight, offsets_c, channels, 0.0, BLOCK_C)
+    weight_sum = tl.zeros((SLOTS, BLOCK_C), tl.float32)
+    bias_sum = tl.zeros((SLOTS, BLOCK_C), tl.float32)
+    first = tl.program_id(0) * SUMMED
+    last = tl.minimum(first + SUMMED, HEAD + num_slots)
+    for begin in tl.range(first, last, SLOTS, disable_licm=True):  # hoisted addresses would spill
+        row = (begin + tl.arange(0, SLOTS)).to(tl.int64)
+        in_rows = row < HEAD + num_slots
+        gradient, weight_part, bias_part = _norm_gradient(
+            grad_out,
+            grad_normed,
+            merged,
+            statistics,
+            factor,
+            batch,
+            row,
+            in_rows,
+            offsets_c,
+            HEAD + num_slots,
+            channels,
+            out_stride_b,
+            out_stride_n,
+            normed_stride_b,
+            normed_stride_n,
+        )
+        weight_sum += weight_part
+        bias_sum += bias_part
+        m = row - HEAD
+        in_slots = in_rows & (m >= 0)
+        if grad_head is not None:
+            target = grad_head + (batch * HEAD + row)[:, None] * channels + offsets_c[None, :]
+            mask = (row < HEAD)[:, None] & in_channels[None, :]
+            tl.store(target, gradient.to(grad_head.dtype.element_ty), mask=mask)
+        if grad_rows is not None:
+            target = grad_rows + (batch * num_slots + m)[:, None] * channels + offsets_c[None, :]
+            mask = in_slots[:, None] & in_channels[None, :]
+            tl.store(target, gradient.to(grad_rows.dtype.element_ty), mask=mask)
+        _spread(
+            gradient,
+            m,
+            in_slots,
+            order,
+            offsets,
+            size,
+            total,
+            partner,
+            log_weight,
+            direction,
+            grad_x,
+            dots,
+            grad_size,
+            batch,
+            tokens,
+            num_slots,
+            channels,
+            offsets_c,
+            size_stride_b,
+            size_stride_n,
+            partner_stride_b,
+            partner_stride_n,
+            EPS,
+            SLOTS,
+        )
+    if sums is not None:
+        program = batch * tl.num_programs(0) + tl.program_id(0)
+        _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
 
 
 def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -360,14 +551,19 @@ def merge_tokens_norm(
     return merged, total, total.new_empty(x.shape[0], 0) if learned is None else learned, normed, statistics
 
 
-def _spread(x, order, offsets, size=None, total=None, eps=0.0, partner=None, log_weight=None):
+def _size_gradients(x, tokens, partner):
+    """Room for the sizes' gradients and the kernel's notes, if they get gradients."""
+    if partner is None:
+        return None, None
+    # What is returned comes first: torch.compile assumes that the results of an operator are aligned.
+    return torch.empty(2, x.shape[0], tokens, dtype=torch.float32, device=x.device)
+
+
+def _launch_spread(x, order, offsets, size=None, total=None, eps=0.0, partner=None, log_weight=None):
     batch, num_slots, channels = x.shape
     tokens = order.shape[1]
     out = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
-    dots = grad_size = None
-    if partner is not None:
-        # What is returned comes first: torch.compile assumes that the results of an operator are aligned.
-        grad_size, dots = torch.empty(2, batch, tokens, dtype=torch.float32, device=x.device)
+    grad_size, dots = _size_gradients(x, tokens, partner)
     if not (out.numel() and num_slots):
         return out.zero_(), None if grad_size is None else grad_size.zero_()
     block_c = triton.next_power_of_2(channels)
@@ -406,7 +602,7 @@ def spread_slots(
     eps: float = 0.0,
 ) -> torch.Tensor:
     """Launch; x (B, M, C), N tokens grouped by order and offsets -> (B, N, C)."""
-    return _spread(x, order, offsets, size, total, eps)[0]
+    return _launch_spread(x, order, offsets, size, total, eps)[0]
 
 
 def merge_tokens_size_backward(
@@ -423,4 +619,80 @@ def merge_tokens_size_backward(
 
     With the weight (1, C) of the layer that gave the sizes, x's gradient includes what comes through it.
     """
-    return _spread(grad, order, offsets, size, total, eps, x, weight)
+    return _launch_spread(grad, order, offsets, size, total, eps, x, weight)
+
+
+def merge_tokens_norm_backward(
+    grad_out: torch.Tensor | None,
+    grad_normed: torch.Tensor,
+    merged: torch.Tensor,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    affine: bool,
+    rows: bool,
+    head: bool,
+    x: torch.Tensor | None,
+    order: torch.Tensor,
+    offsets: torch.Tensor,
+    size: torch.Tensor | None,
+    total: torch.Tensor,
+    eps: float,
+    log_weight: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch, and a sum if affine -> gradients of x (B, N, C), of size (B, N) float32 if there is x, else (B, 0).
+
+    Then those of the merged rows (B, M, C) if rows, and of the head (B, P, C) if head, else (B, 0, C); of the norm's
+    weight and bias (2, C) float32, else (0, C).
+    """
+    batch, num_out, channels = merged.shape
+    tokens, num_slots = order.shape[1], offsets.shape[1] - 1
+    num_head = num_out - num_slots
+    grad_x = merged.new_empty(batch, tokens, channels)
+    grad_rows = merged.new_empty(batch, num_slots if rows else 0, channels)
+    grad_head = merged.new_empty(batch, num_head if head else 0, channels)
+    grad_size, dots = _size_gradients(merged, tokens, x)
+    tile = backward_tile(channels)
+    programs = triton.cdiv(num_out, SUMMED_ROWS)
+    sums = empty_sums(merged, batch * programs, affine)
+    if merged.numel():
+        merge_tokens_norm_backward_kernel[(programs, batch)](
+            grad_out,
+            grad_normed,
+            merged,
+            statistics,
+            weight,
+            order,
+            offsets,
+            size,
+            total,
+            x,
+            log_weight,
+            grad_x,
+            dots,
+            grad_size,
+            grad_rows if rows else None,
+            grad_head if head else None,
+            sums,
+            tokens,
+            num_slots,
+            channels,
+            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
+            *grad_normed.stride()[:2],
+            *((0, 0) if size is None else size.stride()),
+            *((0, 0) if x is None else x.stride()[:2]),
+            EPS=eps,
+            HEAD=num_head,
+            SUMMED=SUMMED_ROWS,
+            SLOTS=tile.rows,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+    elif grad_size is not None:
+        grad_size.zero_()
+    return (
+        grad_x,
+        total.new_empty(batch, 0) if grad_size is None else grad_size,
+        grad_rows,
+        grad_head,
+        added_up(merged, sums),
+    )

@@ -98,9 +98,23 @@ def test_opcheck_norms(dtype):
     ):
         torch.library.opcheck(call.default, arguments, test_utils=OPCHECKS)
     out, _, statistics = NATIVE.gather_tokens_norm(x, order[:, :3], 1, residual, weight, bias, 1e-6)
+    total = NATIVE.merge_tokens(x, slot, *groups, sizes(), None, 0.0, None)[1]
     for grad in layouts(tokens(2, 4, 5, dtype=dtype, seed=3)):
-        for arguments in ((grad, grad, out, statistics, weight, True), (None, grad, out, statistics, None, False)):
-            torch.library.opcheck(NATIVE.norm_tokens_backward.default, arguments, test_utils=OPCHECKS)
+        for rows, grad_out, scale, leaf_of_sizes in ((True, grad, weight, x), (False, None, None, None)):
+            shared = grad_out, grad, out, statistics, scale, rows, rows
+            for call, arguments in (
+                (NATIVE.gather_tokens_norm_backward, (order[:, :3], 1, 9)),
+                (NATIVE.fuse_tokens_norm_backward, (x, order, scores, 1, scale)),
+                (NATIVE.merge_tokens_norm_backward, (False, leaf_of_sizes, slot, *groups, sizes(), total, 0.0, None)),
+            ):
+                torch.library.opcheck(call.default, (*shared, *arguments), test_utils=OPCHECKS)
+    learned = layer(dtype)
+    out, total, size, _, statistics = NATIVE.merge_tokens_norm(
+        x, slot, *groups, None, None, 0.0, x[:, :2], *learned, *norm
+    )
+    shared = out, out, out, statistics, weight, True, False, True
+    arguments = x, slot, *groups, size, total, 0.0, learned[0]
+    torch.library.opcheck(NATIVE.merge_tokens_norm_backward.default, (*shared, *arguments), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""What the primitives that end in a layer normalisation share: checks, and the gradient of their rows."""
+"""What the primitives that end in a layer normalisation share: checks, and what their gradients ask for."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from torch import Tensor
 
 from .. import reference
 from ._check import check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ._library import dense_rows
 
-__all__ = ["check_norm", "fake_norm", "norm_backward", "save_norm"]
+__all__ = [
+    "affine_gradients",
+    "check_norm",
+    "dense_gradients",
+    "fake_norm",
+    "fake_sums",
+    "rows_if",
+    "save_norm",
+    "wants_affine",
+]
 
 
 def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: float) -> list[Tensor]:
@@ -36,46 +45,38 @@ def fake_norm(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return out, out.new_empty(out.shape), statistics
 
 
-def _triton_backward(
-    grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, statistics: Tensor, weight: Tensor | None, affine: bool
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import _norm as kernels
+def fake_sums(statistics: Tensor, out: Tensor, affine: bool) -> Tensor:
+    """What stands for the gradients of weight and bias."""
+    return statistics.new_empty(2 if affine else 0, out.shape[2])
 
+
+def rows_if(wanted: bool, grad: Tensor) -> Tensor:
+    """The rows (B, N, C), or none of them (B, 0, C)."""
+    return grad if wanted else grad.new_empty(grad.shape[0], 0, grad.shape[2])
+
+
+def dense_gradients(
+    grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, statistics: Tensor, weight: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """What the gradient of a norm is made of, as the kernels take it."""
     grad_out, weight = (None if rows is None else dense_rows(rows) for rows in (grad_out, weight))
-    return kernels.norm_backward(grad_out, dense_rows(grad_normed), out, statistics, weight, affine)
-
-
-_backward = register(
-    "norm_tokens_backward(Tensor? grad_out, Tensor grad_normed, Tensor out, Tensor statistics, Tensor? weight,"
-    " bool affine) -> (Tensor, Tensor)",
-    triton=_triton_backward,
-    reference=reference.layer_norm_backward,
-    fake=lambda grad_out, grad_normed, out, statistics, weight, affine: (
-        out.new_empty(out.shape),
-        statistics.new_empty(2 if affine else 0, out.shape[2]),
-    ),
-)
+    return grad_out, dense_rows(grad_normed), out, statistics, weight
 
 
 def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Keep what :func:`norm_backward` asks for; weight and bias are the inputs at ``place`` and behind it."""
+    """Keep what the gradients of weight and bias ask for; weight and bias are the inputs at ``place`` and behind it."""
     ctx.norm_place = place
     ctx.norm_dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
-def norm_backward(
-    ctx: Any,
-    grad_out: Tensor | None,
-    grad_normed: Tensor | None,
-    out: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The whole gradient of out (None if there is none), and those of weight and bias, if wanted."""
-    if grad_normed is None:
-        return grad_out, None, None
+def wants_affine(ctx: Any) -> bool:
+    """Whether weight or bias gets a gradient."""
+    return any(ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2])
+
+
+def affine_gradients(ctx: Any, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of weight and bias, those that are wanted, in their dtypes."""
     wanted = ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2]
-    grad, sums = _backward(grad_out, grad_normed, out, statistics, weight, any(wanted))
-    affine = [sums[row].to(ctx.norm_dtypes[row]) if wanted[row] else None for row in range(2)]
-    return grad, affine[0], affine[1]
+    weight, bias = (sums[row].to(ctx.norm_dtypes[row]) if wanted[row] else None for row in range(2))
+    return weight, bias

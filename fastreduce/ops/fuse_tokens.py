@@ -11,7 +11,16 @@ from .. import reference
 from ..backends import resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
-from ._norm import check_norm, fake_norm, norm_backward, save_norm
+from ._norm import (
+    affine_gradients,
+    check_norm,
+    dense_gradients,
+    fake_norm,
+    fake_sums,
+    rows_if,
+    save_norm,
+    wants_affine,
+)
 
 __all__ = ["fuse_tokens", "fuse_tokens_norm"]
 
@@ -79,6 +88,64 @@ def _fake_backward(
     return x.new_empty(x.shape), scores.new_empty(scores.shape)
 
 
+def _triton_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    prefix: int,
+    residual_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels import fuse_tokens as kernels
+
+    norm = *dense_gradients(grad_out, grad_normed, out, statistics, weight), affine
+    residual_bias = None if residual_bias is None else dense_rows(residual_bias)
+    return kernels.fuse_tokens_norm_backward(*norm, rows, dense_rows(x), order, scores, prefix, residual_bias)
+
+
+def _reference_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    prefix: int,
+    residual_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad, sums = reference.layer_norm_backward(grad_out, grad_normed, out, statistics, weight, affine)
+    k = out.shape[1] - prefix - 1
+    spread = reference.fuse_tokens_backward(grad, x, order, scores, k, prefix, residual_bias)
+    return *spread, rows_if(rows, grad), sums
+
+
+def _fake_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    spread = x.new_empty(x.shape), scores.new_empty(scores.shape)
+    return *spread, rows_if(rows, out.new_empty(out.shape)), fake_sums(statistics, out, affine)
+
+
 _forward = register(
     "fuse_tokens(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual, Tensor? residual_bias)"
     " -> Tensor",
@@ -99,6 +166,14 @@ _backward = register(
     triton=_triton_backward,
     reference=reference.fuse_tokens_backward,
     fake=_fake_backward,
+)
+_norm_backward = register(
+    "fuse_tokens_norm_backward(Tensor? grad_out, Tensor grad_normed, Tensor out, Tensor statistics, Tensor? weight,"
+    " bool affine, bool rows, Tensor x, Tensor order, Tensor scores, int prefix, Tensor? residual_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    triton=_triton_norm_backward,
+    reference=_reference_norm_backward,
+    fake=_fake_norm_backward,
 )
 
 
@@ -127,7 +202,7 @@ class FuseTokens(torch.autograd.Function):
 
 
 class FuseTokensNorm(torch.autograd.Function):
-    """As FuseTokens, where the rows' gradient is their own and what the norm adds to it."""
+    """As FuseTokens, where the rows' gradient is their own and what the norm adds to it: one launch for both."""
 
     @staticmethod
     def forward(
@@ -153,19 +228,34 @@ class FuseTokensNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, grad_weight, grad_bias = norm_backward(ctx, grads[0], grads[1], *ctx.saved_tensors[4:])
-        if grad is None:
-            return (None,) * 10
-        return *_gradients(ctx, grad, *ctx.saved_tensors[:4]), grad_weight, grad_bias, None
+        grad_out, grad_normed = grads
+        if grad_normed is None:
+            if grad_out is None:
+                return (None,) * 10
+            return *_gradients(ctx, grad_out, *ctx.saved_tensors[:4]), None, None, None
+        x, order, scores, residual_bias, *saved = ctx.saved_tensors
+        rows = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
+        options = wants_affine(ctx), rows, x, order, scores, ctx.prefix, residual_bias
+        grad_x, grad_scores, grad, sums = _norm_backward(grad_out, grad_normed, *saved, *options)
+        added = _residual_gradients(ctx, grad, x, order, scores, residual_bias)
+        return grad_x, None, grad_scores, None, None, *added, *affine_gradients(ctx, sums), None
 
 
 def _gradients(
     ctx: Any, grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, residual_bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Of all the inputs of FuseTokens, those wanted, for the gradient of its rows."""
-    grad_x = grad_scores = grad_residual = grad_bias = None
+    grad_x = grad_scores = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
         grad_x, grad_scores = _backward(grad, x, order, scores, ctx.k, ctx.prefix, residual_bias)
+    return grad_x, None, grad_scores, None, None, *_residual_gradients(ctx, grad, x, order, scores, residual_bias)
+
+
+def _residual_gradients(
+    ctx: Any, grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, residual_bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the residual and the part that all its rows have, those wanted."""
+    grad_residual = grad_bias = None
     if ctx.needs_input_grad[5]:
         grad_residual = grad.to(ctx.residual_dtype)
     if ctx.needs_input_grad[6]:
@@ -173,7 +263,7 @@ def _gradients(
         dtype = reference.accumulator(x.dtype)
         surplus = scores.to(dtype).gather(1, order[:, ctx.k :].long()).sum(1) - 1
         grad_bias = (surplus @ grad[:, -1].to(dtype)).to(residual_bias.dtype)
-    return grad_x, None, grad_scores, None, None, grad_residual, grad_bias
+    return grad_residual, grad_bias
 
 
 def _check_arguments(

@@ -11,7 +11,16 @@ from .. import reference
 from ..backends import resolve
 from ._check import check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
-from ._norm import check_norm, fake_norm, norm_backward, save_norm
+from ._norm import (
+    affine_gradients,
+    check_norm,
+    dense_gradients,
+    fake_norm,
+    fake_sums,
+    rows_if,
+    save_norm,
+    wants_affine,
+)
 
 __all__ = ["gather_tokens", "gather_tokens_norm"]
 
@@ -56,6 +65,43 @@ def _triton_backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> T
     return kernels.sum_slots(dense_rows(grad), rows, num_in)
 
 
+def _triton_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    index: Tensor,
+    prefix: int,
+    num_in: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import gather_tokens as kernels
+    from ..kernels import merge_tokens as grouping
+
+    norm = *dense_gradients(grad_out, grad_normed, out, statistics, weight), affine
+    groups = grouping.group_slots(reference.with_prefix(index, prefix), num_in)
+    return kernels.gather_tokens_norm_backward(*norm, rows, *groups)
+
+
+def _reference_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    index: Tensor,
+    prefix: int,
+    num_in: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, sums = reference.layer_norm_backward(grad_out, grad_normed, out, statistics, weight, affine)
+    grad_x = reference.scatter_tokens(grad, index, prefix, num_in)
+    return grad_x, rows_if(rows, grad), sums
+
+
 def _fake_forward(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> Tensor:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape[0], prefix + index.shape[1], x.shape[2], dtype=dtype)
@@ -63,6 +109,22 @@ def _fake_forward(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None
 
 def _fake_backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
     return grad.new_empty(grad.shape[0], num_in, grad.shape[2])
+
+
+def _fake_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    index: Tensor,
+    prefix: int,
+    num_in: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = out.new_empty(out.shape)
+    return _fake_backward(out, index, prefix, num_in), rows_if(rows, grad), fake_sums(statistics, out, affine)
 
 
 _forward = register(
@@ -84,6 +146,13 @@ _backward = register(
     reference=reference.scatter_tokens,
     fake=_fake_backward,
 )
+_norm_backward = register(
+    "gather_tokens_norm_backward(Tensor? grad_out, Tensor grad_normed, Tensor out, Tensor statistics, Tensor? weight,"
+    " bool affine, bool rows, Tensor index, int prefix, SymInt num_in) -> (Tensor, Tensor, Tensor)",
+    triton=_triton_norm_backward,
+    reference=_reference_norm_backward,
+    fake=_fake_norm_backward,
+)
 
 
 class GatherTokens(torch.autograd.Function):
@@ -98,17 +167,11 @@ class GatherTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-        grad = grads[0]
-        grad_x = grad_residual = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _backward(grad, ctx.saved_tensors[0], ctx.prefix, ctx.num_in).to(ctx.x_dtype)
-        if ctx.needs_input_grad[3]:
-            grad_residual = grad.to(ctx.residual_dtype)
-        return grad_x, None, None, grad_residual
+        return _gradients(ctx, grads[0], *ctx.saved_tensors)
 
 
 class GatherTokensNorm(torch.autograd.Function):
-    """As GatherTokens, where the rows' gradient is their own and what the norm adds to it."""
+    """As GatherTokens, where the rows' gradient is their own and what the norm adds to it: one launch for both."""
 
     @staticmethod
     def forward(
@@ -131,15 +194,26 @@ class GatherTokensNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         index, *saved = ctx.saved_tensors
-        grad, grad_weight, grad_bias = norm_backward(ctx, grads[0], grads[1], *saved)
-        if grad is None:
-            return (None,) * 7
-        grad_x = grad_residual = None
-        if ctx.needs_input_grad[0]:
-            grad_x = _backward(grad, index, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
-        if ctx.needs_input_grad[3]:
-            grad_residual = grad.to(ctx.residual_dtype)
-        return grad_x, None, None, grad_residual, grad_weight, grad_bias, None
+        grad_out, grad_normed = grads
+        if grad_normed is None:
+            if grad_out is None:
+                return (None,) * 7
+            return *_gradients(ctx, grad_out, index), None, None, None
+        rows = ctx.needs_input_grad[3]
+        options = wants_affine(ctx), rows, index, ctx.prefix, ctx.num_in
+        grad_x, grad_rows, sums = _norm_backward(grad_out, grad_normed, *saved, *options)
+        grad_residual = grad_rows.to(ctx.residual_dtype) if rows else None
+        return grad_x.to(ctx.x_dtype), None, None, grad_residual, *affine_gradients(ctx, sums), None
+
+
+def _gradients(ctx: Any, grad: Tensor, index: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    """Of all the inputs of GatherTokens, those wanted, for the gradient of its rows."""
+    grad_x = grad_residual = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _backward(grad, index, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
+    if ctx.needs_input_grad[3]:
+        grad_residual = grad.to(ctx.residual_dtype)
+    return grad_x, None, None, grad_residual
 
 
 def _check_arguments(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> None:

@@ -12,7 +12,16 @@ from .. import reference
 from ..backends import resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
 from ._library import dense_rows, register
-from ._norm import check_norm, fake_norm, norm_backward, save_norm
+from ._norm import (
+    affine_gradients,
+    check_norm,
+    dense_gradients,
+    fake_norm,
+    fake_sums,
+    rows_if,
+    save_norm,
+    wants_affine,
+)
 
 __all__ = ["group_slots", "merge_tokens", "merge_tokens_norm", "prepare_merge", "unmerge_tokens"]
 
@@ -154,6 +163,87 @@ def _triton_merge_size_backward(
     return kernels.merge_tokens_size_backward(*rows, order, offsets, size, total, eps, weight)
 
 
+def _triton_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    merged: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    head: bool,
+    x: Tensor | None,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    total: Tensor,
+    eps: float,
+    log_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels import merge_tokens as kernels
+
+    norm = *dense_gradients(grad_out, grad_normed, merged, statistics, weight), affine
+    x, log_weight = (None if given is None else dense_rows(given) for given in (x, log_weight))
+    return kernels.merge_tokens_norm_backward(*norm, rows, head, x, order, offsets, size, total, eps, log_weight)
+
+
+def _reference_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    merged: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    head: bool,
+    x: Tensor | None,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    total: Tensor,
+    eps: float,
+    log_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    whole, sums = reference.layer_norm_backward(grad_out, grad_normed, merged, statistics, weight, affine)
+    num_head = merged.shape[1] - total.shape[1]
+    grad_head, grad = whole[:, :num_head].clone(), whole[:, num_head:].contiguous()
+    if x is None:
+        grad_x = reference.merge_tokens_backward(grad, slot, size, total, eps)
+        grad_size = total.new_empty(total.shape[0], 0)
+    else:
+        assert size is not None
+        grad_x, grad_size = reference.merge_tokens_size_backward(grad, x, slot, size, total, eps, log_weight)
+    return grad_x, grad_size, rows_if(rows, grad), rows_if(head, grad_head), sums
+
+
+def _fake_norm_backward(
+    grad_out: Tensor | None,
+    grad_normed: Tensor,
+    merged: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    affine: bool,
+    rows: bool,
+    head: bool,
+    x: Tensor | None,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    total: Tensor,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, num_out, channels = merged.shape
+    tokens, num_slots = slot.shape[1], total.shape[1]
+    grad_size = total.new_empty(batch, 0 if x is None else tokens)
+    grad_rows = merged.new_empty(batch, num_slots if rows else 0, channels)
+    grad_head = merged.new_empty(batch, num_out - num_slots if head else 0, channels)
+    sums = fake_sums(statistics, merged, affine)
+    return merged.new_empty(batch, tokens, channels), grad_size, grad_rows, grad_head, sums
+
+
 def _triton_unmerge(x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     from ..kernels import merge_tokens as kernels
 
@@ -268,6 +358,14 @@ _merge_size_backward = register(
         total.new_empty(slot.shape),
     ),
 )
+_norm_backward = register(
+    "merge_tokens_norm_backward(Tensor? grad_out, Tensor grad_normed, Tensor merged, Tensor statistics, Tensor? weight,"
+    " bool affine, bool rows, bool head, Tensor? x, Tensor slot, Tensor order, Tensor offsets, Tensor? size,"
+    " Tensor total, float eps, Tensor? log_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=_triton_norm_backward,
+    reference=_reference_norm_backward,
+    fake=_fake_norm_backward,
+)
 _unmerge = register(
     "unmerge_tokens(Tensor x, Tensor slot, Tensor order, Tensor offsets) -> Tensor",
     triton=_triton_unmerge,
@@ -332,42 +430,46 @@ class MergeTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, slot, order, offsets, size, total, log_weight, *kept = ctx.saved_tensors
-        upstream, grad_weight, grad_bias = grads[0], None, None
-        if kept:
-            upstream, grad_weight, grad_bias = norm_backward(ctx, upstream, grads[2], *kept)
-        if upstream is None:
+        grad, grad_normed = grads[0], grads[2] if kept else None
+        if grad is None and grad_normed is None:
             return (None,) * 13
-        grad = upstream[:, ctx.num_head :] if ctx.num_head else upstream
-        slots = slot, order, offsets
-        wanted = ctx.needs_input_grad
+        slots, wanted = (slot, order, offsets), ctx.needs_input_grad
+        learned = log_weight is not None
+        sized = wanted[4] or (learned and (wanted[0] or wanted[8] or wanted[9]))
         grad_x = grad_size = grad_log_weight = grad_log_bias = None
-        if log_weight is not None:
-            if wanted[0] or wanted[8] or wanted[9]:
-                grad_x, grad_size = _merge_size_backward(grad, x, *slots, size, total, ctx.eps, log_weight)
-                exponent = grad_size * size
-                dtype = torch.promote_types(x.dtype, log_weight.dtype)  # a layer in float32 wants its gradient so too
-                products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
-                grad_log_weight = products.sum(0, dtype=exponent.dtype).to(log_weight.dtype)
-                grad_log_bias = exponent.sum().view(1).to(ctx.log_bias_dtype)
-                grad_size = None
-        elif wanted[4]:
-            grad_x, grad_size = _merge_size_backward(grad, x, *slots, size, total, ctx.eps, None)
-            grad_size = grad_size.to(size.dtype)
-        elif wanted[0]:
-            grad_x = _merge_backward(grad, *slots, size, total, ctx.eps)
+        affine: tuple[Tensor | None, Tensor | None] = (None, None)
+        if grad_normed is not None:
+            options = wants_affine(ctx), wanted[5], wanted[7], x if sized else None, *slots, size, total, ctx.eps
+            grad_x, grad_size, grad_rows, grad_head, sums = _norm_backward(
+                grad, grad_normed, *kept, *options, log_weight if sized else None
+            )
+            affine = affine_gradients(ctx, sums)
+        else:
+            assert grad is not None
+            grad_head, grad_rows = grad[:, : ctx.num_head], grad[:, ctx.num_head :]
+            if sized:
+                arguments = grad_rows, x, *slots, size, total, ctx.eps, log_weight
+                grad_x, grad_size = _merge_size_backward(*arguments)
+            elif wanted[0]:
+                grad_x = _merge_backward(grad_rows, *slots, size, total, ctx.eps)
+        if learned and sized:
+            exponent = grad_size * size
+            dtype = torch.promote_types(x.dtype, log_weight.dtype)  # a layer in float32 wants its gradient so too
+            products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
+            grad_log_weight = products.sum(0, dtype=exponent.dtype).to(log_weight.dtype)
+            grad_log_bias = exponent.sum().view(1).to(ctx.log_bias_dtype)
         return (
             None if grad_x is None else grad_x.to(ctx.x_dtype),
             None,
             None,
             None,
-            grad_size,
-            grad.to(ctx.residual_dtype) if wanted[5] else None,
+            grad_size.to(size.dtype) if grad_size is not None and wanted[4] else None,
+            grad_rows.to(ctx.residual_dtype) if wanted[5] else None,
             None,
-            upstream[:, : ctx.num_head].to(ctx.x_dtype) if wanted[7] else None,
+            grad_head.to(ctx.x_dtype) if wanted[7] else None,
             grad_log_weight,
             grad_log_bias,
-            grad_weight,
-            grad_bias,
+            *affine,
             None,
         )
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastreduce.kernels import _norm, fuse_tokens, gather_tokens, merge_tokens
+from fastreduce.kernels import fuse_tokens, gather_tokens, merge_tokens
 from tests.compiled.gates import ARCHES, check_gates
 
 # The last: an odd width, and rows of a wider tensor, so no 16-byte loads to be had.
@@ -20,14 +20,18 @@ def test_gates(channels, dtype, arch):
     residual, row = x[:, :99], x[0, 0]
     size, statistics = torch.zeros(2, 196), torch.zeros(2, 98, 2)
     norm, learned = (row, row, 1e-6), (x[0, :1], row[:1])
-    kept = torch.zeros(2, 98, channels, dtype=dtype)
     merging = x[:, 1:], *groups
+    upstream = residual[:, 1:], residual[:, 1:], torch.zeros(2, 98, channels, dtype=dtype), statistics, row, True, True
+    offsets, bounds, total = (torch.zeros(2, count, dtype=torch.int32) for count in (198, 98, 97))
+    headed = True, x[:, 1:], groups[0], bounds
     for most, launch in (
         (64, lambda: gather_tokens.gather_tokens_norm(x, index, 1, residual, *norm)),
         (128, lambda: fuse_tokens.fuse_tokens_norm(x, order, size, 97, 1, residual, row, *norm)),
         (96, lambda: merge_tokens.merge_tokens_norm(*merging, size, residual[:, 1:], 0.0, None, (None, None), norm)),
         (96, lambda: merge_tokens.merge_tokens_norm(*merging, None, None, 1e-6, x[:, :1], learned, norm)),
-        (128, lambda: _norm.norm_backward(residual[:, 1:], residual[:, 1:], kept, statistics, row, True)),
+        (128, lambda: gather_tokens.gather_tokens_norm_backward(*upstream, groups[0][:, :98], offsets)),
+        (128, lambda: fuse_tokens.fuse_tokens_norm_backward(*upstream, x, order, size, 1, row)),
+        (128, lambda: merge_tokens.merge_tokens_norm_backward(*upstream, *headed, size, total.float(), 1e-6, row)),
     ):
         (report,) = check_gates(arch, launch, wide=wide)
         assert report.registers <= most or not wide, report

@@ -11,8 +11,9 @@ from fastreduce.kernels import merge_tokens as merge_kernels
 from tests.budget import EPS, assert_within_budget
 from tests.inputs import DTYPES, distinct_indices, seeded, tokens
 
-# (batch, tokens, kept, channels, prefix): odd, an empty batch, rows wider than those of the plain kernels' programs.
-SHAPES = [(2, 17, 5, 24, 1), (3, 9, 4, 33, 0), (0, 9, 3, 8, 1), (1, 7, 3, 1030, 2)]
+# (batch, tokens, kept, channels, prefix): odd, several programs an image backward, an empty batch, rows wider than
+# those of the plain kernels' programs.
+SHAPES = [(2, 17, 5, 24, 1), (2, 100, 63, 8, 1), (3, 9, 4, 33, 0), (0, 9, 3, 8, 1), (1, 7, 3, 1030, 2)]
 WAYS = ["gather", "fuse", "merge", "merge_learned"]
 
 
@@ -127,10 +128,10 @@ def test_the_same_bits_in_any_batch(way):
     def run(images):
         chosen = {name: tensor[images] if name in several else tensor for name, tensor in leaves.items()}
         picked = {name: value[images] if torch.is_tensor(value) else value for name, value in constants.items()}
-        leaf = chosen["x"].requires_grad_()
+        wanted = [chosen[name].requires_grad_() for name in several[:2]]
         out, normed = reduce(way, chosen, picked, "triton")
         grad = tokens(*leaves["residual"].shape, dtype=torch.float16, seed=7)[images][:, : out.shape[1]]
-        return out, normed, *torch.autograd.grad((out, normed), leaf, (grad, grad))
+        return out, normed, *torch.autograd.grad((out, normed), wanted, (grad, grad))
 
     whole = run(slice(None))
     for again, alone, result in zip(run(slice(None)), run(slice(1, 2)), whole, strict=True):
@@ -142,16 +143,66 @@ def test_launches():
     counts = {}
     for way in WAYS:
         leaves, constants = inputs(1, 9, 4, 24, 1, torch.float32)
+        wanted = {name: tensor.requires_grad_() for name, tensor in leaves.items()}
         with traffic() as counted:
-            reduce(way, leaves, constants, "triton")
-        counts[way] = dict(counted.launches)
-    merging = {"group_slots_kernel": 1, "reduce_slots_kernel": 1}
+            out, normed = reduce(way, wanted, constants, "triton")
+        with traffic() as back:
+            torch.autograd.grad((out, normed), list(wanted.values()), (out, normed), allow_unused=True)
+        counts[way] = dict(counted.launches), dict(back.launches)
+    merging = {"group_slots_kernel": 1, "reduce_slots_kernel": 1}, {"merge_tokens_norm_backward_kernel": 1}
     assert counts == {
-        "gather": {"gather_tokens_kernel": 1},
-        "fuse": {"fuse_tokens_kernel": 1},
+        "gather": (
+            {"gather_tokens_kernel": 1},
+            {"group_slots_kernel": 1, "gather_tokens_norm_backward_kernel": 1},
+        ),
+        "fuse": ({"fuse_tokens_kernel": 1}, {"fuse_tokens_norm_backward_kernel": 1}),
         "merge": merging,
         "merge_learned": merging,
     }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_wanted_is_not_written_and_does_not_matter(way):
+    leaves, constants = inputs(2, 9, 4, 24, 1, torch.float32)
+
+    def run(names):
+        wanted = {name: tensor.detach().requires_grad_(name in names) for name, tensor in leaves.items()}
+        out, normed = reduce(way, wanted, constants, "triton")
+        asked = [wanted[name] for name in names]
+        with traffic() as counted:
+            gradients = torch.autograd.grad((out, normed), asked, (out.detach(), normed.detach()), allow_unused=True)
+        return dict(zip(names, gradients, strict=True)), counted.stores.total(), out.numel()
+
+    everything, _, _ = run(list(leaves))
+    stores = {}
+    for name in ("x", "residual", "weight", "bias"):
+        alone, stores[name], rows = run([name])
+        assert torch.equal(alone[name], everything[name])
+    kept = rows // 5 * 4 if way.startswith("merge") else rows  # the others are those of a head
+    partial_sums = 2 * 2 * 24  # of one program an image
+    assert stores["residual"] - 4 * kept == stores["weight"] - 4 * partial_sums == stores["bias"] - 4 * partial_sums
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_tokens_of_no_slot_get_zeros(learned):
+    """As if they were not there."""
+    x, slot = tokens(1, 40, 8), torch.arange(40).remainder(3)[None] - 1
+    stays = (slot >= 0)[0]
+    results = []
+    for rows in (torch.full((40,), True), stays):
+        leaves = [x[:, rows], tokens(1, 8, seed=1) / 4 if learned else torch.rand(1, 40, generator=seeded(2))[:, rows]]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        options = {"log_size": (leaves[1], torch.zeros(1))} if learned else {"size": leaves[1]}
+        out = ops.merge_tokens_norm(leaves[0], slot[:, rows], 2, backend="triton", **options)[::2]
+        results.append(torch.autograd.grad(out, leaves, [tokens(1, 2, 8, seed=seed) for seed in (3, 4)]))
+    (grad_x, grad_size), (expected_x, expected_size) = results
+    assert not grad_x[:, ~stays].any()
+    assert torch.equal(grad_x[:, stays], expected_x)
+    if learned:
+        torch.testing.assert_close(grad_size, expected_size)
+    else:
+        assert not grad_size[:, ~stays].any()
+        assert torch.equal(grad_size[:, stays], expected_size)
 
 
 def test_a_long_rest_is_normed_by_a_launch_of_its_own(monkeypatch):
@@ -176,3 +227,18 @@ def test_no_channels_and_no_rows():
     out, normed = ops.gather_tokens_norm(x, torch.zeros(2, 0).long(), prefix=0, backend="triton")
     assert normed.shape == (2, 0, 8)
     assert not torch.autograd.grad((out, normed), x, (out, normed))[0].any()
+
+
+def test_no_channels_no_tokens_and_a_residual():
+    x, scores = torch.zeros(2, 5, 0, requires_grad=True), torch.ones(2, 4, requires_grad=True)
+    order = torch.arange(4).expand(2, -1)
+    out = ops.fuse_tokens_norm(x, order, scores, 2, backend="triton")
+    assert not torch.autograd.grad(out, (x, scores), out)[1].any()
+    residual = tokens(2, 3, 8).requires_grad_()
+    slot, x = torch.zeros(2, 0).long(), torch.zeros(2, 0, 8)
+    merged, _, normed = ops.merge_tokens_norm(x, slot, 3, residual=residual, backend="triton")
+    expected = F.layer_norm(residual, (8,), eps=1e-6)
+    torch.testing.assert_close((merged, normed), (residual, expected))
+    grads = tokens(2, 3, 8, seed=1)
+    ours, plain = (torch.autograd.grad(result, residual, grads) for result in (normed, expected))
+    torch.testing.assert_close(ours, plain)
