@@ -42,6 +42,7 @@ from fastreduce.measure import environment
 from fastreduce.ops import _library
 
 from .gates import Gate, Known, check_words, choose_primitives, table
+from .micro import bench_attention
 from .primitive import MODELS, TOKENS, Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
 
 __all__ = ["ARCHES", "SHARED_LIMIT", "KernelReport", "compiled_for", "dispatch_to_triton", "main", "occupancy"]
@@ -60,9 +61,11 @@ class KernelReport:
         registers: of a thread; on AMD vector registers, those for accumulation included.
         spill_ops: instructions that spill; on AMD registers spilled.
         occupancy: warps that can be active at a time, as a share of those that the hardware can hold.
+        mma_ops: instructions of tensor cores.
         tensor_dots: whether there is a dot of half precision, or of float32 rounded to tf32.
         load_bytes: width of a thread's global load in bytes -> how many such instructions.
         store_bytes: the same of stores.
+        warpgroup_ops: of ``mma_ops``, those of four warps together (sm_90).
     """
 
     name: str
@@ -78,6 +81,7 @@ class KernelReport:
     store_bytes: dict[int, int]
     occupancy: float
     tensor_dots: bool
+    warpgroup_ops: int = 0
 
 
 def _occupancy_nvidia(arch: int, num_warps: int, registers: int, shared_bytes: int) -> float:
@@ -172,6 +176,7 @@ def _nvidia_report(compiled: Any, arch: int) -> KernelReport:
         store_bytes=_access_widths(ptx, "st"),
         occupancy=occupancy(arch, num_warps, registers, shared),
         tensor_dots=_tensor_dots(compiled.asm["ttir"]),
+        warpgroup_ops=opcodes["HGMMA"],
     )
 
 
@@ -287,9 +292,11 @@ KNOWN: dict[str, dict[str, Known]] = {
         "cheapest_of_each_kernel": Known(8, _INDICES),
         "class_kernel": Known(4, _SCORES),
         "class_logits_kernel": Known(4, _SCORES),
+        "cluster_biases_again_kernel": Known(4, _SCORES),
         "cluster_kernel": Known(8, _INDICES),
         "column_sum_kernel": Known(4, _SCORES),
         "density_kernel": Known(4, _SCORES),
+        "first_biases_again_kernel": Known(4, _SCORES),
         "group_slots_kernel": Known(4, _INDICES),
         "head_mean_kernel": Known(4, _SCORES),
         "iterate_clusters_kernel": Known(8, _INDICES),
@@ -305,6 +312,7 @@ KNOWN: dict[str, dict[str, Known]] = {
         "sort_scores_kernel": Known(8, _INDICES),
         "sum_heads_kernel": Known(2, _SCORES),
         "sum_parts_kernel": Known(4, _SCORES),
+        "token_biases_again_kernel": Known(4, _SCORES),
         "token_costs_kernel": Known(8, _SCORES),
         "token_offsets_kernel": Known(4, "one number an image"),
     },
@@ -327,16 +335,17 @@ class _Gates:
     def all(self) -> list[Gate]:
         return list(vars(self).values())
 
-    def check(self, key: str, report: KernelReport) -> str:
-        """The worst of ``"ok"``, ``"known"`` and ``"MISSED"``."""
+    def check(self, key: str, report: KernelReport, *, wide: bool = True) -> str:
+        """The worst of ``"ok"``, ``"known"`` and ``"MISSED"``; widths are held only if inputs are aligned."""
         verdicts = [
             self.spills.check(key, report.spill_ops),
             self.atomics.check(key, report.atomics),
             self.float64.check(key, report.float64_ops),
             self.shared.check(key, report.shared_bytes / SHARED_LIMIT[report.arch]),
-            self.loads.check(key, max(report.load_bytes, default=0)),
-            self.stores.check(key, max(report.store_bytes, default=0)),
         ]
+        if wide:
+            verdicts.append(self.loads.check(key, max(report.load_bytes, default=0)))
+            verdicts.append(self.stores.check(key, max(report.store_bytes, default=0)))
         if report.tensor_dots:
             verdicts.append(self.tensor.check(key, report.mma_ops))
         return next(verdict for verdict in ("MISSED", "known", "ok") if verdict in verdicts)
@@ -368,13 +377,13 @@ def _worst(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _row(report: KernelReport, arch: str, primitive: Primitive, shape: Shape) -> dict[str, Any]:
+def _row(report: KernelReport, arch: str, primitive: str, shape: str, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "kernel": report.name,
         "arch": arch,
-        "primitive": primitive.name,
-        "shape": f"{shape.model}-{shape.tokens}",
-        "dtype": str(shape.dtype).removeprefix("torch."),
+        "primitive": primitive,
+        "shape": shape,
+        "dtype": str(dtype).removeprefix("torch."),
         "warps": report.num_warps,
         "registers": report.registers,
         "spills": report.spill_ops,
@@ -415,19 +424,35 @@ class _Run:
             self.tell(f"{primitive.name} {shape}: {len(self.rows) - before} kernels")
         return self.rows[before:]
 
+    def compile_options(self) -> list[dict[str, Any]]:
+        """The same of attention's options at other head dimensions, also of rows that are not aligned; for NVIDIA."""
+        before, told = len(self.rows), ""
+        for name, dtype, aligned, launch in bench_attention.every_launch():
+            for arch in (arch for arch in self.arches if not isinstance(ARCHES[arch], str)):
+                self._gather("attention", name, dtype, arch, launch, wide=aligned)
+            if told != (told := f"{name.split('-')[1]} {dtype}"):
+                self.tell(f"attention's options, head dimension {told}: {len(self.rows) - before} kernels")
+        return self.rows[before:]
+
     def _compile(self, primitive: Primitive, shape: Shape, inputs: Inputs, arch: str) -> None:
+        point = f"{shape.model}-{shape.tokens}"
+        self._gather(primitive.name, point, shape.dtype, arch, lambda: every_launch(primitive, inputs))
+
+    def _gather(
+        self, primitive: str, shape: str, dtype: torch.dtype, arch: str, launch: Callable[[], None], wide: bool = True
+    ) -> None:
         on_amd = isinstance(ARCHES[arch], str)
         failures: dict[str, str] = {}
         with dispatch_to_triton(), compiled_for(ARCHES[arch], failures if on_amd else None) as reports:
-            every_launch(primitive, inputs)
+            launch()
         for report in reports:
             if id(report) not in self._seen:
                 self._seen.add(id(report))
-                row = _row(report, arch, primitive, shape)
+                row = _row(report, arch, primitive, shape, dtype)
                 key = f"{report.name} {row['dtype']} {arch} {row['shape']}"
-                self.rows.append(row | {"gate": "shown" if on_amd else self.gates.check(key, report)})
+                self.rows.append(row | {"gate": "shown" if on_amd else self.gates.check(key, report, wide=wide)})
         for name, reason in failures.items():
-            self.impossible.setdefault((name, arch, reason), []).append(str(shape))
+            self.impossible.setdefault((name, arch, reason), []).append(f"{shape} {dtype}")
 
 
 def _shape_classes(*, quick: bool) -> list[Shape]:
@@ -471,6 +496,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for primitive in primitives.values():
         if new := run.compile(primitive):
             print(table(new, (*columns, "load", "store", "tensor", "gate")), end="\n\n", flush=True)
+    if "attention" in primitives and not options.quick and options.shapes is None:
+        print(table(run.compile_options(), (*columns, "load", "store", "tensor", "gate")), end="\n\n", flush=True)
     worst = ("kernel", "arch", "compiled", "registers", "spills", "shared", "occupancy", "load", "store")
     print(table(_worst(run.rows), worst), end="\n\n")
     for (name, arch, reason), where in run.impossible.items():

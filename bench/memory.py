@@ -46,14 +46,10 @@ TOKENS = "1025,4097"
 KEEP_RATE = 0.5
 MOST_GROWTH = 1.25  # times the growth of the tokens
 OPTIONS: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
-_PLAN = "the similarities of tokens and clusters are a result, and what the gradient starts from"
 # Kind and method or primitive: the growth over that of the tokens, which is 4 where all is quadratic.
 KNOWN = {
-    "reference sinkhorn_merge": Known(4, _PLAN),
-    "kernels sinkhorn_merge": Known(4, _PLAN),
     "reference attention": Known(4, "under a policy, in DynamicViT's training: only the kernel does without matrices"),
 }
-KNOWN_ON_CUDA = {"model sinkhorn": Known(4, _PLAN), "primitive sinkhorn_merge": Known(4, _PLAN)}
 
 
 def _peak_of_trace(path: Path) -> int:
@@ -137,10 +133,9 @@ def _primitive(primitive: Primitive, shape: Shape, backend: str, device: torch.d
 class _Run:
     """Rows of what was measured, by kind and name."""
 
-    def __init__(self, tokens: Sequence[int], device: torch.device):
+    def __init__(self, tokens: Sequence[int]):
         self.tokens = tokens
-        known = KNOWN_ON_CUDA if device.type == "cuda" else KNOWN
-        self.gate = Gate("growth over that of the tokens", MOST_GROWTH, known)
+        self.gate = Gate("growth over that of the tokens", MOST_GROWTH, KNOWN)
         self.rows: dict[str, dict[str, Any]] = {}
 
     def add(self, kind: str, name: str, tokens: int, peak: int, kept: str = "") -> None:
@@ -191,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_words(methods, fastreduce.REDUCERS, "method")
         if everything or options.primitives is not None:
             primitives = choose_primitives(options.primitives)
-        run = _Run(tokens, device)
+        run = _Run(tokens)
         if methods is not None:
             for count in tokens:
                 for name, peak, kept in _models(options.model, count, methods, device):

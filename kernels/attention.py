@@ -19,11 +19,15 @@ LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionTile:
-    """Rows that a program owns, rows of the other side at a time, and warps."""
+    """Rows that a program owns, rows of the other side at a time, warps, and whether registers are given out freely.
+
+    Else the assembler spills a few words where a few registers less let one more program run.
+    """
 
     own: int
     step: int
     num_warps: int
+    all_registers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +42,22 @@ class AttentionTiles:
 # By the padded head dimension, found by compiling: nothing spills for sm_80 and sm_90, whatever the options.
 HALF_TILES = {
     64: AttentionTiles(AttentionTile(64, 64, 4), AttentionTile(64, 32, 4), AttentionTile(64, 32, 4)),
-    128: AttentionTiles(AttentionTile(128, 32, 8), AttentionTile(64, 32, 8), AttentionTile(32, 64, 8)),
+    128: AttentionTiles(AttentionTile(128, 32, 8), AttentionTile(64, 32, 8), AttentionTile(64, 32, 8)),
     256: AttentionTiles(AttentionTile(64, 32, 8), AttentionTile(32, 32, 8), AttentionTile(32, 64, 8)),
 }
-# At 128 channels a few words would spill, of an index and a bias on sm_90, of scores and a bias on sm_80 (Triton 3.6),
-# of a bias or scores in float32 on sm_80.
-CHOSEN_GRAD_KEYS = AttentionTile(32, 32, 8)
-SCORED_GRAD_QUERIES = AttentionTile(64, 16, 8)
-BIASED_FLOAT = AttentionTile(16, 16, 8)
-# Rows that are not aligned to 16 bytes take an address for every element.
-UNALIGNED_TILES = {64: AttentionTile(32, 16, 4), 128: AttentionTile(32, 16, 4), 256: AttentionTile(32, 16, 8)}
-# Exact dots hold their operands in registers.
-FLOAT_TILES = {64: AttentionTile(32, 16, 8), 128: AttentionTile(32, 16, 8), 256: AttentionTile(16, 16, 8)}
+# At 128 channels a few words would spill, of an index or scores with a bias on sm_80.
+SHORT_GRAD_QUERIES = AttentionTile(64, 16, 8)
+# Rows that are not aligned to 16 bytes take an address for every element, and with twice as many a few words spill;
+# of float32 at 128 channels with any option too.
+SMALL_HALF = AttentionTile(16, 16, 4, all_registers=True)
+SMALL_FLOAT = AttentionTile(16, 16, 8, all_registers=True)
+# Exact dots hold their operands in registers, those of two gradients the most.
+FLOAT_TILES = {
+    64: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), AttentionTile(32, 16, 8)),
+    128: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), SMALL_FLOAT),
+    256: AttentionTiles(SMALL_FLOAT, SMALL_FLOAT, SMALL_FLOAT),
+}
+FLOAT_WITH_OPTIONS = AttentionTile(32, 16, 8, all_registers=True)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -57,34 +65,38 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def attention_tiles(
-    head_dim: int,
-    dtype: torch.dtype,
-    aligned: bool,
-    *,
-    biased: bool = False,
-    chosen: bool = False,
-    scored: bool = False,
-) -> AttentionTiles:
-    """The tiles of a head dimension up to 256; keys have a bias, an index names the queries, scores have a gradient."""
+def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_options: bool = False) -> AttentionTiles:
+    """The tiles of a head dimension up to 256.
+
+    ``with_options``: keys have a bias, queries an index, images offsets, or scores a gradient.
+    """
     width = max(64, padded_head_dim(head_dim))
     if aligned and dtype != torch.float32:
         tiles = HALF_TILES[width]
-        if width == 128 and chosen:
-            tiles = dataclasses.replace(tiles, grad_keys=CHOSEN_GRAD_KEYS)
-        if width == 128 and scored:
-            tiles = dataclasses.replace(tiles, grad_queries=SCORED_GRAD_QUERIES)
-        return tiles
-    tile = (FLOAT_TILES if dtype == torch.float32 else UNALIGNED_TILES)[width]
-    if width == 128 and dtype == torch.float32 and (biased or scored):
-        tile = BIASED_FLOAT
-    return AttentionTiles(tile, tile, tile)
+        return dataclasses.replace(tiles, grad_queries=SHORT_GRAD_QUERIES) if width == 128 and with_options else tiles
+    if dtype != torch.float32:
+        return AttentionTiles(SMALL_HALF, SMALL_HALF, SMALL_HALF)
+    if aligned and not with_options:
+        return FLOAT_TILES[width]
+    tile = FLOAT_WITH_OPTIONS if aligned and width == 64 else SMALL_FLOAT
+    return AttentionTiles(tile, tile, SMALL_FLOAT)
 
 
-def _tiles(*tensors: torch.Tensor, **options: bool) -> AttentionTiles:
-    first = tensors[0]
-    aligned = all(tensor.stride(2) % 8 == 0 for tensor in tensors)
-    return attention_tiles(first.shape[-1], first.dtype, aligned, **options)
+def _settings(tile: AttentionTile) -> dict[str, int]:
+    settings = {"num_warps": tile.num_warps, "num_stages": 2}
+    compiles = isinstance(attention_kernel, triton.JITFunction)  # the interpreter has no target
+    if tile.all_registers and compiles and triton.runtime.driver.active.get_current_target().backend == "cuda":
+        settings["maxnreg"] = 255
+    return settings
+
+
+def _unit(*tensors: torch.Tensor) -> int:
+    """Elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""
+    unit = 16 // tensors[0].element_size()
+    for tensor in tensors:
+        if tensor.data_ptr() % 16 or any(step % unit for step in (tensor.shape[3], *tensor.stride()[:3])):
+            return 1
+    return unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +108,31 @@ class ColumnTile:
     num_warps: int
 
 
-def mean_tile(head_dim: int) -> ColumnTile:
-    """8,192 elements a step, 64 a thread: few programs, so that each must keep many loads in flight."""
+def mean_tile(head_dim: int, aligned: bool) -> ColumnTile:
+    """8,192 elements a step, 64 a thread: few programs, so that each must keep many loads in flight.
+
+    Of rows that are not aligned a quarter, as 64 addresses a thread would spill.
+    """
     columns = padded_head_dim(head_dim)
-    return ColumnTile(rows=8192 // columns, columns=columns, num_warps=4)
+    return ColumnTile(rows=(8192 if aligned else 2048) // columns, columns=columns, num_warps=4)
 
 
 def key_tile(head_dim: int) -> ColumnTile:
     """2,048 elements a head, 16 a thread: heads follow one another, so that there are many programs."""
     columns = padded_head_dim(head_dim)
     return ColumnTile(rows=2048 // columns, columns=columns, num_warps=4)
+
+
+@triton.jit
+def _head_of(tensor, batch, head, stride_b, stride_h, UNIT: tl.constexpr):
+    """Where a head begins: at a multiple of UNIT, as the strides of 72 channels a head do not tell the compiler."""
+    return tensor + tl.multiple_of(batch * stride_b, UNIT) + tl.multiple_of(head * stride_h, UNIT)
+
+
+@triton.jit
+def _steps(rows, stride, UNIT: tl.constexpr):
+    """From one row of a head to others, likewise."""
+    return tl.multiple_of(rows.to(tl.int64) * stride, UNIT)[:, None]
 
 
 @triton.jit
@@ -118,6 +145,7 @@ def mean_values_kernel(
     v_stride_h,
     v_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -127,12 +155,12 @@ def mean_values_kernel(
     offsets_n = tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
     in_d = offsets_d < D
-    values = v + batch * v_stride_b + head.to(tl.int64) * v_stride_h + offsets_d[None, :]
+    values = _head_of(v, batch, head.to(tl.int64), v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         rows = start + offsets_n
         mask = (rows < keys)[:, None] & in_d[None, :]
-        acc += tl.load(values + rows.to(tl.int64)[:, None] * v_stride_n, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(values + _steps(rows, v_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
     tl.store(mean + (batch * heads + head) * D + offsets_d, tl.sum(acc, 0) / keys, mask=in_d)
 
 
@@ -143,11 +171,11 @@ def _bias(row, columns, mask, stride, log2_e):
 
 
 @triton.jit
-def _chosen_rows(rows, index, index_stride_k, prefix, mask):
-    """Rows of q: those of the prefix, then those that the index of this image names."""
-    patches = rows - prefix
+def _chosen_rows(places, index, index_stride_k, prefix, mask, first):
+    """Rows of q for places in this image, which begins at ``first``: of the prefix, then those that the index names."""
+    patches = places - prefix
     chosen = tl.load(index + patches.to(tl.int64) * index_stride_k, mask=mask & (patches >= 0), other=0)
-    return tl.where(patches >= 0, chosen.to(tl.int64) + prefix, rows.to(tl.int64))
+    return tl.where(patches >= 0, chosen.to(tl.int64) + prefix, places.to(tl.int64)) + first
 
 
 @triton.jit
@@ -170,7 +198,7 @@ def attention_kernel(
     v,  # (B, H, N, D)
     policy,  # (B, N) or None
     bias,  # (B, N) or None
-    index,  # (B, M - prefix) or None
+    index,  # (B, M - prefix), of packed images (images, K), or None
     query_offsets,  # (images + 1,) int32 or None; then B is 1
     key_offsets,  # (images + 1,) int32 or None
     mean,  # (B, H, D) float32, contiguous, or None
@@ -200,6 +228,7 @@ def attention_kernel(
     index_stride_b,
     index_stride_k,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     POLICY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -213,6 +242,8 @@ def attention_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if index is not None:
+        index += batch * index_stride_b
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
@@ -224,13 +255,13 @@ def attention_kernel(
     in_m = offsets_m < last_m
     in_d = offsets_d < D
     in_md = in_m[:, None] & in_d[None, :]
-    rows = q + batch * q_stride_b + head * q_stride_h
-    rows_q = offsets_m.to(tl.int64)
+    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    rows_q = offsets_m
     if index is not None:
-        rows_q = _chosen_rows(offsets_m, index + batch * index_stride_b, index_stride_k, prefix, in_m)
-    query = tl.load(rows + rows_q[:, None] * q_stride_m + offsets_d[None, :], mask=in_md, other=0.0)
-    key_rows = k + batch * k_stride_b + head * k_stride_h + offsets_d[None, :]
-    value_rows = v + batch * v_stride_b + head * v_stride_h + offsets_d[None, :]
+        rows_q = _chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
+    query = tl.load(query_rows + _steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    value_rows = _head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
     if POLICY:
         policy_row = policy + batch * policy_stride_b
     if bias is not None:
@@ -243,7 +274,7 @@ def attention_kernel(
         columns = start + offsets_n
         in_n = columns < last_n
         in_nd = in_n[:, None] & in_d[None, :]
-        key = tl.load(key_rows + columns.to(tl.int64)[:, None] * k_stride_n, mask=in_nd, other=0.0)
+        key = tl.load(key_rows + _steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if bias is not None:
             logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
@@ -260,7 +291,7 @@ def attention_kernel(
         rescale = tl.exp2(seen_max - new_max)
         weight = tl.exp2(logit - new_max[:, None])
         seen_sum = seen_sum * rescale + tl.sum(weight, 1)
-        value = tl.load(value_rows + columns.to(tl.int64)[:, None] * v_stride_n, mask=in_nd, other=0.0)
+        value = tl.load(value_rows + _steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
         acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
         seen_max = new_max
 
@@ -303,7 +334,7 @@ def grad_queries_kernel(
     v,  # (B, H, N, D)
     policy,  # (B, N) or None
     bias,  # (B, N) or None
-    index,  # (B, M - prefix) or None
+    index,  # (B, M - prefix), of packed images (images, K), or None
     query_offsets,  # (images + 1,) int32 or None; then B is 1
     key_offsets,  # (images + 1,) int32 or None
     grad_logsumexp,  # (B, H, M), contiguous, or None
@@ -348,6 +379,7 @@ def grad_queries_kernel(
     out_stride_h,
     out_stride_m,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     POLICY: tl.constexpr,
     CLASS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -362,6 +394,8 @@ def grad_queries_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if index is not None:
+        index += batch * index_stride_b
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
@@ -373,22 +407,21 @@ def grad_queries_kernel(
     in_m = offsets_m < last_m
     in_d = offsets_d < D
     in_md = in_m[:, None] & in_d[None, :]
-    rows_m = offsets_m.to(tl.int64)[:, None]
-    rows_q = rows_m
+    rows_q = offsets_m
     if index is not None:
-        rows_q = _chosen_rows(offsets_m, index + batch * index_stride_b, index_stride_k, prefix, in_m)[:, None]
-    sources = q + batch * q_stride_b + head * q_stride_h + rows_q * q_stride_m + offsets_d[None, :]
-    query = tl.load(sources, mask=in_md, other=0.0)
-    sources = grad + batch * grad_stride_b + head * grad_stride_h + rows_m * grad_stride_m + offsets_d[None, :]
-    upstream = tl.load(sources, mask=in_md, other=0.0)
-    sources = out + batch * out_stride_b + head * out_stride_h + rows_m * out_stride_m + offsets_d[None, :]
-    result = tl.load(sources, mask=in_md, other=0.0).to(tl.float32)
+        rows_q = _chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
+    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    query = tl.load(query_rows + _steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+    grad_rows = _head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
+    upstream = tl.load(grad_rows + _steps(offsets_m, grad_stride_m, UNIT), mask=in_md, other=0.0)
+    out_rows = _head_of(out, batch, head, out_stride_b, out_stride_h, UNIT) + offsets_d[None, :]
+    result = tl.load(out_rows + _steps(offsets_m, out_stride_m, UNIT), mask=in_md, other=0.0).to(tl.float32)
     row = (batch * heads + head) * queries + offsets_m
     lse = tl.load(logsumexp + row, mask=in_m, other=0.0) * log2_e
     if bias is not None:
         bias_row = bias + batch * bias_stride_b
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
-    key_rows = k + batch * k_stride_b + head * k_stride_h + offsets_d[None, :]
+    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
     offset = tl.sum(upstream.to(tl.float32) * result, 1)
     if grad_logsumexp is not None:
         offset -= tl.load(grad_logsumexp + row, mask=in_m, other=0.0).to(tl.float32)
@@ -401,7 +434,7 @@ def grad_queries_kernel(
             columns = start + offsets_n
             in_n = columns < last_n
             mask = in_n[:, None] & in_d[None, :]
-            key = tl.load(key_rows + columns.to(tl.int64)[:, None] * k_stride_n, mask=mask, other=0.0)
+            key = tl.load(key_rows + _steps(columns, k_stride_n, UNIT), mask=mask, other=0.0)
             logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
             if bias is not None:
                 logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
@@ -418,7 +451,7 @@ def grad_queries_kernel(
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_peak = tl.zeros((BLOCK_M,), tl.int32)
 
-    value_rows = v + batch * v_stride_b + head * v_stride_h + offsets_d[None, :]
+    value_rows = _head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
     if POLICY:
         policy_row = policy + batch * policy_stride_b
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -426,8 +459,8 @@ def grad_queries_kernel(
         columns = start + offsets_n
         in_n = columns < last_n
         in_nd = in_n[:, None] & in_d[None, :]
-        key = tl.load(key_rows + columns.to(tl.int64)[:, None] * k_stride_n, mask=in_nd, other=0.0)
-        value = tl.load(value_rows + columns.to(tl.int64)[:, None] * v_stride_n, mask=in_nd, other=0.0)
+        key = tl.load(key_rows + _steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
+        value = tl.load(value_rows + _steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if bias is not None:
             logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
@@ -451,7 +484,7 @@ def grad_queries_kernel(
     if POLICY:
         tl.store(peak + row, row_peak, mask=in_m)
         tl.store(peak_grad + row, slope_of_max, mask=in_m)
-        key = tl.load(key_rows + row_peak.to(tl.int64)[:, None] * k_stride_n, mask=in_md, other=0.0).to(tl.float32)
+        key = tl.load(key_rows + _steps(row_peak, k_stride_n, UNIT), mask=in_md, other=0.0).to(tl.float32)
         acc += slope_of_max[:, None] * key
     targets = grad_q + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
     tl.store(targets, (acc * scale).to(grad_q.dtype.element_ty), mask=in_md)
@@ -467,7 +500,7 @@ def grad_keys_kernel(
     v,  # (B, H, N, D)
     policy,  # (B, N) or None
     bias,  # (B, N) or None
-    index,  # (B, M - prefix) or None
+    index,  # (B, M - prefix), of packed images (images, K), or None
     query_offsets,  # (images + 1,) int32 or None; then B is 1
     key_offsets,  # (images + 1,) int32 or None
     grad_scores,  # (B, N), with CLASS (B, N - prefix), or None
@@ -508,6 +541,7 @@ def grad_keys_kernel(
     scores_stride_b,
     scores_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     POLICY: tl.constexpr,
     CLASS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -521,6 +555,8 @@ def grad_keys_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if index is not None:
+        index += batch * index_stride_b
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
@@ -532,11 +568,10 @@ def grad_keys_kernel(
     in_n = offsets_n < last_n
     in_d = offsets_d < D
     in_nd = in_n[:, None] & in_d[None, :]
-    rows_n = offsets_n.to(tl.int64)[:, None]
-    sources = k + batch * k_stride_b + head * k_stride_h + rows_n * k_stride_n + offsets_d[None, :]
-    key = tl.load(sources, mask=in_nd, other=0.0)
-    sources = v + batch * v_stride_b + head * v_stride_h + rows_n * v_stride_n + offsets_d[None, :]
-    value = tl.load(sources, mask=in_nd, other=0.0)
+    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    key = tl.load(key_rows + _steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
+    value_rows = _head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    value = tl.load(value_rows + _steps(offsets_n, v_stride_n, UNIT), mask=in_nd, other=0.0)
     if POLICY:
         sources = policy + batch * policy_stride_b + offsets_n.to(tl.int64) * policy_stride_n
         visible = tl.load(sources, mask=in_n, other=0.0).to(tl.float32)
@@ -547,8 +582,8 @@ def grad_keys_kernel(
         of_scores = _upstream_of_scores(score_row, offsets_n, in_n, scores_stride_n, prefix, heads, CLASS)[:, None]
     if parts is not None:
         acc_part = tl.zeros((BLOCK_N,), tl.float32)
-    query_rows = q + batch * q_stride_b + head * q_stride_h + offsets_d[None, :]
-    grad_rows = grad + batch * grad_stride_b + head * grad_stride_h + offsets_d[None, :]
+    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    grad_rows = _head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     acc_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -556,11 +591,11 @@ def grad_keys_kernel(
         rows = start + offsets_m
         in_m = rows < last_m
         in_md = in_m[:, None] & in_d[None, :]
-        rows_q = rows.to(tl.int64)
+        rows_q = rows
         if index is not None:
-            rows_q = _chosen_rows(rows, index + batch * index_stride_b, index_stride_k, prefix, in_m)
-        query = tl.load(query_rows + rows_q[:, None] * q_stride_m, mask=in_md, other=0.0)
-        upstream = tl.load(grad_rows + rows.to(tl.int64)[:, None] * grad_stride_m, mask=in_md, other=0.0)
+            rows_q = _chosen_rows(rows - first_m, index, index_stride_k, prefix, in_m, first_n)
+        query = tl.load(query_rows + _steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+        upstream = tl.load(grad_rows + _steps(rows, grad_stride_m, UNIT), mask=in_md, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=0.0) * log2_e
         offset = tl.load(delta + first_row + rows, mask=in_m, other=0.0)
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
@@ -642,6 +677,7 @@ def received_kernel(
     bias_stride_b,
     bias_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -654,18 +690,19 @@ def received_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < keys
     in_d = offsets_d < D
-    sources = k + batch * k_stride_b + head * k_stride_h + offsets_n.to(tl.int64)[:, None] * k_stride_n
-    key = tl.load(sources + offsets_d[None, :], mask=in_n[:, None] & in_d[None, :], other=0.0)
+    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    in_nd = in_n[:, None] & in_d[None, :]
+    key = tl.load(key_rows + _steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
     if bias is not None:
         added = _bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
-    query_rows = q + batch * q_stride_b + head * q_stride_h + offsets_d[None, :]
+    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, queries, BLOCK_M):
         rows = start + offsets_m
         in_m = rows < queries
         mask = in_m[:, None] & in_d[None, :]
-        query = tl.load(query_rows + rows.to(tl.int64)[:, None] * q_stride_m, mask=mask, other=0.0)
+        query = tl.load(query_rows + _steps(rows, q_stride_m, UNIT), mask=mask, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=float("inf")) * log2_e
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
         if bias is not None:
@@ -696,6 +733,7 @@ def class_kernel(
     bias_stride_b,
     bias_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -705,11 +743,13 @@ def class_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < keys
     in_d = offsets_d < D
-    key_rows = k + batch * k_stride_b + offsets_n.to(tl.int64)[:, None] * k_stride_n + offsets_d[None, :]
     query_row = q + batch * q_stride_b + offsets_d
     if bias is not None:
         added = _bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
     acc = tl.zeros((BLOCK_N,), tl.float32)
+    first_head = k + tl.multiple_of(batch * k_stride_b, UNIT)
+    key_rows = first_head + _steps(offsets_n, k_stride_n, UNIT) + offsets_d[None, :]
+    next_head = tl.multiple_of(tl.cast(k_stride_h, tl.int64), UNIT)
     for head in range(heads):
         key = tl.load(key_rows, mask=in_n[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
@@ -719,7 +759,7 @@ def class_kernel(
             logit += added
             lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
         acc += tl.exp2(logit - lse)
-        key_rows += k_stride_h
+        key_rows += next_head
         query_row += q_stride_h
     tl.store(scores + batch * (keys - prefix) + offsets_n - prefix, acc / heads, mask=in_n)
 
@@ -740,28 +780,32 @@ def attention(
     prefix: int = 0,
     offsets: tuple[torch.Tensor, torch.Tensor] | None = None,
     longest: tuple[int, int] = (0, 0),
+    num_out: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """One launch, two with a policy; q (B, H, M, D), k and v (B, H, N, D), dense last axes, policy (B, N) or None.
 
     A bias is (B, N), an index (B, K): then M is prefix + K in what follows. With offsets of the queries and the keys,
-    (images + 1,) int32 each, B is 1, and ``longest`` says how many of either an image has at most.
+    (images + 1,) int32 each, B is 1, and ``longest`` says how many of either an image has at most. With both, the index
+    is (images, K), M is ``num_out``, and the queries are chosen from where the image's keys are.
 
     Returns out (B, H, M, D), and for the backward pass logsumexp (B, H, M), total (B, H, M), the mean (B, H, D) of v;
     without a policy the last two are empty.
     """
     batch, heads, queries, head_dim = q.shape
-    queries = queries if index is None else prefix + index.shape[1]
+    if index is not None:
+        queries = prefix + index.shape[1] if offsets is None else num_out
     keys = k.shape[2]
     hidden = policy is not None
     out = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device)
     logsumexp = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
     total = torch.empty(batch, heads, queries if hidden else 0, dtype=torch.float32, device=q.device)
     mean = torch.empty(batch, heads, head_dim if hidden else 0, dtype=torch.float32, device=q.device)
-    images, rows = (batch, queries) if offsets is None else (offsets[0].shape[0] - 1, max(1, longest[0]))
+    images, most = (batch, queries) if offsets is None else (offsets[0].shape[0] - 1, max(1, longest[0]))
     if out.numel() == 0 or images == 0:
         return out.zero_().transpose(1, 2), logsumexp, total, mean
     if hidden:
-        columns = mean_tile(head_dim)
+        unit = _unit(v)
+        columns = mean_tile(head_dim, unit > 1)
         mean_values_kernel[(heads, batch)](
             v,
             mean,
@@ -769,12 +813,15 @@ def attention(
             keys,
             *v.stride()[:3],
             D=head_dim,
+            UNIT=unit,
             BLOCK_N=columns.rows,
             BLOCK_D=columns.columns,
             num_warps=columns.num_warps,
         )
-    tile = _tiles(q, k, v, biased=bias is not None).forward
-    attention_kernel[(triton.cdiv(rows, tile.own), heads, images)](
+    unit = _unit(q, k, v)
+    used = any(option is not None for option in (bias, index, offsets))
+    tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used).forward
+    attention_kernel[(triton.cdiv(most, tile.own), heads, images)](
         q,
         k,
         v,
@@ -800,12 +847,12 @@ def attention(
         *_strides(bias),
         *_strides(index),
         D=head_dim,
+        UNIT=unit,
         POLICY=hidden,
         BLOCK_M=tile.own,
         BLOCK_N=tile.step,
         BLOCK_D=padded_head_dim(head_dim),
-        num_warps=tile.num_warps,
-        num_stages=2,
+        **_settings(tile),
     )
     return out.transpose(1, 2), logsumexp, total, mean
 
@@ -830,6 +877,7 @@ def key_scores(
     if scores.numel() == 0 or queries == 0:
         return scores.zero_()
     numbers = (scale * LOG2_E, LOG2_E, heads, queries, keys)
+    unit = _unit(q, k)
     if not received:
         class_tile = key_tile(head_dim)
         class_kernel[(triton.cdiv(keys - prefix, class_tile.rows), batch)](
@@ -844,13 +892,14 @@ def key_scores(
             *k.stride()[:3],
             *_strides(bias),
             D=head_dim,
+            UNIT=unit,
             BLOCK_N=class_tile.rows,
             BLOCK_D=class_tile.columns,
             num_warps=class_tile.num_warps,
         )
         return scores
     parts = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
-    tile = _tiles(q, k, biased=bias is not None).forward
+    tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None).forward
     received_kernel[(triton.cdiv(keys, tile.own), heads, batch)](
         q,
         k,
@@ -862,11 +911,11 @@ def key_scores(
         *k.stride()[:3],
         *_strides(bias),
         D=head_dim,
+        UNIT=unit,
         BLOCK_M=tile.step,
         BLOCK_N=tile.own,
         BLOCK_D=padded_head_dim(head_dim),
-        num_warps=tile.num_warps,
-        num_stages=2,
+        **_settings(tile),
     )
     _sum_heads(parts, scores)
     return scores
@@ -936,14 +985,15 @@ def attention_backward(
         *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*_strides(policy), *_strides(bias), *_strides(index), *_strides(grad_scores)),
     )
-    used = {"biased": bias is not None, "chosen": index is not None, "scored": grad_scores is not None}
-    tiles = _tiles(grad, q, k, v, **used)
+    unit = _unit(grad, q, k, v, out)
+    used = any(option is not None for option in (bias, index, offsets, grad_scores))
+    tiles = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
     settings = {
         "D": head_dim,
+        "UNIT": unit,
         "POLICY": hidden,
         "CLASS": kind == "class",
         "BLOCK_D": padded_head_dim(head_dim),
-        "num_stages": 2,
     }
     tile = tiles.grad_queries
     grad_queries_kernel[(triton.cdiv(rows, tile.own), heads, images)](
@@ -967,8 +1017,8 @@ def attention_backward(
         *out.stride()[:3],
         BLOCK_M=tile.own,
         BLOCK_N=tile.step,
-        num_warps=tile.num_warps,
         **settings,
+        **_settings(tile),
     )
     tile = tiles.grad_keys
     grad_keys_kernel[(triton.cdiv(columns, tile.own), heads, images)](
@@ -990,8 +1040,8 @@ def attention_backward(
         *strides,
         BLOCK_M=tile.step,
         BLOCK_N=tile.own,
-        num_warps=tile.num_warps,
         **settings,
+        **_settings(tile),
     )
     if parts is not None:
         _sum_heads(parts, grad_of_keys, None if offsets is None else offsets[1])

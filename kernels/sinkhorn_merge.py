@@ -4,6 +4,9 @@ Forward: similarities and norms; the iterations; the plan times the tokens. Back
 logarithm; the iterations in reverse, of which only vectors are kept; the gradient of the similarities, put together
 from them; the gradients of tokens and centres. Neither the plan nor the normalised tokens are ever written.
 
+The "again" kernels go forward without the similarities too, for which there is no backward: each computes those it
+needs from tokens and centres, and only vectors are kept, four of an image's tokens and one of its clusters.
+
 Rows of similarities are padded to a multiple of 16 columns, which hold -inf: every access is 16 bytes, and the
 padding drops out of all sums by itself. At a small eps the biases are large, so a plan is not made from their rounded
 sum: it is ``exp(similarity + cluster_bias - shift) * scale`` with each row's maximum and the reciprocal of its sum.
@@ -44,6 +47,18 @@ class PlanTile:
     num_warps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class SumsTile:
+    """Clusters and channels of sums that a program owns, tokens that it takes at a time, the step of similarities."""
+
+    clusters: int
+    channels: int
+    tokens: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
 # Short rows in short steps: the gradient of a similarity takes one exponential for every iteration.
 SLOPE_TILE = PlanTile(tokens=32, clusters=64, num_warps=4)
 
@@ -62,6 +77,21 @@ def sums_tile(channels: int, exact: bool) -> DotTile:
     if exact:
         return DotTile(rows=64, columns=min(columns, 64), step=16, num_warps=8, num_stages=2)
     return DotTile(rows=64, columns=columns, step=32, num_warps=8, num_stages=2)
+
+
+def again_tile(exact: bool) -> DotTile:
+    """Clusters against tokens or the other way round; two stages of exact float32 spill in part."""
+    if exact:
+        return DotTile(rows=64, columns=64, step=16, num_warps=8, num_stages=1)
+    return DotTile(rows=64, columns=64, step=64, num_warps=8, num_stages=3)
+
+
+def sums_again_tile(channels: int, exact: bool) -> SumsTile:
+    """As wide in the channels as registers allow: every block of them computes the similarities once more."""
+    columns = max(16, triton.next_power_of_2(channels))
+    if exact:
+        return SumsTile(clusters=64, channels=min(columns, 128), tokens=16, step=16, num_warps=8, num_stages=1)
+    return SumsTile(clusters=64, channels=min(columns, 256), tokens=32, step=64, num_warps=8, num_stages=3)
 
 
 def backward_tile(channels: int, small: bool) -> DotTile:
@@ -215,6 +245,14 @@ def plan_biases_kernel(
 
 
 @triton.jit
+def _copy_rows(source, target, rows, source_stride, target_stride, in_c):
+    """Channels in_c of some rows; source and target are pointers to those of the first."""
+    for row in range(0, rows):
+        value = tl.load(source + tl.cast(row, tl.int64) * source_stride, mask=in_c, other=0.0)
+        tl.store(target + tl.cast(row, tl.int64) * target_stride, value.to(target.dtype.element_ty), mask=in_c)
+
+
+@triton.jit
 def plan_sums_kernel(
     x,  # (B, N, C)
     similarity,  # (B, N, padded) float32, contiguous
@@ -249,10 +287,8 @@ def plan_sums_kernel(
     in_k = offsets_k < padded
     out += batch * (num_head + clusters) * channels
     if head is not None:
-        head += batch * head_stride_b + offsets_c
-        for row in range(0, tl.where(k_block == 0, num_head, 0)):
-            value = tl.load(head + tl.cast(row, tl.int64) * head_stride_n, mask=in_c, other=0.0)
-            tl.store(out + tl.cast(row, tl.int64) * channels + offsets_c, value.to(out.dtype.element_ty), mask=in_c)
+        copied = tl.where(k_block == 0, num_head, 0)
+        _copy_rows(head + batch * head_stride_b + offsets_c, out + offsets_c, copied, head_stride_n, channels, in_c)
     last = batch * iters + iters - 1
     cluster_bias = tl.load(cluster_biases + (last + batch + 1) * padded + offsets_k, mask=in_k, other=0.0)
     x += batch * x_stride_b
@@ -279,6 +315,267 @@ def plan_sums_kernel(
     targets = (num_head + offsets_k).to(tl.int64)[:, None] * channels + offsets_c[None, :]
     mask = (offsets_k < clusters)[:, None] & in_c[None, :]
     tl.store(out + targets, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _first_channels(rows, offsets, count, stride):
+    """(offsets, 1) pointers; rows past the end repeat the last one: a mask of their own costs registers."""
+    return rows + tl.minimum(offsets, count - 1).to(tl.int64)[:, None] * stride
+
+
+@triton.jit
+def _dots(rows, columns, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(ROWS, COLUMNS) float32 of two columns of pointers to the first channels."""
+    offsets_c = tl.arange(0, BLOCK_C)[None, :]
+    dots = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        in_c = start + offsets_c < channels
+        a = tl.load(rows + start + offsets_c, mask=in_c, other=0.0)
+        b = tl.load(columns + start + offsets_c, mask=in_c, other=0.0)
+        dots = _dot(a, tl.trans(b), dots, "ieee")
+    return dots
+
+
+@triton.jit
+def first_biases_again_kernel(
+    x,  # (B, N, C)
+    centers,  # (K, C)
+    inverse_norm,  # (B, N) float32, contiguous
+    cluster_bias,  # (B, K) float32, contiguous
+    inverse_eps,
+    tokens,
+    clusters,
+    channels,
+    x_stride_b,
+    x_stride_n,
+    centers_stride_k,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: the first biases of BLOCK_K clusters; those of the first clusters store the norms too."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    offsets_c = tl.arange(0, BLOCK_C)[None, :]
+    rows_k = _first_channels(centers, offsets_k, clusters, centers_stride_k)
+    x += batch * x_stride_b
+    maximum = tl.full((BLOCK_K,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for start_n in range(0, tokens, BLOCK_N):
+        offsets_n = start_n + tl.arange(0, BLOCK_N)
+        in_n = offsets_n < tokens
+        rows_n = _first_channels(x, offsets_n, tokens, x_stride_n)
+        dots = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
+        squares = tl.zeros((BLOCK_N,), tl.float32)
+        for start in range(0, channels, BLOCK_C):
+            in_c = start + offsets_c < channels
+            center = tl.load(rows_k + start + offsets_c, mask=in_c, other=0.0)
+            token = tl.load(rows_n + start + offsets_c, mask=in_c, other=0.0)
+            squares += tl.sum(token.to(tl.float32) * token.to(tl.float32), 1)
+            dots = _dot(center, tl.trans(token), dots, "ieee")
+        inverse = 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
+        if tl.program_id(0) == 0:
+            tl.store(inverse_norm + batch * tokens + offsets_n, inverse, mask=in_n)
+        score = tl.where(in_n[None, :], dots * (inverse * inverse_eps)[None, :], float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, 1))
+        total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(score - new_maximum[:, None]), 1)
+        maximum = new_maximum
+    tl.store(cluster_bias + batch * clusters + offsets_k, -maximum - tl.log(total), mask=offsets_k < clusters)
+
+
+@triton.jit
+def token_biases_again_kernel(
+    x,  # (B, N, C)
+    centers,  # (K, C)
+    inverse_norm,  # (B, N) float32, contiguous
+    cluster_bias,  # (B, K) float32, contiguous
+    token_bias,  # (B, N) float32, contiguous
+    token_shift,  # (B, N) float32, contiguous
+    token_scale,  # (B, N) float32, contiguous
+    inverse_eps,
+    tokens,
+    clusters,
+    channels,
+    x_stride_b,
+    x_stride_n,
+    centers_stride_k,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: maxima, reciprocal sums and biases of BLOCK_N tokens."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offsets_n < tokens
+    rows_n = _first_channels(x + batch * x_stride_b, offsets_n, tokens, x_stride_n)
+    targets = batch * tokens + offsets_n
+    factor = tl.load(inverse_norm + targets, mask=in_n, other=0.0) * inverse_eps
+    shift = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start_k in range(0, clusters, BLOCK_K):
+        offsets_k = start_k + tl.arange(0, BLOCK_K)
+        rows_k = _first_channels(centers, offsets_k, clusters, centers_stride_k)
+        sources = cluster_bias + batch * clusters + offsets_k
+        bias = tl.load(sources, mask=offsets_k < clusters, other=float("-inf"))
+        score = _dots(rows_n, rows_k, channels, BLOCK_N, BLOCK_K, BLOCK_C) * factor[:, None] + bias[None, :]
+        new_shift = tl.maximum(shift, tl.max(score, 1))
+        total = total * tl.exp(shift - new_shift) + tl.sum(tl.exp(score - new_shift[:, None]), 1)
+        shift = new_shift
+    tl.store(token_bias + targets, -shift - tl.log(total), mask=in_n)
+    tl.store(token_shift + targets, shift, mask=in_n)
+    tl.store(token_scale + targets, 1.0 / total, mask=in_n)
+
+
+@triton.jit
+def _plan(
+    rows_k,
+    bias,
+    x,
+    inverse_norm,
+    token_shift,
+    token_scale,
+    inverse_eps,
+    offsets_n,
+    tokens,
+    channels,
+    x_stride_n,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Plan (BLOCK_K, BLOCK_N) of an image's clusters and tokens, 0 for tokens past the end, and their norms."""
+    in_n = offsets_n < tokens
+    inverse = tl.load(inverse_norm + offsets_n, mask=in_n, other=0.0)
+    shift = tl.load(token_shift + offsets_n, mask=in_n, other=float("inf"))
+    scale = tl.load(token_scale + offsets_n, mask=in_n, other=0.0)
+    rows_n = _first_channels(x, offsets_n, tokens, x_stride_n)
+    score = _dots(rows_k, rows_n, channels, BLOCK_K, BLOCK_N, BLOCK_C) * (inverse * inverse_eps)[None, :]
+    return tl.exp(score + bias[:, None] - shift[None, :]) * scale[None, :], inverse
+
+
+@triton.jit
+def cluster_biases_again_kernel(
+    x,  # (B, N, C)
+    centers,  # (K, C)
+    inverse_norm,  # (B, N) float32, contiguous
+    cluster_bias,  # (B, K) float32, contiguous, updated
+    token_shift,  # (B, N) float32, contiguous
+    token_scale,  # (B, N) float32, contiguous
+    inverse_eps,
+    tokens,
+    clusters,
+    channels,
+    x_stride_b,
+    x_stride_n,
+    centers_stride_k,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: the next biases of BLOCK_K clusters, from the plan's column sums, which are at least 1 / K."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_k = offsets_k < clusters
+    rows_k = _first_channels(centers, offsets_k, clusters, centers_stride_k)
+    x += batch * x_stride_b
+    inverse_norm += batch * tokens
+    token_shift += batch * tokens
+    token_scale += batch * tokens
+    cluster_bias += batch * clusters + offsets_k
+    bias = tl.load(cluster_bias, mask=in_k, other=0.0)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for start_n in range(0, tokens, BLOCK_N):
+        plan, _ = _plan(
+            rows_k,
+            bias,
+            x,
+            inverse_norm,
+            token_shift,
+            token_scale,
+            inverse_eps,
+            start_n + tl.arange(0, BLOCK_N),
+            tokens,
+            channels,
+            x_stride_n,
+            BLOCK_K,
+            BLOCK_N,
+            BLOCK_C,
+        )
+        total += tl.sum(plan, 1)
+    tl.store(cluster_bias, bias - tl.log(total), mask=in_k)
+
+
+@triton.jit
+def plan_sums_again_kernel(
+    x,  # (B, N, C)
+    centers,  # (K, C)
+    inverse_norm,  # (B, N) float32, contiguous
+    cluster_bias,  # (B, K) float32, contiguous
+    token_shift,  # (B, N) float32, contiguous
+    token_scale,  # (B, N) float32, contiguous
+    head,  # (B, P, C) or None
+    out,  # (B, P + K, C), contiguous
+    inverse_eps,
+    tokens,
+    clusters,
+    channels,
+    num_head,
+    x_stride_b,
+    x_stride_n,
+    centers_stride_k,
+    head_stride_b,
+    head_stride_n,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One program: BLOCK_C channels of BLOCK_K clusters; those of the first clusters copy the head too."""
+    batch = tl.program_id(1).to(tl.int64)
+    c_blocks = tl.cdiv(channels, BLOCK_C)
+    k_block = tl.program_id(0) // c_blocks
+    offsets_c = tl.program_id(0) % c_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    offsets_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
+    in_c = offsets_c < channels
+    in_k = offsets_k < clusters
+    out += batch * (num_head + clusters) * channels
+    if head is not None:
+        copied = tl.where(k_block == 0, num_head, 0)
+        _copy_rows(head + batch * head_stride_b + offsets_c, out + offsets_c, copied, head_stride_n, channels, in_c)
+    rows_k = _first_channels(centers, offsets_k, clusters, centers_stride_k)
+    x += batch * x_stride_b
+    inverse_norm += batch * tokens
+    token_shift += batch * tokens
+    token_scale += batch * tokens
+    bias = tl.load(cluster_bias + batch * clusters + offsets_k, mask=in_k, other=float("-inf"))
+    acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
+    for start_n in range(0, tokens, BLOCK_N):
+        offsets_n = start_n + tl.arange(0, BLOCK_N)
+        plan, inverse = _plan(
+            rows_k,
+            bias,
+            x,
+            inverse_norm,
+            token_shift,
+            token_scale,
+            inverse_eps,
+            offsets_n,
+            tokens,
+            channels,
+            x_stride_n,
+            BLOCK_K,
+            BLOCK_N,
+            STEP,
+        )
+        token = tl.load(
+            x + offsets_n.to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :],
+            mask=(offsets_n < tokens)[:, None] & in_c[None, :],
+            other=0.0,
+        )
+        acc = _dot(plan * inverse[None, :], token, acc, PRECISION)
+    targets = (num_head + offsets_k).to(tl.int64)[:, None] * channels + offsets_c[None, :]
+    tl.store(out + targets, acc.to(out.dtype.element_ty), mask=in_k[:, None] & in_c[None, :])
 
 
 @triton.jit
@@ -772,6 +1069,75 @@ def sinkhorn_merge(
         num_stages=tile.num_stages,
     )
     return merged, similarity, token_bias, *saved
+
+
+def sinkhorn_merge_blocks(
+    x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """2 iters + 1 launches; the same merged rows, token_bias (B, N) and cluster_bias (B, K), with vectors only."""
+    batch, tokens, channels = x.shape
+    clusters = centers.shape[0]
+    num_head = 0 if head is None else head.shape[1]
+    dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
+    merged = torch.empty(batch, num_head + clusters, channels, dtype=dtype, device=x.device)
+    numbers = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
+    inverse_norm, token_bias, token_shift, token_scale = (numbers(batch, tokens) for _ in range(4))
+    cluster_bias = numbers(batch, clusters)
+    if batch == 0:
+        return merged, token_bias, cluster_bias
+    exact = x.dtype == torch.float32 or centers.dtype != x.dtype
+    tile = again_tile(exact)
+    scalars = (1.0 / eps, tokens, clusters, channels)
+    strides = (*x.stride()[:2], centers.stride(0))
+    settings = {"BLOCK_C": tile.step, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if centers.dtype != x.dtype:  # without it one of them spills a few
+        settings["maxnreg"] = MOST_REGISTERS
+    of_clusters = {"BLOCK_K": tile.rows, "BLOCK_N": tile.columns, **settings}
+    of_tokens = {"BLOCK_N": tile.rows, "BLOCK_K": tile.columns, **settings}
+    k_blocks = (triton.cdiv(clusters, tile.rows), batch)
+    n_blocks = (triton.cdiv(tokens, tile.rows), batch)
+    first_biases_again_kernel[k_blocks](x, centers, inverse_norm, cluster_bias, *scalars, *strides, **of_clusters)
+    for step in range(iters):
+        if step:
+            cluster_biases_again_kernel[k_blocks](
+                x, centers, inverse_norm, cluster_bias, token_shift, token_scale, *scalars, *strides, **of_clusters
+            )
+        token_biases_again_kernel[n_blocks](
+            x,
+            centers,
+            inverse_norm,
+            cluster_bias,
+            token_bias,
+            token_shift,
+            token_scale,
+            *scalars,
+            *strides,
+            **of_tokens,
+        )
+    precision = _precision(dtype)
+    sums = sums_again_tile(channels, exact or precision == "ieee")
+    plan_sums_again_kernel[(triton.cdiv(clusters, sums.clusters) * triton.cdiv(channels, sums.channels), batch)](
+        x,
+        centers,
+        inverse_norm,
+        cluster_bias,
+        token_shift,
+        token_scale,
+        head,
+        merged,
+        *scalars,
+        num_head,
+        *strides,
+        *((0, 0) if head is None else head.stride()[:2]),
+        PRECISION=precision,
+        BLOCK_K=sums.clusters,
+        BLOCK_C=sums.channels,
+        BLOCK_N=sums.tokens,
+        STEP=sums.step,
+        num_warps=sums.num_warps,
+        num_stages=sums.num_stages,
+    )
+    return merged, token_bias, cluster_bias
 
 
 def sinkhorn_merge_backward(

@@ -252,6 +252,8 @@ def test_refuses():
 
 
 INDEX = torch.tensor([[4, 0, 0], [2, 5, 2]])  # as ATS pads: the same query several times
+CHOSEN_OFFSETS = tuple(torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 3, 3, 5, 6], [0, 5, 5, 8, 13]))
+KEPT = torch.tensor([[0, 2], [0, 0], [1, 0], [1, 2]])  # of packed images, each once, the real ones first
 OFFSETS = tuple(torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 3, 3, 5, 6], [0, 2, 4, 4, 6]))
 
 
@@ -276,11 +278,21 @@ def spelled_out(q, k, v, bias):
     return weights, weights @ v, logits.logsumexp(-1)
 
 
+def in_one_row(*tensors):
+    """(2, H, 7, D) -> (1, H, 14, D)."""
+    return [t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in tensors]
+
+
 def ragged(q, k, v, bias=None, **options):
-    """All images in one row, of which the last is past the end: (2, H, 7, D) -> (1, H, 14, D)."""
-    q, k, v = (t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in (q, k, v))
+    """All images in one row, of which the last is past the end."""
     bias = None if bias is None else bias.reshape(1, -1)
-    return ops.attention(q, k, v, bias=bias, offsets=OFFSETS, longest=(3, 2), **options)
+    return ops.attention(*in_one_row(q, k, v), bias=bias, offsets=OFFSETS, longest=(3, 2), **options)
+
+
+def ragged_index(q, k, v, bias, **options):
+    """The class token of every image and at most two others attend, and there is room for two more."""
+    options = {"index": KEPT, "offsets": CHOSEN_OFFSETS, "longest": (3, 5), "num_out": 8, **options}
+    return ops.attention(*in_one_row(q, k, v), bias=bias.reshape(1, -1), **options)
 
 
 def by_parts(scale=None):
@@ -297,9 +309,12 @@ def by_parts(scale=None):
         "received": lambda q, k, v, b: ops.attention_scores(q, k, v, kind="received", bias=b, scale=scale),
         "received, by function": lambda q, k, v, b: AttentionScores.apply(q, k, v, "received", b, 0, half),
         "ragged": lambda q, k, v, b: (ragged(q, k, v, b, scale=scale),),
+        "ragged, index": lambda q, k, v, b: (ragged_index(q, k, v, b, scale=scale),),
+        "ragged, index, by function": lambda q, k, v, b: Attention.apply(
+            *in_one_row(q, k, v), None, half, 0.0, b.reshape(1, -1), KEPT, 1, *CHOSEN_OFFSETS, 3, 5, 8
+        )[:1],
         "ragged, by function": lambda q, k, v, b: Attention.apply(
-            *(t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in (q, k, v)),
-            *(None, half, 0.0, b.reshape(1, -1), None, 0, *OFFSETS, 3, 2),
+            *in_one_row(q, k, v), None, half, 0.0, b.reshape(1, -1), None, 0, *OFFSETS, 3, 2
         )[:1],
     }
 
@@ -390,12 +405,16 @@ def test_opcheck_and_compile_options(name):
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain)
     check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
-    if name.startswith("ragged"):
+    num_out = ()
+    if name.startswith("ragged, index"):
+        q, k, v = in_one_row(q, k, v)
+        options, num_out = (bias.reshape(1, -1), KEPT, 1, *CHOSEN_OFFSETS, 3, 5), (8,)
+    elif name.startswith("ragged"):
         q, k, v = (t[:1] for t in (q, k, v))
         options = (bias[:1], None, 0, *OFFSETS, 3, 2)
     else:
         options = (bias, INDEX if name.startswith("index") else None, 1, None, None, 0, 0)
-    arguments = (q, k, v, None, 0.5, 0.0, *options)
+    arguments = (q, k, v, None, 0.5, 0.0, *options, *num_out)
     check(NATIVE.attention.default, arguments)
     out, logsumexp, *rest = NATIVE.attention(*arguments)
     of_scores = ()
@@ -422,7 +441,11 @@ def test_refuses_options():
         (ValueError, "policy and bias exclude", lambda: call(q, k, v, bias=bias, policy=policy)),
         (ValueError, "policy and index exclude", lambda: call(q, k, v, index=INDEX, policy=policy)),
         (ValueError, "policy and offsets exclude", lambda: call(q, k, v, policy=policy, **images)),
-        (ValueError, "index and offsets exclude", lambda: call(q, k, v, index=INDEX, **images)),
+        (ValueError, "needs num_out", lambda: call(*one, index=KEPT, **images)),
+        (ValueError, "num_out=6 goes with both", lambda: call(*one, num_out=6, **images)),
+        (ValueError, "num_out must be between 0", lambda: call(*one, index=KEPT, num_out=-1, **images)),
+        (ValueError, r"each of the 4 images, got shape \(2, 3\)", lambda: call(*one, index=INDEX, num_out=6, **images)),
+        (ValueError, "lie as the keys", lambda: call(one[0][:, :, 1:], *one[1:], index=KEPT, num_out=6, **images)),
         (TypeError, "index must hold int64 or int32", lambda: call(q, k, v, index=INDEX.float())),
         (ValueError, r"index must have q's batch size 2, got shape \(1, 3\)", lambda: call(q, k, v, index=INDEX[:1])),
         (ValueError, "prefix must be between 0 and 7, got 8", lambda: call(q, k, v, index=INDEX, prefix=8)),

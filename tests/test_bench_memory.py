@@ -1,5 +1,6 @@
 """bench.memory: peaks are counted right, and growth beyond that of the tokens is found."""
 
+import importlib
 import json
 import os
 
@@ -10,6 +11,7 @@ from bench import memory
 from bench.gates import Known
 from bench.memory import peak_bytes
 from fastreduce.kernels import cluster_k_medoids
+from fastreduce.reducers import soft
 
 CPU = torch.device("cpu")
 compiles = pytest.mark.skipif(
@@ -66,6 +68,17 @@ def test_what_a_launcher_allocates(monkeypatch, capsys):
     monkeypatch.setattr(cluster_k_medoids, "STORED", 0)
     memory.main(arguments)
     assert "kernels cluster_k_medoids has" not in capsys.readouterr().out
+
+
+@compiles
+def test_what_sinkhorn_allocates_with_similarities_and_without(monkeypatch, capsys):
+    arguments = ["--primitives", "sinkhorn_merge", "--tokens", "257,1025", "--device", "cpu"]
+    memory.main(arguments)
+    assert "kernels sinkhorn_merge has" in capsys.readouterr().out
+    monkeypatch.setattr(soft, "LOGITS", 0)
+    monkeypatch.setattr(importlib.import_module("fastreduce.ops.sinkhorn_merge"), "KEPT", 0)
+    memory.main(arguments)
+    assert "kernels sinkhorn_merge has" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def test_sinkhorn_merge_in_blocks(dtype, monkeypatch):
     for iters in (1, 3):
         options = {"eps": 0.1, "iters": iters, "head": x[:, :1]}
         whole = ops.sinkhorn_merge(x[:, 1:], centers, **options)
-        assert ops.sinkhorn_merge(x[:, 1:], centers, similarity=False, **options)[1] is None  # may have a gradient
+        merged, none, *_ = ops.sinkhorn_merge(x[:, 1:], centers.clone().requires_grad_(), similarity=False, **options)
+        assert merged.requires_grad
+        assert none is None
         with torch.no_grad():
             merged, none, *biases = ops.sinkhorn_merge(x[:, 1:], centers, similarity=False, **options)
         assert none is None

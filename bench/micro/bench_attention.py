@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.primitive import Inputs, Other, Outputs, Primitive, Shape, nbytes, packed_qkv
+from bench.primitive import DTYPES, Inputs, Other, Outputs, Primitive, Shape, nbytes, packed_qkv
 from fastreduce import ops
 
 
@@ -48,23 +49,24 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(*_tensors(inputs), *outputs, *gradients)
 
 
-def _tiles(q: Tensor, chosen: bool = False) -> Any:
+def _tiles(inputs: Inputs) -> Any:
     from fastreduce.kernels.attention import attention_tiles
 
-    return attention_tiles(q.shape[3], q.dtype, aligned=True, chosen=chosen)
+    with_options = any(name in inputs for name in ("bias", "index", "offsets"))
+    return attention_tiles(inputs["q"].shape[3], inputs["q"].dtype, aligned=True, with_options=with_options)
 
 
 def _tiled(inputs: Inputs) -> int:
     """Q and the result once; K, V and every head's copy of the policy or the bias once a tile of queries."""
     q, k, v, *of_keys = _tensors(inputs)
-    sweeps = math.ceil(q.shape[2] / _tiles(q).forward.own)
+    sweeps = math.ceil(q.shape[2] / _tiles(inputs).forward.own)
     return 2 * nbytes(q) + sweeps * (nbytes(k, v) + q.shape[1] * nbytes(*of_keys))
 
 
 def _backward_tiled(inputs: Inputs) -> int:
     """First K, V and the policy once a tile of queries, then Q and the upstream gradient once a tile of keys."""
     q, k, v, *of_keys = _tensors(inputs)
-    tiles = _tiles(q)
+    tiles = _tiles(inputs)
     over_keys = math.ceil(q.shape[2] / tiles.grad_queries.own)
     over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
     others = (over_keys + 1) * q.shape[1] * nbytes(*of_keys)
@@ -157,7 +159,7 @@ def _index_bytes(inputs: Inputs) -> tuple[int, int, int]:
 
 def _index_tiled(inputs: Inputs) -> int:
     queries, rows, index = _index_bytes(inputs)
-    sweeps = math.ceil(queries / _tiles(inputs["q"]).forward.own)
+    sweeps = math.ceil(queries / _tiles(inputs).forward.own)
     return 2 * rows + index + sweeps * nbytes(inputs["k"], inputs["v"])
 
 
@@ -165,7 +167,7 @@ def _index_backward_tiled(inputs: Inputs) -> int:
     """As without an index, of fewer queries; then their gradients are added up."""
     q, k, v, _ = inputs.values()
     queries, rows, index = _index_bytes(inputs)
-    tiles = _tiles(q, chosen=True)
+    tiles = _tiles(inputs)
     over_keys = math.ceil(queries / tiles.grad_queries.own)
     over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
     gradients = 2 * rows + nbytes(q, k, v)
@@ -208,13 +210,13 @@ def _packed_backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs)
 def _packed_tiled(inputs: Inputs) -> int:
     """As of every image alone; the result of all rows."""
     q = inputs["q"]
-    row, own = nbytes(q) // q.shape[2], _tiles(q).forward.own
+    row, own = nbytes(q) // q.shape[2], _tiles(inputs).forward.own
     return nbytes(q) + row * sum(length + 2 * length * math.ceil(length / own) for length in _lengths(inputs))
 
 
 def _packed_backward_tiled(inputs: Inputs) -> int:
     q = inputs["q"]
-    row, tiles = nbytes(q) // q.shape[2], _tiles(q)
+    row, tiles = nbytes(q) // q.shape[2], _tiles(inputs)
     read = 0
     for length in _lengths(inputs):
         sweeps = math.ceil(length / tiles.grad_queries.own) + math.ceil(length / tiles.grad_keys.own)
@@ -256,13 +258,13 @@ def _class_backward_tiled(inputs: Inputs) -> int:
 def _received_tiled(inputs: Inputs) -> int:
     """K once more, and Q once a tile of keys."""
     q, k = inputs["q"], inputs["k"]
-    return _tiled(inputs) + nbytes(k) + math.ceil(k.shape[2] / _tiles(q).forward.own) * nbytes(q)
+    return _tiled(inputs) + nbytes(k) + math.ceil(k.shape[2] / _tiles(inputs).forward.own) * nbytes(q)
 
 
 def _received_backward_tiled(inputs: Inputs) -> int:
     """K once more a tile of queries."""
     q, k = inputs["q"], inputs["k"]
-    return _backward_tiled(inputs) + math.ceil(q.shape[2] / _tiles(q).grad_queries.own) * nbytes(k)
+    return _backward_tiled(inputs) + math.ceil(q.shape[2] / _tiles(inputs).grad_queries.own) * nbytes(k)
 
 
 _COMMON: dict[str, Any] = {"floor": _floor, "gradients": ("q", "k", "v"), "backward_floor": _backward_floor}
@@ -331,6 +333,53 @@ ATTENTION_RECEIVED = Primitive(
     backward_tiled=_received_backward_tiled,
     others={"sdpa": Other(_apart_received)},
 )
+
+
+HEAD_DIMS = (32, 48, 64, 80, 96, 128)
+
+
+def _launch(head_dim: int, dtype: torch.dtype, aligned: bool, call: str, bias: str, used: Sequence[str]) -> None:
+    """Forward and backward of one use, on zeros; rows that are not aligned lie an odd number of elements apart."""
+    images, tokens = 1 if "offsets" in used else 2, 197
+
+    def heads(rows: int) -> Tensor:
+        return torch.zeros(images, rows, 6, head_dim + (not aligned), dtype=dtype)[..., :head_dim].transpose(1, 2)
+
+    options: dict[str, Any] = {}
+    if "index" in used:
+        options["index"] = torch.zeros(3 if "offsets" in used else images, tokens // 2, dtype=torch.int64)
+    if "offsets" in used:
+        options |= {"offsets": tuple(torch.zeros(2, 4, dtype=torch.int32)), "longest": (tokens, tokens)}
+    if len(used) == 2:
+        options["num_out"] = tokens
+    if call in ("class", "received"):
+        options["kind"] = call
+    if bias:
+        options["policy" if bias == "policy" else "bias"] = torch.zeros(images, tokens)
+    leaves = [heads(tokens).requires_grad_() for _ in "qkv"]
+    if bias in ("policy", "learned"):
+        leaves.append(options["policy" if bias == "policy" else "bias"].requires_grad_())
+    name = {"": "attention", "logsumexp": "attention_logsumexp"}.get(call, "attention_scores")
+    made = getattr(ops, name)(*leaves[:3], **options, backend="triton")
+    outs = made if isinstance(made, tuple) else (made,)
+    torch.autograd.grad(outs, leaves, [heads(outs[0].shape[2]), *map(torch.zeros_like, outs[1:])])
+
+
+def every_launch() -> Iterator[tuple[str, torch.dtype, bool, Callable[[], None]]]:
+    """All options at all head dimensions: what it is, dtype, whether rows are aligned to 16 bytes, the launch.
+
+    For the compile report, where no option may make a kernel spill.
+    """
+    uses: list[tuple[str, str, tuple[str, ...]]] = [("", "policy", ())]
+    for bias in ("", "constant", "learned"):
+        uses += [("", bias, used) for used in ((), ("index",), ("offsets",), ("index", "offsets"))]
+        uses += [("logsumexp", bias, used) for used in ((), ("index",))]
+        uses += [("class", bias, ()), ("received", bias, ())]
+    for head_dim, dtype, aligned in itertools.product(HEAD_DIMS, DTYPES.values(), (True, False)):
+        for call, bias, used in uses:
+            words = (call, bias and f"{bias}-bias".replace("policy-bias", "policy"), *used)
+            name = "-".join(("head", str(head_dim), "aligned" if aligned else "odd", *filter(None, words)))
+            yield name, dtype, aligned, functools.partial(_launch, head_dim, dtype, aligned, call, bias, used)
 
 
 def test_attention(speed): ...

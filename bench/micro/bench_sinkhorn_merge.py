@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from bench.primitive import Inputs, Outputs, Primitive, Shape, nbytes, randn
 from fastreduce import ops
+from fastreduce.reducers import soft
+
+from ._clusters import swept
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
+    """Similarities are wanted if they are not too many, as by the reducer."""
     x = randn(generator, shape.dtype, shape.batch, shape.tokens, shape.channels)
     centers = F.normalize(randn(generator, shape.dtype, shape.kept, shape.channels), dim=-1)
-    return {"x": x[:, 1:], "centers": centers, "eps": 1.0, "iters": 3, "head": x[:, :1]}
+    similarity = shape.tokens * shape.kept <= soft.LOGITS
+    return {"x": x[:, 1:], "centers": centers, "eps": 1.0, "iters": 3, "head": x[:, :1], "similarity": similarity}
+
+
+def _call(**arguments: Any) -> Outputs:
+    return tuple(output for output in ops.sinkhorn_merge(**arguments) if output is not None)
 
 
 def _plain(inputs: Inputs) -> Outputs:
     """In the log domain; the margin, one number for tokens and clusters alike, cancels and is left out."""
-    x, centers, eps, iters, head = inputs.values()
+    x, centers, eps, iters, head, similarity = inputs.values()
     unit = F.normalize(x, dim=-1)
     logits = (centers @ unit.transpose(1, 2)) / eps
     columns = logits.new_zeros(len(logits), 1, logits.shape[2])
@@ -27,7 +37,8 @@ def _plain(inputs: Inputs) -> Outputs:
         rows = -(logits + columns).logsumexp(dim=2, keepdim=True)
         columns = -(logits + rows).logsumexp(dim=1, keepdim=True)
     merged = torch.cat([head, (logits + rows + columns).exp() @ unit], dim=1)
-    return merged, logits.transpose(1, 2).detach(), columns.squeeze(1).detach(), rows.squeeze(2).detach()
+    scores = (logits.transpose(1, 2).detach(),) if similarity else ()
+    return merged, *scores, columns.squeeze(1).detach(), rows.squeeze(2).detach()
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
@@ -39,11 +50,30 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(inputs["x"], inputs["centers"], outputs[0][:, 1:], *gradients[:2])
 
 
+def _again_tiled(inputs: Inputs) -> int:
+    """Similarities once for the start, twice an iteration but the last and once a tile of channels of the sums."""
+    from fastreduce.kernels import sinkhorn_merge as kernels
+
+    x, centers, _, iters, head, _ = inputs.values()
+    (batch, tokens, channels), clusters = x.shape, len(centers)
+    exact = x.dtype == torch.float32
+    tile, last = kernels.again_tile(exact), kernels.sums_again_tile(channels, exact)
+    c_blocks, k_blocks = math.ceil(channels / last.channels), math.ceil(clusters / last.clusters)
+    rows = iters * (swept(clusters, tokens, tile.rows, tile.columns) + swept(tokens, clusters, tile.rows, tile.columns))
+    rows += c_blocks * swept(clusters, tokens, last.clusters, last.tokens) + k_blocks * tokens
+    vectors = tokens * (1 + 4 * iters + 3 * (iters - 1 + c_blocks) * k_blocks)
+    vectors += clusters * (iters * math.ceil(tokens / tile.rows) + 2 * iters - 1 + c_blocks)
+    merged = centers  # as many bytes an image
+    return 2 * nbytes(head) + batch * (rows * channels * x.element_size() + 4 * vectors + nbytes(merged))
+
+
 def _tiled(inputs: Inputs) -> int:
     """Two products, x times centres and plan times x, and the similarities once an iteration and a tile of channels."""
     from fastreduce.kernels import sinkhorn_merge as kernels
 
-    x, centers, _, iters, head = inputs.values()
+    x, centers, _, iters, head, similarity = inputs.values()
+    if not similarity:
+        return _again_tiled(inputs)
     (batch, tokens, channels), clusters = x.shape, len(centers)
     padded, exact = kernels.padded_clusters(clusters), x.dtype == torch.float32
     first, second = kernels.similarity_tile(clusters, exact), kernels.sums_tile(channels, exact)
@@ -59,7 +89,7 @@ def _backward_tiled(inputs: Inputs) -> int:
     """Four products in tiles; similarities and their gradients, once an iteration and thrice a tile of channels."""
     from fastreduce.kernels import sinkhorn_merge as kernels
 
-    x, centers, _, iters, _ = inputs.values()
+    x, centers, _, iters, *_ = inputs.values()
     (batch, tokens, channels), clusters = x.shape, len(centers)
     padded, exact = kernels.padded_clusters(clusters), x.dtype == torch.float32
     first, last = kernels.similarity_tile(clusters, exact), kernels.backward_tile(channels, exact)
@@ -76,7 +106,7 @@ def _backward_tiled(inputs: Inputs) -> int:
 SINKHORN_MERGE = Primitive(
     "sinkhorn_merge",
     make=_make,
-    call=ops.sinkhorn_merge,
+    call=_call,
     plain=_plain,
     floor=_floor,
     gradients=("x", "centers", "head"),

@@ -213,20 +213,18 @@ class ReducedBlock(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens, queries: Packing, rows: int
     ) -> Tensor:
         """Attention of the prefix and of the kept patch tokens, packed -> (1, rows, H * D)."""
-
-        def pick(x: Tensor) -> Tensor:
-            assert keys.packing is not None
-            offsets = keys.packing.offsets, queries.offsets
-            return ops.gather_packed(x, kept, offsets, num_out=rows, prefix=keys.prefix, backend=self._reducer.backend)
-
+        assert keys.packing is not None
+        picked, offsets = None, (keys.packing.offsets, queries.offsets)
         late = q.shape[2] < normed.shape[1]
-        picked = pick(normed) if late or getattr(self.attn, "gate", None) is not None else None
+        if late or getattr(self.attn, "gate", None) is not None:
+            picked = ops.gather_packed(
+                normed, kept, offsets, num_out=rows, prefix=keys.prefix, backend=self._reducer.backend
+            )
         if late:
             assert picked is not None
-            q = self.query(picked)
-        else:
-            q = pick(q.transpose(1, 2).flatten(2)).unflatten(2, q.shape[1::2]).transpose(1, 2)
-        return self.attention(q, k, v, picked, keys, queries)
+            return self.attention(self.query(picked), k, v, picked, keys, queries)
+        chosen: dict[str, Any] = {"index": kept, "prefix": keys.prefix, "num_out": rows}
+        return self._attended(self._packed_attention(q, k, v, keys.packing, queries, **chosen), picked)
 
     def _is_plain(self, keys: Tokens) -> bool:
         """Whether attention is a softmax over the keys with at most a bias: our own cannot drop weights."""
@@ -246,8 +244,10 @@ class ReducedBlock(nn.Module):
         dtype = q.dtype if q.is_cuda else torch.promote_types(q.dtype, keys.bias.dtype)
         return keys.bias[:, None, None, :].to(dtype)
 
-    def _packed_attention(self, q: Tensor, k: Tensor, v: Tensor, keys: Packing, queries: Packing) -> Tensor:
-        """Every query over the keys of its own image -> (1, H, T, D)."""
+    def _packed_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Packing, queries: Packing, **chosen: Any
+    ) -> Tensor:
+        """Every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
         return ops.attention(
             q,
             k,
@@ -257,6 +257,7 @@ class ReducedBlock(nn.Module):
             longest=(queries.longest, keys.longest),
             scale=self.scale,
             backend=self._reducer.backend,
+            **chosen,
         )
 
     def attention(

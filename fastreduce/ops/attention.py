@@ -1,12 +1,14 @@
 """``attention`` without the N x N matrix: with policy, bias, chosen queries, packed images; and what it says of keys.
 
-Launches: forward 1, backward 2; with a policy 2 and 3; a differentiable bias adds 1 to the backward pass, an index 2.
+Launches: forward 1, backward 2; with a policy 2 and 3; a differentiable bias adds 1 to the backward pass, an index 2,
+of packed images 1.
 ``attention_scores``: forward 2 for the class token's attention, 3 for the received one; backward 2.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -51,12 +53,13 @@ def _triton_forward(
     key_offsets: Tensor | None = None,
     longest_queries: int = 0,
     longest_keys: int = 0,
+    num_out: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import attention as kernels
 
     offsets, longest = _pair(query_offsets, key_offsets), (longest_queries, longest_keys)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    return kernels.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets, longest)
+    return kernels.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets, longest, num_out)
 
 
 def _reference_forward(
@@ -73,9 +76,10 @@ def _reference_forward(
     key_offsets: Tensor | None = None,
     longest_queries: int = 0,
     longest_keys: int = 0,
+    num_out: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     offsets = _pair(query_offsets, key_offsets)
-    out, *sums = reference.attention_with_sums(q, k, v, policy, scale, eps, bias, index, prefix, offsets)
+    out, *sums = reference.attention_with_sums(q, k, v, policy, scale, eps, bias, index, prefix, offsets, num_out)
     return _sequence_first(out), sums[0], sums[1], sums[2]
 
 
@@ -93,10 +97,11 @@ def _fake_forward(
     key_offsets: Tensor | None = None,
     longest_queries: int = 0,
     longest_keys: int = 0,
+    num_out: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, heads, queries, head_dim = q.shape
     if index is not None:
-        queries = prefix + index.shape[1]
+        queries = prefix + index.shape[1] if query_offsets is None else num_out
     dtype = reference.accumulator(q.dtype)
     logsumexp = q.new_empty(batch, heads, queries, dtype=dtype)
     total = q.new_empty(batch, heads, 0 if policy is None else queries, dtype=dtype)
@@ -138,10 +143,16 @@ def _triton_backward(
     )
     if index is None:
         return grads
-    from ..kernels import merge_tokens
+    of_chosen = grads[0].transpose(1, 2).flatten(2)
+    if offsets is not None:
+        from ..kernels import gather_packed
 
-    # Queries that an index names twice add up.
-    rows = merge_tokens.sum_slots(grads[0].transpose(1, 2).flatten(2), reference.with_prefix(index, prefix), q.shape[2])
+        rows = gather_packed.gather_packed_backward(of_chosen, index, offsets[1], offsets[0], prefix, q.shape[2])
+    else:
+        from ..kernels import merge_tokens
+
+        # Queries that an index names twice add up.
+        rows = merge_tokens.sum_slots(of_chosen, reference.with_prefix(index, prefix), q.shape[2])
     return rows.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2), *grads[1:]
 
 
@@ -230,7 +241,7 @@ _OPTIONS = (
     " SymInt longest_queries=0, SymInt longest_keys=0"
 )
 _forward = register(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? policy, float scale, float eps, {_OPTIONS})"
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? policy, float scale, float eps, {_OPTIONS}, SymInt num_out=0)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     triton=_triton_forward,
     reference=_reference_forward,
@@ -271,8 +282,9 @@ class Attention(torch.autograd.Function):
         key_offsets: Tensor | None = None,
         longest_queries: int = 0,
         longest_keys: int = 0,
+        num_out: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        options = (bias, index, prefix, query_offsets, key_offsets, longest_queries, longest_keys)
+        options = (bias, index, prefix, query_offsets, key_offsets, longest_queries, longest_keys, num_out)
         out, logsumexp, total, mean = _forward(q, k, v, policy, scale, eps, *options)
         ctx.save_for_backward(q, k, v, policy, out, logsumexp, total, mean, bias, index, query_offsets, key_offsets)
         ctx.numbers = (scale, eps, prefix, longest_queries, longest_keys)
@@ -294,7 +306,7 @@ class Attention(torch.autograd.Function):
         )
         grad_policy = grad_keys if ctx.needs_input_grad[3] else None
         grad_bias = grad_keys if len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6] else None
-        return grad_q, grad_k, grad_v, grad_policy, None, None, grad_bias, None, None, None, None, None, None
+        return grad_q, grad_k, grad_v, grad_policy, None, None, grad_bias, *[None] * 7
 
 
 class AttentionScores(torch.autograd.Function):
@@ -347,13 +359,15 @@ def _check_of_keys(name: str, value: Tensor, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"{name} must have shape {(k.shape[0], k.shape[2])}, one entry a key, got {shape_of(value)}")
 
 
-def _check_index(index: Tensor, prefix: int, q: Tensor) -> None:
+def _check_index(index: Tensor, prefix: int, q: Tensor, images: int | None = None) -> None:
     check_shape("index", index, "B K")
     check_index("index", index)
     check_same("q", q, "index", index)
-    check_count("prefix", prefix, 0, q.shape[2])
-    if index.shape[0] != q.shape[0]:
+    check_count("prefix", prefix, 0, q.shape[2] if images is None else sys.maxsize)
+    if images is None and index.shape[0] != q.shape[0]:
         raise ValueError(f"index must have q's batch size {q.shape[0]}, got shape {shape_of(index)}")
+    if images is not None and index.shape[0] != images:
+        raise ValueError(f"index must have a row for each of the {images} images, got shape {shape_of(index)}")
 
 
 def _check_offsets(offsets: tuple[Tensor, Tensor], longest: tuple[int, int] | None, q: Tensor) -> tuple[int, int]:
@@ -391,6 +405,7 @@ def attention(
     prefix: int = 1,
     offsets: tuple[Tensor, Tensor] | None = None,
     longest: tuple[int, int] | None = None,
+    num_out: int | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
@@ -415,9 +430,12 @@ def attention(
         for b in range(images):  # with offsets; rows past the last image are zeros
             m, n = (slice(bounds[b], bounds[b + 1]) for bounds in offsets)
             out[:, :, m] = attention(q[:, :, m], k[:, :, n], v[:, :, n], bias=bias[:, n])
+            kept = index[b : b + 1, : m.stop - m.start - prefix]  # with an index too: q lies as k does
+            out[:, :, m] = attention(q[:, :, n], k[:, :, n], v[:, :, n], bias=bias[:, n], index=kept, prefix=prefix)
 
     The kernels keep no matrix of queries by keys, forward or backward; the reference does with a policy. One launch
-    forward, two backward; a policy adds one to each; a bias that needs a gradient adds one backward, an index two.
+    forward, two backward; a policy adds one to each; a bias that needs a gradient adds one backward, an index two, with
+    offsets one.
 
     Args:
         q: (B, H, M, D) queries. float32, float16, bfloat16 (reference: any); logits and sums are float32.
@@ -431,17 +449,22 @@ def attention(
             None. -inf for a key that nobody sees; its rows of k and v must be finite. A query that sees no key gets
             zeros, and has no gradient.
         index: (B, K) int64 or int32, positions among the M - prefix queries after the prefix, of those that attend, or
-            None for all. They are read where they are. Values are not checked; one may occur twice.
-        prefix: number of leading queries that always attend; only with an index.
+            None for all. They are read where they are. Values are not checked; one may occur twice. With offsets
+            (images, K), positions among the patch tokens of the image, ascending and each once, those that are real
+            first, as for :func:`gather_packed`.
+        prefix: number of leading queries, with offsets of every image, that always attend; only with an index.
         offsets: of the queries and of the keys of every image, (images + 1,) int32 each, ascending from 0, on q's
-            device, or None. Then B is 1. Values are not checked, nor read by the host if kernels run.
-        longest: upper bounds of the queries and of the keys of an image; with offsets only.
+            device, or None. Then B is 1. Values are not checked, nor read by the host if kernels run. With an index
+            the first say where the chosen queries' results lie, and q has a row for every key.
+        longest: upper bounds of the queries (of the chosen ones) and of the keys of an image; with offsets only.
+        num_out: rows of the result, at least ``offsets[0][images]``; with both an index and offsets only.
         scale: factor on the dot products; None means ``D ** -0.5``.
         eps: smoothing of the weights under a policy, not negative; plain attention has none.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        (B, H, M, D), with an index (B, H, prefix + K, D), in q's dtype. Differentiable in q, k, v, policy and bias.
+        (B, H, M, D), with an index (B, H, prefix + K, D), of packed images (1, H, num_out, D), in q's dtype.
+        Differentiable in q, k, v, policy and bias.
 
     Raises:
         ValueError: wrong shapes, devices that differ, no head, key or channel (with offsets there may be no key), a
@@ -450,32 +473,37 @@ def attention(
         TypeError: a tensor that is not floating point, q, k, v of several dtypes, an index or offsets not of integers.
     """
     _check_qkv(q, k, v, fewest_keys=1 if offsets is None else 0)
-    options = {"policy": policy, "bias": bias, "index": index, "offsets": offsets}
-    for first, second in (
-        ("policy", "bias"), ("policy", "index"), ("policy", "offsets"), ("index", "offsets")
-    ):  # fmt: skip
-        if options[first] is not None and options[second] is not None:
-            raise ValueError(f"{first} and {second} exclude one another")
+    for name, option in (("bias", bias), ("index", index), ("offsets", offsets)):
+        if policy is not None and option is not None:
+            raise ValueError(f"policy and {name} exclude one another")
     if policy is not None:
         _check_of_keys("policy", policy, q, k)
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"a policy needs as many queries as keys, got {q.shape[2]} queries and {k.shape[2]} keys")
     if bias is not None:
         _check_of_keys("bias", bias, q, k)
-    if index is not None:
-        _check_index(index, prefix, q)
     if offsets is not None:
         longest = _check_offsets(offsets, longest, q)
     elif longest is not None:
         raise ValueError(f"longest={longest} goes with offsets only")
+    if index is not None:
+        _check_index(index, prefix, q, None if offsets is None else offsets[0].shape[0] - 1)
+    if index is not None and offsets is not None:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"queries chosen of packed images lie as the keys, got q {shape_of(q)}, k {shape_of(k)}")
+        if num_out is None:
+            raise ValueError("an index with offsets needs num_out, the rows of the result")
+        check_count("num_out", num_out, 0, sys.maxsize)
+    elif num_out is not None:
+        raise ValueError(f"num_out={num_out} goes with both an index and offsets only")
     if not 0.0 <= eps < math.inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     prefix = prefix if index is not None else 0
     if resolve(backend, q, k, v, *(tensor for tensor in (policy, bias) if tensor is not None)) == "reference":
-        return reference.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets)
+        return reference.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets, num_out or 0)
     _check_head_dim(q)
-    ragged = (*(offsets or (None, None)), *(longest or (0, 0)))
+    ragged = (*(offsets or (None, None)), *(longest or (0, 0)), num_out or 0)
     return Attention.apply(q, k, v, policy, scale, float(eps), bias, index, prefix, *ragged)[0]
 
 

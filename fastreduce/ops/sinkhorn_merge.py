@@ -15,6 +15,10 @@ from ._library import dense_rows, register
 
 __all__ = ["sinkhorn_merge"]
 
+# Similarities of an image from which on memory is to grow as the tokens do: 4 MiB, as K-Medoids' distances. Fewer are
+# kept: two products of tokens and centres then do what takes 1 + 2 iters + channels / 256 of them otherwise.
+KEPT = 1 << 20
+
 
 def _padded(clusters: int) -> int:
     """Columns of similarities and cluster biases, of which the kernels want a multiple of 16."""
@@ -124,6 +128,27 @@ _backward = register(
 )
 
 
+def _triton_blocks(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
+    from ..kernels import sinkhorn_merge as kernels
+
+    return kernels.sinkhorn_merge_blocks(
+        dense_rows(x), dense_rows(centers), eps, iters, None if head is None else dense_rows(head)
+    )
+
+
+def _fake_blocks(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
+    merged, _, token_bias, *_ = _fake_forward(x, centers, eps, iters, head)
+    return merged, token_bias, token_bias.new_empty(x.shape[0], centers.shape[0])
+
+
+_blocks = register(
+    "sinkhorn_merge_blocks(Tensor x, Tensor centers, float eps, int iters, Tensor? head) -> (Tensor, Tensor, Tensor)",
+    triton=_triton_blocks,
+    reference=reference.sinkhorn_merge_blocks,
+    fake=_fake_blocks,
+)
+
+
 class SinkhornMerge(torch.autograd.Function):
     """Gradients of x, centres and head through all iterations, from the similarities and the biases of each."""
 
@@ -183,8 +208,9 @@ def sinkhorn_merge(
         eps: temperature of the plan, positive; everything stays in the log domain, so 0.01 is as good as 1.
         iters: how many times both biases are updated, at least 1.
         head: (B, P, C) rows to put before the merged ones, unchanged, or None.
-        similarity: False returns None for the similarity. The reference, where no gradient is wanted, then keeps
-            nothing of its size: memory grows as the tokens do, for one more product of tokens and centers an iteration.
+        similarity: False returns None for the similarity. Where no gradient is wanted, nothing of its size is then
+            kept if it has more than 2**20 numbers an image: memory grows as the tokens do, for more products of tokens
+            and centers, one an iteration by the reference and about two by the kernels.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
@@ -224,12 +250,14 @@ def sinkhorn_merge(
         tensors.append(head)
     eps = float(eps)
     by_reference = resolve(backend, *tensors) == "reference"
-    if by_reference and not similarity and not torch.is_grad_enabled():
-        merged, token_bias, cluster_bias = reference.sinkhorn_merge_blocks(x, centers, eps, iters, head)
+    clusters = centers.shape[0]
+    only_vectors = not similarity and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
+    if only_vectors and (by_reference or tokens * clusters > KEPT):
+        merge = reference.sinkhorn_merge_blocks if by_reference else _blocks
+        merged, token_bias, cluster_bias = merge(x, centers, eps, iters, head)
         return merged, None, token_bias, cluster_bias
     if by_reference:
         merged, products, token_bias, *_, cluster_biases = reference.sinkhorn_merge(x, centers, eps, iters, head)
     else:
         merged, products, token_bias, cluster_biases = SinkhornMerge.apply(x, centers, eps, iters, head)
-    clusters = centers.shape[0]
     return merged, products[..., :clusters] if similarity else None, token_bias, cluster_biases[:, -1, :clusters]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._blocks import block_rows
 from ._rows import accumulator, take_rows, with_prefix
+from .gather_packed import gather_packed, gather_packed_backward
 from .gather_tokens import scatter_tokens
 
 __all__ = ["attention", "attention_backward", "attention_scores", "attention_with_sums", "key_scores"]
@@ -20,10 +21,27 @@ __all__ = ["attention", "attention_backward", "attention_scores", "attention_wit
 Offsets = tuple[Tensor, Tensor]  # of queries and keys, (B + 1,) each
 
 
-def _chosen(q: Tensor, index: Tensor, prefix: int) -> Tensor:
-    """(B, H, N, D) -> (B, H, prefix + M, D): ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``."""
-    rows = take_rows(q.transpose(1, 2).flatten(2), with_prefix(index, prefix))
+def _chosen(q: Tensor, index: Tensor, prefix: int, offsets: Offsets | None = None, num_out: int = 0) -> Tensor:
+    """(B, H, N, D) -> (B, H, prefix + M, D): ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``.
+
+    Of packed images (1, H, num_out, D): those of image b begin at ``offsets[1][b]`` of q.
+    """
+    tokens = q.transpose(1, 2).flatten(2)
+    if offsets is None:
+        rows = take_rows(tokens, with_prefix(index, prefix))
+    else:
+        rows = gather_packed(tokens, index, offsets[1], offsets[0], prefix, num_out, None)
     return rows.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2)
+
+
+def _back(grad: Tensor, index: Tensor, prefix: int, offsets: Offsets | None, num_tokens: int) -> Tensor:
+    """Transpose of :func:`_chosen`."""
+    tokens = grad.transpose(1, 2).flatten(2)
+    if offsets is None:
+        rows = scatter_tokens(tokens, index, prefix, num_tokens)
+    else:
+        rows = gather_packed_backward(tokens, index, offsets[1], offsets[0], prefix, num_tokens)
+    return rows.unflatten(2, (grad.shape[1], grad.shape[3])).transpose(1, 2)
 
 
 def _images(offsets: Offsets) -> Iterator[tuple[slice, slice]]:
@@ -72,6 +90,7 @@ def attention_with_sums(
     index: Tensor | None = None,
     prefix: int = 0,
     offsets: Offsets | None = None,
+    num_out: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`attention`, and for its backward pass three more tensors.
 
@@ -79,6 +98,8 @@ def attention_with_sums(
     (B, H, M), the mean (B, H, D) of v; without a policy the last two are empty.
     """
     nothing, nothing_more = (q.new_empty(*q.shape[:2], 0, dtype=accumulator(q.dtype)) for _ in range(2))
+    if index is not None:
+        q = _chosen(q, index, prefix, offsets, num_out)
     if offsets is not None:
         outs, sums = [], []
         for m, n in _images(offsets):
@@ -89,8 +110,6 @@ def attention_with_sums(
             sums.append(logsumexp)
         past = nothing.new_full((1, q.shape[1], q.shape[2] - sum(part.shape[2] for part in sums)), -torch.inf)
         return _join(outs, q, q.shape[2]), torch.cat([*sums, past], dim=2), nothing, nothing_more
-    if index is not None:
-        q = _chosen(q, index, prefix)
     if k.shape[2] == 0:
         return torch.zeros_like(q), nothing.new_full(q.shape[:3], -torch.inf), nothing, nothing_more
     bias, seen = (None, None) if bias is None else _seen(bias)
@@ -120,6 +139,7 @@ def attention(
     index: Tensor | None = None,
     prefix: int = 0,
     offsets: Offsets | None = None,
+    num_out: int = 0,
 ) -> Tensor:
     """``out = A v``, where A = softmax(S) and S[m, n] = scale * q[m] k[n] + bias[n]; zeros where every bias is -inf.
 
@@ -133,8 +153,11 @@ def attention(
 
     With an index (B, K) the queries are ``q[b, :, row[b, m]]``, row = [0 .. prefix-1, index + prefix]. With offsets B
     is 1, the queries of image i are the rows offsets[0][i] .. offsets[0][i + 1], which see the keys of
-    offsets[1][i] .. offsets[1][i + 1]; rows past the end are zeros.
+    offsets[1][i] .. offsets[1][i + 1]; rows past the end are zeros. With both, the rows of image i are counted from
+    offsets[1][i] of q, as many as offsets[0] says, and the result has ``num_out`` rows.
     """
+    if index is not None:
+        q = _chosen(q, index, prefix, offsets, num_out)
     if offsets is not None:
         pieces = [
             attention(q[:, :, m], k[:, :, n], v[:, :, n], None, scale, eps, None if bias is None else bias[:, n])
@@ -143,8 +166,6 @@ def attention(
         return _join(pieces, q, q.shape[2])
     if policy is not None:
         return attention_with_sums(q, k, v, policy, scale, eps)[0]
-    if index is not None:
-        q = _chosen(q, index, prefix)
     if k.shape[2] == 0:
         return q * 0.0
     mask = None if bias is None else bias.to(accumulator(q.dtype))[:, None, None, :]
@@ -176,6 +197,9 @@ def attention_backward(
     With a policy the maximum of a row has a gradient too, which goes to the first key that reaches it. The gradients
     of the logsumexp (B, H, M) and of the ``kind`` of :func:`key_scores` join in, where they are given.
     """
+    num_tokens = q.shape[2]
+    if index is not None:
+        q = _chosen(q, index, prefix, offsets, grad.shape[2])
     if offsets is not None:
         grads_q, grads_k, grads_v, grads_bias = (torch.zeros_like(t) for t in (q, k, v, k if bias is None else bias))
         for m, n in _images(offsets):
@@ -186,10 +210,9 @@ def attention_backward(
             )
             if bias is not None:
                 grads_bias[:, n] = grad_bias
+        if index is not None:
+            grads_q = _back(grads_q, index, prefix, offsets, num_tokens)
         return grads_q, grads_k, grads_v, q.new_empty(1, 0) if bias is None else grads_bias
-    num_tokens = q.shape[2]
-    if index is not None:
-        q = _chosen(q, index, prefix)
     logits = _logits(q, k, scale, bias)
     dtype = logits.dtype
     upstream = grad.to(dtype)
@@ -224,8 +247,7 @@ def attention_backward(
     grad_k = (grad_logits.transpose(2, 3) @ q.to(dtype)) * scale
     grad_v = weights.transpose(2, 3) @ upstream
     if index is not None:
-        rows = scatter_tokens(grad_q.transpose(1, 2).flatten(2), index, prefix, num_tokens)
-        grad_q = rows.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2)
+        grad_q = _back(grad_q, index, prefix, None, num_tokens)
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_keys
 
 

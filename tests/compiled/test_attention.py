@@ -25,14 +25,20 @@ def launches(heads, num_tokens, head_dim, dtype, policy):
     kernels.attention_backward(torch.zeros_like(out), q, k, v, policy, out, *sums, 0.125, 1e-6)
 
 
+def check_tensor_cores(report, dtype, head_dim):
+    """For half precision; none for float32, where they would round the inputs to 11 bits. On sm_90 by warp groups."""
+    assert (report.mma_ops > 0) == (dtype != torch.float32), report
+    groups = report.arch == 90 and dtype != torch.float32 and head_dim <= 128
+    assert not groups or report.warpgroup_ops > 0, report
+
+
 def check(shape, dtype, arch, policy):
     reports = check_gates(arch, lambda: launches(*shape, dtype, policy), wide=False)
     dots = {r.name: r for r in reports if r.name not in ("mean_values_kernel", "sum_heads_kernel")}
     assert set(dots) == {"attention_kernel", "grad_queries_kernel", "grad_keys_kernel"}
     for report in dots.values():
         assert max(report.load_bytes) == max(report.store_bytes) == 16, report
-        # Tensor cores for half precision; none for float32, where they would round the inputs to 11 bits.
-        assert (report.mma_ops > 0) == (dtype != torch.float32), report
+        check_tensor_cores(report, dtype, shape[2])
     return reports
 
 
@@ -52,30 +58,46 @@ def test_gates_without(shape, dtype, arch):
     check(shape, dtype, arch, None)
 
 
-def launch_options(heads, num_tokens, head_dim, dtype, *, bias=False, chosen=False, packed=False, kind=""):
-    """Forward, the scores of that kind, and backward from all that has a gradient then."""
+def launch_options(
+    heads, num_tokens, head_dim, dtype, *, width=None, bias=False, chosen=False, packed=False, policy=False, kind=""
+):
+    """Forward, the scores of that kind, and backward from all that has a gradient then.
+
+    Rows are those of one packed qkv, or with a ``width`` they lie apart by so many elements.
+    """
     batch = 1 if packed else 2
-    q, k, v = torch.zeros(batch, num_tokens, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def rows(number):
+        return torch.zeros(batch, number, heads, width, dtype=dtype)[..., :head_dim].transpose(1, 2)
+
+    if width is None:
+        q, k, v = torch.zeros(batch, num_tokens, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q, k, v = (rows(num_tokens) for _ in "qkv")
+    hidden = torch.zeros(num_tokens, batch, dtype=dtype).t() if policy else None
     of_keys = torch.zeros(batch, num_tokens) if bias else None
-    index = torch.zeros(batch, num_tokens // 2, dtype=torch.int64) if chosen else None
+    index = torch.zeros(3 if packed else batch, num_tokens // 2, dtype=torch.int64) if chosen else None
     offsets = (torch.zeros(4, dtype=torch.int32),) * 2 if packed else None
     options = (of_keys, index, 1, offsets, (num_tokens, num_tokens))
-    out, logsumexp, *rest = kernels.attention(q, k, v, None, 0.125, 0.0, *options)
+    out, logsumexp, *rest = kernels.attention(q, k, v, hidden, 0.125, 1e-6, *options, num_out=num_tokens)
     scores = kernels.key_scores(q, k, logsumexp, kind, of_keys, 1, 0.125) if kind else None
+    grad = torch.zeros_like(out) if width is None else rows(out.shape[2])
     kernels.attention_backward(
-        *(torch.zeros_like(out), q, k, v, None, out, logsumexp, *rest, 0.125, 0.0, *options),
+        *(grad, q, k, v, hidden, out, logsumexp, *rest, 0.125, 1e-6, *options),
         *(torch.zeros_like(logsumexp), scores, kind),
     )
 
 
-@pytest.mark.parametrize("arch", ARCHES)
+# Those that spilled, or could not load 16 bytes at a time, with other tiles or other hints.
 @pytest.mark.parametrize(
-    ("shape", "dtype", "options"),
+    ("shape", "dtype", "options", "arch"),
     [
-        (CLASSES[0][0], torch.float16, {"packed": True, "bias": True}),
-        ((8, 4097, 128), torch.float16, {"kind": "received", "bias": True}),
-        ((8, 4097, 128), torch.bfloat16, {"chosen": True, "bias": True}),
-        ((8, 197, 128), torch.float32, {"kind": "class", "bias": True}),
+        ((6, 197, 64), torch.float16, {"packed": True, "bias": True}, 90),
+        ((16, 197, 72), torch.float16, {"packed": True, "chosen": True, "bias": True}, 90),
+        ((12, 197, 80), torch.float16, {"chosen": True, "bias": True}, 80),
+        ((8, 4097, 128), torch.float16, {"kind": "received", "bias": True}, 80),
+        ((8, 4097, 128), torch.bfloat16, {"packed": True, "chosen": True, "bias": True}, 90),
+        ((8, 197, 128), torch.float32, {"kind": "class", "bias": True}, 80),
     ],
 )
 def test_gates_of_options(shape, dtype, options, arch):
@@ -88,17 +110,28 @@ def test_gates_of_options(shape, dtype, options, arch):
             continue
         assert max(report.load_bytes) == 16, report
         assert report.name in ("class_kernel", "received_kernel") or max(report.store_bytes) == 16, report
-        assert (report.mma_ops > 0) == (dtype != torch.float32), report
+        if report.name != "class_kernel":
+            check_tensor_cores(report, dtype, shape[2])
 
 
+# 8 heads of 33 channels: rows begin at multiples of 16 bytes, and heads do not.
 @pytest.mark.parametrize(
-    ("width", "head_dim", "dtype", "arch"), [(33, 33, torch.float32, 80), (75, 64, torch.float16, 90)]
+    ("shape", "width", "dtype", "options", "arch"),
+    [
+        ((3, 198, 33), 33, torch.float32, {"policy": True}, 80),
+        ((3, 198, 64), 75, torch.float16, {"policy": True}, 90),
+        ((8, 197, 33), 33, torch.float16, {"kind": "class", "bias": True}, 80),
+        ((6, 197, 128), 129, torch.float16, {"packed": True, "chosen": True, "bias": True}, 90),
+        ((6, 197, 80), 81, torch.float32, {"chosen": True}, 80),
+    ],
 )
-def test_gates_of_other_widths_and_strides(width, head_dim, dtype, arch):
-    q = torch.zeros(2, 3, 198, width, dtype=dtype)[..., :head_dim]
-    policy = torch.zeros(198, 2, dtype=dtype).t()
-    out, *sums = torch.zeros(2, 198, 3, head_dim, dtype=dtype).transpose(1, 2), torch.zeros(2, 3, 198)
-    total, mean = torch.zeros(2, 3, 198), torch.zeros(2, 3, head_dim)
-    check_gates(arch, lambda: kernels.attention(q, q, q, policy, 0.1, 1e-6), wide=False)
-    backward = (q, q, q, q, policy, out, *sums, total, mean, 0.1, 1e-6)
-    check_gates(arch, lambda: kernels.attention_backward(*backward), wide=False)
+def test_gates_of_rows_that_are_not_aligned(shape, width, dtype, options, arch):
+    check_gates(arch, lambda: launch_options(*shape, dtype, width=width, **options), wide=False)
+
+
+def test_tiles_follow_the_alignment_of_every_stride():
+    x = torch.zeros(2, 9, 8, 32, dtype=torch.float16)
+    assert kernels._unit(x, x[:, 1:], x[..., :24]) == 8
+    assert kernels._unit(x.float()[..., :20]) == 4
+    for odd in (x[..., :20], x[..., 1:25], x.view(2, 9, 4, 64)[..., :33], torch.zeros(2, 9, 8, 33).half()):
+        assert kernels._unit(odd) == kernels._unit(x, odd) == 1

@@ -53,3 +53,28 @@ def test_gates_of_other_widths_and_strides(dtype):
 @pytest.mark.parametrize("arch", ARCHES)
 def test_gates_of_a_head_of_another_dtype(arch):
     reports_for(arch, 196, 98, 384, torch.float16, head_dtype=torch.float32)
+
+
+# tokens, clusters, channels, dtype
+AGAIN = [
+    (4096, 2048, 384, torch.float16),
+    (1024, 1, 385, torch.bfloat16),
+    (4096, 2048, 192, torch.float32),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("case", AGAIN)
+def test_gates_of_similarities_computed_again(case, arch):
+    tokens, clusters, channels, dtype = case
+    sequence, centers = torch.zeros(2, 1 + tokens, channels, dtype=dtype), torch.zeros(clusters, channels, dtype=dtype)
+    wide = channels % 16 == 0
+    reports = check_gates(
+        arch, lambda: kernels.sinkhorn_merge_blocks(sequence[:, 1:], centers, 1.0, 2, sequence[:, :1]), wide=wide
+    )
+    assert len(reports) == 5
+    for report in reports:
+        assert (report.mma_ops > 0) == (dtype != torch.float32), report  # float32 products are exact
+        if wide:
+            assert report.registers <= (192 if report is reports[-1] else 128), report
+            assert 16 in report.load_bytes, report

@@ -241,6 +241,18 @@ def one_row(q, k, v, bias=None, **options):
     return ops.attention(q, k, v, bias=bias, offsets=offsets, longest=(most - 20, most - 20), **options)
 
 
+def chosen_in_one_row(q, k, v, bias=None, **options):
+    """Packed images of which each keeps a few queries: none of the second, only the class token's of the last."""
+    most = k.shape[2]
+    bounds = [0, 12, 12, 17, 18], [0, most - 10, most - 8, most - 3, most - 2]
+    offsets = tuple(torch.tensor(bound, dtype=torch.int32) for bound in bounds)
+    index = torch.zeros(4, 12, dtype=torch.int64)
+    index[0, :11] = torch.randperm(most - 11, generator=seeded(6))[:11].sort().values
+    index[2, :4] = torch.arange(4)
+    options = {"longest": (12, most - 10), "num_out": 23, **options}
+    return ops.attention(q, k, v, bias=bias, index=index, offsets=offsets, **options)
+
+
 # What is called with q, k, v, a bias and options.
 OPTIONS = {
     "bias": lambda q, k, v, b, **options: ops.attention(q, k, v, bias=b, **options),
@@ -257,6 +269,8 @@ OPTIONS = {
     "received, bias": lambda q, k, v, b, **options: ops.attention_scores(q, k, v, kind="received", bias=b, **options),
     "one row": lambda q, k, v, b, **options: one_row(q[:1], k[:1], v[:1], **options),
     "one row, bias": lambda q, k, v, b, **options: one_row(q[:1], k[:1], v[:1], b[:1], **options),
+    "one row, index": lambda q, k, v, b, **options: chosen_in_one_row(q[:1], k[:1], v[:1], **options),
+    "one row, index, bias": lambda q, k, v, b, **options: chosen_in_one_row(q[:1], k[:1], v[:1], b[:1], **options),
 }
 
 
@@ -282,7 +296,7 @@ def run_option(name, backend, inputs, cast=None):
     ("name", "num_tokens", "head_dim", "dtype"),
     [
         *((name, 37, 16, torch.float32) for name in OPTIONS),
-        *((name, 70, 9, torch.float16) for name in ("bias", "received, bias", "one row, bias")),
+        *((name, 70, 9, torch.float16) for name in ("bias", "received, bias", "one row, bias", "one row, index, bias")),
         *((name, 70, 16, torch.bfloat16) for name in ("index, bias", "logsumexp", "class, bias")),
     ],
 )
@@ -327,6 +341,10 @@ def test_options_do_not_look_at_other_images():
     last = [t[:1, :, rows] for t, rows in ((q, slice(19, 22)), (k, slice(17, 18)), (v, slice(17, 18)))]
     assert torch.equal(out[:, :, 19:22], ops.attention(*last, bias=bias[:1, 17:18], backend="triton"))
     assert not out[:, :, 22:].any()
+    # As does one whose queries are chosen.
+    out = chosen_in_one_row(q[:1], k[:1], v[:1], bias[:1], backend="triton")
+    alone = (t[:1, :, 29:34] for t in (q, k, v))
+    assert torch.equal(out[:, :, 12:17], ops.attention(*alone, bias=bias[:1, 29:34], backend="triton"))
 
 
 @pytest.mark.usefixtures("unwritten_is_nan")
@@ -344,9 +362,11 @@ def test_empty_options():
     assert ops.attention_scores(q[:0], k[:0], v[:0], kind="class", backend="triton")[1].shape == (0, 4)
     bound = torch.zeros(1, dtype=torch.int32)
     for offsets in ((bound, bound), (torch.zeros(3, dtype=torch.int32),) * 2):
-        out = ops.attention(q[:1], k[:1], v[:1], offsets=offsets, longest=(0, 0), backend="triton")
-        grads = torch.autograd.grad(out.sum(), (q, k, v))
-        assert not any(t.any() for t in (out, *grads))
+        chosen = {"index": torch.zeros(len(offsets[0]) - 1, 2, dtype=torch.int64), "num_out": 3}
+        for options in ({}, chosen):
+            out = ops.attention(q[:1], k[:1], v[:1], offsets=offsets, longest=(0, 0), backend="triton", **options)
+            grads = torch.autograd.grad(out.sum(), (q, k, v))
+            assert not any(t.any() for t in (out, *grads))
 
 
 LAUNCHES = {
@@ -356,6 +376,7 @@ LAUNCHES = {
     "class": (["attention", "class"], ["grad_queries", "grad_keys"]),
     "received": (["attention", "received", "sum_heads"], ["grad_queries", "grad_keys"]),
     "one row": (["attention"], ["grad_queries", "grad_keys"]),
+    "one row, index": (["attention"], ["grad_queries", "grad_keys", "scatter_packed"]),
 }
 
 
