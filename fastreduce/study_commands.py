@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -18,7 +20,7 @@ from .commands import UserError, numbers, progress_bar, split, user_errors
 
 if TYPE_CHECKING:
     from .study.data import DataSet
-    from .study.protocol import Backbone, Reduction
+    from .study.protocol import Backbone, Protocol, Reduction
     from .study.recipe import Recipe
     from .study.run import Study
 
@@ -45,11 +47,95 @@ _Checkpoint = Annotated[Path | None, typer.Option(help="Weights of the unreduced
 _Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm download them.")]
 _Method = Annotated[str | None, typer.Option(help="The method; radial-l1 for a norm. (default: unreduced)")]
 _KeepRate = Annotated[float | None, typer.Option(help="Its keep rate.")]
-_Epochs = Annotated[int | None, typer.Option(help="(default: the protocol's)")]
-_BatchSize = Annotated[int | None, typer.Option(help="Of one process. (default: the protocol's)")]
 _Seed = Annotated[int, typer.Option(help="Of everything.")]
 _Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")]
 _Out = Annotated[Path, typer.Option(help="Folder for what is made.")]
+_Weights = Annotated[Path, typer.Argument(help="A folder that study train wrote, or a file of weights.")]
+_Ema = Annotated[bool, typer.Option("--ema", help="The moving average: model_ema.safetensors of the folder.")]
+_Workers = Annotated[int | None, typer.Option(help="Processes that load images. (default: the protocol's)")]
+
+_PROTOCOL = "Protocol; by default that of the data set"
+_DISTILLATION = "Distillation; DynamicViT's losses take the same teacher"
+_protocol = functools.partial(typer.Option, rich_help_panel=_PROTOCOL)
+_distillation = functools.partial(typer.Option, rich_help_panel=_DISTILLATION)
+_Teacher = Annotated[
+    str | None, _distillation(help="A timm model, with timm's weights. (default: the start of the training itself)")
+]
+_TeacherCheckpoint = Annotated[
+    Path | None, _distillation(help="Its weights; without --teacher of a model like the student, unreduced.")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """The options that change a protocol, under the names that its fields have; None: not given."""
+
+    epochs: Annotated[int | None, _protocol(help="Passes over the training images.")] = None
+    warmup_epochs: Annotated[
+        int | None, _protocol(help="Of these, with a rising rate. (default: the protocol's share)")
+    ] = None
+    batch_size: Annotated[int | None, _protocol(help="Images of one process at a time.")] = None
+    accumulate: Annotated[int | None, _protocol(help="Batches between updates.")] = None
+    lr: Annotated[float | None, _protocol(help="Learning rate for a total batch of 1,024; scaled to it.")] = None
+    min_lr: Annotated[float | None, _protocol(help="Where the cosine ends.")] = None
+    warmup_lr: Annotated[float | None, _protocol(help="Where the warm-up starts.")] = None
+    backbone_lr: Annotated[float | None, _protocol(help="Factor of the rate of all but the new parts.")] = None
+    frozen_epochs: Annotated[int | None, _protocol(help="Epochs at the start in which it is 0.")] = None
+    weight_decay: Annotated[float | None, _protocol(help="Of AdamW.")] = None
+    eps: Annotated[float | None, _protocol(help="Of AdamW.")] = None
+    clip_norm: Annotated[float | None, _protocol(help="Largest norm of the gradient. (default: not clipped)")] = None
+    drop_path: Annotated[float | None, _protocol(help="Rate at the last block.")] = None
+    label_smoothing: Annotated[float | None, _protocol(help="0 for none.")] = None
+    mixup: Annotated[float | None, _protocol(help="Its alpha; 0 for none.")] = None
+    cutmix: Annotated[float | None, _protocol(help="Its alpha; 0 for none.")] = None
+    mixup_switch: Annotated[float | None, _protocol(help="Share of cutmix where both are on.")] = None
+    repeats: Annotated[int | None, _protocol(help="Augmentations of an image in a row.")] = None
+    asymmetry: Annotated[
+        tuple[float, float, float] | None,
+        _protocol(help="Of the asymmetric loss: gamma_neg, gamma_pos, clip; multi-label sets."),
+    ] = None
+    ema: Annotated[float | None, _protocol(help="Decay of the moving average of the weights; 0 for none.")] = None
+    mixed_precision: Annotated[str | None, _protocol(help="no, fp16 (float32 on a CPU) or bf16.")] = None
+    workers: Annotated[int | None, _protocol(help="Processes that load images.")] = None
+    distillation: Annotated[
+        str | None, _distillation(help="soft or hard: the teacher's scores, or its decision. (default: none)")
+    ] = None
+    distillation_weight: Annotated[float | None, _distillation(help="Share of the loss, 0 to 1.")] = None
+    temperature: Annotated[float | None, _distillation(help="Of the soft form.")] = None
+    ratio_weight: Annotated[float | None, _distillation(help="DynamicViT: of the kept share's loss.")] = None
+    logit_weight: Annotated[float | None, _distillation(help="DynamicViT: of the teacher's scores.")] = None
+    token_weight: Annotated[float | None, _distillation(help="DynamicViT: of the teacher's tokens.")] = None
+
+
+def _with_changes(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of :class:`_Changes`, of which it gets those that were given as ``changes``."""
+    hints = get_type_hints(_Changes, include_extras=True)
+    own = inspect.signature(command, eval_str=True, globals=globals())
+    options = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(_Changes)
+    ]
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        changes = {name: given.pop(name) for name in hints}
+        command(**given, changes={name: value for name, value in changes.items() if value is not None})
+
+    parameters = [new for one in own.parameters.values() for new in (options if one.name == "changes" else [one])]
+    called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {one.name: one.annotation for one in parameters}
+    return called
+
+
+def _changed(protocol: Protocol, changes: dict[str, Any]) -> Protocol:
+    """A protocol with what was given; the warm-up keeps its share of the epochs."""
+    share = protocol.warmup_epochs / protocol.epochs
+    given = {"warmup_epochs": round(share * changes.get("epochs", protocol.epochs)), **changes}
+    if given.get("ema") == 0:
+        given["ema"] = None
+    return dataclasses.replace(protocol, **given)
 
 
 @contextmanager
@@ -63,6 +149,9 @@ def _training_errors() -> Iterator[None]:
             yield
     except troubles as error:
         raise UserError(str(error)) from error
+    except UserError as error:
+        # Raised by a worker that loads images, it is the end of that one's traceback.
+        raise UserError(str(error).rsplit("\nValueError: ", 1)[-1].strip()) from error
 
 
 def _backbone(dataset: str, model: str | None, checkpoint: Path | None, pretrained: bool) -> Backbone:
@@ -70,8 +159,19 @@ def _backbone(dataset: str, model: str | None, checkpoint: Path | None, pretrain
     from .study.recipe import DIGITS
 
     if dataset == "digits" and model is None:
+        if pretrained:
+            raise ValueError("--pretrained needs --model: timm has no weights of the small model for digits")
         return dataclasses.replace(DIGITS.backbone, checkpoint=checkpoint)
     return Backbone(model or "deit_small_patch16_224", pretrained=pretrained, checkpoint=checkpoint)
+
+
+def _taught_by(name: str | None, checkpoint: Path | None, student: Backbone) -> Backbone | None:
+    """The teacher that was asked for."""
+    if checkpoint is not None and name is None:
+        return dataclasses.replace(student, pretrained=False, checkpoint=checkpoint)
+    from .study.protocol import Backbone
+
+    return None if name is None else Backbone(name, pretrained=checkpoint is None, checkpoint=checkpoint)
 
 
 def _reduction(dataset: str, method: str | None, keep_rate: float | None) -> Reduction | None:
@@ -96,40 +196,56 @@ def _recipe(
     quick: bool,
     methods: list[str] | None,
     keep_rates: list[str] | None,
-    epochs: int | None,
-    batch_size: int | None,
     seed: int,
     backbone: Backbone,
+    backbone_epochs: int | None,
+    changes: dict[str, Any],
+    capacities: list[str] | None = None,
 ) -> Recipe:
     """The embedded one for digits, else every method from the given backbone with the paper's protocol."""
     from .study.recipe import DIGITS, DIGITS_QUICK, paper_recipe, reductions
 
-    changes: dict[str, Any] = {"seed": seed}
-    changes |= {name: value for name, value in (("epochs", epochs), ("batch_size", batch_size)) if value is not None}
     recipe = DIGITS_QUICK if quick else DIGITS
+    further = split(capacities)
     if dataset != "digits":
         if quick:
             raise ValueError("--quick is for digits; elsewhere give --epochs")
         if not backbone.pretrained and backbone.checkpoint is None:
             raise ValueError(f"{dataset} needs a trained backbone: --pretrained or --checkpoint")
-        recipe = dataclasses.replace(paper_recipe(dataset), backbone=backbone)
+        recipe = paper_recipe(dataset, backbone.name, [name for name in further if name != "none"])
+        recipe = dataclasses.replace(recipe, backbone=backbone)
     elif backbone.checkpoint is not None:
         recipe = dataclasses.replace(recipe, backbone=backbone, training=None)
-    tuning = recipe.fine_tuning
-    changes["warmup_epochs"] = min(tuning.warmup_epochs, changes.get("epochs", tuning.epochs))
-    recipe = dataclasses.replace(recipe, fine_tuning=dataclasses.replace(tuning, **changes))
+    recipe = dataclasses.replace(recipe, fine_tuning=_changed(recipe.fine_tuning, {**changes, "seed": seed}))
     if recipe.training is not None:
-        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, seed=seed))
+        own = {"seed": seed} | ({} if backbone_epochs is None else {"epochs": backbone_epochs})
+        recipe = dataclasses.replace(recipe, training=_changed(recipe.training, own))
+    elif backbone_epochs is not None:
+        raise ValueError(f"--backbone-epochs {backbone_epochs}: this backbone has its weights and is not trained")
     wanted, rates = split(methods), numbers("--keep-rate", "0.7,0.5", keep_rates, float)
     if wanted or rates:
         known = dict.fromkeys(reduction.method for reduction in recipe.reductions)
         held = dict.fromkeys(reduction.keep_rate for reduction in recipe.reductions)
         chosen = reductions(wanted or tuple(known), rates or tuple(held), **_options(recipe))  # type: ignore[arg-type]
         recipe = dataclasses.replace(recipe, reductions=chosen)
-    return recipe
+    return _with_capacities(recipe, further)
+
+
+def _with_capacities(recipe: Recipe, names: tuple[str, ...]) -> Recipe:
+    """The recipe with those of its further backbones that were asked for, all by default, and of its methods."""
+    known = {one.name: one for one in recipe.capacities if recipe.training is not None or one.backbone.pretrained}
+    if unknown := [name for name in names if name not in {*known, "none"}]:
+        raise ValueError(f"unknown capacity {unknown[0]!r}; expected {', '.join([*known, 'none'])}")
+    chosen = []
+    for capacity in (one for name, one in known.items() if name in names or not names):
+        repeated = {reduction.method for reduction in capacity.reductions}
+        own = tuple(reduction for reduction in recipe.reductions if reduction.method in repeated)
+        chosen += [dataclasses.replace(capacity, reductions=own)] if own else []
+    return dataclasses.replace(recipe, capacities=tuple(chosen))
 
 
 @study.command()
+@_with_changes
 def run(
     dataset: _Dataset = "digits",
     root: _Root = None,
@@ -141,8 +257,16 @@ def run(
     keep_rate: Annotated[
         list[str] | None, typer.Option(help="May be given several times. (default: 0.25, 0.5, 0.7, 0.9)")
     ] = None,
-    epochs: _Epochs = None,
-    batch_size: _BatchSize = None,
+    capacities: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Further backbones on which methods are repeated, pretrained, like deit_tiny_patch16_224. (default: "
+            "none; for digits width-24 with the pruning methods, or none)"
+        ),
+    ] = None,
+    backbone_epochs: Annotated[
+        int | None, typer.Option(help="Of the training of the backbone itself; digits only. (default: 60; quick 24)")
+    ] = None,
     jobs: Annotated[
         int | None,
         typer.Option(help="Models trained at a time. (default: one a core; with a GPU or several processes 1)"),
@@ -150,11 +274,16 @@ def run(
     seed: _Seed = 0,
     cpu: _Cpu = False,
     out: _Out = Path("fastreduce-study"),
+    *,
+    changes: dict[str, Any],
+    teacher: _Teacher = None,
+    teacher_checkpoint: _TeacherCheckpoint = None,
 ) -> None:
     """The whole study: a model of every method at every keep rate, recordings, tables, pictures, one report.
 
-    For digits it trains the backbone first. A study that was interrupted goes on where it was. On several GPUs:
-    `accelerate launch -m fastreduce.cli study run …`.
+    For digits it trains the backbone first; the protocol below is that of the fine-tuning after it. Results are those
+    of the plain weights, not of their moving average. A study that was interrupted goes on where it was; with other
+    options it needs another folder. On several GPUs: `accelerate launch -m fastreduce.cli study run …`.
     """
     with progress_bar() as progress:
         import torch
@@ -165,8 +294,11 @@ def run(
             alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # else started by accelerate launch
             jobs = os.cpu_count() or 1 if alone and (cpu or not torch.cuda.is_available()) else 1
         with _training_errors():
+            if dataset == "digits" and model is not None and checkpoint is None:
+                raise ValueError(f"the study of digits trains its own backbone; --model {model} needs --checkpoint")
             backbone = _backbone(dataset, model, checkpoint, pretrained)
-            recipe = _recipe(dataset, quick, methods, keep_rate, epochs, batch_size, seed, backbone)
+            recipe = _recipe(dataset, quick, methods, keep_rate, seed, backbone, backbone_epochs, changes, capacities)
+            recipe = dataclasses.replace(recipe, teacher=_taught_by(teacher, teacher_checkpoint, recipe.backbone))
             found = run_study(recipe, out, root=root, jobs=jobs, cpu=cpu, progress=progress)
     if found is not None:
         _print_study(found, out)
@@ -194,6 +326,7 @@ def _print_study(found: Study, out: Path) -> None:
 
 
 @study.command()
+@_with_changes
 def train(
     dataset: _Dataset = "digits",
     root: _Root = None,
@@ -202,45 +335,82 @@ def train(
     pretrained: _Pretrained = False,
     method: _Method = None,
     keep_rate: _KeepRate = None,
-    epochs: _Epochs = None,
-    batch_size: _BatchSize = None,
-    lr: Annotated[float | None, typer.Option(help="For a total batch of 1,024. (default: the protocol's)")] = None,
+    validate_every: Annotated[int, typer.Option(help="Epochs between validations; 0 for one at the end.")] = 1,
+    checkpoint_every: Annotated[int, typer.Option(help="Epochs between checkpoints; 0 for none.")] = 1,
     seed: _Seed = 0,
     cpu: _Cpu = False,
     out: _Out = Path("fastreduce-training"),
+    *,
+    changes: dict[str, Any],
+    teacher: _Teacher = None,
+    teacher_checkpoint: _TeacherCheckpoint = None,
 ) -> None:
-    """Fine-tune one model, reduced or not, with the paper's protocol; an interrupted training goes on."""
+    """Fine-tune one model, reduced or not, with the paper's protocol.
+
+    An interrupted training goes on at its last checkpoint; with other options it needs another folder. Weights and
+    their moving average are measured and written beside each other. On several GPUs: `accelerate launch -m
+    fastreduce.cli study train …`; in several processes on a CPU: `torchrun --nproc-per-node 2 -m fastreduce.cli study
+    train --cpu …`, since `accelerate launch --cpu` starts one unless it is given MPI's host file.
+    """
     with progress_bar() as progress:
+        from accelerate.state import PartialState
+
         from .study.data import open_data
         from .study.protocol import protocol_for
         from .study.recipe import DIGITS
         from .study.train import train as fine_tune
 
         with _training_errors():
-            changes = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-            given = {name: value for name, value in changes.items() if value is not None}
             protocol = DIGITS.fine_tuning if dataset == "digits" else protocol_for(dataset)
-            warmup = min(protocol.warmup_epochs, given.get("epochs", protocol.epochs))
-            protocol = dataclasses.replace(protocol, **{**given, "warmup_epochs": warmup})  # type: ignore[arg-type]
+            protocol = _changed(protocol, {**changes, "seed": seed})
             backbone = _backbone(dataset, model, checkpoint, pretrained)
+            reduction, by = _reduction(dataset, method, keep_rate), _taught_by(teacher, teacher_checkpoint, backbone)
+            if by is not None and protocol.distillation is None and method != "dynamicvit":
+                raise ValueError("a teacher is for --distillation soft or hard, or for --method dynamicvit")
+            data = open_data(dataset, root)
             done = fine_tune(
-                open_data(dataset, root),
+                data,
                 backbone,
                 protocol,
                 out,
-                reduction=_reduction(dataset, method, keep_rate),
+                reduction=reduction,
+                teacher=None if by is None else by.teacher(data.num_classes),
                 cpu=cpu,
+                validate_every=validate_every,
+                checkpoint_every=checkpoint_every,
                 progress=progress,
             )
-    last = done.epochs[-1]
-    accuracy = ", ".join(f"{name} {value:.2f} %" for name, value in last.accuracy.items())
-    Console().print(f"loss {last.loss:.4f}, {accuracy}; weights: {done.weights}", highlight=False, soft_wrap=True)
+    if not PartialState().is_main_process:
+        return
+    last, parts = done.epochs[-1], [f"loss {done.epochs[-1].loss:.4f}"]
+    for name, found, weights in (
+        ("weights", last.accuracy, done.weights),
+        ("moving average", last.ema_accuracy, done.ema_weights),
+    ):
+        if weights is not None:
+            accuracy = ", ".join(f"{measure} {value:.2f} %" for measure, value in found.items())
+            parts.append(f"{name}: {accuracy} ({weights})")
+    Console().print("; ".join(parts), highlight=False, soft_wrap=True)
+
+
+def _file(weights: Path, ema: bool) -> Path:
+    """The weights of a folder, or those of the moving average in it or beside a file."""
+    from .study.train import EMA_WEIGHTS, WEIGHTS
+
+    if not ema and not weights.is_dir():
+        return weights
+    found = (weights if weights.is_dir() else weights.parent) / (EMA_WEIGHTS if ema else WEIGHTS)
+    if not found.is_file():
+        without = "; a training with --ema 0 writes none" if ema else "; has the training ended?"
+        raise FileNotFoundError(f"{found} is missing{without}")
+    return found
 
 
 def _built(
     dataset: str,
     root: Path | None,
     weights: Path,
+    ema: bool,
     model: str | None,
     method: str | None,
     keep_rate: float | None,
@@ -254,41 +424,52 @@ def _built(
 
     reduction = _reduction(dataset, method, keep_rate)
     data, backbone = open_data(dataset, root), _backbone(dataset, model, None, False)
-    built = load_trained(backbone, reduction, weights, data.num_classes)
+    built = load_trained(backbone, reduction, _file(weights, ema), data.num_classes)
     return built.to("cuda" if torch.cuda.is_available() and not cpu else "cpu"), data, backbone, reduction
 
 
 @study.command()
 def evaluate(
-    weights: Annotated[Path, typer.Argument(help="What study train wrote: model.safetensors.")],
+    weights: _Weights,
     dataset: _Dataset = "digits",
     root: _Root = None,
     model: _Model = None,
     method: _Method = None,
     keep_rate: _KeepRate = None,
+    ema: _Ema = False,
     batch_size: Annotated[int, typer.Option(help="For accuracy and for speed.")] = 64,
+    rounds: Annotated[int, typer.Option(help="How often a batch is timed.")] = 10,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    workers: _Workers = None,
     cpu: _Cpu = False,
 ) -> None:
     """Accuracy, images per second, multiply-adds and kept tokens of one model, as JSON."""
+    import torch
+
     from .study.evaluate import evaluate as judge
     from .study.protocol import protocol_for
 
-    with user_errors():
-        built, data, _, _ = _built(dataset, root, weights, model, method, keep_rate, cpu)
-        found = judge(built, data, batch_size=batch_size, workers=protocol_for(dataset).workers)
+    with _training_errors():
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"--dtype must be float32, float16 or bfloat16, got {dtype!r}")
+        built, data, _, _ = _built(dataset, root, weights, ema, model, method, keep_rate, cpu)
+        workers = protocol_for(dataset).workers if workers is None else workers
+        found = judge(built.to(getattr(torch, dtype)), data, batch_size=batch_size, workers=workers, rounds=rounds)
     print(json.dumps(dataclasses.asdict(found), indent=1))
 
 
 @study.command()
 def record(
-    weights: Annotated[Path, typer.Argument(help="What study train wrote: model.safetensors.")],
+    weights: _Weights,
     out: Annotated[Path, typer.Argument(help="The file to write, .safetensors.")],
     dataset: _Dataset = "digits",
     root: _Root = None,
     model: _Model = None,
     method: _Method = None,
     keep_rate: _KeepRate = None,
+    ema: _Ema = False,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 64,
+    workers: _Workers = None,
     cpu: _Cpu = False,
 ) -> None:
     """Write what one model does with every validation image: kept patches, assignments, class features."""
@@ -297,11 +478,12 @@ def record(
     from .study.protocol import protocol_for
     from .study.record import record_images
 
-    with progress_bar() as progress, user_errors():
-        built, data, backbone, reduction = _built(dataset, root, weights, model, method, keep_rate, cpu)
+    with progress_bar() as progress, _training_errors():
+        built, data, backbone, reduction = _built(dataset, root, weights, ema, model, method, keep_rate, cpu)
+        workers = protocol_for(dataset).workers if workers is None else workers
         found = record_images(
             built,
-            DataLoader(data.val, batch_size=batch_size, num_workers=protocol_for(dataset).workers),
+            DataLoader(data.val, batch_size=batch_size, num_workers=workers),
             out,
             dataset=dataset,
             backbone=backbone.name,

@@ -1,4 +1,4 @@
-"""A study from training to report, on the real digits but with a model of a few thousand weights."""
+"""The command that makes a study, from training to report, on the real digits but with a few thousand weights."""
 
 import csv
 import dataclasses
@@ -10,23 +10,33 @@ import numpy as np
 import pytest
 
 pytest.importorskip("accelerate")
+pytest.importorskip("typer")
 
+import typer
+from typer.testing import CliRunner
+
+from fastreduce.commands import app
+from fastreduce.study import recipe as recipes
+from fastreduce.study import run as running
 from fastreduce.study.comparison import TokenStatistics
 from fastreduce.study.findings import find
 from fastreduce.study.pictures import FAMILIES, TITLES
 from fastreduce.study.protocol import Backbone
-from fastreduce.study.recipe import DIGITS, Recipe, reductions
+from fastreduce.study.recipe import DIGITS, Capacity, Recipe, reductions
 from fastreduce.study.record import Recording, Run
 from fastreduce.study.report import Section, Table, write_report
 from fastreduce.study.run import run_study
+from fastreduce.study_commands import _backbone, _recipe
+from fastreduce.study_commands import study as commands
 
-METHODS = ("topk", "tome", "kmedoids", "radial")
+RUNS = [("topk", 0.5), ("kmedoids", 0.5), ("topk", 0.9), ("kmedoids", 0.9), ("tome", 0.9), ("radial_l2", 0.9)]
 
 
 def small() -> Recipe:
     backbone = Backbone(
         "vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 12, "depth": 4, "num_heads": 2}
     )
+    narrow = dataclasses.replace(backbone, options={**backbone.options, "embed_dim": 8})
     one = dataclasses.replace(DIGITS.fine_tuning, epochs=1, warmup_epochs=0, batch_size=256)
     return dataclasses.replace(
         DIGITS,
@@ -34,7 +44,9 @@ def small() -> Recipe:
         backbone=backbone,
         training=one,
         fine_tuning=one,
-        reductions=reductions(METHODS, (0.5, 0.9)),
+        reductions=reductions(("topk", "kmedoids"), (0.5,))
+        + reductions(("topk", "kmedoids", "tome", "radial"), (0.9,)),
+        capacities=(Capacity("narrow", narrow, reductions(("topk",), (0.5, 0.9))),),
     )
 
 
@@ -45,21 +57,37 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(folder):
-    found = run_study(small(), folder, cpu=True)
-    assert found is not None
-    return found
+    """What ``fastreduce study run --quick`` finds, where quick is as small as can be."""
+    found = []
+
+    def kept(*arguments, **options):
+        found.append(run_study(*arguments, **options))
+        return found[-1]
+
+    top = typer.Typer(cls=app.info.cls)
+    top.add_typer(commands, name="study")
+    options = ["--quick", "--cpu", "--jobs", "1", "--out", str(folder)]
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(recipes, "DIGITS_QUICK", small())
+        patches.setattr(running, "run_study", kept)
+        done = CliRunner().invoke(top, ["study", "run", *options])
+    assert done.exit_code == 0, done.output
+    for finding in found[0].findings:
+        assert finding.claim in " ".join(done.stdout.split())
+    return found[0]
 
 
 def test_every_model_is_there(study, folder):
     runs = [recording.run for recording in study.recordings]
-    wanted = [name if name != "radial" else "radial_l2" for name in METHODS for _ in range(2)]
-    assert [run.method for run in runs] == ["none", *wanted]
-    assert [run.keep_rate for run in runs[1:]] == [0.5, 0.9] * len(METHODS)
+    wanted = [("none", None), *RUNS, ("none", None), ("topk", 0.5), ("topk", 0.9)]
+    assert [(run.method, run.keep_rate) for run in runs] == wanted
+    assert [run.backbone for run in runs] == ["vit_tiny_patch16_224"] * 7 + ["narrow"] * 3
+    assert [(result.method, result.keep_rate) for result in study.results] == RUNS
     for recording, evaluation in zip(study.recordings, study.evaluations, strict=True):
         assert recording.images == 602
         assert recording.run.accuracy == pytest.approx(evaluation.accuracy["top1"], abs=1e-4)
         assert evaluation.images_per_second > 0
-    assert study.evaluations[1].gmacs < study.evaluations[2].gmacs < study.evaluations[0].gmacs
+    assert study.evaluations[1].gmacs < study.evaluations[3].gmacs < study.evaluations[0].gmacs
     stored = json.loads((folder / "results.json").read_text())
     assert [model["accuracy"]["top1"] for model in stored["models"]] == [
         evaluation.accuracy["top1"] for evaluation in study.evaluations
@@ -75,7 +103,18 @@ def test_tables(study, folder):
     assert float(row["difference"]) == pytest.approx(float(row["accuracy_a"]) - float(row["accuracy_b"]))
     assert {path.name for path in (folder / "tables").iterdir()} == {
         "correlations.csv", "depth-keep-rate.csv", "depth-method.csv", "keep-rate.csv", "method.csv",
+        "backbone.csv", "depth-backbone.csv",
     }  # fmt: skip
+
+
+def test_the_smaller_backbone_is_compared_and_stays_out_of_the_rest(study):
+    rows, ends = study.rows["backbone"], ("vit_tiny_patch16_224", "narrow")
+    assert {(row["backbone_a"], row["backbone_b"]) for row in rows} == {ends}
+    assert [(row["method_a"], row["keep_rate_a"]) for row in rows] == [("none", None), ("topk", 0.5), ("topk", 0.9)]
+    assert {row["backbone_b"] for axis in ("keep_rate", "method") for row in study.rows[axis]} == {ends[0]}
+    chance = [study.tokens[index].share[0] for index in (1, 3)]
+    beyond = [(row["ioa_1"] - share) / (1 - share) for row, share in zip(rows[1:], chance, strict=True)]
+    assert study.findings[6].evidence.endswith(f"Top-K {sum(beyond) / 2:.2f}")
 
 
 class Page(html.parser.HTMLParser):
@@ -101,13 +140,16 @@ def test_the_page_holds_all_of_it(study, folder):
     page.feed((folder / "report.html").read_text())
     assert not page.open
     drawn = list((folder / "pictures").glob("*.png"))
-    assert page.drawings == len(drawn) == 7
+    assert page.drawings == len(drawn) == 8
     summary = (folder / "summary.md").read_text()
     for finding in study.findings:
         assert finding.claim in page.cells
         assert f"| {finding.claim} | {finding.verdict} | {finding.evidence} |" in summary
     for recording in study.recordings[1:]:
         assert f"{recording.run.accuracy:.2f}" in page.cells
+    own, other = (study.recordings[index].run for index in (0, 7))
+    of_both = (f"{run.backbone}, {run.parameters:,} weights, unreduced {run.accuracy:.2f}" for run in (own, other))
+    assert "A: {}; B: {}".format(*of_both) in summary
 
 
 def test_a_second_call_trains_nothing_again(study, folder, monkeypatch):
@@ -125,6 +167,22 @@ def test_another_study_is_not_mixed_in(study, folder):
     other = dataclasses.replace(small(), training=dataclasses.replace(small().training, seed=1))
     with pytest.raises(ValueError, match="another training"):
         run_study(other, folder, cpu=True)
+
+
+def test_further_backbones_are_chosen_by_name():
+    def chosen(dataset, capacities, methods=None, **backbone):
+        named = {"model": None, "checkpoint": None, "pretrained": False, **backbone}
+        recipe = _recipe(dataset, False, methods, None, 0, _backbone(dataset, **named), None, {}, capacities)
+        return {one.name: list(dict.fromkeys(each.method for each in one.reductions)) for one in recipe.capacities}
+
+    assert chosen("digits", None) == {"width-24": list(FAMILIES["Pruning"])}
+    assert chosen("digits", ["width-24"], ["tome,ats"]) == {"width-24": ["ats"]}
+    assert chosen("digits", None, ["tome"]) == chosen("digits", ["none"]) == {}
+    assert chosen("digits", None, checkpoint="weights") == chosen("coco", None, pretrained=True) == {}
+    further = ["deit_tiny_patch16_224,deit_base_patch16_224"]
+    assert chosen("coco", further, ["sit"], pretrained=True) == {name: ["sit"] for name in further[0].split(",")}
+    with pytest.raises(ValueError, match="unknown capacity 'width-25'; expected width-24, none"):
+        chosen("digits", ["width-25"])
 
 
 def test_a_page_says_what_it_was_given_and_nothing_else(tmp_path):
@@ -192,20 +250,17 @@ class TestFindings:
         none_shared = {key: value for key, value in only_light.items() if key[0] != "tome" or key[1] != 0.9}
         assert self.verdicts(none_shared)[2] == "not examined"
 
-    def test_what_chance_alone_would_give_is_no_agreement(self):
-        def radial(iou):
-            run = {"dataset": "digits", "backbone": "small", "accuracy": 90.0}
-            ends = {
-                "a": run | {"method": "topk", "keep_rate": 0.5},
-                "b": run | {"method": "radial_l2", "keep_rate": 0.5},
-            }
-            row = {f"{name}_{end}": value for end, of in ends.items() for name, value in of.items()}
-            tokens = [
-                TokenStatistics(Run(**ends[end]), (1,), np.array([0.5]), np.zeros(1), None, None, (0.0, 0.0))
-                for end in "ab"
-            ]
-            found = find([], tokens, {"method": [row | {"iou_1": iou, "difference": 0.0}]}, [])
-            return found[7].verdict, found[7].evidence
-
-        assert radial(1 / 3) == ("holds", "IoU of the first stage, beyond chance: Top-K 0.00")
-        assert radial(1.0)[0] == "does not hold"
+    @pytest.mark.parametrize(
+        ("axis", "other", "column", "chance", "finding"),
+        [("method", {"method": "radial_l2"}, "iou_1", 1 / 3, 7), ("backbone", {"backbone": "tiny"}, "ioa_1", 0.5, 6)],
+    )
+    def test_what_chance_alone_would_give_is_no_agreement(self, axis, other, column, chance, finding):
+        first = {"dataset": "digits", "backbone": "small", "method": "topk", "keep_rate": 0.5, "accuracy": 90.0}
+        ends = {"a": first, "b": first | other}
+        row = {f"{name}_{end}": value for end, of in ends.items() for name, value in of.items()}
+        half, none = np.array([0.5]), np.zeros(1)
+        tokens = [TokenStatistics(Run(**end), (1,), half, none, None, None, (0.0, 0.0)) for end in ends.values()]
+        for value, beyond, verdict in ((chance, 0, "holds"), (1.0, 1, "does not hold")):
+            found = find([], tokens, {axis: [row | {column: value, "difference": 0.0}]}, [])[finding]
+            assert found.verdict == verdict
+            assert found.evidence.endswith(f"beyond chance: Top-K {beyond:.2f}")

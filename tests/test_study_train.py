@@ -16,7 +16,7 @@ import fastreduce
 from fastreduce.study.data import Images, Shifts, open_data
 from fastreduce.study.evaluate import evaluate, measure_accuracy
 from fastreduce.study.measures import mean_average_precision
-from fastreduce.study.protocol import Backbone, Protocol, Reduction, protocol_for
+from fastreduce.study.protocol import Backbone, Protocol, Reduction, load_trained, protocol_for
 from fastreduce.study.train import make_accelerator, parameter_groups, train
 
 OPTIONS = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -76,6 +76,10 @@ def test_interrupted_training_goes_on_with_the_same_curve(tmp_path):
     with pytest.raises(Stop):
         train(data, BACKBONE, EVERYTHING, tmp_path / "parts", reduction=reduction, cpu=True, on_epoch=stop)
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["epoch-00002"]
+    held = {path.name for path in (tmp_path / "parts" / "epoch-00002").iterdir()}
+    assert {"model.safetensors", "model_ema.safetensors", "training.json"} < held
+    with pytest.raises(ValueError, match="parts holds another training: its reduction is"):
+        train(data, BACKBONE, EVERYTHING, tmp_path / "parts", reduction=Reduction("sit", 0.5), cpu=True)
     (tmp_path / "parts" / "epoch-00003.part").mkdir()  # as a checkpoint that was being written looks
     torch.manual_seed(4)
     rest = []
@@ -90,7 +94,9 @@ def test_interrupted_training_goes_on_with_the_same_curve(tmp_path):
         found, expected = load_file(ours), load_file(theirs)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in found)
-    assert not torch.equal(load_file(whole.weights)["head.weight"], load_file(whole.ema_weights)["head.weight"])
+    for weights, accuracy in ((whole.weights, "accuracy"), (whole.ema_weights, "ema_accuracy")):
+        model = load_trained(BACKBONE, reduction, weights, 10)
+        assert measure_accuracy(model, data, batch_size=8) == getattr(whole.epochs[-1], accuracy)
     assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [
         "model.safetensors",
         "model_ema.safetensors",
@@ -175,7 +181,12 @@ def test_distillation(tmp_path):
     teacher = BACKBONE.build(10)
     nn.init.normal_(teacher.head.weight)
     base = _first_loss(tmp_path / "base", protocol)
-    with pytest.raises(ValueError, match="hard distillation needs a teacher"):
+    save_file(teacher.state_dict(), tmp_path / "start.safetensors")
+    started = dataclasses.replace(BACKBONE, checkpoint=tmp_path / "start.safetensors")
+    alone = _first_loss(tmp_path / "alone", protocol, started)
+    own = dataclasses.replace(protocol, distillation="soft", distillation_weight=0.25)
+    assert _first_loss(tmp_path / "own", own, started) == pytest.approx(0.75 * alone)  # it starts where its teacher is
+    with pytest.raises(ValueError, match="hard distillation needs a teacher, and the backbone has no head"):
         _first_loss(tmp_path / "none", dataclasses.replace(protocol, distillation="hard"))
     torch.manual_seed(protocol.seed)
     student, data = BACKBONE.build(10), few_digits(8, augmentation=STILL)
@@ -232,11 +243,13 @@ def test_groups_and_rates(tmp_path):
 
     torch.manual_seed(PLAIN.seed)
     before = BACKBONE.build(10).state_dict()
-    frozen = dataclasses.replace(PLAIN, epochs=1, warmup_epochs=0, frozen_epochs=1)
-    after = load_file(train(few_digits(16), BACKBONE, frozen, tmp_path / "frozen", cpu=True).weights)
+    frozen = dataclasses.replace(PLAIN, epochs=1, warmup_epochs=0, frozen_epochs=1, accumulate=2, ema=0.25)
+    training = train(few_digits(16), BACKBONE, frozen, tmp_path / "frozen", cpu=True)
+    after, average = load_file(training.weights), load_file(training.ema_weights)
     for name, value in before.items():
         new = name.startswith(("head", "pos_embed", "patch_embed"))
         assert torch.equal(after[name], value) != new, name
+        torch.testing.assert_close(average[name], 0.25 * value + 0.75 * after[name])
 
 
 def test_rates_follow_warm_up_and_cosine(tmp_path):
@@ -273,6 +286,10 @@ def test_a_backbone_gets_a_new_head_for_other_classes(tmp_path):
         ({"batch_size": 7}, "batch_size must be even, got 7"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"warmup_epochs": 31}, r"between 0 and epochs \(30\), got 31"),
+        ({"ema": 1.0}, r"ema must lie in \[0, 1\), got 1.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
+        ({"workers": -1}, "workers must not be negative, got -1"),
+        ({"distillation_weight": 2.0}, "distillation_weight must lie between 0 and 1, got 2.0"),
         ({"distillation": "warm"}, "distillation must be one of None, 'soft', 'hard', got 'warm'"),
     ],
 )
@@ -284,6 +301,12 @@ def test_protocols_that_cannot_be(changes, message):
 def test_a_data_set_smaller_than_a_batch(tmp_path):
     with pytest.raises(ValueError, match="digits has 4 training images, fewer than a batch of 8"):
         train(few_digits(4), BACKBONE, PLAIN, tmp_path, cpu=True)
+
+
+def test_images_of_another_size(tmp_path):
+    large = dataclasses.replace(BACKBONE, options={**OPTIONS, "img_size": 32})
+    with pytest.raises(ValueError, match=r"takes images of \(32, 32\) pixels, digits has \(16, 16\)"):
+        train(few_digits(), large, PLAIN, tmp_path, cpu=True)
 
 
 def test_evaluation():

@@ -35,6 +35,7 @@ __all__ = [
     "AXES",
     "Row",
     "TokenStatistics",
+    "chance_iou",
     "compare",
     "compare_depth_maps",
     "correlate",
@@ -244,6 +245,11 @@ def token_statistics(recording: Recording) -> TokenStatistics:
         pooled = (depths["pooled_mean"], depths["pooled_std"])
     mean, deviation = (np.array([getattr(share, name)() for share in shares]) for name in ("mean", "std"))
     return TokenStatistics(recording.run, recording.blocks, mean, deviation, depth, spread, pooled)
+
+
+def chance_iou(first: float, second: float) -> float:
+    """The IoU to expect of two kept sets that have nothing to do with each other, from the share that each keeps."""
+    return first * second / (first + second - first * second)
 
 
 def compare_depth_maps(

@@ -120,7 +120,12 @@ def evaluate(
 
     Returns:
         What was found.
+
+    Raises:
+        ValueError: fewer than one round.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
     model.eval()
     weight = next(model.parameters())
     ragged = getattr(getattr(model.blocks, "_reducer", None), "ragged", False)

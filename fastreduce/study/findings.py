@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .comparison import Row, TokenStatistics
+from .comparison import Row, TokenStatistics, chance_iou
 from .pictures import FAMILIES, TITLES
 from .record import UNREDUCED, Recording
 
@@ -81,7 +81,7 @@ def _above(gap: tuple[float, float]) -> Verdict:
 
 
 def _in_words(gap: tuple[float, float]) -> str:
-    return f"{gap[0]:+.2f} ± {gap[1]:.2f} points"
+    return f"{gap[0]:+.2f}\u00a0±\u00a0{gap[1]:.2f} points"
 
 
 def _top_k_is_strong(scores: _Scores, rates: Sequence[float]) -> Finding:
@@ -168,7 +168,7 @@ def _agreements(rows: Sequence[Row], shares: _Shares) -> dict[str, list[float]]:
         if row["method_a"] in FAMILIES["Pruning"] and columns and chance < 1:
             value = row[min(columns, key=_block)]
             found.setdefault(row["method_a"], []).append(float((value - chance) / (1 - chance)))
-    return found
+    return {method: found[method] for method in FAMILIES["Pruning"] if method in found}
 
 
 def _block(column: str) -> int:
@@ -195,7 +195,7 @@ def _radial_disagrees(across_methods: Sequence[Row], tokens: Sequence[TokenStati
         columns = [name for name in row if name.startswith("iou_") and "_std_" not in name]
         if row["method_a"] in FAMILIES["Pruning"] and row["method_b"] in FAMILIES["Static"] and columns:
             a, b = (shares.get((row[f"backbone_{c}"], row[f"method_{c}"], row[f"keep_rate_{c}"]), 1.0) for c in "ab")
-            chance = a * b / (a + b - a * b)
+            chance = chance_iou(a, b)
             if row["keep_rate_a"] == row["keep_rate_b"] and chance < 1:
                 value = row[min(columns, key=_block)]
                 beyond.setdefault(row["method_a"], []).append((value - chance) / (1 - chance))
@@ -207,18 +207,15 @@ def _radial_disagrees(across_methods: Sequence[Row], tokens: Sequence[TokenStati
     return Finding(claim, verdict, f"IoU of the first stage, beyond chance: {words}")
 
 
-def _backbones_disagree(
-    across_backbones: Sequence[Row], across_rates: Sequence[Row], tokens: Sequence[TokenStatistics]
-) -> Finding:
+def _backbones_disagree(across_backbones: Sequence[Row], tokens: Sequence[TokenStatistics]) -> Finding:
     claim = "Pruning patterns do not agree across backbone capacities."
-    shares = _shares(tokens)
-    capacities, rates = _agreements(across_backbones, shares), _agreements(across_rates, shares)
-    both = capacities.keys() & rates.keys()
-    if not both:
-        return Finding(claim, "not examined", "needs a pruning method on two backbones and at two keep rates")
-    one, other = (statistics.fmean(statistics.fmean(found[method]) for method in both) for found in (capacities, rates))
-    words = f"share beyond chance, first stage: {one:.2f} across backbones and {other:.2f} across keep rates"
-    return Finding(claim, "holds" if one < other else "does not hold", words)
+    agreement = _agreements(across_backbones, _shares(tokens))
+    if not agreement:
+        return Finding(claim, "not examined", "needs a pruning method on two backbones")
+    means = {method: statistics.fmean(values) for method, values in agreement.items()}
+    words = ", ".join(f"{TITLES[method]} {value:.2f}" for method, value in means.items())
+    verdict: Verdict = "holds" if max(means.values()) < _AGREES else "does not hold"
+    return Finding(claim, verdict, f"share of one first stage that the other holds, beyond chance: {words}")
 
 
 def _little_reduction_helps(scores: _Scores) -> Finding:
@@ -285,7 +282,7 @@ def find(
         _family_beats(scores, rates, "Hard merging beats soft merging.", "Hard merging", ("Soft merging",)),
         _static_beats_soft(scores, rates),
         _rates_agree(across["keep_rate"], tokens),
-        _backbones_disagree(across["backbone"], across["keep_rate"], tokens),
+        _backbones_disagree(across["backbone"], tokens),
         _radial_disagrees(across["method"], tokens),
         _little_reduction_helps(scores),
         _similarities_follow(correlations),

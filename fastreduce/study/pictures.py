@@ -99,26 +99,35 @@ def _by_family(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
 def _panels(
     results: Sequence[Result], baseline: Result | None, title: str, subtitle: str, across: str, metric: str
 ) -> tuple[Figure, list[tuple[Axes, dict[str, list[Result]]]]]:
-    """One panel a family, all with the same axes."""
+    """One panel a family, two beside each other, all with the same axes."""
     grouped = _by_family(results)
     if not grouped:
         raise ValueError(f"no result of a known method to draw; methods are {', '.join(TITLES)}")
-    figure = _figure(2.5 * len(grouped) + 0.9, 4.4, title, subtitle)
-    axes = figure.subplots(1, len(grouped), sharex=True, sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0.7 / figure.get_figwidth(), right=0.985, bottom=0.26, top=0.77, wspace=0.08)
+    columns = min(2, len(grouped))
+    rows = math.ceil(len(grouped) / columns)
+    width, height = 3.15 * columns + 0.9, 2.75 * rows + 0.85
+    figure = _figure(width, height, title, subtitle)
+    places = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    edges = {"left": 0.7 / width, "right": 0.985, "bottom": 0.95 / height, "top": 1 - 0.95 / height}
+    figure.subplots_adjust(**edges, wspace=0.08, hspace=0.75)
+    for place in places[len(grouped) :]:
+        place.remove()
+    axes = places[: len(grouped)]
     for panel, (family, _) in zip(axes, grouped.items(), strict=True):
         _plain(panel)
         panel.set_title(family, fontsize=9.5, loc="left", color="#111111")
         panel.set_xlabel(across, fontsize=8.5)
+        panel.tick_params(labelbottom=True)
         if baseline is not None:
             panel.axhline(baseline.accuracy, color="#111111", linewidth=1.0, zorder=1)
-    axes[0].set_ylabel(metric, fontsize=8.5)
+    for panel in axes[::columns]:
+        panel.set_ylabel(metric, fontsize=8.5)
     return figure, list(zip(axes, grouped.values(), strict=True))
 
 
 def _legend_below(axes: Axes) -> None:
     """Where no line can run through it."""
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.2), ncols=2, columnspacing=1, fontsize=8, frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.22), ncols=2, columnspacing=1, fontsize=8, frameon=False)
 
 
 def accuracy_by_rate(
@@ -238,7 +247,7 @@ def similarity_matrix(
     """
     if values.shape != (len(names), len(names)):
         raise ValueError(f"values must have shape {(len(names), len(names))} to go with the names, got {values.shape}")
-    cell, left, top, bottom = 0.5, 1.25, 0.8, 1.0
+    cell, left, top, bottom = 0.42, 1.25, 0.75, 0.85
     side = cell * len(names)
     width, height = max(left + side + 0.25, 4.4), top + side + bottom
     figure = _figure(width, height, title, subtitle)
@@ -321,7 +330,7 @@ def patterns(
     factor = math.ceil(pixels * grid[0] / images[0].shape[0])
     enlarged = [np.kron(image, np.ones((factor, factor, 1), np.uint8)) for image in images]
     columns = 1 + len(slots)
-    cell, top = 1.05, 1.0
+    cell, top = 0.82, 0.95
     width, height = max(0.3 + columns * cell, 4.4), top + len(images) * cell + 0.1
     figure = _figure(width, height, title, subtitle)
     for row, image in enumerate(enlarged):
@@ -333,5 +342,5 @@ def patterns(
             axes.set_axis_off()
     for column, name in enumerate(("Image", *(TITLES.get(method, method) for method in slots))):
         x = 0.15 + (column + 0.47) * cell
-        figure.text(x / width, 1 - (top - 0.08) / height, name, fontsize=8.5, ha="center", va="bottom")
+        figure.text(x / width, 1 - (top - 0.08) / height, name, fontsize=8, ha="center", va="bottom")
     return figure

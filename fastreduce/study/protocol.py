@@ -9,12 +9,27 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from timm.models import get_pretrained_cfg
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from ..integrations.timm import create_model, load_official, official_state, patch, reduced_counts
 from .data import DATA_SETS
 
 __all__ = ["Backbone", "Protocol", "Reduction", "load_trained", "plain_data", "protocol_for"]
+
+
+_NOT_NEGATIVE = (
+    "min_lr",
+    "warmup_lr",
+    "weight_decay",
+    "backbone_lr",
+    "mixup",
+    "cutmix",
+    "ratio_weight",
+    "logit_weight",
+    "token_weight",
+    "workers",
+)
 
 
 def plain_data(value: Any) -> Any:
@@ -47,11 +62,17 @@ class Backbone:
         """The model in evaluation mode; what no weights are given for is drawn from torch's global generator.
 
         Raises:
-            ValueError: a checkpoint that does not fit.
+            ValueError: a model that timm does not have, one that is no Vision Transformer, a checkpoint that does not
+                fit.
         """
-        model = create_model(
-            self.name, pretrained=self.pretrained, num_classes=num_classes, drop_path_rate=drop_path, **self.options
-        )
+        try:
+            model = create_model(
+                self.name, pretrained=self.pretrained, num_classes=num_classes, drop_path_rate=drop_path, **self.options
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{self.name} cannot be had from timm: {error}") from error
+        if not isinstance(model, VisionTransformer):
+            raise ValueError(f"{self.name} is a {type(model).__name__}, not a Vision Transformer of timm")
         if self.checkpoint is not None:
             state, own = official_state(os.fspath(self.checkpoint)), model.state_dict()
             for key, value in own.items():
@@ -66,6 +87,17 @@ class Backbone:
             head = official_state(os.fspath(self.checkpoint)).get("head.weight")
             return head is not None and len(head) == num_classes
         return self.pretrained and getattr(get_pretrained_cfg(self.name), "num_classes", None) == num_classes
+
+    def teacher(self, num_classes: int) -> nn.Module:
+        """The model with its weights, for distillation.
+
+        Raises:
+            ValueError: weights that do not fit, or without a head for so many classes.
+        """
+        if not self.knows(num_classes):
+            where = "no weights" if self.checkpoint is None and not self.pretrained else "no head"
+            raise ValueError(f"{self.name} cannot teach: it has {where} for {num_classes} classes")
+        return self.build(num_classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +175,13 @@ class Protocol:
         drop_path: rate at the last block.
         label_smoothing, mixup, cutmix, mixup_switch: see ``timm.data.Mixup``; of single-label sets only.
         repeats: times that an image occurs in a row, each time differently augmented; an epoch keeps its length.
-        ema: decay of the moving average of the weights, or None.
+        ema: decay of the moving average of the weights, or None. The average is measured beside the weights themselves
+            and written to a file of its own.
         mixed_precision: ``"fp16"`` means float32 on a CPU, which has no fast float16.
         asymmetry: ``gamma_neg``, ``gamma_pos`` and ``clip`` of the asymmetric loss, for multi-label sets.
-        distillation: from a teacher's soft or hard decisions; DynamicViT's own terms do not need it.
-        distillation_weight: share of the loss.
+        distillation: from a teacher's soft or hard decisions, by softmax for multi-label sets too; DynamicViT's own
+            terms do not need it.
+        distillation_weight: share of the loss, 0 to 1.
         temperature: of the soft form.
         ratio_weight, logit_weight, token_weight: of DynamicViT's losses.
         workers: processes that load images; the random numbers depend on how many there are.
@@ -191,6 +225,18 @@ class Protocol:
         for name in ("warmup_epochs", "frozen_epochs"):
             if not 0 <= getattr(self, name) <= self.epochs:
                 raise ValueError(f"{name} must lie between 0 and epochs ({self.epochs}), got {getattr(self, name)}")
+        for name in ("lr", "eps", "temperature", "clip_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in _NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("mixup_switch", "distillation_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        for name in ("drop_path", "label_smoothing", "ema"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"mixup pairs images, so batch_size must be even, got {self.batch_size}")
         for name, known in (("mixed_precision", ("no", "fp16", "bf16")), ("distillation", (None, "soft", "hard"))):

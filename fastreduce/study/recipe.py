@@ -6,7 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,56 @@ from torch import nn
 
 from ..reducers import REDUCERS
 from .data import Augmentation, DataSet, Shifts, open_data
+from .pictures import FAMILIES
 from .protocol import Backbone, Protocol, Reduction, load_trained, protocol_for
 from .train import Training, train
 
-__all__ = ["DIGITS", "DIGITS_QUICK", "Recipe", "paper_recipe", "reductions", "run_name", "train_all"]
+__all__ = ["DIGITS", "DIGITS_QUICK", "Capacity", "Model", "Recipe", "paper_recipe", "reductions", "train_all"]
+
+_Progress = Callable[[str, float, float], None]
+_Step = Callable[[_Progress | None], Training]
 
 _OPTIONS: dict[str, Mapping[str, Any]] = {"radial": {"norm": "l2", "schedule": "stages"}}
 _RADIAL = ("radial-l1", "radial-l2", "radial-linf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """A further backbone, smaller or larger than a study's own, on which some of its methods are repeated.
+
+    Attributes:
+        name: what recordings call it, and the folder of its models.
+        backbone: without weights if the recipe trains its own from scratch.
+        reductions: what is repeated; the unreduced model always is.
+    """
+
+    name: str
+    backbone: Backbone
+    reductions: tuple[Reduction, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """One of the models that a study fine-tunes.
+
+    Attributes:
+        capacity: the backbone that it starts from, under the name that recordings give it.
+        reduction: of it, or None.
+        folder: of all that start from there, below that of the study's models; empty for the study's own backbone.
+    """
+
+    capacity: Capacity
+    reduction: Reduction | None
+    folder: str
+
+    @property
+    def place(self) -> str:
+        """Its own folder: ``topk-0.5``, or ``width-24/unreduced``."""
+        return _place(self.folder, "unreduced" if self.reduction is None else self.reduction.label)
+
+
+def _place(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +80,12 @@ class Recipe:
         training: how the backbone is trained, or None if it has its weights.
         fine_tuning: how it goes on from there, reduced by each of ``reductions`` and once unreduced.
         reductions: every method at every keep rate.
+        capacities: further backbones, trained and fine-tuned in the same ways.
+        teacher: for distillation and for DynamicViT. Default: the weights that a model starts from; for DynamicViT
+            without ``training`` the unreduced model after its fine-tuning.
+
+    Raises:
+        ValueError: two backbones of one name, or one whose name cannot be that of its folder.
     """
 
     data: str
@@ -45,20 +95,31 @@ class Recipe:
     training: Protocol | None
     fine_tuning: Protocol
     reductions: tuple[Reduction, ...]
+    capacities: tuple[Capacity, ...] = ()
+    teacher: Backbone | None = None
+
+    def __post_init__(self) -> None:
+        names = [self.backbone.name, *(capacity.name for capacity in self.capacities)]
+        if len({*names}) < len(names):
+            raise ValueError(f"every backbone needs a name of its own, got {', '.join(names)}")
+        taken = {"backbone", "unreduced", *(reduction.label for reduction in self.reductions)}
+        for name in names[1:]:
+            if Path(name).name != name or name in taken:
+                raise ValueError(f"a further backbone has a folder of its name, which {name!r} cannot be")
 
     def open(self, root: str | os.PathLike[str] | None = None) -> DataSet:
         """The data set; see :func:`~fastreduce.study.data.open_data`."""
         return open_data(self.data, root, image_size=self.image_size, augmentation=self.augmentation)
 
-    def trained(self, weights: str | os.PathLike[str]) -> Backbone:
-        """The backbone with the weights that its training wrote."""
-        return dataclasses.replace(self.backbone, checkpoint=weights)
-
     @property
-    def runs(self) -> Iterator[Reduction | None]:
-        """What is fine-tuned: the unreduced model first."""
-        yield None
-        yield from self.reductions
+    def models(self) -> Iterator[Model]:
+        """What is fine-tuned: of the study's own backbone first, and of every backbone the unreduced model first."""
+        own = Capacity(self.backbone.name, self.backbone, self.reductions)
+        for capacity in (own, *self.capacities):
+            folder = "" if capacity is own else capacity.name
+            yield Model(capacity, None, folder)
+            for reduction in capacity.reductions:
+                yield Model(capacity, reduction, folder)
 
 
 def reductions(
@@ -88,7 +149,7 @@ def reductions(
     return tuple(chosen)
 
 
-def paper_recipe(data: str, backbone: str = "deit_small_patch16_224") -> Recipe:
+def paper_recipe(data: str, backbone: str = "deit_small_patch16_224", capacities: Sequence[str] = ()) -> Recipe:
     """The paper's study of one data set: pretrained weights from timm, all methods, the four keep rates.
 
     DynamicViT's teacher is the unreduced model, fine-tuned.
@@ -96,13 +157,21 @@ def paper_recipe(data: str, backbone: str = "deit_small_patch16_224") -> Recipe:
     Args:
         data: one of :data:`~fastreduce.study.data.DATA_SETS` but digits.
         backbone: a timm model of 224 pixels.
+        capacities: further ones, on which everything is repeated; the paper's are ``deit_tiny_patch16_224`` and
+            ``deit_base_patch16_224``.
     """
     if data == "digits":
         raise ValueError("the paper has no digits; their recipe is DIGITS")
-    protocol = protocol_for(data)
-    augmentation = Augmentation(rand_augment=None) if data == "nabirds" else Augmentation()
+    everything = reductions(_METHODS, _KEEP_RATES)
     return Recipe(
-        data, 224, augmentation, Backbone(backbone, pretrained=True), None, protocol, reductions(_METHODS, _KEEP_RATES)
+        data,
+        224,
+        Augmentation(rand_augment=None) if data == "nabirds" else Augmentation(),
+        Backbone(backbone, pretrained=True),
+        None,
+        protocol_for(data),
+        everything,
+        tuple(Capacity(name, Backbone(name, pretrained=True), everything) for name in capacities),
     )
 
 
@@ -120,6 +189,9 @@ _TRAINING = protocol_for("digits", epochs=60, warmup_epochs=5, batch_size=64, ac
 # With twice the rate and 6 epochs even the unreduced model lost a point. One core takes 15 to 45 s, DynamicViT 70.
 _FINE_TUNING = dataclasses.replace(_TRAINING, epochs=8, warmup_epochs=1, lr=0.0064)
 
+# Half as wide and with a quarter of the weights, it is as deep and has as many heads and tokens.
+_NARROW = Backbone(_BACKBONE.name, {**_BACKBONE.options, "embed_dim": 24})
+
 DIGITS = Recipe(
     "digits",
     32,
@@ -128,31 +200,46 @@ DIGITS = Recipe(
     _TRAINING,
     _FINE_TUNING,
     reductions(_METHODS, _KEEP_RATES, **_FEW_TOKENS),
+    (Capacity("width-24", _NARROW, reductions(FAMILIES["Pruning"], _KEEP_RATES)),),
 )
 DIGITS_QUICK = dataclasses.replace(
     DIGITS,
     training=dataclasses.replace(_TRAINING, epochs=24, warmup_epochs=3),
     fine_tuning=dataclasses.replace(_FINE_TUNING, epochs=2, warmup_epochs=0),
     reductions=reductions(_METHODS, (0.25, 0.7), **_FEW_TOKENS),
+    capacities=(Capacity("width-24", _NARROW, reductions(("topk",), (0.25, 0.7))),),
 )
 
 
-def _fine_tune(
-    recipe: Recipe,
-    folder: Path,
-    root: str | None,
-    cpu: bool,
-    reduction: Reduction | None,
-    progress: Callable[[str, float, float], None] | None = None,
+def _train_backbone(
+    recipe: Recipe, folder: Path, root: str | None, cpu: bool, model: Model, progress: _Progress | None = None
 ) -> Training:
-    data = recipe.open(root)
+    assert recipe.training is not None
+    return train(
+        recipe.open(root),
+        model.capacity.backbone,
+        recipe.training,
+        folder / _place(model.folder, "backbone"),
+        cpu=cpu,
+        validate_every=5,
+        progress=progress,
+    )
+
+
+def _fine_tune(
+    recipe: Recipe, folder: Path, root: str | None, cpu: bool, model: Model, progress: _Progress | None = None
+) -> Training:
+    data, backbone = recipe.open(root), model.capacity.backbone
+    if recipe.training is not None:
+        trained = folder / _place(model.folder, "backbone") / "model.safetensors"
+        backbone = dataclasses.replace(backbone, checkpoint=trained)
     return train(
         data,
-        recipe.trained(folder / "backbone" / "model.safetensors") if recipe.training is not None else recipe.backbone,
+        backbone,
         recipe.fine_tuning,
-        folder / run_name(reduction),
-        reduction=reduction,
-        teacher=_teacher(recipe, data, folder, reduction),
+        folder / model.place,
+        reduction=model.reduction,
+        teacher=_teacher(recipe, folder, model, data.num_classes),
         cpu=cpu,
         validate_every=0,
         # One model of the embedded study takes less than a minute: it is trained again.
@@ -161,16 +248,37 @@ def _fine_tune(
     )
 
 
-def _teacher(recipe: Recipe, data: DataSet, folder: Path, reduction: Reduction | None) -> nn.Module | None:
-    """For DynamicViT the unreduced model of the same classes, where the backbone's own head may be for others."""
-    if reduction is None or reduction.method != "dynamicvit" or recipe.training is not None:
+def _learns_from_unreduced(recipe: Recipe, model: Model) -> bool:
+    """DynamicViT does where the backbone's own head may be for other classes."""
+    return recipe.training is None and recipe.teacher is None and _is_dynamic(model)
+
+
+def _is_dynamic(model: Model) -> bool:
+    return model.reduction is not None and model.reduction.method == "dynamicvit"
+
+
+def _teacher(recipe: Recipe, folder: Path, model: Model, num_classes: int) -> nn.Module | None:
+    if recipe.teacher is not None and (recipe.fine_tuning.distillation is not None or _is_dynamic(model)):
+        return recipe.teacher.teacher(num_classes)
+    if not _learns_from_unreduced(recipe, model):
         return None
-    return load_trained(recipe.backbone, None, folder / run_name(None) / "model.safetensors", data.num_classes)
+    unreduced = dataclasses.replace(model, reduction=None)
+    return load_trained(model.capacity.backbone, None, folder / unreduced.place / "model.safetensors", num_classes)
 
 
-def run_name(reduction: Reduction | None) -> str:
-    """The folder of one of the fine-tuned models, below that of all."""
-    return "unreduced" if reduction is None else reduction.label
+def _steps(recipe: Recipe, folder: Path, root: str | None, cpu: bool) -> dict[str, tuple[_Step, str | None]]:
+    """What trains every place, and the place that must be trained before it."""
+    steps: dict[str, tuple[_Step, str | None]] = {}
+    for model in recipe.models:
+        before = None
+        if recipe.training is not None:
+            before = _place(model.folder, "backbone")
+            if before not in steps:
+                steps[before] = partial(_train_backbone, recipe, folder, root, cpu, model), None
+        elif _learns_from_unreduced(recipe, model):
+            before = dataclasses.replace(model, reduction=None).place
+        steps[model.place] = partial(_fine_tune, recipe, folder, root, cpu, model), before
+    return steps
 
 
 def train_all(
@@ -180,19 +288,20 @@ def train_all(
     root: str | os.PathLike[str] | None = None,
     jobs: int = 1,
     cpu: bool = False,
-    progress: Callable[[str, float, float], None] | None = None,
+    progress: _Progress | None = None,
 ) -> dict[str, Training]:
-    """Train the backbone, then everything that starts from it. What the folder holds already is not done again.
+    """Train the backbones, then everything that starts from them. What the folder holds already is not done again.
 
     Args:
         recipe: the study.
-        folder: gets ``backbone``, ``unreduced`` and one folder for each reduction, by its label.
+        folder: gets ``backbone``, ``unreduced`` and one folder for each reduction, by its label; of every further
+            backbone the same in a folder of its name.
         root: the folder of the data set.
-        jobs: how many are fine-tuned at a time, each on one thread of a process of its own, which for small models on a
+        jobs: how many are trained at a time, each on one thread of a process of its own, which for small models on a
             CPU is worth far more than several threads for one. 1 stays in this process, and is what several GPUs
             (``accelerate launch``) need.
         cpu: stay on the CPU.
-        progress: called with what is done, how much of it and out of how much.
+        progress: called with what is done, how many models are, in parts of one too, and out of how many.
 
     Returns:
         The trainings, by folder.
@@ -204,36 +313,61 @@ def train_all(
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"jobs must be 1 for the processes of accelerate launch, got {jobs}")
-    folder, root = Path(folder), None if root is None else os.fspath(root)
+    steps = _steps(recipe, Path(folder), None if root is None else os.fspath(root), cpu)
+    if jobs > 1:
+        return _train_together(recipe, steps, jobs, progress)
     trainings = {}
-    if recipe.training is not None:
-        data = recipe.open(root)
-        trainings["backbone"] = train(
-            data, recipe.backbone, recipe.training, folder / "backbone", cpu=cpu, validate_every=5, progress=progress
-        )
-    runs = list(recipe.runs)
-    if jobs == 1:
-        for done, reduction in enumerate(runs):
+    for done, (place, (step, _)) in enumerate(steps.items()):
 
-            def moved(what: str, part: float, whole: float, done: int = done) -> None:
-                if progress is not None:
-                    progress(what, done + part / whole, len(runs))
+        def moved(what: str, part: float, whole: float, done: int = done) -> None:
+            if progress is not None:
+                progress(what, done + part / whole, len(steps))
 
-            trainings[run_name(reduction)] = _fine_tune(recipe, folder, root, cpu, reduction, moved)
-        return trainings
+        trainings[place] = step(moved)
+    return trainings
+
+
+_parts: Any = None  # of every model of a study, how much of it is trained; shared by the processes of one
+
+
+def _start_worker(parts: Any) -> None:
+    global _parts
+    _parts = parts
+    torch.set_num_threads(1)
+
+
+def _train_in_worker(step: _Step, index: int) -> Training:
+    def moved(what: str, part: float, whole: float) -> None:
+        _parts[index] = part / whole
+
+    return step(moved)
+
+
+def _train_together(
+    recipe: Recipe,
+    steps: Mapping[str, tuple[_Step, str | None]],
+    jobs: int,
+    progress: _Progress | None,
+) -> dict[str, Training]:
     # Not forked: threads of the parent may hold locks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        tasks = {}
-        for reduction in runs:
-            tasks[task := pool.submit(_fine_tune, recipe, folder, root, cpu, reduction)] = reduction
-            if reduction is None and recipe.training is None:  # it will be a teacher
-                task.result()
+    parts = context.RawArray("d", len(steps))
+    index = {place: index for index, place in enumerate(steps)}
+    trainings: dict[str, Training] = {}
+    running: dict[Future[Training], str] = {}
+    waiting = dict(steps)
+    with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(parts,)) as pool:
         try:
-            for done, task in enumerate(as_completed(tasks), 1):
-                trainings[run_name(tasks[task])] = task.result()
+            while waiting or running:
+                for place in [place for place, (_, before) in waiting.items() if before is None or before in trainings]:
+                    step, _ = waiting.pop(place)
+                    running[pool.submit(_train_in_worker, step, index[place])] = place
+                for task in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    place = running.pop(task)
+                    trainings[place] = task.result()
+                    parts[index[place]] = 1.0  # those that were trained before said nothing
                 if progress is not None:
-                    progress(f"training {recipe.data}", done, len(runs))
+                    progress(f"training {recipe.data}", sum(parts), len(steps))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

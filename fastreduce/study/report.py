@@ -67,19 +67,25 @@ _PAGE = """\
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #111; background: #fff }
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: .2rem }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ccc }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .87rem }
-caption { text-align: left; font-weight: 600; padding-bottom: .3rem }
-th, td { padding: .18rem .7rem; text-align: left; border-bottom: 1px solid #e4e4e4 }
-th { border-bottom: 1.5px solid #111 }
+h1 { font-size: 1.7em; margin-bottom: .2em }
+h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ccc; break-after: avoid }
+table { border-collapse: collapse; margin: 1.1em 0; font-size: .93em }
+caption { text-align: left; font-weight: 600; padding-bottom: .3em; break-after: avoid }
+thead { display: table-header-group }
+th, td { padding: .2em .75em; text-align: left; vertical-align: top; border-bottom: 1px solid #e4e4e4 }
+th { border-bottom: 1.5px solid #111; vertical-align: bottom }
 .number { text-align: right; font-variant-numeric: tabular-nums }
-figure { margin: 1.2rem 0; break-inside: avoid }
+figure { margin: 1.3em 0; break-inside: avoid }
 figure svg { max-width: 100%; height: auto }
-figcaption, .facts { color: #555; font-size: .87rem }
-.facts td, .facts th { border: 0; padding: .05rem .9rem .05rem 0; font-weight: 400 }
-nav { font-size: .87rem }
-@media print { body { font-size: 10pt; margin: 0; max-width: none } nav { display: none } tr { break-inside: avoid } }
+figcaption, .facts { color: #555; font-size: .93em }
+.facts td, .facts th { border: 0; padding: .05em 1em .05em 0; font-weight: 400; vertical-align: top }
+nav { font-size: .93em }
+@page { size: A4; margin: 16mm 15mm }
+@media print {
+  body { font-size: 9.5pt; line-height: 1.4; margin: 0; padding: 0; max-width: none }
+  nav { display: none }
+  tr, table.short { break-inside: avoid }
+}
 </style>
 </head>
 <body>
@@ -92,10 +98,11 @@ nav { font-size: .87rem }
 {% for section in sections %}<section id="part{{ loop.index }}">
 <h2>{{ section.title }}</h2>
 {% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>
-{% endfor %}{% for table in section.tables %}<table>
+{% endfor %}{% for table in section.tables %}<table{% if table.rows | length <= 24 %} class="short"{% endif %}>
 {% if table.caption %}<caption>{{ table.caption }}</caption>
-{% endif %}<tr>{% for name in table.columns %}<th{% if table | is_number(loop.index0) %} class="number"{% endif %}>\
-{{ name }}</th>{% endfor %}</tr>
+{% endif %}<thead><tr>{% for name in table.columns %}\
+<th{% if table | is_number(loop.index0) %} class="number"{% endif %}>\
+{{ name }}</th>{% endfor %}</tr></thead>
 {% for row in table.rows %}<tr>{% for cell in row %}\
 <td{% if table | is_number(loop.index0) %} class="number"{% endif %}>\
 {{ cell | shown(table.digits) }}</td>{% endfor %}</tr>

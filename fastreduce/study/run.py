@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,16 @@ from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
 from ..measure import environment
-from .comparison import Row, TokenStatistics, compare, compare_depth_maps, correlate, token_statistics, write_csv
+from .comparison import (
+    Row,
+    TokenStatistics,
+    chance_iou,
+    compare,
+    compare_depth_maps,
+    correlate,
+    token_statistics,
+    write_csv,
+)
 from .data import DataSet
 from .evaluate import Evaluation, evaluate
 from .findings import Finding, find
@@ -31,9 +42,9 @@ from .pictures import (
     scatter,
     similarity_matrix,
 )
-from .protocol import Reduction, load_trained, plain_data
-from .recipe import Recipe, run_name, train_all
-from .record import UNREDUCED, Recording, open_recording, record_images
+from .protocol import load_trained, plain_data
+from .recipe import Model, Recipe, train_all
+from .record import UNREDUCED, Recording, Run, open_recording, record_images
 from .report import Section, Table, write_report
 from .train import Training
 
@@ -43,6 +54,13 @@ if TYPE_CHECKING:
 __all__ = ["Study", "analyse", "run_study"]
 
 _EXAMPLES = 6  # images whose patterns are drawn
+_SOFTWARE = ("fastreduce", "commit", "torch", "triton", "timm", "python")
+_MACHINE = ("device", "device_name", "threads", "platform")
+_MEASURES = {
+    **{"iou": "IoU", "homogeneity": "homogeneity", "completeness": "completeness", "nmi": "NMI"},
+    **{"cca": "CCA", "cca_squared": "CCA, squared", "pwcca": "PWCCA distance of A"},
+    **{"pwcca_reverse": "PWCCA distance of the other", "cka": "CKA distance", "procrustes": "Procrustes distance"},
+}
 _Progress = Callable[[str, float, float], None]
 
 
@@ -51,10 +69,11 @@ class Study:
     """What a study found.
 
     Attributes:
-        recordings: the unreduced model first.
+        recordings: the unreduced model first, then the reduced ones, then those of further backbones.
         evaluations: of the same models.
         tokens: of the same models.
-        rows: similarities along ``"keep_rate"`` and ``"method"``, and of depth maps along these under ``"depth_…"``.
+        rows: similarities along ``"keep_rate"`` and ``"method"``, of the study's own backbone, and along
+            ``"backbone"``; of depth maps along these under ``"depth_…"``.
         correlations: of similarities along ``"method"`` with the difference in accuracy.
         findings: the paper's, held against all this.
         seconds: that every part took; training is the sum over its processes.
@@ -75,62 +94,76 @@ class Study:
         return Result(run.method, rate, run.accuracy, evaluation.images_per_second)
 
     @property
+    def backbone(self) -> str:
+        """The name of the study's own."""
+        return self.recordings[0].run.backbone
+
+    @property
     def results(self) -> list[Result]:
-        """Those of the reduced models."""
-        return [self.result(index) for index in range(1, len(self.recordings))]
+        """Those of the reduced models of the study's own backbone."""
+        own = [index for index, one in enumerate(self.recordings) if one.run.backbone == self.backbone]
+        return [self.result(index) for index in own[1:]]
 
     def recording(self, method: str, keep_rate: float | None) -> Recording | None:
-        """That of one model, if there is one."""
-        wanted = method, keep_rate
-        return next((one for one in self.recordings if (one.run.method, one.run.keep_rate) == wanted), None)
+        """That of one model of the study's own backbone, if there is one."""
+        wanted = self.backbone, method, keep_rate
+        runs = {(one.run.backbone, one.run.method, one.run.keep_rate): one for one in self.recordings}
+        return runs.get(wanted)
 
 
 def _judge(
-    recipe: Recipe, reduction: Reduction | None, weights: Path, data: DataSet, folder: Path, device: torch.device
+    recipe: Recipe, model: Model, weights: Path, data: DataSet, folder: Path, device: torch.device
 ) -> tuple[Recording, Evaluation]:
     """Evaluate and record a trained model, or read what an earlier call wrote."""
+    reduction, capacity = model.reduction, model.capacity
     recorded, evaluated = folder / "recording.safetensors", folder / "evaluation.json"
     if not evaluated.exists():
-        model = load_trained(recipe.backbone, reduction, weights, data.num_classes).to(device)
+        trained = load_trained(capacity.backbone, reduction, weights, data.num_classes).to(device)
         batches = DataLoader(data.val, batch_size=recipe.fine_tuning.batch_size, num_workers=recipe.fine_tuning.workers)
         rate = None if reduction is None else reduction.keep_rate
         first = rate[0] if isinstance(rate, tuple) else rate
         record_images(
-            model,
+            trained,
             batches,
             recorded,
             dataset=data.name,
-            backbone=recipe.backbone.name,
+            backbone=capacity.name,
             method=UNREDUCED if reduction is None else reduction.variant,
             keep_rate=first,
         )
-        found = evaluate(model, data, batch_size=recipe.fine_tuning.batch_size, workers=recipe.fine_tuning.workers)
+        found = evaluate(trained, data, batch_size=recipe.fine_tuning.batch_size, workers=recipe.fine_tuning.workers)
         part = evaluated.with_suffix(".part")
         part.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
         part.replace(evaluated)
     return open_recording(recorded), Evaluation(**json.loads(evaluated.read_text()))
 
 
-def _seconds(training: Training | None) -> float:
-    return 0.0 if training is None else sum(epoch.seconds for epoch in training.epochs)
+def _seconds(training: Training) -> float:
+    return sum(epoch.seconds for epoch in training.epochs)
 
 
 def analyse(recordings: Sequence[Recording], evaluations: Sequence[Evaluation], seconds: dict[str, float]) -> Study:
     """Compare and correlate what was recorded.
 
     Args:
-        recordings: of one data set and backbone, the unreduced model first.
+        recordings: of one data set; those of the study's own backbone first, and of these the unreduced model.
         evaluations: of the same models.
         seconds: that the parts before took; those of this part are added.
     """
     start = time.perf_counter()
     tokens = [token_statistics(recording) for recording in recordings]
+    backbone = recordings[0].run.backbone
+    own = [recording for recording in recordings if recording.run.backbone == backbone]
+    own_tokens = [entry for entry in tokens if entry.run.backbone == backbone]
     rows: dict[str, list[Row]] = {}
     for axis in ("keep_rate", "method"):
-        rows[axis] = compare(recordings, axis)
-        rows[f"depth_{axis}"] = compare_depth_maps(tokens, axis)
+        rows[axis] = compare(own, axis)
+        rows[f"depth_{axis}"] = compare_depth_maps(own_tokens, axis)
+    if len(own) < len(recordings):
+        rows["backbone"] = compare(recordings, "backbone")
+        rows["depth_backbone"] = compare_depth_maps(tokens, "backbone")
     correlations = correlate(rows["method"], "method")
-    findings = find(recordings, tokens, rows, correlations)
+    findings = find(own, tokens, rows, correlations)
     seconds = seconds | {"comparing": time.perf_counter() - start}
     return Study(list(recordings), list(evaluations), tokens, rows, correlations, findings, seconds)
 
@@ -168,17 +201,20 @@ def run_study(
     data = recipe.open(root)
     state = PartialState(cpu=cpu)
     trained = train_all(recipe, folder / "models", root=root, jobs=jobs, cpu=cpu, progress=progress)
-    seconds = {"training the backbone": _seconds(trained.pop("backbone", None))}
-    seconds["fine-tuning"] = sum(_seconds(one) for one in trained.values())
+    places = {model.place for model in recipe.models}
+    seconds = {
+        "training backbones": sum(_seconds(one) for place, one in trained.items() if place not in places),
+        "fine-tuning": sum(_seconds(trained[place]) for place in places),
+    }
     if not state.is_main_process:
         return None
     start = time.perf_counter()
     recordings, evaluations = [], []
-    for done, reduction in enumerate(recipe.runs):
-        place = run_name(reduction)
+    for done, model in enumerate(recipe.models):
         if progress is not None:
-            progress(f"recording {place}", done, len(trained))
-        judged = _judge(recipe, reduction, trained[place].weights, data, folder / "models" / place, state.device)
+            progress(f"recording {model.place}", done, len(places))
+        weights = trained[model.place].weights
+        judged = _judge(recipe, model, weights, data, folder / "models" / model.place, state.device)
         recordings.append(judged[0])
         evaluations.append(judged[1])
     seconds["evaluating and recording"] = time.perf_counter() - start
@@ -192,11 +228,6 @@ def _pictures(study: Study, data: DataSet) -> dict[str, tuple[Figure, str]]:
     baseline, results = study.result(0), study.results
     metric = "mean average precision, %" if data.multi_label else "top-1 accuracy, %"
     what = f"{data.name}, {study.recordings[0].images} validation images"
-    maps = {
-        (entry.run.method, entry.run.keep_rate): entry.depth
-        for entry in study.tokens
-        if entry.depth is not None and entry.run.keep_rate is not None
-    }
     pictures = {
         "accuracy-by-keep-rate": (
             accuracy_by_rate(results, baseline, subtitle=what, metric=metric),
@@ -207,11 +238,23 @@ def _pictures(study: Study, data: DataSet) -> dict[str, tuple[Figure, str]]:
             "Images per second as measured here; the star is the unreduced model.",
         ),
     }
-    if maps:
-        pictures["depth-maps"] = (
-            depth_maps(maps, study.recordings[0].depth, subtitle="survivors count as the model's depth"),
-            "Columns are keep rates. Merging methods without centres lose no patch and have no map.",
-        )
+    for backbone in dict.fromkeys(one.run.backbone for one in study.recordings):
+        own = backbone == study.backbone
+        maps = {
+            (entry.run.method, entry.run.keep_rate): entry.depth
+            for entry in study.tokens
+            if entry.run.backbone == backbone and entry.depth is not None and entry.run.keep_rate is not None
+        }
+        if maps:
+            where = "" if own else f" in {backbone}"
+            figure = depth_maps(
+                maps,
+                study.recordings[0].depth,
+                title=f"Mean depth at which a patch is lost{where}",
+                subtitle="survivors count as the model's depth",
+            )
+            words = "Columns are keep rates. Merging methods without centres lose no patch and have no map."
+            pictures[f"depth-maps{'' if own else f'-{backbone}'}"] = figure, words
     for measure, words in (("iou", "IoU of the kept patches"), ("nmi", "NMI of the assignments")):
         pictures |= _matrices(study, measure, words)
     pictures |= _gaps(study)
@@ -289,39 +332,86 @@ def _drawn_patterns(study: Study, data: DataSet) -> tuple[Figure, str] | None:
     return figure, "The first validation images, not chosen."
 
 
-def _accuracy_table(study: Study) -> Table:
-    rates = sorted({row.keep_rate for row in study.results}, reverse=True)
-    cells = {(row.method, row.keep_rate): row.accuracy for row in study.results}
+def _by_rate(results: Iterable[tuple[Run, Any]], caption: str, digits: int = 2) -> Table:
+    """A row a method and a column a keep rate."""
+    cells = {(run.method, run.keep_rate): value for run, value in results}
+    rates = sorted({rate for _, rate in cells if rate is not None}, reverse=True)
     rows = [
         [TITLES[method], family, *(cells.get((method, rate)) for rate in rates)]
         for family, methods in FAMILIES.items()
         for method in methods
         if any((method, rate) in cells for rate in rates)
     ]
-    caption = f"Accuracy in per cent by keep rate; unreduced {study.result(0).accuracy:.2f}"
-    return Table(["method", "family", *(f"{rate:g}" for rate in rates)], rows, caption)
+    return Table(["method", "family", *(f"{rate:g}" for rate in rates)], rows, caption, digits)
 
 
-def _speed_table(study: Study) -> Table:
-    rows = []
-    for recording, evaluation in zip(study.recordings, study.evaluations, strict=True):
-        tokens = ", ".join(f"{count:.4g}" for count in evaluation.tokens)
-        run = recording.run
-        rows.append(
-            [TITLES[run.method], run.keep_rate, evaluation.images_per_second, evaluation.gmacs * 1e3, tokens]
-        )  # fmt: skip
-    columns = ["method", "keep rate", "images / s", "million multiply-adds", "patch tokens after each stage"]
-    return Table(columns, rows, "Speed and size", digits=2)
+def _accuracy_table(study: Study) -> Table:
+    runs = [one.run for one in study.recordings if one.run.backbone == study.backbone]
+    caption = f"Accuracy in per cent by keep rate; unreduced {runs[0].accuracy:.2f}"
+    return _by_rate([(run, run.accuracy) for run in runs], caption)
 
 
-def _correlation_table(study: Study) -> Table:
-    columns = ["method A", "keep rate", "measure", "Spearman", "Kendall", "pairs"]
-    rows = [
-        [TITLES[row["method"]], row["keep_rate"], row["measure"], row["spearman"], row["kendall"], row["pairs"]]
-        for row in study.correlations
-        if row["pairs"] > 2
+def _speed_tables(study: Study) -> list[Table]:
+    judged = [
+        (recording.run, evaluation)
+        for recording, evaluation in zip(study.recordings, study.evaluations, strict=True)
+        if recording.run.backbone == study.backbone
     ]
-    return Table(columns, rows, "Similarity to A, correlated with the accuracy of A less that of the other")
+    unreduced = judged[0][1]
+    speeds = [(run, evaluation.images_per_second) for run, evaluation in judged]
+    work = [(run, 1e3 * evaluation.gmacs) for run, evaluation in judged]
+    tokens = [(run, ", ".join(f"{count:.3g}" for count in evaluation.tokens)) for run, evaluation in judged]
+    return [
+        _by_rate(speeds, f"Images per second; unreduced {unreduced.images_per_second:.0f}", digits=0),
+        _by_rate(work, f"Million multiply-adds an image; unreduced {1e3 * unreduced.gmacs:.1f}", digits=1),
+        _by_rate(tokens, "Patch tokens after each stage"),
+    ]
+
+
+def _capacity_tables(study: Study) -> list[Table]:
+    """For every two backbones what they have in common, method by method."""
+    shares = {entry.run: float(entry.share[0]) for entry in study.tokens if len(entry.share)}
+    runs = {(run.backbone, run.method, run.keep_rate): run for run in (one.run for one in study.recordings)}
+    maps = {_ends(row): row["pcc"] for row in study.rows.get("depth_backbone", ())}
+    tables: dict[tuple[str, str], list[list[Any]]] = {}
+    order = list(TITLES)
+    rows = study.rows.get("backbone", ())
+    for row in sorted(rows, key=lambda row: (order.index(row["method_a"]), -(row["keep_rate_a"] or 0))):
+        blocks = sorted(int(name[4:]) for name in row if name.startswith("iou_") and name[4:].isdigit())
+        if blocks:
+            a, b = (runs[end] for end in _ends(row))
+            overlap, chance = row[f"iou_{blocks[0]}"], chance_iou(shares[a], shares[b])
+            cells = [TITLES[a.method], a.keep_rate, a.accuracy, b.accuracy, overlap, chance, maps.get(_ends(row))]
+            tables.setdefault((a.backbone, b.backbone), []).append(cells)
+    columns = ["method", "keep rate", "accuracy A", "accuracy B", "IoU, first stage", "by chance", "depth maps, PCC"]
+    unreduced = {run.backbone: run for run in runs.values() if run.method == UNREDUCED}
+    about = {
+        name: f"{name}, {run.parameters:,} weights, unreduced {run.accuracy:.2f}" for name, run in unreduced.items()
+    }
+    captions = {(a, b): f"A: {about[a]}; B: {about[b]}" for a, b in tables}
+    return [Table(columns, cells, captions[pair]) for pair, cells in tables.items()]
+
+
+def _ends(row: Row) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(row[f"{name}_{end}"] for name in ("backbone", "method", "keep_rate")) for end in "ab")
+
+
+def _correlation_tables(study: Study) -> list[Table]:
+    """For every anchor the mean over blocks, by measure and keep rate."""
+    found: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for row in study.correlations:
+        if row["pairs"] > 2 and math.isfinite(row["spearman"]):
+            own = found.setdefault(row["method"], {}).setdefault(row["measure"].rsplit("_", 1)[0], {})
+            own.setdefault(row["keep_rate"], []).append(row["spearman"])
+    tables = []
+    for method, measures in found.items():
+        rates = sorted({rate for means in measures.values() for rate in means}, reverse=True)
+        rows = [
+            [_MEASURES[measure], *(statistics.fmean(means[rate]) if rate in means else None for rate in rates)]
+            for measure, means in measures.items()
+        ]
+        tables.append(Table([f"A: {TITLES[method]}", *(f"{rate:g}" for rate in rates)], rows))
+    return tables
 
 
 def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: torch.device) -> None:
@@ -347,12 +437,15 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
     }
     (folder / "results.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
     taken = {name: round(value) for name, value in study.seconds.items()}
+    options = ", ".join(f"{name} {value}" for name, value in recipe.backbone.options.items())
+    further = "".join(f"; {capacity.name} beside it" for capacity in recipe.capacities)
     facts: list[tuple[str, Any]] = [
         ("data", f"{data.name}: {len(data.train)} training, {len(data.val)} validation images"),
-        ("backbone", f"{recipe.backbone.name} {dict(recipe.backbone.options) or ''}"),
-        ("models", f"{len(study.recordings)}, {recipe.fine_tuning.epochs} epochs each from the same backbone"),
+        ("backbone", f"{recipe.backbone.name}{f' ({options})' if options else ''}{further}"),
+        ("models", f"{len(study.recordings)}, {recipe.fine_tuning.epochs} epochs each from its backbone"),
         ("seconds", ", ".join(f"{name} {value}" for name, value in taken.items())),
-        *((name, value) for name, value in about.items() if isinstance(value, (str, int, float))),
+        ("software", ", ".join(f"{name} {about[name]}" for name in _SOFTWARE if about.get(name) is not None)),
+        ("machine", ", ".join(f"{name} {about[name]}" for name in _MACHINE if about.get(name) is not None)),
     ]
     findings = Table(
         ["finding of the paper", "here", "evidence"],
@@ -374,9 +467,20 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
         Section("Accuracy", (), [_accuracy_table(study)], drawn("accuracy-by-keep-rate", "accuracy-by-speed")),
         Section("Where patches are lost", (), (), drawn("depth-maps", "patterns")),
         Section("How methods agree", (), (), drawn("iou-matrix", "nmi-matrix", "gap-by-procrustes")),
-        Section("Similarity and accuracy", (), [_correlation_table(study)]),
-        Section("Speed", (), [_speed_table(study)]),
+        Section(
+            "Similarity and accuracy",
+            [
+                "Spearman correlation, by keep rate, of the similarity to A with the accuracy of A less that of the "
+                "other; mean over blocks. Of every block, and Kendall's: tables/correlations.csv."
+            ],
+            _correlation_tables(study),
+        ),
+        Section("Speed", (), _speed_tables(study)),
     ]
-    summary = f"{_accuracy_table(study).markdown()}\n{findings.markdown()}"
+    if capacities := _capacity_tables(study):
+        words = "The same method and keep rate on two backbones. PCC is Pearson's correlation of the two depth maps."
+        maps = [name for name in pictures if name.startswith("depth-maps-")]
+        sections.insert(4, Section("Another capacity", [words], capacities, drawn(*maps)))
+    summary = "\n".join(table.markdown() for table in (_accuracy_table(study), findings, *capacities))
     (folder / "summary.md").write_text(summary, encoding="utf-8")
     write_report(folder / "report.html", f"Token reduction on {data.name}", facts, sections)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.loss import AsymmetricLossMultiLabel, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -34,11 +34,12 @@ from .data import DataSet
 from .evaluate import measure_accuracy
 from .protocol import Backbone, Protocol, Reduction, plain_data
 
-__all__ = ["Epoch", "Training", "make_accelerator", "parameter_groups", "train"]
+__all__ = ["EMA_WEIGHTS", "WEIGHTS", "Epoch", "Training", "make_accelerator", "parameter_groups", "train"]
 
 _NEW_PARTS = ("head", "pos_embed", "patch_embed", "reducers")
 _WITHOUT_DECAY = ("pos_embed", "cls_token", "reg_token", "dist_token")
 _STATE, _PART, _RESULT = "epoch-", ".part", "training.json"
+WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Epoch:
         lr: of the last update.
         accuracy: what :func:`~fastreduce.study.evaluate.measure_accuracy` gives, in per cent, or empty where it was not
             measured.
-        ema_accuracy: the same of the averaged weights.
+        ema_accuracy: the same of the moving average of the weights, empty without one.
         seconds: without validation.
     """
 
@@ -73,7 +74,7 @@ class Training:
     Attributes:
         epochs: its history.
         weights: ``model.safetensors``, with the names of the patched model.
-        ema_weights: those of the moving average, or None.
+        ema_weights: ``model_ema.safetensors``, those of the moving average, or None.
     """
 
     epochs: list[Epoch]
@@ -81,29 +82,17 @@ class Training:
     ema_weights: Path | None
 
 
-class _History:
-    """What accelerate saves and loads beside model, optimizer and random numbers."""
-
-    def __init__(self, description: Mapping[str, Any]):
-        self.description = description
-        self.epochs: list[Epoch] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"description": self.description, "epochs": [dataclasses.asdict(epoch) for epoch in self.epochs]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        _check_same(self.description, state["description"])
-        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-
-
-def _check_same(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _check_same(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     for part, value in wanted.items():
         held = found.get(part)
         if isinstance(value, dict) and isinstance(held, dict):
             other = [key for key in {**value, **held} if value.get(key) != held.get(key)]
             value, held = ({key: side.get(key) for key in other} for side in (value, held))
         if value != held:
-            raise ValueError(f"the folder holds another training: its {part} is {held!r}, wanted was {value!r}")
+            raise ValueError(
+                f"{folder} holds another training: its {part} is {held!r}, wanted was {value!r}; "
+                "give another folder, or remove it"
+            )
 
 
 class _Observed(nn.Module):
@@ -239,20 +228,33 @@ def _write_weights(model: nn.Module, path: Path) -> Path:
     return part.replace(path)
 
 
-def _read_result(folder: Path, description: Mapping[str, Any]) -> Training | None:
-    """The training that the folder holds, if it is finished."""
-    path = folder / _RESULT
-    if not path.exists():
-        return None
+def _write_history(place: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
+    part = place / (_RESULT + _PART)
+    history = {"description": description, "epochs": [dataclasses.asdict(epoch) for epoch in epochs]}
+    part.write_text(json.dumps(history, indent=1) + "\n")
+    part.replace(place / _RESULT)
+
+
+def _read_history(folder: Path, place: Path, description: Mapping[str, Any]) -> list[Epoch]:
+    """The epochs behind the result or the checkpoint at a place of the folder."""
+    path = place / _RESULT
     try:
         found = json.loads(path.read_text())
         epochs = [Epoch(**epoch) for epoch in found["epochs"]]
         held = found["description"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the result of a training: {error}") from error
-    _check_same(description, held)
-    ema = folder / "model_ema.safetensors"
-    return Training(epochs, folder / "model.safetensors", ema if ema.exists() else None)
+    _check_same(folder, description, held)
+    return epochs
+
+
+def _read_result(folder: Path, description: Mapping[str, Any]) -> Training | None:
+    """The training that the folder holds, if it is finished."""
+    if not (folder / _RESULT).exists():
+        return None
+    epochs = _read_history(folder, folder, description)
+    ema = folder / EMA_WEIGHTS
+    return Training(epochs, folder / WEIGHTS, ema if ema.exists() else None)
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -292,6 +294,12 @@ def _describe(
     }
 
 
+def _check_size(name: str, model: Any, data: DataSet) -> None:
+    patches, size = model.patch_embed, (data.image_size, data.image_size)
+    if patches.strict_img_size and patches.img_size != size:
+        raise ValueError(f"{name} takes images of {patches.img_size} pixels, {data.name} has {size}")
+
+
 class _Trainer:
     """Everything that a training holds while it runs."""
 
@@ -303,23 +311,22 @@ class _Trainer:
         reduction: Reduction | None,
         teacher: nn.Module | None,
         accelerator: Accelerator,
-        history: _History,
     ):
-        self.protocol, self.data, self.accelerator, self.history = protocol, data, accelerator, history
+        self.protocol, self.data, self.accelerator = protocol, data, accelerator
         set_seed(protocol.seed)  # the same weights in all processes
         self.model = backbone.build(data.num_classes, protocol.drop_path)
+        _check_size(backbone.name, self.model, data)
         reduced = None if reduction is None else reduction.apply(self.model)
-        fractions = None
+        fractions, pupil = None, None if protocol.distillation is None else f"{protocol.distillation} distillation"
         if reduction is not None and reduced is not None and reduction.method == "dynamicvit":
-            fractions = reduction.fractions(reduced)
-            if teacher is None and not backbone.knows(data.num_classes):
+            fractions, pupil = reduction.fractions(reduced), pupil or "dynamicvit"
+        if pupil is not None and teacher is None:
+            if not backbone.knows(data.num_classes):
                 raise ValueError(
-                    f"dynamicvit learns from a teacher, and the backbone has no head for the classes of {data.name}: "
+                    f"{pupil} needs a teacher, and the backbone has no head for the classes of {data.name}: "
                     "give one, such as the unreduced model after its fine-tuning"
                 )
-            teacher = backbone.build(data.num_classes) if teacher is None else teacher
-        if protocol.distillation is not None and teacher is None:
-            raise ValueError(f"{protocol.distillation} distillation needs a teacher")
+            teacher = backbone.build(data.num_classes)
         if teacher is not None:
             teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
         self.objective = _Objective(protocol, data.multi_label, teacher, fractions)
@@ -357,8 +364,27 @@ class _Trainer:
             step_on_epochs=False,
             updates_per_epoch=self.updates,
         )
-        accelerator.register_for_checkpointing(history, *([] if self.ema is None else [self.ema]))
+        # The names of the patched model, in whatever accelerate and DynamicViT wrap it.
+        accelerator.register_save_state_pre_hook(self._save_weights)
+        accelerator.register_load_state_pre_hook(self._load_weights)
         set_seed(protocol.seed, device_specific=True)
+
+    def _save_weights(self, models: list[nn.Module], weights: list[Any], place: str | os.PathLike[str]) -> None:
+        weights.clear()
+        if self.accelerator.is_main_process:
+            self.write_weights(Path(place))
+
+    def _load_weights(self, models: list[nn.Module], place: str | os.PathLike[str]) -> None:
+        models.clear()
+        self.model.load_state_dict(load_file(Path(place) / WEIGHTS))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(load_file(Path(place) / EMA_WEIGHTS))
+
+    def write_weights(self, place: Path) -> None:
+        """The model's, and those of its moving average."""
+        _write_weights(self.model, place / WEIGHTS)
+        if self.ema is not None:
+            _write_weights(self.ema.module, place / EMA_WEIGHTS)
 
     def _scale_rates(self, epoch: int) -> None:
         factor = 0.0 if epoch < self.protocol.frozen_epochs else self.protocol.backbone_lr
@@ -403,29 +429,26 @@ class _Trainer:
         ]
         return results[0], results[1]
 
-    def save_state(self, folder: Path) -> None:
+    def save_state(self, folder: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
         """A checkpoint under its own name, then away with the ones before: there is always a complete one."""
         older = _states(folder)
-        whole = folder / f"{_STATE}{len(self.history.epochs):05}"
+        whole = folder / f"{_STATE}{len(epochs):05}"
         part = whole.with_name(whole.name + _PART)
         self.accelerator.save_state(str(part))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            _write_history(part, epochs, description)
             part.replace(whole)
             for path in older:
                 shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
 
-    def finish(self, folder: Path) -> None:
+    def finish(self, folder: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
         """Write the weights, then the result, then away with the checkpoints."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _write_weights(self.model, folder / "model.safetensors")
-            if self.ema is not None:
-                _write_weights(self.ema.module, folder / "model_ema.safetensors")
-            part = folder / (_RESULT + _PART)
-            part.write_text(json.dumps(self.history.state_dict(), indent=1) + "\n")
-            part.replace(folder / _RESULT)
+            self.write_weights(folder)
+            _write_history(folder, epochs, description)
             for path in folder.glob(f"{_STATE}*"):
                 shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
@@ -463,10 +486,10 @@ def train(
         backbone: the model and its weights.
         protocol: how; :func:`~fastreduce.study.protocol.protocol_for` has the paper's.
         folder: for ``model.safetensors`` (and ``model_ema.safetensors``), ``training.json`` and, on the way,
-            checkpoints; all processes must see it.
+            checkpoints, which hold these files too; all processes must see it.
         reduction: the method, or None for the unreduced model.
-        teacher: an unreduced timm model for distillation. DynamicViT's default is the backbone with its weights, which
-            must have been trained for these classes.
+        teacher: an unreduced timm model for distillation and for DynamicViT. Default: the backbone with its weights,
+            which must have been trained for these classes.
         cpu: stay on the CPU.
         validate_every: epochs between validations, 0 for a single one at the end.
         checkpoint_every: epochs between checkpoints, 0 for none before the end.
@@ -477,22 +500,24 @@ def train(
         The history and the files.
 
     Raises:
-        ValueError: a folder that holds another training, weights that do not fit, a data set smaller than a batch,
-            distillation without a teacher.
+        ValueError: a folder that holds another training (finished or not), weights that do not fit, a data set smaller
+            than a batch, distillation without a teacher.
         FloatingPointError: the loss is not finite.
     """
     folder = Path(folder)
     accelerator = make_accelerator(protocol, cpu)
-    history = _History(_describe(data, backbone, protocol, reduction, teacher, accelerator.num_processes))
-    if (finished := _read_result(folder, history.description)) is not None:
+    description = _describe(data, backbone, protocol, reduction, teacher, accelerator.num_processes)
+    if (finished := _read_result(folder, description)) is not None:
         return finished
+    states = _states(folder)
+    epochs = _read_history(folder, states[-1], description) if states else []
+    trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"*{_PART}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
-    trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator, history)
-    if states := _states(folder):
+    if states:
         accelerator.load_state(str(states[-1]))
     what = data.name if reduction is None else f"{data.name} {reduction.label}"
 
@@ -500,20 +525,20 @@ def train(
         if progress is not None and accelerator.is_main_process:
             progress(f"training {what}", done, protocol.epochs)
 
-    for epoch in range(len(history.epochs), protocol.epochs):
+    for epoch in range(len(epochs), protocol.epochs):
         start = time.perf_counter()
         losses, lr = trainer.run_epoch(epoch, lambda part, epoch=epoch: moved(epoch + part))  # type: ignore[misc]
         seconds = time.perf_counter() - start
         measured: tuple[dict[str, float], dict[str, float]] = ({}, {})
         if epoch + 1 == protocol.epochs or (validate_every and (epoch + 1) % validate_every == 0):
             measured = trainer.validate()
-        history.epochs.append(Epoch(losses, lr, *measured, seconds))
+        epochs.append(Epoch(losses, lr, *measured, seconds))
         if checkpoint_every and (epoch + 1) % checkpoint_every == 0 and epoch + 1 < protocol.epochs:
-            trainer.save_state(folder)
+            trainer.save_state(folder, epochs, description)
         if on_epoch is not None:
-            on_epoch(history.epochs[-1])
-    trainer.finish(folder)
+            on_epoch(epochs[-1])
+    trainer.finish(folder, epochs, description)
     accelerator.free_memory()
-    result = _read_result(folder, history.description)
+    result = _read_result(folder, description)
     assert result is not None
     return result
