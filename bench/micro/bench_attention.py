@@ -49,10 +49,10 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(*_tensors(inputs), *outputs, *gradients)
 
 
-def _tiles(inputs: Inputs) -> Any:
+def _tiles(inputs: Inputs, scored: bool = False) -> Any:
     from fastreduce.kernels.attention import attention_tiles
 
-    with_options = any(name in inputs for name in ("bias", "index", "offsets"))
+    with_options = scored or any(name in inputs for name in ("bias", "index", "offsets"))
     return attention_tiles(inputs["q"].shape[3], inputs["q"].dtype, aligned=True, with_options=with_options)
 
 
@@ -63,10 +63,10 @@ def _tiled(inputs: Inputs) -> int:
     return 2 * nbytes(q) + sweeps * (nbytes(k, v) + q.shape[1] * nbytes(*of_keys))
 
 
-def _backward_tiled(inputs: Inputs) -> int:
+def _backward_tiled(inputs: Inputs, scored: bool = False) -> int:
     """First K, V and the policy once a tile of queries, then Q and the upstream gradient once a tile of keys."""
     q, k, v, *of_keys = _tensors(inputs)
-    tiles = _tiles(inputs)
+    tiles = _tiles(inputs, scored)
     over_keys = math.ceil(q.shape[2] / tiles.grad_queries.own)
     over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
     others = (over_keys + 1) * q.shape[1] * nbytes(*of_keys)
@@ -252,7 +252,7 @@ def _class_tiled(inputs: Inputs) -> int:
 
 
 def _class_backward_tiled(inputs: Inputs) -> int:
-    return _backward_tiled(inputs) + nbytes(inputs["k"])
+    return _backward_tiled(inputs, scored=True) + nbytes(inputs["k"])
 
 
 def _received_tiled(inputs: Inputs) -> int:
@@ -264,7 +264,8 @@ def _received_tiled(inputs: Inputs) -> int:
 def _received_backward_tiled(inputs: Inputs) -> int:
     """K once more a tile of queries."""
     q, k = inputs["q"], inputs["k"]
-    return _backward_tiled(inputs) + math.ceil(q.shape[2] / _tiles(inputs).grad_queries.own) * nbytes(k)
+    over_keys = math.ceil(q.shape[2] / _tiles(inputs, scored=True).grad_queries.own)
+    return _backward_tiled(inputs, scored=True) + over_keys * nbytes(k)
 
 
 _COMMON: dict[str, Any] = {"floor": _floor, "gradients": ("q", "k", "v"), "backward_floor": _backward_floor}
