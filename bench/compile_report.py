@@ -1,6 +1,7 @@
 """Compile kernels ahead of time, as they are really launched, and read their resources. No GPU needed.
 
-python -m bench.compile_report [--quick] [--arch sm_80,sm_90,gfx942] [--shapes ...] [--primitives ...] [--json FILE]
+python -m bench.compile_report [--quick] [--arch sm_80,sm_90,gfx942] [--shapes ...] [--primitives ...] [--options]
+                               [--json FILE]
 
 Every kernel at every shape class that it is launched with. Non-zero exit if a gate is missed that is not among the
 known exceptions, or if one of these is not needed any more. TRITON_CACHE_DIR says where compiled kernels are kept.
@@ -468,6 +469,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arch", help=f"of {', '.join(ARCHES)}, comma separated (default: all)")
     parser.add_argument("--shapes", help="MODEL-TOKENS-BATCH[-DTYPE], comma separated (default: all)")
     parser.add_argument("--primitives", help="names, comma separated (default: all)")
+    parser.add_argument(
+        "--options",
+        action="store_true",
+        help="attention with every option at every head dimension too, aligned or not, NVIDIA only: an hour or more",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was read")
     return parser
 
@@ -496,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for primitive in primitives.values():
         if new := run.compile(primitive):
             print(table(new, (*columns, "load", "store", "tensor", "gate")), end="\n\n", flush=True)
-    if "attention" in primitives and not options.quick and options.shapes is None:
+    if options.options:
         print(table(run.compile_options(), (*columns, "load", "store", "tensor", "gate")), end="\n\n", flush=True)
     worst = ("kernel", "arch", "compiled", "registers", "spills", "shared", "occupancy", "load", "store")
     print(table(_worst(run.rows), worst), end="\n\n")
