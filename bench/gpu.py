@@ -60,6 +60,9 @@ _PARITY_SHAPES = [
     ("vit_large", 1025, 1),
 ]
 _MICRO_SHAPES = [("deit_small", 197, 256), ("deit_small", 197, 1), ("deit_base", 197, 256), ("deit_base", 197, 1)]
+# Where the rule of "auto" goes from our attention to PyTorch's (MOST_KEYS_BY_OURS): from these it can be measured.
+_RULE_SHAPES = [("deit_small", 577, 64), ("deit_small", 1025, 32), ("deit_small", 2049, 16)]
+_RULE_PRIMITIVES = ("attention_index", "attention_scores_class")
 _QUICK_SHAPES = [("deit_tiny", 26, 2)]
 _SMALL, _BASE = "deit_small_patch16_224", "deit_base_patch16_224"
 # Settings of bench.models, each with its share of the phase. Compiling takes long: few methods, and last.
@@ -114,17 +117,20 @@ def _dealt(groups: Sequence[Sequence[Item]], workers: int) -> list[list[Item]]:
 def _micro_items(quick: bool, wrong: set[tuple[str, str]]) -> list[Item]:
     """Without the kernels that are wrong somewhere. Ours, the official algorithm and others first, at every shape."""
     shapes = _QUICK_SHAPES if quick else _MICRO_SHAPES
-    rounds = [(("fastreduce", "plain"), shapes)]
+    primitives, ours = load_primitives(), ("fastreduce", "plain")
+    rounds: list[tuple[tuple[str, ...], list[tuple[str, int, int]], Sequence[str]]]
+    rounds = [(ours, shapes[:1], [*primitives])]
     if not quick:
-        rounds += [(("reference",), shapes), (("compiled",), shapes[:1])]
+        rounds += [(("fastreduce",), _RULE_SHAPES, _RULE_PRIMITIVES), (ours, shapes[1:], [*primitives])]
+        rounds += [(("reference",), shapes, [*primitives]), (("compiled",), shapes[:1], [*primitives])]
     return [
         {"primitive": name, "shape": [*shape, "float32" if quick else "bfloat16"], "direction": way, "contender": who}
-        for contenders, points in rounds
+        for contenders, points, names in rounds
         for shape in points
-        for name, primitive in load_primitives().items()
+        for name in names
         for way in DIRECTIONS
-        if way == "forward" or primitive.gradients
-        for who in (*contenders, *(primitive.others if "plain" in contenders else ()))
+        if way == "forward" or primitives[name].gradients
+        for who in (*contenders, *(primitives[name].others if "fastreduce" in contenders else ()))
         if not (who == "fastreduce" and (name, way) in wrong)
     ]
 

@@ -52,7 +52,7 @@ def input_config(model: nn.Module) -> dict[str, Any]:
 
 
 # Our attention reads chosen queries where they are, and gives the class token's scores for one launch instead of two,
-# but takes longer a logit than PyTorch's: an estimate from bytes and operations. bench.gpu shows both side by side.
+# but takes longer a logit than PyTorch's: an estimate from bytes and operations. bench.gpu times both at 197 to 2,049.
 MOST_KEYS_BY_OURS = 1024
 
 
