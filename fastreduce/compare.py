@@ -40,7 +40,7 @@ from .integrations.timm import (
     record,
     reduced_counts,
 )
-from .measure import environment, quartiles, ratio, recompile_limits, seconds_of
+from .measure import environment, keep_memory, quartiles, ratio, recompile_limits, seconds_of
 from .plain import FreeSlice, PlainModel
 from .reducers import REDUCERS
 from .reducers.schedule import stage_blocks
@@ -371,6 +371,7 @@ class Comparison:
             raise ValueError(str(error)) from error
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        self.memory_kept = self.device.type == "cpu" and keep_memory()
         self.photo = _open_photo(settings.image)
         model, self.weights, self.method_layers = _build_model(settings)
         self.model = model.to(self.device, self.dtype)
@@ -691,6 +692,7 @@ class Comparison:
             "dtype": settings.dtype,
             "backend": self.backend,
             "compile": settings.compile,
+            "memory_kept": self.memory_kept,
             "fused_baseline": settings.fused_baseline,
             "images_checked": self.checked,
             "refused": self.refused,

@@ -17,8 +17,9 @@ def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Largest cosine (B, A) of every token of A with those of B after the prefix, and of which, the first if tied."""
     found = []
     for rows in split(a, b.shape[1]):
-        similarity = (rows @ b.transpose(1, 2)).nan_to_num_(WORST)
-        similarity[:, :, :prefix] = float("-inf")
+        similarity = torch.bmm(rows, b.mT).nan_to_num_(WORST)
+        if prefix:
+            similarity[:, :, :prefix] = float("-inf")
         found.append(similarity.max(dim=-1))
     best, destination = zip(*found, strict=True)
     return joined(best), joined(destination)
@@ -37,22 +38,19 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     batch, tokens, _ = metric.shape
     metric = metric.to(accumulator(metric.dtype))
     unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    num_a, num_b = (tokens + 1) // 2, tokens // 2
-    prefix_a, prefix_b = (prefix + 1) // 2, prefix // 2
+    num_b, prefix_a, prefix_b = tokens // 2, (prefix + 1) // 2, prefix // 2
 
     best, destination = _nearest(unit[:, ::2], unit[:, 1::2], prefix_b)
-    best[:, :prefix_a] = float("-inf")
-    merged_first = torch.sort(-best, dim=1, stable=True)[1][:, :r]
-    merged = torch.zeros_like(best, dtype=torch.bool).scatter(
-        1, merged_first, torch.ones_like(merged_first, dtype=torch.bool)
-    )
+    if prefix_a:
+        best[:, :prefix_a] = float("-inf")
+    merged_first = torch.sort(best, dim=1, descending=True, stable=True)[1][:, :r]
+    merged = torch.zeros_like(best, dtype=torch.bool).scatter_(1, merged_first, True)
 
-    position_a = torch.arange(num_a, device=metric.device)
-    position_b = torch.arange(num_b, device=metric.device)
-    rank = (~merged).cumsum(1) - 1  # among the unmerged of A
-    slot_a = torch.where(position_a < prefix_a, 2 * position_a, prefix + rank - prefix_a)
-    slot_b = torch.where(position_b < prefix_b, 2 * position_b + 1, tokens - r - num_b + position_b)
+    first_b = tokens - r - num_b  # the slot of B's first token if there is no prefix
+    stays = (~merged).cumsum(1).add_(prefix - prefix_a - 1)  # the slot of a token of A that is not merged
     slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
-    slot[:, ::2] = torch.where(merged, slot_b[destination], slot_a)
-    slot[:, 1::2] = slot_b
+    slot[:, ::2] = torch.where(merged, destination + first_b, stays)
+    slot[:, 1::2] = torch.arange(first_b, tokens - r, device=metric.device)
+    if prefix > 1:
+        slot[:, :prefix] = torch.arange(prefix, device=metric.device)
     return slot
