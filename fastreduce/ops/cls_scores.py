@@ -86,7 +86,7 @@ def _fake_value_forward(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | Non
 _forward = register(
     "cls_scores(Tensor q, Tensor k, int prefix, float scale, Tensor? valid=None) -> (Tensor, Tensor, Tensor)",
     triton=_triton_forward,
-    reference=reference.cls_scores,
+    reference=reference.cls_scores_with_sums,
     fake=_fake_forward,
 )
 _backward = register(
@@ -232,5 +232,5 @@ def cls_scores(
         forward = reference.cls_value_scores if resolve(backend, q, k) == "reference" else _value_forward
         return forward(q.detach(), k.detach(), value.detach(), valid, prefix, scale)
     if resolve(backend, q, k) == "reference":
-        return reference.cls_scores(q, k, prefix, scale, valid)[0]
+        return reference.cls_scores(q, k, prefix, scale, valid)
     return ClsScores.apply(q, k, prefix, scale, valid)

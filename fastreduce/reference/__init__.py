@@ -7,7 +7,13 @@ computes in float32 (float64 for float64 inputs) and casts once at the end.
 from ._norm import layer_norm, layer_norm_backward, with_norm
 from ._rows import accumulator, with_prefix
 from .attention import attention, attention_backward, attention_scores, attention_with_sums, key_scores
-from .cls_scores import cls_scores, cls_scores_backward, cls_value_scores, cls_value_scores_packed
+from .cls_scores import (
+    cls_scores,
+    cls_scores_backward,
+    cls_scores_with_sums,
+    cls_value_scores,
+    cls_value_scores_packed,
+)
 from .cluster_dpc_knn import cluster_dpc_knn
 from .cluster_k_medoids import cluster_k_medoids
 from .fuse_tokens import fuse_tokens, fuse_tokens_backward
@@ -44,6 +50,7 @@ __all__ = [
     "attention_with_sums",
     "cls_scores",
     "cls_scores_backward",
+    "cls_scores_with_sums",
     "cls_value_scores",
     "cls_value_scores_packed",
     "cluster_dpc_knn",

@@ -9,32 +9,32 @@ from torch import Tensor
 
 from ._rows import accumulator
 
-__all__ = ["cls_scores", "cls_scores_backward", "cls_value_scores", "cls_value_scores_packed"]
+__all__ = ["cls_scores", "cls_scores_backward", "cls_scores_with_sums", "cls_value_scores", "cls_value_scores_packed"]
 
 
-def _patch_attention(
-    q: Tensor, k: Tensor, valid: Tensor | None, prefix: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention (B, H, N - prefix) of the class query, logits (B, H, N) with -inf where not valid, logsumexp (B, H)."""
+def _logits(q: Tensor, k: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    """Of the class query (B, H, N), -inf where not valid."""
     dtype = accumulator(k.dtype)
     # An elementwise product and a sum: matmul would first copy the strided K (measured 3 : 1).
     logits = (k.to(dtype) * q.to(dtype).unsqueeze(2)).sum(-1) * scale
-    if valid is not None:
-        logits = logits.masked_fill(~valid.unsqueeze(1), -torch.inf)
-    logsumexp = torch.logsumexp(logits, dim=-1)
-    return torch.exp(logits[:, :, prefix:] - logsumexp.unsqueeze(-1)), logits, logsumexp
+    return logits if valid is None else logits.masked_fill(~valid.unsqueeze(1), -torch.inf)
 
 
-def cls_scores(
-    q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def cls_scores(q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
     """``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
 
-    q (B, H, D), k (B, H, N, D), valid (B, N) or None -> scores (B, N - prefix), and for the backward pass logits
-    (B, H, N) and their logsumexp (B, H).
+    q (B, H, D), k (B, H, N, D), valid (B, N) or None -> (B, N - prefix).
     """
-    attention, logits, logsumexp = _patch_attention(q, k, valid, prefix, scale)
-    return attention.mean(1), logits, logsumexp
+    return torch.softmax(_logits(q, k, valid, scale), dim=-1)[:, :, prefix:].mean(1)
+
+
+def cls_scores_with_sums(
+    q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`cls_scores`, and for its backward pass the logits (B, H, N) and their logsumexp (B, H)."""
+    logits = _logits(q, k, valid, scale)
+    logsumexp = torch.logsumexp(logits, dim=-1)
+    return torch.exp(logits[:, :, prefix:] - logsumexp.unsqueeze(-1)).mean(1), logits, logsumexp
 
 
 def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
@@ -42,8 +42,8 @@ def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, 
 
     q (B, H, D), k and value (B, H, N, D), valid (B, N) or None -> (B, N - prefix).
     """
-    attention, logits, _ = _patch_attention(q, k, valid, prefix, scale)
-    scores = (attention * torch.linalg.vector_norm(value[:, :, prefix:], dim=-1, dtype=logits.dtype)).sum(1)
+    attention = torch.softmax(_logits(q, k, valid, scale), dim=-1)[:, :, prefix:]
+    scores = (attention * torch.linalg.vector_norm(value[:, :, prefix:], dim=-1, dtype=attention.dtype)).sum(1)
     # A weight of 0 times a norm that is not finite would be NaN.
     return scores if valid is None else scores.masked_fill_(~valid[:, prefix:], 0.0)
 
