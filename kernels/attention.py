@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import head_of, steps, unit_of
+
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
@@ -90,15 +92,6 @@ def _settings(tile: AttentionTile) -> dict[str, int]:
     return settings
 
 
-def _unit(*tensors: torch.Tensor) -> int:
-    """Elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""
-    unit = 16 // tensors[0].element_size()
-    for tensor in tensors:
-        if tensor.data_ptr() % 16 or any(step % unit for step in (tensor.shape[3], *tensor.stride()[:3])):
-            return 1
-    return unit
-
-
 @dataclasses.dataclass(frozen=True)
 class ColumnTile:
     """Rows and columns of one step of a sum over rows."""
@@ -124,18 +117,6 @@ def key_tile(head_dim: int) -> ColumnTile:
 
 
 @triton.jit
-def _head_of(tensor, batch, head, stride_b, stride_h, UNIT: tl.constexpr):
-    """Where a head begins: at a multiple of UNIT, as the strides of 72 channels a head do not tell the compiler."""
-    return tensor + tl.multiple_of(batch * stride_b, UNIT) + tl.multiple_of(head * stride_h, UNIT)
-
-
-@triton.jit
-def _steps(rows, stride, UNIT: tl.constexpr):
-    """From one row of a head to others, likewise."""
-    return tl.multiple_of(rows.to(tl.int64) * stride, UNIT)[:, None]
-
-
-@triton.jit
 def mean_values_kernel(
     v,  # (B, H, N, D)
     mean,  # (B, H, D) float32, contiguous
@@ -155,12 +136,12 @@ def mean_values_kernel(
     offsets_n = tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
     in_d = offsets_d < D
-    values = _head_of(v, batch, head.to(tl.int64), v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    values = head_of(v, batch, head.to(tl.int64), v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         rows = start + offsets_n
         mask = (rows < keys)[:, None] & in_d[None, :]
-        acc += tl.load(values + _steps(rows, v_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(values + steps(rows, v_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
     tl.store(mean + (batch * heads + head) * D + offsets_d, tl.sum(acc, 0) / keys, mask=in_d)
 
 
@@ -255,13 +236,13 @@ def attention_kernel(
     in_m = offsets_m < last_m
     in_d = offsets_d < D
     in_md = in_m[:, None] & in_d[None, :]
-    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
     rows_q = offsets_m
     if index is not None:
         rows_q = _chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
-    query = tl.load(query_rows + _steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    value_rows = _head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
     if POLICY:
         policy_row = policy + batch * policy_stride_b
     if bias is not None:
@@ -274,7 +255,7 @@ def attention_kernel(
         columns = start + offsets_n
         in_n = columns < last_n
         in_nd = in_n[:, None] & in_d[None, :]
-        key = tl.load(key_rows + _steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
+        key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if bias is not None:
             logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
@@ -291,7 +272,7 @@ def attention_kernel(
         rescale = tl.exp2(seen_max - new_max)
         weight = tl.exp2(logit - new_max[:, None])
         seen_sum = seen_sum * rescale + tl.sum(weight, 1)
-        value = tl.load(value_rows + _steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
+        value = tl.load(value_rows + steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
         acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
         seen_max = new_max
 
@@ -410,18 +391,18 @@ def grad_queries_kernel(
     rows_q = offsets_m
     if index is not None:
         rows_q = _chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
-    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
-    query = tl.load(query_rows + _steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-    grad_rows = _head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
-    upstream = tl.load(grad_rows + _steps(offsets_m, grad_stride_m, UNIT), mask=in_md, other=0.0)
-    out_rows = _head_of(out, batch, head, out_stride_b, out_stride_h, UNIT) + offsets_d[None, :]
-    result = tl.load(out_rows + _steps(offsets_m, out_stride_m, UNIT), mask=in_md, other=0.0).to(tl.float32)
+    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+    grad_rows = head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
+    upstream = tl.load(grad_rows + steps(offsets_m, grad_stride_m, UNIT), mask=in_md, other=0.0)
+    out_rows = head_of(out, batch, head, out_stride_b, out_stride_h, UNIT) + offsets_d[None, :]
+    result = tl.load(out_rows + steps(offsets_m, out_stride_m, UNIT), mask=in_md, other=0.0).to(tl.float32)
     row = (batch * heads + head) * queries + offsets_m
     lse = tl.load(logsumexp + row, mask=in_m, other=0.0) * log2_e
     if bias is not None:
         bias_row = bias + batch * bias_stride_b
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
-    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
     offset = tl.sum(upstream.to(tl.float32) * result, 1)
     if grad_logsumexp is not None:
         offset -= tl.load(grad_logsumexp + row, mask=in_m, other=0.0).to(tl.float32)
@@ -434,7 +415,7 @@ def grad_queries_kernel(
             columns = start + offsets_n
             in_n = columns < last_n
             mask = in_n[:, None] & in_d[None, :]
-            key = tl.load(key_rows + _steps(columns, k_stride_n, UNIT), mask=mask, other=0.0)
+            key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=mask, other=0.0)
             logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
             if bias is not None:
                 logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
@@ -451,7 +432,7 @@ def grad_queries_kernel(
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         row_peak = tl.zeros((BLOCK_M,), tl.int32)
 
-    value_rows = _head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
     if POLICY:
         policy_row = policy + batch * policy_stride_b
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -459,8 +440,8 @@ def grad_queries_kernel(
         columns = start + offsets_n
         in_n = columns < last_n
         in_nd = in_n[:, None] & in_d[None, :]
-        key = tl.load(key_rows + _steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
-        value = tl.load(value_rows + _steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
+        key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
+        value = tl.load(value_rows + steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
         logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if bias is not None:
             logit += _bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
@@ -484,7 +465,7 @@ def grad_queries_kernel(
     if POLICY:
         tl.store(peak + row, row_peak, mask=in_m)
         tl.store(peak_grad + row, slope_of_max, mask=in_m)
-        key = tl.load(key_rows + _steps(row_peak, k_stride_n, UNIT), mask=in_md, other=0.0).to(tl.float32)
+        key = tl.load(key_rows + steps(row_peak, k_stride_n, UNIT), mask=in_md, other=0.0).to(tl.float32)
         acc += slope_of_max[:, None] * key
     targets = grad_q + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
     tl.store(targets, (acc * scale).to(grad_q.dtype.element_ty), mask=in_md)
@@ -568,10 +549,10 @@ def grad_keys_kernel(
     in_n = offsets_n < last_n
     in_d = offsets_d < D
     in_nd = in_n[:, None] & in_d[None, :]
-    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    key = tl.load(key_rows + _steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
-    value_rows = _head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
-    value = tl.load(value_rows + _steps(offsets_n, v_stride_n, UNIT), mask=in_nd, other=0.0)
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    key = tl.load(key_rows + steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
+    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    value = tl.load(value_rows + steps(offsets_n, v_stride_n, UNIT), mask=in_nd, other=0.0)
     if POLICY:
         sources = policy + batch * policy_stride_b + offsets_n.to(tl.int64) * policy_stride_n
         visible = tl.load(sources, mask=in_n, other=0.0).to(tl.float32)
@@ -582,8 +563,8 @@ def grad_keys_kernel(
         of_scores = _upstream_of_scores(score_row, offsets_n, in_n, scores_stride_n, prefix, heads, CLASS)[:, None]
     if parts is not None:
         acc_part = tl.zeros((BLOCK_N,), tl.float32)
-    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
-    grad_rows = _head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
+    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    grad_rows = head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     acc_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -594,8 +575,8 @@ def grad_keys_kernel(
         rows_q = rows
         if index is not None:
             rows_q = _chosen_rows(rows - first_m, index, index_stride_k, prefix, in_m, first_n)
-        query = tl.load(query_rows + _steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-        upstream = tl.load(grad_rows + _steps(rows, grad_stride_m, UNIT), mask=in_md, other=0.0)
+        query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+        upstream = tl.load(grad_rows + steps(rows, grad_stride_m, UNIT), mask=in_md, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=0.0) * log2_e
         offset = tl.load(delta + first_row + rows, mask=in_m, other=0.0)
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
@@ -690,19 +671,19 @@ def received_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < keys
     in_d = offsets_d < D
-    key_rows = _head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
     in_nd = in_n[:, None] & in_d[None, :]
-    key = tl.load(key_rows + _steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
+    key = tl.load(key_rows + steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
     if bias is not None:
         added = _bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
-    query_rows = _head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, queries, BLOCK_M):
         rows = start + offsets_m
         in_m = rows < queries
         mask = in_m[:, None] & in_d[None, :]
-        query = tl.load(query_rows + _steps(rows, q_stride_m, UNIT), mask=mask, other=0.0)
+        query = tl.load(query_rows + steps(rows, q_stride_m, UNIT), mask=mask, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=float("inf")) * log2_e
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
         if bias is not None:
@@ -748,7 +729,7 @@ def class_kernel(
         added = _bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
     acc = tl.zeros((BLOCK_N,), tl.float32)
     first_head = k + tl.multiple_of(batch * k_stride_b, UNIT)
-    key_rows = first_head + _steps(offsets_n, k_stride_n, UNIT) + offsets_d[None, :]
+    key_rows = first_head + steps(offsets_n, k_stride_n, UNIT) + offsets_d[None, :]
     next_head = tl.multiple_of(tl.cast(k_stride_h, tl.int64), UNIT)
     for head in range(heads):
         key = tl.load(key_rows, mask=in_n[:, None] & in_d[None, :], other=0.0).to(tl.float32)
@@ -804,7 +785,7 @@ def attention(
     if out.numel() == 0 or images == 0:
         return out.zero_().transpose(1, 2), logsumexp, total, mean
     if hidden:
-        unit = _unit(v)
+        unit = unit_of(v)
         columns = mean_tile(head_dim, unit > 1)
         mean_values_kernel[(heads, batch)](
             v,
@@ -818,7 +799,7 @@ def attention(
             BLOCK_D=columns.columns,
             num_warps=columns.num_warps,
         )
-    unit = _unit(q, k, v)
+    unit = unit_of(q, k, v)
     used = any(option is not None for option in (bias, index, offsets))
     tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used).forward
     attention_kernel[(triton.cdiv(most, tile.own), heads, images)](
@@ -877,7 +858,7 @@ def key_scores(
     if scores.numel() == 0 or queries == 0:
         return scores.zero_()
     numbers = (scale * LOG2_E, LOG2_E, heads, queries, keys)
-    unit = _unit(q, k)
+    unit = unit_of(q, k)
     if not received:
         class_tile = key_tile(head_dim)
         class_kernel[(triton.cdiv(keys - prefix, class_tile.rows), batch)](
@@ -985,7 +966,7 @@ def attention_backward(
         *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(*_strides(policy), *_strides(bias), *_strides(index), *_strides(grad_scores)),
     )
-    unit = _unit(grad, q, k, v, out)
+    unit = unit_of(grad, q, k, v, out)
     used = any(option is not None for option in (bias, index, offsets, grad_scores))
     tiles = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
     settings = {

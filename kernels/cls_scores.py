@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import head_of, steps, unit_of
+
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
 
 
@@ -75,6 +77,7 @@ def class_logits_kernel(
     valid_stride_b,
     valid_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -95,9 +98,10 @@ def class_logits_kernel(
         begin = tl.load(offsets + batch)
         seen = in_n & (offsets_n < tl.load(offsets + batch + 1) - begin)
         first += begin
-    query = tl.load(q + batch * q_stride_b + head * q_stride_h + offsets_d, mask=in_d, other=0.0).to(tl.float32)
-    keys = k + batch * k_stride_b + head * k_stride_h
-    keys = keys + first[:, None] * k_stride_n + offsets_d[None, :]
+    query_row = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d
+    query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
+    keys = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
+    keys = keys + steps(first, k_stride_n, UNIT) + offsets_d[None, :]
     key = tl.load(keys, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     logit = tl.sum(key * query[None, :], 1) * scale
     row = batch * heads + head
@@ -105,8 +109,8 @@ def class_logits_kernel(
         logit = tl.where(seen, logit, float("-inf"))
     tl.store(logits + row * tokens + offsets_n, logit, mask=in_n)
     if value is not None:
-        values = value + batch * value_stride_b + head * value_stride_h
-        values = values + first[:, None] * value_stride_n + offsets_d[None, :]
+        values = head_of(value, batch, head, value_stride_b, value_stride_h, UNIT)
+        values = values + steps(first, value_stride_n, UNIT) + offsets_d[None, :]
         vector = tl.load(values, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         tl.store(lengths + row * tokens + offsets_n, tl.sqrt_rn(tl.sum(vector * vector, 1)), mask=in_n)
     logit = tl.where(in_n, logit, float("-inf"))
@@ -185,6 +189,7 @@ def class_logits_backward_kernel(
     k_stride_n,
     PREFIX: tl.constexpr,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -207,8 +212,9 @@ def class_logits_backward_kernel(
 
     offsets_d = tl.arange(0, BLOCK_D)
     in_d = offsets_d < D
-    query = tl.load(q + batch * q_stride_b + head * q_stride_h + offsets_d, mask=in_d, other=0.0).to(tl.float32)
-    keys = k + batch * k_stride_b + head * k_stride_h + offsets_d[None, :]
+    query_row = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d
+    query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
+    keys = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, tokens, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
@@ -218,7 +224,7 @@ def class_logits_backward_kernel(
         patches = (offsets_n - PREFIX).to(tl.int64)
         slope = tl.load(upstream + patches * grad_stride_n, mask=in_n & (offsets_n >= PREFIX), other=0.0)
         grad_logit = attention * (slope.to(tl.float32) - mean) * (scale / heads)
-        key = tl.load(keys + offsets_n.to(tl.int64)[:, None] * k_stride_n, mask=mask, other=0.0).to(tl.float32)
+        key = tl.load(keys + steps(offsets_n, k_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
         acc += grad_logit[:, None] * key
         target = ((batch * tokens + offsets_n[:, None]) * heads + head) * D + offsets_d[None, :]
         tl.store(grad_k + target, (grad_logit[:, None] * query[None, :]).to(grad_k.dtype.element_ty), mask=mask)
@@ -272,6 +278,7 @@ def _forward(
         *((0, 0, 0) if value is None else _key_strides(value, offsets)),
         *((0, 0) if valid is None else valid.stride()),
         D=head_dim,
+        UNIT=unit_of(q, k) if value is None else unit_of(q, k, value),
         BLOCK_N=tile.block_n,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
@@ -354,6 +361,7 @@ def cls_scores_backward(
             *k.stride()[:3],
             PREFIX=prefix,
             D=head_dim,
+            UNIT=unit_of(q, k),
             BLOCK_N=tile.block_n,
             BLOCK_D=tile.block_d,
             BLOCK_S=min(512, triton.next_power_of_2(tokens)),

@@ -6,6 +6,7 @@ Forward and the gradient of the rows are one kernel; the gradient of the weight 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -206,11 +207,29 @@ def linear_packed(
     return _product(x, weight.t(), bias, offsets)
 
 
+def _summed(parts: torch.Tensor, wanted: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Over the parts; empty if it is not wanted."""
+    if not wanted:
+        return parts.new_empty(0, dtype=dtype)
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+
+
 def linear_packed_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor,
+    wanted: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches, and two sums where the rows are shared out; grad (1, T, O), x (1, T, I), weight (O, I)."""
-    outs, ins = weight.shape
+    """Gradients of x, weight and bias, empty where they are not wanted; grad (1, T, O), x (1, T, I), weight (O, I).
+
+    A launch for x, one for the others, and as many sums as are wanted of these where the rows are shared out.
+    """
+    grad_x = _product(grad, weight, None, offsets) if wanted[0] else x.new_empty(0)
+    if not (wanted[1] or wanted[2]):
+        return grad_x, weight.new_empty(0), weight.new_empty(0)
+    outs = weight.shape[0]
+    ins = weight.shape[1] if wanted[1] else 1  # the programs of the first columns are those that sum the bias
     parts = grad_weight_parts(ins, outs, x.shape[1], x.dtype)
     dtype = weight.dtype if parts == 1 else torch.float32
     grad_weight = torch.empty(parts, outs, ins, dtype=dtype, device=x.device)
@@ -234,7 +253,4 @@ def linear_packed_backward(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    grad_x = _product(grad, weight, None, offsets)
-    if parts == 1:
-        return grad_x, grad_weight[0], grad_bias[0]
-    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(weight.dtype)
+    return grad_x, _summed(grad_weight, wanted[1], weight.dtype), _summed(grad_bias, wanted[2], weight.dtype)

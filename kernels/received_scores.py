@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._rows import head_of, steps, unit_of
+
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
 MAX_PARTS = 32  # the partial sums of 2,048 tokens are a third of a packed qkv of half precision
 
@@ -49,8 +51,12 @@ def column_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
 
 
 def gradient_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """The accumulator of a gradient takes up to 32 registers a thread; 64 rows spill at some head dimensions."""
-    return logit_tile(32, 32, head_dim, dtype)
+    """The accumulator of a gradient takes up to 32 registers a thread; 64 rows spill at some head dimensions.
+
+    Of float32 whose last 16 channels are not all there, 32 of the other rows spill a few words too.
+    """
+    short = dtype == torch.float32 and head_dim > 64 and head_dim % 16 != 0
+    return logit_tile(32, 16 if short else 32, head_dim, dtype)
 
 
 @triton.jit
@@ -95,6 +101,7 @@ def row_softmax_kernel(
     k_stride_h,
     k_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     WITH_PARTS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -110,15 +117,15 @@ def row_softmax_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_m = offsets_m < queries
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
-    q_rows = q + batch * q_stride_b + head * q_stride_h
-    q_rows = q_rows + tl.minimum(offsets_m, queries - 1).to(tl.int64)[:, None] * q_stride_m
+    q_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT)
+    q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
     query = tl.load(q_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
-    k_rows = k + batch * k_stride_b + head * k_stride_h
+    k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
     received = parts + (row * tl.num_programs(0) + part) * width
     if ONE_TILE:
         offsets_n = tl.arange(0, BLOCK_N)
         in_n = offsets_n < keys
-        rows = k_rows + tl.minimum(offsets_n, keys - 1).to(tl.int64)[:, None] * k_stride_n
+        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
         logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
         logits = tl.where(in_n[None, :], logits, float("-inf"))
         maximum = tl.max(logits, 1)
@@ -132,7 +139,7 @@ def row_softmax_kernel(
         running_sum = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, keys, BLOCK_N):
             offsets_n = start + tl.arange(0, BLOCK_N)
-            rows = k_rows + tl.minimum(offsets_n, keys - 1).to(tl.int64)[:, None] * k_stride_n
+            rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
             logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
             logits = tl.where((offsets_n < keys)[None, :], logits, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -145,7 +152,7 @@ def row_softmax_kernel(
             lse = tl.where(in_m, lse, float("inf"))
             for start in range(0, keys, BLOCK_N):
                 offsets_n = start + tl.arange(0, BLOCK_N)
-                rows = k_rows + tl.minimum(offsets_n, keys - 1).to(tl.int64)[:, None] * k_stride_n
+                rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
                 logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
                 tl.store(received + offsets_n, tl.sum(tl.exp(logits - lse[:, None]), 0), mask=offsets_n < width)
 
@@ -189,6 +196,7 @@ def column_sum_kernel(
     k_stride_h,
     k_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -197,21 +205,23 @@ def column_sum_kernel(
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
-    row_n = tl.minimum(offsets_n, keys - 1).to(tl.int64)[:, None] * k_stride_n
-    k_rows = k + batch * k_stride_b + row_n
-    q_head = q + batch * q_stride_b
+    row_n = steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
+    k_rows = k + tl.multiple_of(batch * k_stride_b, UNIT) + row_n
+    q_head = q + tl.multiple_of(batch * q_stride_b, UNIT)
     lse_head = logsumexp + batch * heads * queries
     received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    next_key = tl.multiple_of(tl.cast(k_stride_h, tl.int64), UNIT)
+    next_query = tl.multiple_of(tl.cast(q_stride_h, tl.int64), UNIT)
     for _ in range(heads):
         key = tl.load(k_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
         for start in range(0, queries, BLOCK_M):
             offsets_m = start + tl.arange(0, BLOCK_M)
-            rows = q_head + tl.minimum(offsets_m, queries - 1).to(tl.int64)[:, None] * q_stride_m
+            rows = q_head + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
             lse = tl.load(lse_head + offsets_m, mask=offsets_m < queries, other=float("inf"))
             logits = _dots(k_rows, key, rows, D, BLOCK_N, BLOCK_M, BLOCK_D) * scale
             received += tl.exp(logits - lse[None, :])
-        k_rows += k_stride_h
-        q_head += q_stride_h
+        k_rows += next_key
+        q_head += next_query
         lse_head += queries
     tl.store(scores + batch * keys + offsets_n, tl.sum(received, 1), mask=offsets_n < keys)
 
@@ -236,6 +246,7 @@ def grad_q_kernel(
     k_stride_h,
     k_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -250,10 +261,10 @@ def grad_q_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     channels = tl.arange(0, ALL_D)
     in_m = offsets_m < queries
-    q_rows = q + batch * q_stride_b + head * q_stride_h
-    q_rows = q_rows + tl.minimum(offsets_m, queries - 1).to(tl.int64)[:, None] * q_stride_m
+    q_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT)
+    q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
     query = tl.load(q_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
-    k_rows = k + batch * k_stride_b + head * k_stride_h
+    k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
     saved = (batch * heads + head) * queries + offsets_m
     lse = tl.load(logsumexp + saved, mask=in_m, other=float("inf"))[:, None]
     upstream = grad + batch * grad_stride_b
@@ -261,7 +272,7 @@ def grad_q_kernel(
     weighted = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, keys, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
-        rows = k_rows + tl.minimum(offsets_n, keys - 1).to(tl.int64)[:, None] * k_stride_n
+        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
         slope = tl.load(upstream + offsets_n.to(tl.int64) * grad_stride_n, mask=offsets_n < keys, other=0.0)
         attention = tl.exp(_dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale - lse)
         weighted += tl.sum(attention * slope.to(tl.float32)[None, :], 1)
@@ -271,7 +282,7 @@ def grad_q_kernel(
     for start in range(0, keys, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
         in_n = offsets_n < keys
-        rows = k_rows + tl.minimum(offsets_n, keys - 1).to(tl.int64)[:, None] * k_stride_n
+        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
         slope = tl.load(upstream + offsets_n.to(tl.int64) * grad_stride_n, mask=in_n, other=0.0)
         attention = tl.exp(_dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale - lse)
         grad_logits = attention * (slope.to(tl.float32)[None, :] - weighted[:, None])
@@ -303,6 +314,7 @@ def grad_k_kernel(
     k_stride_h,
     k_stride_n,
     D: tl.constexpr,
+    UNIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -317,10 +329,10 @@ def grad_k_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     channels = tl.arange(0, ALL_D)
     in_n = offsets_n < keys
-    k_rows = k + batch * k_stride_b + head * k_stride_h
-    k_rows = k_rows + tl.minimum(offsets_n, keys - 1).to(tl.int64)[:, None] * k_stride_n
+    k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
+    k_rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
     key = tl.load(k_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
-    q_rows = q + batch * q_stride_b + head * q_stride_h
+    q_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT)
     slope = tl.load(grad + batch * grad_stride_b + offsets_n.to(tl.int64) * grad_stride_n, mask=in_n, other=0.0)
     slope = slope.to(tl.float32)[:, None]
 
@@ -328,7 +340,7 @@ def grad_k_kernel(
     for start in range(0, queries, BLOCK_M):
         offsets_m = start + tl.arange(0, BLOCK_M)
         in_m = offsets_m < queries
-        rows = q_rows + tl.minimum(offsets_m, queries - 1).to(tl.int64)[:, None] * q_stride_m
+        rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
         saved = (batch * heads + head) * queries + offsets_m
         lse = tl.load(logsumexp + saved, mask=in_m, other=float("inf"))
         weighted = tl.load(mean + saved, mask=in_m, other=0.0)
@@ -367,6 +379,7 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
         *q.stride()[:3],
         *k.stride()[:3],
         D=head_dim,
+        UNIT=unit_of(q, k),
         WITH_PARTS=with_parts,
         ONE_TILE=with_parts and keys <= tile.block_other,
         BLOCK_M=tile.block_own,
@@ -393,6 +406,7 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
         *q.stride()[:3],
         *k.stride()[:3],
         D=head_dim,
+        UNIT=unit_of(q, k),
         BLOCK_N=tile.block_own,
         BLOCK_M=tile.block_other,
         BLOCK_D=tile.block_d,
@@ -417,6 +431,7 @@ def received_scores_backward(
     shape = (scale, queries, keys, *grad.stride(), *q.stride()[:3], *k.stride()[:3])
     settings = {
         "D": head_dim,
+        "UNIT": unit_of(q, k),
         # Half precision would lose small gradients on the way; the ten bits of tf32 keep float32's range.
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "BLOCK_D": tile.block_d,

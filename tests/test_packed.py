@@ -283,7 +283,7 @@ class TestOps:
             (kernels.unpack_tokens, (x, offsets[0], 7)),
             (kernels.unpack_tokens_backward, (tokens(3, 7, 3), offsets[0], 20)),
             (kernels.linear_packed, (x, weight, tokens(4), offsets[0])),
-            (kernels.linear_packed_backward, (tokens(1, x.shape[1], 4), x, weight, offsets[0])),
+            (kernels.linear_packed_backward, (tokens(1, x.shape[1], 4), x, weight, offsets[0], (True, True, False))),
         ):
             torch.library.opcheck(op.default, arguments, test_utils=OPCHECKS)
         scores = (first, k, k, offsets[0], 7, 1, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,14 +27,20 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tenso
     return x.new_empty(1, x.shape[1], weight.shape[0])
 
 
-def _triton_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import linear_packed as kernels
 
-    return kernels.linear_packed_backward(dense_rows(grad), dense_rows(x), dense_rows(weight), offsets)
+    return kernels.linear_packed_backward(dense_rows(grad), dense_rows(x), dense_rows(weight), offsets, wanted)
 
 
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = x.shape, weight.shape, weight.shape[:1]
+    grad_x, grad_weight, grad_bias = (shape if asked else (0,) for shape, asked in zip(shapes, wanted, strict=True))
+    return x.new_empty(grad_x), weight.new_empty(grad_weight), weight.new_empty(grad_bias)
 
 
 _forward = register(
@@ -43,7 +50,8 @@ _forward = register(
     fake=_fake_forward,
 )
 _backward = register(
-    "linear_packed_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets) -> (Tensor, Tensor, Tensor)",
+    "linear_packed_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets, bool[3] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
     triton=_triton_backward,
     reference=reference.linear_packed_backward,
     fake=_fake_backward,
@@ -51,7 +59,7 @@ _backward = register(
 
 
 class LinearPacked(torch.autograd.Function):
-    """Gradient: that of a linear layer on the rows that are there."""
+    """Gradient: that of a linear layer on the rows that are there; only what is asked for is computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -60,8 +68,9 @@ class LinearPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight, grad_bias = _backward(grads[0], *ctx.saved_tensors)
-        return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None
+        wanted = ctx.needs_input_grad[:3]
+        grad_x, grad_weight, grad_bias = _backward(grads[0], *ctx.saved_tensors, wanted)
+        return grad_x if wanted[0] else None, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None, None
 
 
 def linear_packed(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,11 +26,21 @@ def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tenso
     return F.linear(x, weight, bias).masked_fill(~_real_rows(x, offsets), 0.0)
 
 
-def linear_packed_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (1, T, I), weight (O, I) and bias (O,); only rows before ``offsets[B]`` count."""
+def linear_packed_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool] = (True, True, True)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (1, T, I), weight (O, I) and bias (O,), those not wanted empty.
+
+    Only rows before ``offsets[B]`` count.
+    """
     dtype = accumulator(x.dtype)
     real = _real_rows(x, offsets)
     grad = grad[0].to(dtype).masked_fill(~real, 0.0)
-    rows = x[0].to(dtype).masked_fill(~real, 0.0)
-    grad_x = (grad @ weight.to(dtype)).unsqueeze(0)
-    return grad_x.to(x.dtype), (grad.t() @ rows).to(weight.dtype), grad.sum(0).to(weight.dtype)
+    grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if wanted[0]:
+        grad_x = (grad @ weight.to(dtype)).unsqueeze(0).to(x.dtype)
+    if wanted[1]:
+        grad_weight = (grad.t() @ x[0].to(dtype).masked_fill(~real, 0.0)).to(weight.dtype)
+    if wanted[2]:
+        grad_bias = grad.sum(0).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastreduce.kernels import attention as kernels
+from fastreduce.kernels._rows import unit_of
 from tests.compiled.gates import ARCHES, check_gates
 
 # (heads, tokens, head_dim): counts of tokens compile to two kernels only, whether they divide by 16 or not
@@ -131,7 +132,7 @@ def test_gates_of_rows_that_are_not_aligned(shape, width, dtype, options, arch):
 
 def test_tiles_follow_the_alignment_of_every_stride():
     x = torch.zeros(2, 9, 8, 32, dtype=torch.float16)
-    assert kernels._unit(x, x[:, 1:], x[..., :24]) == 8
-    assert kernels._unit(x.float()[..., :20]) == 4
+    assert unit_of(x, x[:, 1:], x[..., :24]) == 8
+    assert unit_of(x.float()[..., :20]) == 4
     for odd in (x[..., :20], x[..., 1:25], x.view(2, 9, 4, 64)[..., :33], torch.zeros(2, 9, 8, 33).half()):
-        assert kernels._unit(odd) == kernels._unit(x, odd) == 1
+        assert unit_of(odd) == unit_of(x, odd) == 1

@@ -2,17 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastreduce import ops
 from fastreduce.kernels import cls_scores as kernels
 from tests.budget import assert_within_budget
 from tests.inputs import DTYPES, seeded, tokens
 
-# (batch, heads, tokens, head_dim, prefix); 67 keys take two programs, 130 three, 3 heads and 80 channels are masked
+# (batch, heads, tokens, head_dim, prefix); 67 keys take two programs, 130 three, 3 heads and 72 channels are masked
 SHAPES = [
     (2, 3, 67, 64, 1),
     (1, 1, 1, 1, 0),
-    (1, 2, 5, 80, 2),
+    (1, 2, 5, 72, 2),
     (2, 1, 3, 8, 3),
     (0, 2, 9, 16, 1),
     (1, 3, 40, 256, 0),
@@ -98,6 +99,7 @@ def test_strided_values_and_masks_are_read_in_place():
         (value.contiguous(), strided),
         (value.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), valid.t().contiguous().t()),
         (torch.stack([value, value], -1).flatten(-2)[..., ::2], valid),
+        (F.pad(value, (1, 0))[..., 1:], valid),  # rows of 25, and none begins at a multiple of 16 bytes
     ):
         assert torch.equal(ours, ops.cls_scores(q, k, value=other_value, valid=other_valid, backend="triton"))
     alone = ops.cls_scores(q[1:], k[1:], value=value[1:], valid=valid[1:], backend="triton")
@@ -141,6 +143,8 @@ def test_strided_inputs_are_read_in_place(dtype):
     assert torch.equal(ours, ops.cls_scores(q, sequence_first, backend="triton"))
     sparse_channels = torch.stack([k, k], -1).flatten(-2)[..., ::2]
     assert torch.equal(ours, ops.cls_scores(q, sparse_channels, backend="triton"))
+    odd_rows = F.pad(k, (1, 0))[..., 1:]
+    assert torch.equal(ours, ops.cls_scores(q, odd_rows, backend="triton"))
     shared_keys = k[:1].expand(2, -1, -1, -1)
     assert torch.equal(
         ops.cls_scores(q, shared_keys, backend="triton"), ops.cls_scores(q, shared_keys.clone(), backend="triton")

@@ -2,14 +2,17 @@
 
 import collections
 import copy
+import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
 import fastreduce
 from fastreduce import ops
 from fastreduce.kernels import linear_packed as products
+from fastreduce.reference import linear_packed_backward
 from tests import tiny
 from tests.budget import assert_within_budget
 from tests.inputs import DTYPES, seeded, tokens
@@ -89,6 +92,31 @@ def test_linear_packed(rows, real, ins, outs, dtype):
     out = ops.linear_packed(spoilt, weight.requires_grad_(), None, offsets, backend="triton")
     assert not out[:, real:].any()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), [spoilt, weight]))
+
+
+@pytest.mark.parametrize(
+    ("place", "programs"),
+    [(0, ("packed_product_kernel", 3)), (1, ("packed_weight_kernel", 3)), (2, ("packed_weight_kernel", 1))],
+)
+def test_gradients_of_what_is_frozen_are_not_computed(place, programs, monkeypatch):
+    launched, call = [], GridExecutor.__call__
+
+    def launch(self, *args, **kwargs):
+        launched.append((self.fn.__name__, math.prod(self.grid)))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    leaves = [tokens(1, 40, 150), tokens(33, 150, seed=1), tokens(33, seed=2)]
+    leaves[place].requires_grad_()
+    offsets, grad = torch.tensor([0, 35], dtype=torch.int32), tokens(1, 40, 33, seed=3)
+    out = ops.linear_packed(*leaves, offsets, backend="triton")
+    launched.clear()
+    (alone,) = torch.autograd.grad(out, leaves[place], grad)
+    assert launched == [programs]
+    wanted = [place == other for other in range(3)]
+    expected = linear_packed_backward(grad, *leaves[:2], offsets, wanted)
+    torch.testing.assert_close(alone, expected[place], atol=1e-5, rtol=1e-5)
+    assert [gradient.numel() for gradient in expected] == [alone.numel() * asked for asked in wanted]
 
 
 def test_linear_packed_does_not_look_at_the_room_or_at_other_images():

@@ -1,0 +1,28 @@
+"""Whole loads of 16 bytes from rows of 72 channels: by itself the JIT knows strides that are multiples of 16 only."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def unit_of(*tensors: torch.Tensor) -> int:
+    """Elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""
+    unit = 16 // tensors[0].element_size()
+    for tensor in tensors:
+        if tensor.data_ptr() % 16 or any(step % unit for step in (tensor.shape[-1], *tensor.stride()[:-1])):
+            return 1
+    return unit
+
+
+@triton.jit
+def head_of(tensor, batch, head, stride_b, stride_h, UNIT: tl.constexpr):
+    """Where a head begins: at a multiple of UNIT, as the strides of 72 channels a head do not tell the compiler."""
+    return tensor + tl.multiple_of(batch * stride_b, UNIT) + tl.multiple_of(head * stride_h, UNIT)
+
+
+@triton.jit
+def steps(rows, stride, UNIT: tl.constexpr):
+    """From one row of a head to others, likewise."""
+    return tl.multiple_of(rows.to(tl.int64) * stride, UNIT)[:, None]
