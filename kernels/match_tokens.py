@@ -1,6 +1,7 @@
 """Bipartite soft matching in two launches: the best partner of every even token, then slots and groups of all tokens.
 
-More than MAX_GROUPED tokens are grouped in a third one; keys are averaged over the heads as they are loaded, or before.
+More than MAX_GROUPED tokens are grouped in a third one; keys are averaged over the heads as they are loaded, or in a
+launch of its own before, if their even tokens take more than MAX_SWEEPS tiles.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ import triton
 import triton.language as tl
 
 from ._launch import row_tile
+from ._rows import steps, unit_of
 from .merge_tokens import _group, group_slots
 
 # Up to 8,192 tokens the keys stay in registers, 16 a thread; longer sequences read them again at every step.
 MAX_KEYS = 4096
 # Tokens that the one program of an image also groups, comparing each with each.
 MAX_GROUPED = 640
+# Tiles of even tokens up to which keys are averaged as the matching loads them. Each reads all odd tokens of all heads:
+# two request at most 1.2 times the bytes of a pass of its own before the matching, in float32 1.3 times (counted, 3 to
+# 16 heads), three 1.4 and 1.5 times.
+MAX_SWEEPS = 2
+# Heads of float32 that are averaged so: the loops over more of them spill here and there.
+MAX_HEADS_FLOAT32 = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,36 +39,64 @@ class MatchTile:
     num_stages: int
 
 
-def match_tile(channels: int, dtype: torch.dtype, heads: int = 1) -> MatchTile:
-    """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
+def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1, *, aligned: bool = True) -> MatchTile:
+    """Found by compiling: settings that never spill for sm_80 and sm_90; of several heads where rows are aligned.
+
+    ``searching``: even tokens that look for a partner. Those of an image at 224 pixels are one tile, so that every key
+    is read once; more are in tiles of 256, so that the odd ones are read by few.
+    """
+    one_tile = searching <= 128
     block_d = max(triton.next_power_of_2(channels), 16)  # the least that tensor cores take
-    if dtype == torch.float32:  # exact dots hold their operands in registers: 32 channels, 4 warps or 2 stages spill
-        return MatchTile(block_a=64, block_b=64, block_d=16, num_warps=8, num_stages=1)
-    if heads > 1:  # the even tokens of an image at 224 pixels in one tile, so that every key is read once
-        return MatchTile(block_a=128, block_b=64, block_d=block_d, num_warps=8, num_stages=3)
+    if dtype == torch.float32:  # exact dots hold their operands in registers: with 32 channels they spill
+        if heads > 1:
+            if one_tile:
+                return MatchTile(block_a=128, block_b=128, block_d=16, num_warps=8, num_stages=1)
+            # 8 warps and 64 odd tokens spill with some numbers of heads.
+            return MatchTile(block_a=256, block_b=32, block_d=16, num_warps=16, num_stages=1)
+        # Addresses of every element do not fit into the 128 registers that the smaller tile is held to.
+        return MatchTile(64 if aligned else 128, block_b=64, block_d=16, num_warps=8, num_stages=1)
+    if heads > 1:
+        block_b = 64 if one_tile or block_d <= 64 else 32
+        return MatchTile(128 if one_tile else 256, block_b, block_d, num_warps=8, num_stages=3)
     # 4 warps take up to 255 registers and spill in part; 8 take at most 128.
     return MatchTile(block_a=64, block_b=64, block_d=min(block_d, 64), num_warps=8, num_stages=3)
 
 
-def averages_while_loading(tokens: int, channels: int, dtype: torch.dtype) -> bool:
+def averages_while_loading(
+    searching: int, channels: int, dtype: torch.dtype, heads: int, *, aligned: bool = True
+) -> bool:
     """Whether keys are averaged as the matching loads them, which saves a launch and the metric in memory.
 
-    Half precision only: its tile of even tokens keeps all channels, while float32 would form every mean anew at each
-    step. A tile of 128 even tokens reads each key once up to 256 tokens, and twice up to 640.
+    In half precision up to 128 channels, all of which a tile keeps; float32 keeps the means of its even tokens in
+    memory for its next steps. Of rows that are not aligned every element takes an address, and these spill.
     """
-    return dtype != torch.float32 and channels <= 128 and tokens <= MAX_GROUPED
+    tile = match_tile(searching, channels, dtype, heads)
+    fits = heads <= MAX_HEADS_FLOAT32 if dtype == torch.float32 else channels <= 128
+    return heads > 1 and aligned and fits and triton.cdiv(searching, tile.block_a) <= MAX_SWEEPS
 
 
 @triton.jit
-def _metric(pointers, mask, stride_h, HEADS: tl.constexpr):
+def _metric(pointers, mask, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
     """Rows of the metric; of keys with several heads, the mean over these, rounded once to their dtype."""
     if HEADS == 1:
         rows = tl.load(pointers, mask=mask, other=0.0)
     else:
         total = tl.zeros(pointers.shape, tl.float32)
         for head in range(HEADS):
-            total += tl.load(pointers + tl.cast(head, tl.int64) * stride_h, mask=mask, other=0.0).to(tl.float32)
+            offset = tl.multiple_of(tl.cast(head, tl.int64) * stride_h, UNIT)
+            total += tl.load(pointers + offset, mask=mask, other=0.0).to(tl.float32)
         rows = tl.div_rn(total, tl.full(pointers.shape, HEADS, tl.float32)).to(pointers.dtype.element_ty)
+    return rows
+
+
+@triton.jit
+def _metric_once(pointers, kept, mask, first, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
+    """The same of rows that this program needs at every step: averaged and kept at the first, read back at others."""
+    if first:
+        rows = _metric(pointers, mask, stride_h, HEADS, UNIT)
+        tl.store(kept, rows, mask=mask)
+    else:
+        rows = tl.load(kept, mask=mask, other=0.0)
     return rows
 
 
@@ -74,23 +110,27 @@ def mean_keys_kernel(
     stride_h,
     stride_n,
     HEADS: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One program: ROWS tokens, BLOCK_D channels."""
     batch = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    channels = channels // UNIT * UNIT
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
-    mask = (row < tokens) & (offsets_d < channels)
-    mean = _metric(keys + batch * stride_b + row * stride_n + offsets_d, mask, stride_h, HEADS)
-    tl.store(metric + (batch * tokens + row) * channels + offsets_d, mean, mask=mask)
+    mask = (row < tokens)[:, None] & (offsets_d < channels)
+    first_head = keys + tl.multiple_of(batch * stride_b, UNIT)
+    mean = _metric(first_head + steps(row, stride_n, UNIT) + offsets_d, mask, stride_h, HEADS, UNIT)
+    tl.store(metric + steps(batch * tokens + row, channels, UNIT) + offsets_d, mean, mask=mask)
 
 
 @triton.jit
 def best_match_kernel(
-    metric,  # (B, N, D), or keys (B, H, N, D) of which it is the mean
-    best,  # (B, A) float32, -inf for prefix tokens
-    destination,  # (B, A) int32
+    keys,  # (B, H, N, D): their mean over the heads is the metric
+    kept,  # (B, A, D), contiguous, or None: means of even tokens that later steps need
+    best,  # (B, A) float32, not written for prefix tokens
+    destination,  # (B, A) int32, likewise
     tokens,
     channels,
     stride_b,
@@ -98,6 +138,7 @@ def best_match_kernel(
     stride_n,
     PREFIX: tl.constexpr,
     HEADS: tl.constexpr,
+    UNIT: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -106,60 +147,66 @@ def best_match_kernel(
     """One program compares BLOCK_A even tokens with every odd one; similarities never leave the registers."""
     batch = tl.program_id(1).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
-    position_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    channels = channels // UNIT * UNIT
+    position_a = (PREFIX + 1) // 2 + tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     offsets_d = tl.arange(0, BLOCK_D)
-    rows = metric + batch * stride_b
+    first_head = keys + tl.multiple_of(batch * stride_b, UNIT)
     in_a = (position_a < num_a)[:, None]
-    pointers_a = rows + (2 * position_a).to(tl.int64)[:, None] * stride_n + offsets_d[None, :]
-    squares_a = tl.zeros((BLOCK_A,), tl.float32)
+    pointers_a = first_head + steps(2 * position_a, stride_n, UNIT) + offsets_d[None, :]
     if ONE_CHUNK:
-        a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], stride_h, HEADS)
-        squares_a += tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
-    else:
-        for start_d in range(0, channels, BLOCK_D):
-            in_d = (start_d + offsets_d < channels)[None, :]
-            a_chunk = _metric(pointers_a + start_d, in_a & in_d, stride_h, HEADS)
-            squares_a += tl.sum(a_chunk.to(tl.float32) * a_chunk.to(tl.float32), 1)
-    inverse_a = tl.rsqrt(tl.maximum(squares_a, 1e-24))  # the reference clamps the norm at 1e-12
+        a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
+        squares_a = tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+    if kept is not None:
+        kept_a = kept + steps(batch * num_a + position_a, channels, UNIT) + offsets_d[None, :]
 
     best_a = tl.full((BLOCK_A,), float("-inf"), tl.float32)
     destination_a = tl.zeros((BLOCK_A,), tl.int32)
-    for start_b in range(0, num_b, BLOCK_B):
+    for start_b in range(PREFIX // 2, num_b, BLOCK_B):
         position_b = start_b + tl.arange(0, BLOCK_B)
         in_b = (position_b < num_b)[:, None]
-        pointers_b = rows + (2 * position_b + 1).to(tl.int64)[:, None] * stride_n + offsets_d[None, :]
+        pointers_b = first_head + steps(2 * position_b + 1, stride_n, UNIT) + offsets_d[None, :]
         dots = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         squares_b = tl.zeros((BLOCK_B,), tl.float32)
         if ONE_CHUNK:
-            b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], stride_h, HEADS)
+            b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
             squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
         else:
+            squares_a = tl.zeros((BLOCK_A,), tl.float32)  # again at every step, instead of a pass of their own
             for start_d in range(0, channels, BLOCK_D):
                 in_d = (start_d + offsets_d < channels)[None, :]
-                a_chunk = _metric(pointers_a + start_d, in_a & in_d, stride_h, HEADS)
-                b = _metric(pointers_b + start_d, in_b & in_d, stride_h, HEADS)
+                if kept is None:
+                    a_chunk = _metric(pointers_a + start_d, in_a & in_d, stride_h, HEADS, UNIT)
+                else:
+                    first = start_b == PREFIX // 2
+                    a_chunk = _metric_once(
+                        pointers_a + start_d, kept_a + start_d, in_a & in_d, first, stride_h, HEADS, UNIT
+                    )
+                squares_a += tl.sum(a_chunk.to(tl.float32) * a_chunk.to(tl.float32), 1)
+                b = _metric(pointers_b + start_d, in_b & in_d, stride_h, HEADS, UNIT)
                 squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
                 dots = tl.dot(a_chunk, tl.trans(b), dots, input_precision="ieee")
+            if kept is not None:
+                tl.debug_barrier()  # other threads may have stored what this one reads back
+        inverse_a = tl.rsqrt(tl.maximum(squares_a, 1e-24))  # the reference clamps the norm at 1e-12
         inverse_b = tl.rsqrt(tl.maximum(squares_b, 1e-24))
         similarity = dots * inverse_b[None, :] * inverse_a[:, None]
         similarity = tl.where(similarity == similarity, similarity, -2.0)
-        receives = (position_b >= PREFIX // 2) & (position_b < num_b)
-        similarity = tl.where(receives[None, :], similarity, float("-inf"))
+        similarity = tl.where((position_b < num_b)[None, :], similarity, float("-inf"))
         tile_best, tile_argmax = tl.max(similarity, 1, return_indices=True, return_indices_tie_break_left=True)
         better = tile_best > best_a  # strict: the earlier tile wins ties
         best_a = tl.where(better, tile_best, best_a)
         destination_a = tl.where(better, start_b + tile_argmax, destination_a)
 
-    best_a = tl.where(position_a < (PREFIX + 1) // 2, float("-inf"), best_a)
     tl.store(best + batch * num_a + position_a, best_a, mask=position_a < num_a)
     tl.store(destination + batch * num_a + position_a, destination_a, mask=position_a < num_a)
 
 
 @triton.jit
-def _load_keys(best, position, num_a):
-    """Unsigned integers in the order of the floats; both zeros give one key."""
-    value = tl.load(best + position, mask=position < num_a, other=float("-inf"))
+def _load_keys(best, position, num_a, PREFIX: tl.constexpr):
+    """Unsigned integers in the order of the floats; both zeros give one key, prefix tokens the least."""
+    searching = (position >= (PREFIX + 1) // 2) & (position < num_a)
+    value = tl.load(best + position, mask=searching, other=float("-inf"))
     bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
@@ -188,7 +235,7 @@ def assign_slots_kernel(
     slot += batch * tokens
     block = tl.arange(0, BLOCK)
     if ONE_BLOCK:
-        keys = _load_keys(best, block, num_a)
+        keys = _load_keys(best, block, num_a, PREFIX)
 
     threshold = tl.full((), 0, tl.uint32)  # the greatest value that r keys reach
     num_above = tl.full((), 0, tl.int32)  # keys beyond it: how many reached the last candidate that failed
@@ -199,7 +246,7 @@ def assign_slots_kernel(
             count += tl.sum((keys >= candidate).to(tl.int32), 0)
         else:
             for start in range(0, num_a, BLOCK):
-                count += tl.sum((_load_keys(best, start + block, num_a) >= candidate).to(tl.int32), 0)
+                count += tl.sum((_load_keys(best, start + block, num_a, PREFIX) >= candidate).to(tl.int32), 0)
         enough = count >= r
         threshold = tl.where(enough, candidate, threshold)
         num_above = tl.where(enough, num_above, count)
@@ -209,7 +256,7 @@ def assign_slots_kernel(
     tied_before = tl.full((), 0, tl.int32)
     for start in range(0, num_a, SCAN_BLOCK):
         position = start + tl.arange(0, SCAN_BLOCK)
-        scanned = _load_keys(best, position, num_a)
+        scanned = _load_keys(best, position, num_a, PREFIX)
         above, tied = (scanned > threshold).to(tl.int32), (scanned == threshold).to(tl.int32)
         above_through = above_before + tl.cumsum(above, 0)
         tied_through = tied_before + tl.cumsum(tied, 0)
@@ -218,7 +265,8 @@ def assign_slots_kernel(
         merged = (above > 0) | ((tied > 0) & (tied_through <= ties_to_merge))
         merged_before = above_through + tl.minimum(tied_through, ties_to_merge)  # where not merged itself
 
-        target = tl.load(destination + position, mask=position < num_a, other=0)
+        searching = (position >= (PREFIX + 1) // 2) & (position < num_a)
+        target = tl.load(destination + position, mask=searching, other=0)
         stays = tl.where(position < (PREFIX + 1) // 2, 2 * position, position + PREFIX // 2 - merged_before)
         slot_a = tl.where(merged, tokens - r - num_b + target, stays)
         slot_b = tl.where(position < PREFIX // 2, 2 * position + 1, tokens - r - num_b + position)
@@ -248,6 +296,7 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
             channels,
             *keys.stride()[:3],
             HEADS=heads,
+            UNIT=unit_of(keys),
             ROWS=rows,
             BLOCK_D=tile.block_c,
             num_warps=tile.num_warps,
@@ -255,43 +304,59 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
     return metric
 
 
-def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches to four; metric (B, N, D), or keys (B, H, N, D), with contiguous channels. Any N from 2, any D.
+def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One launch or two; keys (B, H, N, D) -> similarity (B, A) float32 and place among the odd tokens (B, A) int32.
 
-    Returns slot (B, N) int64, and the tokens grouped by it: order (B, N) and offsets (B, N - r + 1), int32.
+    Of the A even tokens, those of the prefix are left out.
     """
-    batch, tokens, channels = metric.shape[0], *metric.shape[-2:]
-    heads = metric.shape[1] if metric.ndim == 4 else 1
-    num_a = (tokens + 1) // 2
-    best = torch.empty(batch, num_a, dtype=torch.float32, device=metric.device)
-    destination = torch.empty(batch, num_a, dtype=torch.int32, device=metric.device)
-    slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
-    order, offsets = (
-        torch.empty(batch, count, dtype=torch.int32, device=metric.device) for count in (tokens, tokens - r + 1)
-    )
-    if batch == 0:
-        return slot, order, offsets
-    if heads > 1 and not averages_while_loading(tokens, channels, metric.dtype):
-        metric, heads = mean_keys(metric), 1
-    tile = match_tile(channels, metric.dtype, heads)
-    best_match_kernel[(triton.cdiv(num_a, tile.block_a), batch)](
-        metric,
+    batch, heads, tokens, channels = keys.shape
+    num_a, num_b = (tokens + 1) // 2, tokens // 2
+    best = torch.empty(batch, num_a, dtype=torch.float32, device=keys.device)
+    destination = torch.empty(batch, num_a, dtype=torch.int32, device=keys.device)
+    searching = num_a - (prefix + 1) // 2
+    if searching <= 0:
+        return best, destination
+    if heads > 1 and not averages_while_loading(searching, channels, keys.dtype, heads, aligned=unit_of(keys) > 1):
+        keys, heads = mean_keys(keys).unsqueeze(1), 1
+    unit = unit_of(keys)
+    tile = match_tile(searching, channels, keys.dtype, heads, aligned=unit > 1)
+    one_chunk, one_step = channels <= tile.block_d, num_b - prefix // 2 <= tile.block_b
+    keeps = heads > 1 and not one_chunk and not one_step
+    best_match_kernel[(triton.cdiv(searching, tile.block_a), batch)](
+        keys,
+        keys.new_empty(batch, num_a, channels) if keeps else None,
         best,
         destination,
         tokens,
         channels,
-        metric.stride(0),
-        metric.stride(1) if heads > 1 else 0,
-        metric.stride(-2),
+        *keys.stride()[:3],
         PREFIX=prefix,
         HEADS=heads,
-        ONE_CHUNK=channels <= tile.block_d,
+        UNIT=unit,
+        ONE_CHUNK=one_chunk,
         BLOCK_A=tile.block_a,
         BLOCK_B=tile.block_b,
         BLOCK_D=tile.block_d,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
+    return best, destination
+
+
+def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two launches to four; metric (B, N, D), or keys (B, H, N, D), with contiguous channels. Any N from 2, any D.
+
+    Returns slot (B, N) int64, and the tokens grouped by it: order (B, N) and offsets (B, N - r + 1), int32.
+    """
+    batch, tokens = metric.shape[0], metric.shape[-2]
+    num_a = (tokens + 1) // 2
+    slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
+    order, offsets = (
+        torch.empty(batch, count, dtype=torch.int32, device=metric.device) for count in (tokens, tokens - r + 1)
+    )
+    if batch == 0:
+        return slot, order, offsets
+    best, destination = best_matches(metric if metric.ndim == 4 else metric.unsqueeze(1), prefix)
     block = min(triton.next_power_of_2(num_a), MAX_KEYS)
     groups_too = tokens <= MAX_GROUPED
     num_warps = 4 if groups_too else min(max(1, block // 128), 8)  # grouping on one warp spills

@@ -41,26 +41,29 @@ def _plain(inputs: Inputs) -> Outputs:
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
-    return nbytes(inputs["metric"], *outputs)
+    """The class token is of even position, so that it neither looks for a partner nor is one."""
+    return nbytes(inputs["metric"][..., 1:, :], *outputs)
 
 
 def _tiled(inputs: Inputs) -> int:
-    """ceil(A / BLOCK_A) sweeps over the odd tokens, and the even ones once, or at every step if chunked; the slots.
+    """Every tile of even tokens reads the odd ones, and itself once, or at every step if chunked; the slots.
 
-    Of all heads, or of their mean, which then is written and the keys read once more.
+    Of all heads, where later steps read the mean that the first one kept; or of a mean that is written before.
     """
     from fastreduce.kernels.match_tokens import averages_while_loading, match_tile
 
     keys = inputs["metric"]
     batch, heads, tokens, channels = keys.shape
-    together = averages_while_loading(tokens, channels, keys.dtype)
-    tile = match_tile(channels, keys.dtype, heads if together else 1)
-    read = keys if together else keys[:, 0]
-    even, odd = read[..., ::2, :], read[..., 1::2, :]
-    sweeps = math.ceil(even.shape[-2] / tile.block_a)
-    steps = math.ceil(odd.shape[-2] / tile.block_b) if channels > tile.block_d else 1
-    before = 0 if together else nbytes(keys, read)
-    return before + sweeps * nbytes(odd) + steps * nbytes(even) + batch * tokens * torch.int64.itemsize
+    even, odd = keys[..., 2::2, :], keys[..., 1::2, :]
+    searching = even.shape[-2]
+    together = averages_while_loading(searching, channels, keys.dtype, heads)
+    tile = match_tile(searching, channels, keys.dtype, heads if together else 1)
+    sweeps = math.ceil(searching / tile.block_a)
+    again = math.ceil(odd.shape[-2] / tile.block_b) - 1 if channels > tile.block_d else 0
+    slots = batch * tokens * torch.int64.itemsize
+    if together:
+        return sweeps * nbytes(odd) + nbytes(even) + (1 + again) * nbytes(even[:, 0]) * (again > 0) + slots
+    return nbytes(keys, keys[:, 0]) + sweeps * nbytes(odd[:, 0]) + (1 + again) * nbytes(even[:, 0]) + slots
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:

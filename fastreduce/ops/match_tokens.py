@@ -56,9 +56,11 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
 
     Args:
         metric: (B, N, D), N at least 2: what similarity is measured in. Or keys (B, H, N, D) of any strides, such as a
-            view of a packed qkv, of which the mean over the heads is the metric (ToMe): up to 640 tokens in half
-            precision it never reaches memory. float32, float16, bfloat16 (reference: any). Products are summed in
-            float32.
+            view of a packed qkv, of which the mean over the heads is the metric (ToMe): up to 1,024 tokens besides the
+            class token it is formed as the keys are read, without a pass of its own. In half precision it then never
+            reaches memory, in float32 that of the even tokens does from 258 tokens on. Where rows are not aligned to 16
+            bytes, have more than 128 channels in half precision, or are of more than 16 heads in float32, it is formed
+            before. float32, float16, bfloat16 (reference: any). Products are summed in float32.
         r: number of tokens to merge, 0 .. (N - prefix) // 2.
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.

@@ -11,7 +11,7 @@ from tests.matching import assert_slots_by_value, exact_metric
 
 NAN, INF = float("nan"), float("inf")
 # Even and odd counts, one chunk of channels and several, more than one tile of either set.
-SHAPES = [(2, 17, 8), (1, 2, 4), (2, 3, 5), (3, 12, 80), (0, 9, 8), (1, 70, 33), (1, 141, 16), (1, 6, 1)]
+SHAPES = [(2, 17, 8), (1, 2, 4), (2, 3, 5), (3, 12, 80), (0, 9, 8), (1, 70, 33), (1, 141, 24), (1, 6, 1)]
 
 
 def check(metric, r, prefix=1):
@@ -47,22 +47,47 @@ def packed_keys(batch, heads, num_tokens, dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "num_tokens", "dim"), [(3, 30, 33), (1, 9, 8), (2, 133, 16), (3, 12, 130)])
-def test_keys_are_averaged_as_the_reference_does_it(heads, num_tokens, dim, dtype, monkeypatch):
-    """To the bit, so that equal cosines are tied alike; while they are loaded, or in a pass of their own."""
+@pytest.mark.parametrize(
+    ("heads", "num_tokens", "dim", "before"),
+    [(3, 30, 40, ()), (1, 9, 8, ()), (3, 12, 33, DTYPES), (2, 12, 136, DTYPES[1:])],
+)
+def test_keys_are_averaged_as_the_reference_does_it(heads, num_tokens, dim, before, dtype, monkeypatch):
+    """To the bit, so that equal cosines are tied alike; while they are loaded, or in a pass of their own before."""
     mean_keys, passes = kernels.mean_keys, []
     keys = packed_keys(2, heads, num_tokens, dim, dtype)
     assert torch.equal(mean_keys(keys), keys.mean(1))
-    r = num_tokens // 3
+    r = num_tokens // 4
     assert torch.equal(ops.match_tokens(keys, r, backend="triton"), ops.match_tokens(keys.mean(1), r, backend="triton"))
     monkeypatch.setattr(kernels, "mean_keys", lambda keys: passes.append(keys) or mean_keys(keys))
     metric = exact_metric(2, num_tokens, dim, dtype=dtype)
     keys[:] = metric.unsqueeze(1) * torch.arange(2 - heads, heads + 1, 2).view(-1, 1, 1)  # of mean 1
-    assert torch.equal(check(keys, r), check(metric, r))
-    assert len(passes) == (heads > 1 and (dtype == torch.float32 or dim > 128))
-    monkeypatch.setattr(kernels, "MAX_GROUPED", num_tokens - 1)
-    check(keys, r)
-    assert len(passes) == (heads > 1) * (1 + (dtype == torch.float32 or dim > 128))
+    assert torch.equal(check(keys, r, 3), check(metric, r, 3))
+    assert len(passes) == (dtype in before)
+    if heads > 1:
+        monkeypatch.setattr(kernels, "MAX_SWEEPS", 0)
+        check(keys, r)
+        assert len(passes) == (dtype in before) + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_means_of_even_tokens_serve_every_step(dtype):
+    """Of two tiles of even tokens against several of odd ones, as from a metric; of an image as in a batch."""
+    metric = exact_metric(2, 520, 24, dtype=dtype)
+    keys = metric.unsqueeze(1) * torch.tensor([-1.0, 3.0], dtype=dtype).view(-1, 1, 1)
+    similarity, place = kernels.best_matches(keys, 3)
+    for found, expected in zip((similarity, place), kernels.best_matches(metric.unsqueeze(1), 3), strict=True):
+        assert torch.equal(found[:, 2:], expected[:, 2:])
+    random = packed_keys(2, 2, 300, 24, dtype)
+    for found, expected in zip(kernels.best_matches(random[1:], 1), kernels.best_matches(random, 1), strict=True):
+        assert torch.equal(found[:, 1:], expected[1:, 1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_tiles_of_even_tokens_average_their_keys(dtype):
+    assert kernels.averages_while_loading(512, 64, dtype, 12)
+    assert not kernels.averages_while_loading(513, 64, dtype, 12)
+    assert not kernels.averages_while_loading(512, 64, dtype, 1)
+    assert kernels.averages_while_loading(128, 64, dtype, 17) == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5])
@@ -83,7 +108,7 @@ def test_prefix_of_all_tokens():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_tokens", "dim"), [(30, 64), (141, 20)])
+@pytest.mark.parametrize(("num_tokens", "dim"), [(30, 64), (129, 20)])
 def test_random_metrics_by_value(num_tokens, dim, dtype):
     metric = tokens(1, num_tokens, dim, dtype=dtype)
     slot = ops.match_tokens(metric, num_tokens // 3, backend="triton")
