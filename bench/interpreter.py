@@ -105,7 +105,7 @@ class _Launch:
         return active
 
     def check_races(self) -> None:
-        if not self.writes:
+        if not any(a.size for _, a in self.writes):
             return
         programs: dict[tuple[int, ...], int] = {}
         addresses = np.concatenate([a for _, a in self.writes])
