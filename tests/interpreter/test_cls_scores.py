@@ -46,7 +46,8 @@ def test_forward_and_backward(batch, heads, num_tokens, head_dim, prefix, dtype)
     exact = plain(q.double(), k.double(), prefix, head_dim**-0.5)
     torch.testing.assert_close(results[2][0], exact, atol=1e-12, rtol=1e-12)
     for triple in zip(*results, strict=True):
-        assert_within_budget(*triple, steps=4)  # a rounding of a logit near 4 is four of its exponential
+        # A rounding of a logit near 4 is four of its exponential, and so is one of the logsumexp.
+        assert_within_budget(*triple, steps=8)
 
 
 def some_valid(batch, num_tokens, seed=4):
