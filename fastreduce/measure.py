@@ -39,8 +39,8 @@ Name = TypeVar("Name")
 def keep_memory() -> bool:
     """Have malloc keep what is freed, for the rest of this process, as users of a tuned allocator have it.
 
-    glibc hands large blocks back to the system and gets them again page by page: on the CPU up to 130 of 440 ms of a
-    forward pass, by the chance of where they lie. What takes turns is compared without that.
+    glibc hands large blocks back to the system and gets them again page by page: up to 15 % of a forward pass's CPU
+    time, by the chance of where they lie. What takes turns is compared without that.
 
     Returns:
         Whether it could be done: False without glibc.
