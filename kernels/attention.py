@@ -81,7 +81,9 @@ def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_op
     if aligned and not with_options:
         return FLOAT_TILES[width]
     tile = FLOAT_WITH_OPTIONS if aligned and width == 64 else SMALL_FLOAT
-    return AttentionTiles(tile, tile, SMALL_FLOAT)
+    # 16 rows of 32 channels are 16 bytes for each of 128 threads.
+    grad_keys = dataclasses.replace(SMALL_FLOAT, num_warps=4) if head_dim <= 32 else SMALL_FLOAT
+    return AttentionTiles(tile, tile, grad_keys)
 
 
 def _settings(tile: AttentionTile) -> dict[str, int]:
