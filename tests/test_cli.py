@@ -10,6 +10,8 @@ pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
+import platform
+
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -93,6 +95,10 @@ def test_counts_and_work(measured):
     assert counts["tome", 0.3] == [50, 29, 22]
     for row in result["methods"]:
         assert 0 < row["gmacs"] < result["unreduced"]["gmacs"]
+
+
+def test_a_comparison_on_the_cpu_keeps_memory(measured):
+    assert measured[1]["memory_kept"] == (platform.libc_ver()[0] == "glibc")
 
 
 def test_logits_are_those_of_the_official_algorithm(measured):
