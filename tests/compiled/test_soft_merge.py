@@ -36,6 +36,13 @@ def test_gates(shape, dtype, arch):
     assert max(report.registers for report in reports) <= 184, reports
 
 
+@pytest.mark.parametrize(("dtype", "arch"), [(DTYPES[1], 80), (DTYPES[2], 90)])
+def test_gates_of_an_odd_number_of_clusters(dtype, arch):
+    sequence = torch.zeros(2, 197, 384, dtype=dtype)
+    reports_for(arch, torch.zeros(2, 196, 97, dtype=dtype), sequence[:, 1:], sequence[:, :1])
+    reports_for(arch, torch.zeros(2, 97, 196, dtype=dtype).mT, sequence[:, 1:], None)
+
+
 @pytest.mark.parametrize("clusters", [49, 98, 100, 104, 176])
 def test_logits_are_loaded_as_wide_as_their_count_allows(clusters):
     x, logits = torch.zeros(2, 196, 384, dtype=torch.float16), torch.zeros(2, 196, clusters, dtype=torch.float16)
