@@ -19,6 +19,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from .names import TITLES
+
 if TYPE_CHECKING:
     from .compare import Comparison
     from .plan import Planner
@@ -26,10 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _MESSAGE_LENGTH = 400
-_TITLES = {
-    **{"topk": "Top-K", "evit": "EViT", "dynamicvit": "DynamicViT", "ats": "ATS", "tome": "ToMe", "sit": "SiT"},
-    **{"kmedoids": "K-Medoids", "dpcknn": "DPC-KNN", "patchmerger": "PatchMerger"},
-}
 
 
 class UserError(Exception):
@@ -248,7 +246,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def _title(method: str, options: dict[str, Any]) -> str:
-    return " ".join([_TITLES.get(method, method.title()), *map(str, options.values())])
+    return " ".join([TITLES.get(method, method.title()), *map(str, options.values())])
 
 
 def _draw(comparison: Comparison, out: Path, progress: Any) -> list[Path]:

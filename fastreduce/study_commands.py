@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from .commands import UserError, numbers, progress_bar, split, user_errors
+from .names import TITLES
 
 if TYPE_CHECKING:
     from .study.data import DataSet
@@ -307,8 +308,6 @@ def run(
 def _print_study(found: Study, out: Path) -> None:
     from rich import box
     from rich.table import Table
-
-    from .study.pictures import TITLES
 
     rates = sorted({row.keep_rate for row in found.results}, reverse=True)
     table = Table(title=f"Accuracy, %; unreduced {found.result(0).accuracy:.2f}", box=box.SIMPLE_HEAD)

@@ -16,11 +16,11 @@ import typer
 from typer.testing import CliRunner
 
 from fastreduce.commands import app
+from fastreduce.names import FAMILIES, TITLES
 from fastreduce.study import recipe as recipes
 from fastreduce.study import run as running
 from fastreduce.study.comparison import TokenStatistics
 from fastreduce.study.findings import find
-from fastreduce.study.pictures import FAMILIES, TITLES
 from fastreduce.study.protocol import Backbone
 from fastreduce.study.recipe import DIGITS, Capacity, Recipe, reductions
 from fastreduce.study.record import Recording, Run

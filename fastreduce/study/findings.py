@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..names import FAMILIES, TITLES
 from .comparison import Row, TokenStatistics, chance_iou
-from .pictures import FAMILIES, TITLES
 from .record import UNREDUCED, Recording
 
 __all__ = ["Finding", "Verdict", "find"]

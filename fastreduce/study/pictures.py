@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..draw import fill_merged, grey_dropped
+from ..names import FAMILIES, TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
-    "FAMILIES",
-    "TITLES",
     "Result",
     "accuracy_by_rate",
     "accuracy_by_speed",
@@ -32,18 +31,6 @@ __all__ = [
     "similarity_matrix",
 ]
 
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "Pruning": ("topk", "evit", "dynamicvit", "ats"),
-    "Hard merging": ("tome", "kmedoids", "dpcknn"),
-    "Soft merging": ("sit", "patchmerger", "sinkhorn"),
-    "Static": ("radial_l1", "radial_l2", "radial_linf"),
-}
-TITLES = {
-    "none": "Unreduced",
-    **{"topk": "Top-K", "evit": "EViT", "dynamicvit": "DynamicViT", "ats": "ATS", "tome": "ToMe"},
-    **{"kmedoids": "K-Medoids", "dpcknn": "DPC-KNN", "sit": "SiT", "patchmerger": "PatchMerger"},
-    **{"sinkhorn": "Sinkhorn", "radial_l1": "Radial ℓ1", "radial_l2": "Radial ℓ2", "radial_linf": "Radial ℓ∞"},
-}
 # Okabe and Ito's, which people of every colour vision tell apart; the markers and dashes differ as well.
 _STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
 _GREY = "#555555"
@@ -54,7 +41,7 @@ class Result:
     """What one reduced model reached.
 
     Attributes:
-        method: a key of :data:`TITLES`.
+        method: a key of :data:`fastreduce.names.TITLES`.
         keep_rate: of its first stage.
         accuracy: in per cent (top-1, or mean average precision).
         images_per_second: measured, or NaN.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..names import FAMILIES
 from ..reducers import REDUCERS
 from .data import Augmentation, DataSet, Shifts, open_data
-from .pictures import FAMILIES
 from .protocol import Backbone, Protocol, Reduction, load_trained, protocol_for
 from .train import Training, train
 

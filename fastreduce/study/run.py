@@ -18,6 +18,7 @@ from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
 from ..measure import environment
+from ..names import FAMILIES, TITLES
 from .comparison import (
     Row,
     TokenStatistics,
@@ -32,8 +33,6 @@ from .data import DataSet
 from .evaluate import Evaluation, evaluate
 from .findings import Finding, find
 from .pictures import (
-    FAMILIES,
-    TITLES,
     Result,
     accuracy_by_rate,
     accuracy_by_speed,
