@@ -50,8 +50,8 @@ __all__ = ["ARCHES", "SHARED_LIMIT", "KernelReport", "compiled_for", "dispatch_t
 
 ARCHES: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "gfx942": "gfx942"}
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, "gfx942": 64 << 10}  # bytes a block may ask for
-_OTHER_TOKENS = (256, 1024)  # multiples of 16 compile apart, and so do the odd numbers of tokens kept of these
 _SHARED_OF_ALL = {80: 164 << 10, 90: 228 << 10}  # bytes of a multiprocessor
+_OTHER_TOKENS = (256, 1024)  # multiples of 16 compile apart, and so do the odd numbers of tokens kept of these
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,21 +56,20 @@ def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
     return MergeTile(32, block_k, _fits(channels, widest), num_warps=8 if block_k > 32 else 4, num_stages=2)
 
 
-def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype) -> GradientTile:
-    """Found likewise: steps of 64, or 128 tokens where nothing is aligned, spill.
+def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> GradientTile:
+    """Found likewise: steps of 64, or 128 tokens where channels or logits (``unit`` of 1) are not aligned, spill.
 
-    128 tokens a tile instead of 64 read the upstream gradient half as often; an odd number of clusters, in rows of
-    which nothing is aligned, spills there.
+    128 tokens a tile instead of 64 read the upstream gradient half as often.
     """
     if dtype == torch.float32:  # 2 stages spill under Triton 3.6
         return GradientTile(64, _fits(clusters, 64), _fits(channels, 64), step=16, num_warps=8, num_stages=3)
     block_k, block_c = _fits(clusters, 128), _fits(channels, 128)
-    if tokens > 64 and channels % 16 == 0 and clusters % 2 == 0:
+    if tokens > 64 and channels % 16 == 0 and unit > 1:
         return GradientTile(128, block_k, block_c, step=32, num_warps=16, num_stages=2)
     return GradientTile(64, block_k, block_c, step=32, num_warps=8, num_stages=2)
 
 
-def _unit(logits: torch.Tensor) -> int:
+def logits_unit(logits: torch.Tensor) -> int:
     """What divides the number of clusters and the strides, up to 8: few counts are multiples of the JIT's own 16."""
     return math.gcd(8, logits.shape[2], *logits.stride()[:2]) if logits.stride(2) == 1 else 1
 
@@ -373,7 +372,7 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
         *logits.stride(),
         *x.stride()[:2],
         *((0, 0) if head is None else head.stride()[:2]),
-        UNIT=_unit(logits),
+        UNIT=logits_unit(logits),
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         BLOCK_C=tile.block_c,
@@ -392,7 +391,8 @@ def soft_merge_backward(
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=x.device)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     delta = torch.empty_like(logsumexp)
-    tile = backward_tile(tokens, clusters, channels, out.dtype)
+    unit = logits_unit(logits)
+    tile = backward_tile(tokens, clusters, channels, out.dtype, unit)
     programs = triton.cdiv(clusters, tile.block_k) + triton.cdiv(channels, tile.block_c)
     if batch and programs:
         block_c = row_tile(max(channels, 1)).block_c
@@ -424,7 +424,7 @@ def soft_merge_backward(
             *grad.stride()[:2],
             *logits.stride(),
             *x.stride()[:2],
-            UNIT=_unit(logits),
+            UNIT=unit,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             BLOCK_C=tile.block_c,

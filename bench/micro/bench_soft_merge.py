@@ -52,11 +52,11 @@ def _backward_tiled(inputs: Inputs) -> int:
     Tokens are read once a tile of clusters, logits once and once a tile of channels, the upstream gradient with the
     result for the means, and twice a tile of tokens. The mean and the logsumexp of a cluster are float32.
     """
-    from fastreduce.kernels.soft_merge import backward_tile
+    from fastreduce.kernels.soft_merge import backward_tile, logits_unit
 
     logits, x, _ = inputs.values()
     batch, tokens, clusters = logits.shape
-    tile = backward_tile(tokens, clusters, x.shape[2], x.dtype)
+    tile = backward_tile(tokens, clusters, x.shape[2], x.dtype, logits_unit(logits))
     rows = batch * clusters * x.shape[2] * x.element_size()
     numbers = batch * clusters * torch.float32.itemsize
     tiles_n, tiles_c = math.ceil(tokens / tile.block_n), math.ceil(x.shape[2] / tile.block_c)

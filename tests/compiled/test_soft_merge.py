@@ -37,10 +37,12 @@ def test_gates(shape, dtype, arch):
 
 
 @pytest.mark.parametrize(("dtype", "arch"), [(DTYPES[1], 80), (DTYPES[2], 90)])
-def test_gates_of_an_odd_number_of_clusters(dtype, arch):
+def test_gates_of_logits_that_are_not_aligned(dtype, arch):
+    """An odd number of clusters, or an odd stride."""
     sequence = torch.zeros(2, 197, 384, dtype=dtype)
     reports_for(arch, torch.zeros(2, 196, 97, dtype=dtype), sequence[:, 1:], sequence[:, :1])
-    reports_for(arch, torch.zeros(2, 97, 196, dtype=dtype).mT, sequence[:, 1:], None)
+    reports_for(arch, torch.zeros(2, 196, 197, dtype=dtype)[..., :98], sequence[:, 1:], None)
+    reports_for(arch, torch.zeros(2, 98, 393, dtype=dtype)[..., :196].mT, sequence[:, 1:], None)
 
 
 @pytest.mark.parametrize("clusters", [49, 98, 100, 104, 176])
