@@ -16,8 +16,10 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 if TYPE_CHECKING:
     from . import ops
     from .backends import backend
-    from .integrations.timm import Record, Stage, load_official, patch, record, reduced_counts, unpatch
+    from .checkpoints import load_official
+    from .integrations.timm import config_of, patch, reduced_counts, unpatch
     from .losses import dynamicvit_loss
+    from .recording import Record, Stage, is_patched, record
     from .reducers import REDUCERS
     from .tokens import Plan, Tokens
 
@@ -25,15 +27,17 @@ if TYPE_CHECKING:
 _HOMES = {
     "REDUCERS": "reducers",
     "Plan": "tokens",
-    "Record": "integrations.timm",
-    "Stage": "integrations.timm",
+    "Record": "recording",
+    "Stage": "recording",
     "Tokens": "tokens",
     "backend": "backends",
+    "config_of": "integrations.timm",
     "dynamicvit_loss": "losses",
-    "load_official": "integrations.timm",
+    "is_patched": "recording",
+    "load_official": "checkpoints",
     "ops": "ops",
     "patch": "integrations.timm",
-    "record": "integrations.timm",
+    "record": "recording",
     "reduced_counts": "integrations.timm",
     "unpatch": "integrations.timm",
 }
@@ -45,7 +49,9 @@ __all__ = [
     "Stage",
     "Tokens",
     "backend",
+    "config_of",
     "dynamicvit_loss",
+    "is_patched",
     "load_official",
     "ops",
     "patch",

@@ -70,7 +70,7 @@ def _embed(model: Any, images: Tensor) -> Tensor:
 
 
 def _check_unpatched(model: Any) -> None:
-    if type(model.blocks) is not nn.Sequential:
+    if hasattr(model, "reducers"):
         raise ValueError("the plain form needs the unpatched model; call fastreduce.unpatch first, or give it a copy")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -167,6 +167,15 @@ _NOT_A_TENSOR = (
     "the blocks of a reduced model hand on fastreduce.Tokens (tokens with their sizes and history), not a tensor: "
     "call model.blocks as a whole, or take `.x` from what a block returns"
 )
+# What hooks ask of a block's output without changing it: Grad-CAM, torchinfo and probes go on working.
+_LOOKS = frozenset(
+    {"shape", "dtype", "device", "ndim", "dim", "size", "numel", "element_size", "is_cuda", "layout", "requires_grad"}
+    | {"grad", "grad_fn", "is_leaf", "register_hook", "retain_grad", "data", "detach", "cpu", "float", "mean", "std"}
+)
+
+
+def _explain(*arguments: Any) -> NoReturn:
+    raise TypeError(_NOT_A_TENSOR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +201,27 @@ class Packing:
         return values.index_select(0, torch.searchsorted(self.offsets[1:], row, right=True).clamp_(max=self.batch - 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """What walks from block to block of a reduced model.
+class _Fields(NamedTuple):
+    x: Tensor
+    prefix: int
+    patches: int
+    normed: Tensor | None = None
+    sizes: Tensor | None = None
+    bias: Tensor | None = None
+    valid: Tensor | None = None
+    received: Tensor | None = None
+    policy: Tensor | None = None
+    decisions: tuple[Tensor, ...] = ()
+    plans: tuple[Plan, ...] = ()
+    packing: Packing | None = None
+    grid: tuple[int, int] | None = None
+    whole: bool = False
+
+
+class Tokens(_Fields):
+    """The value that walks from block to block of a reduced model.
+
+    A tuple whose first entry is ``x``, so that hooks of torch and of tools find the tensors in it.
 
     Attributes:
         x: (B, N, C) tokens, prefix first; packed (1, T, C), of which only the rows of images mean something.
@@ -202,7 +229,7 @@ class Tokens:
         patches: number of patch tokens before any reduction.
         normed: (B, N, C) what the norm that comes next makes of ``x``, where a reduction has applied it, else None. It
             does not outlive ``x``.
-        size: (B, N) float32, how many patches each token stands for, or None while all are one.
+        sizes: (B, N) float32, how many patches each token stands for, or None while all are one.
         bias: (B, N) float32 that attention adds to the logits of every key: the logarithm of the size where attention
             is proportional to it (ToMe), -inf for tokens that are not valid; or None for zeros.
         valid: (B, N) bool, or None while all tokens are real (ATS pads). Packed tokens keep what it will be once they
@@ -213,20 +240,9 @@ class Tokens:
         decisions: (B, P) each, what DynamicViT's stages so far decided in training: 1 for kept, differentiable.
         plans: what the stages so far decided.
         packing: where the tokens of every image are, if they lie packed in one row, else None.
+        grid: (rows, columns) of the patches before any reduction, for methods that ask for it, else None.
+        whole: whether the last block hands on Tokens too, for somebody who wants dense features.
     """
-
-    x: Tensor
-    prefix: int
-    patches: int
-    normed: Tensor | None = None
-    size: Tensor | None = None
-    bias: Tensor | None = None
-    valid: Tensor | None = None
-    received: Tensor | None = None
-    policy: Tensor | None = None
-    decisions: tuple[Tensor, ...] = ()
-    plans: tuple[Plan, ...] = ()
-    packing: Packing | None = None
 
     @property
     def batch(self) -> int:
@@ -240,15 +256,8 @@ class Tokens:
 
     def replace(self, x: Tensor, **changes: Any) -> Tokens:
         """The same tokens with another ``x``, and whatever else changes."""
-        fields: dict[str, Any] = {
-            "prefix": self.prefix,
-            "patches": self.patches,
-            "size": self.size,
-            "bias": self.bias,
-            "valid": self.valid,
-        }
-        fields |= {"received": self.received, "policy": self.policy, "decisions": self.decisions, "plans": self.plans}
-        return Tokens(x, **{**fields, "packing": self.packing, **changes})
+        changes.setdefault("normed", None)  # that of another x
+        return self._replace(x=x, **changes)
 
     def packed(self) -> tuple[Tokens, Packing]:
         """The same in one row, and how they lie in it. If they are not packed yet, all must be real."""
@@ -273,8 +282,20 @@ class Tokens:
             return self.unpacked(backend=backend).dense(backend=backend)
         return unmerge(self.x, self.plans, self.prefix, backend=backend) if self.plans else self.x
 
-    def __getitem__(self, key: object) -> NoReturn:
-        raise TypeError(_NOT_A_TENSOR)
+    def __getattr__(self, name: str) -> Any:
+        """Look at ``x`` as at a tensor; what would change it without what belongs to it explains itself."""
+        if name in _LOOKS:
+            return getattr(self.x, name)
+        explained = hasattr(Tensor, name) and not name.startswith("__")
+        raise AttributeError(_NOT_A_TENSOR if explained else f"'Tokens' object has no attribute {name!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        """One of the fields; ``[:, 0]`` and the like explain themselves."""
+        return super().__getitem__(key) if isinstance(key, int) else _explain()
+
+    __array__ = _explain
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _explain
+    __matmul__ = __rmatmul__ = __pow__ = __neg__ = __abs__ = __lt__ = __le__ = __gt__ = __ge__ = _explain
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:

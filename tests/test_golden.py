@@ -97,9 +97,9 @@ def test_evaluation(file, prefix, arguments):
 def _check_counts(seen, model):
     """A stage without an entry keeps what is there."""
     found, present = {stage.block: stage.num_out for stage in seen.stages}, PATCHES
-    for block, count in zip(model.blocks._reducer.blocks, fastreduce.reduced_counts(model), strict=True):
+    for block, count in zip(model.reducers.blocks, fastreduce.reduced_counts(model), strict=True):
         present = found.pop(block, present)
-        assert present <= count if model.blocks._reducer.ragged else present == count
+        assert present <= count if model.reducers.ragged else present == count
     assert not found
 
 

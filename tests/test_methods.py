@@ -200,7 +200,7 @@ class TestDynamicViT:
             model(images).square().sum().backward()
             results.append(images.grad)
         torch.testing.assert_close(results[1], results[0])
-        model.blocks._reducer.generator = torch.Generator()
+        model.reducers.generator = torch.Generator()
         for call in (model, model.forward_intermediates):
             with pytest.raises(ValueError, match="other noise"):
                 call(images)

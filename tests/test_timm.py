@@ -170,7 +170,7 @@ class TestPatchAndUnpatch:
         assert fastreduce.reduced_counts(fastreduce.patch(tiny.build(), "topk")) == [11, 7, 5]  # 0.7 at 1, 2, 3
         assert fastreduce.reduced_counts(fastreduce.patch(tiny.build(), "topk", keep=5, at=2)) == [5]
         deep = fastreduce.patch(tiny.build(depth=12), "topk", keep_rate=0.5)
-        assert deep.blocks._reducer.blocks == (3, 6, 9)
+        assert deep.reducers.blocks == (3, 6, 9)
 
 
 def _bad(identifier, error, words, **arguments):
@@ -300,11 +300,11 @@ REFUSED = [
     ("beit_base_patch16_224", {}, TypeError, "Beit cannot be reduced: .*relative positions"),
     ("vit_relpos_small_patch16_224", {}, TypeError, "VisionTransformerRelPos cannot be reduced: .*relative positions"),
     ("samvit_base_patch16_224", {}, TypeError, "VisionTransformerSAM cannot be reduced"),
-    ("vit_base_patch16_xp_224", {}, TypeError, "block 0 is a ParallelScalingBlock"),
-    ("vit_small_patch16_18x2_224", {}, TypeError, "block 0 is a ParallelThingsBlock"),
-    ("vit_base_patch16_rpn_224", {}, TypeError, "block 0 is a ResPostBlock"),
-    ("vit_dwee_patch16_reg1_gap_256", {}, TypeError, "block 0 has a DiffAttention"),
-    ("resnet18", None, TypeError, "ResNet cannot be reduced: it is not a timm VisionTransformer"),
+    ("vit_base_patch16_xp_224", {}, TypeError, "block 1 is a ParallelScalingBlock"),
+    ("vit_small_patch16_18x2_224", {}, TypeError, "block 1 is a ParallelThingsBlock"),
+    ("vit_base_patch16_rpn_224", {}, TypeError, "block 1 is a ResPostBlock"),
+    ("vit_dwee_patch16_reg1_gap_256", {}, TypeError, "block 1 has a DiffAttention"),
+    ("resnet18", None, TypeError, "ResNet cannot be reduced: it is a ResNet of timm.models.resnet"),
 ]
 
 
@@ -339,30 +339,6 @@ def test_other_refusals():
     with pytest.raises(ValueError, match="patch_drop_rate"):
         fastreduce.patch(dropping, "radial", keep_rate=0.5)
     assert not hasattr(dropping, "reducers")
-
-
-@pytest.mark.parametrize("place", ["block", "attention"])
-@pytest.mark.parametrize("change", ["hook", "pre-hook", "forward"])
-def test_hooks_that_would_be_lost(change, place):
-    """Reduced blocks call neither the block nor its attention; refusing beats leaving a hook uncalled."""
-    model = tiny.build()
-    calls = []
-    for index in (1, 2):
-        module = model.blocks[index] if place == "block" else model.blocks[index].attn
-        if change == "hook":
-            module.register_forward_hook(lambda *_: calls.append(1))
-        elif change == "pre-hook":
-            module.register_forward_pre_hook(lambda *_: calls.append(1))
-        else:
-            module.forward = lambda x, forward=module.forward, **_: (calls.append(1), forward(x))[1]
-    before, expected = snapshot(model), run(model)
-    with pytest.raises(ValueError, match=r"block 1 has hooks.*after patching"):
-        fastreduce.patch(model, "radial", keep_rate=0.5, at=(1, 2))
-    assert_same(model, before)
-    assert torch.equal(run(model), expected)
-    calls.clear()
-    run(fastreduce.patch(model, "topk", keep_rate=0.5, at=3))  # blocks before the first stage stay what they are
-    assert len(calls) == 2
 
 
 class TestBackends:
@@ -426,7 +402,7 @@ class TestRecord:
         with fastreduce.record(model) as seen:
             run(model)
         assert [stage.block for stage in seen.stages] == list(tiny.AT)
-        soft, ragged = model.blocks._reducer.name in tiny.NEVER_IDLE[1:], model.blocks._reducer.ragged
+        soft, ragged = model.reducers.name in tiny.NEVER_IDLE[1:], model.reducers.ragged
         for stage, count in zip(seen.stages, fastreduce.reduced_counts(model), strict=True):
             assert stage.num_out <= count if ragged else stage.num_out == count
         sizes_before, before = torch.ones(2, patches, dtype=torch.int64), None
@@ -605,7 +581,7 @@ class TestCounts:
             block.register_forward_hook(lambda module, inputs, output, index=index: outputs.update({index: output}))
         torch.testing.assert_close(run(model), expected, rtol=1e-3, atol=1e-3)
         prefix = model.num_prefix_tokens
-        for block, count in zip(model.blocks._reducer.blocks, fastreduce.reduced_counts(model), strict=True):
+        for block, count in zip(model.reducers.blocks, fastreduce.reduced_counts(model), strict=True):
             if isinstance(outputs[block], Tokens):
                 there = outputs[block].num_patches
             elif model.global_pool == "token":
@@ -616,7 +592,7 @@ class TestCounts:
 
     def test_r_acts_in_every_block_by_default(self):
         model = fastreduce.patch(tiny.build(), "tome", r=3)
-        assert model.blocks._reducer.blocks == (0, 1, 2, 3)
+        assert model.reducers.blocks == (0, 1, 2, 3)
         assert fastreduce.reduced_counts(model) == [13, 10, 7, 4]
 
     def test_exact_rounds_reach_the_count(self):
@@ -650,7 +626,7 @@ class TestForwards:
         with torch.no_grad(), fastreduce.record(model) as seen:
             features = model.forward_features(tiny.images(model))
         last = seen.stages[-1]
-        assert seen_tokens[0].size.sum(1).tolist() == [17.0, 17.0]
+        assert seen_tokens[0].sizes.sum(1).tolist() == [17.0, 17.0]
         for image in range(2):
             for token in range(last.num_out):
                 copies = features[image, 1:][last.patch_slot[image] == token]
@@ -695,17 +671,25 @@ class TestForwards:
             with pytest.raises(ValueError, match="attn_mask"):
                 call()
 
-    def test_slices_of_blocks_are_refused(self):
-        """Timm cuts models short this way; the rest would hand on Tokens."""
+    def test_blocks_that_are_cut_off(self):
+        """Timm cuts models short this way; the block that is last then gives the tensor."""
         model = fastreduce.patch(tiny.build(), "topk", **SCHEDULE)
-        before, expected = snapshot(model), run(model)
-        for call in (lambda: model.blocks[:2], lambda: model.prune_intermediate_layers([1])):
-            with pytest.raises(TypeError, match=r"sliced.*unpatch"):
-                call()
-        assert_same(model, before)
-        assert torch.equal(run(model), expected)
-        fastreduce.unpatch(model).prune_intermediate_layers([2])
-        assert len(fastreduce.patch(model, "topk", keep_rate=0.5, at=1).blocks) == 3
+        images = tiny.images(model)
+        expected = model.forward_intermediates(images, indices=[1], output_fmt="NLC", intermediates_only=True)[0]
+        original = model.blocks[1]._site.original
+        model.prune_intermediate_layers([1])
+        assert model.forward_features(images).shape == (2, 9, 48)
+        found = model.forward_intermediates(images, indices=[1], output_fmt="NLC", intermediates_only=True)[0]
+        assert torch.equal(found, expected)
+        assert len(fastreduce.unpatch(model).blocks) == 2
+        assert model.blocks[1] is original
+
+    def test_slices_explain_themselves(self):
+        model = fastreduce.patch(tiny.build(), "topk", **SCHEDULE)
+        x = model._pos_embed(model.patch_embed(tiny.images(model)))
+        assert isinstance(model.blocks[:2](x), Tokens)
+        with pytest.raises(TypeError, match=r"block 2 of a reduced model takes fastreduce\.Tokens"):
+            model.blocks[2:](x)
 
     @pytest.mark.parametrize("before", [False, True])
     @pytest.mark.parametrize("arguments", PLAIN_NAMES)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..tokens import Packing, Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, gather
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, early_heads, gather
 from .schedule import KeepSchedule
 
 __all__ = ["ATS"]
@@ -77,8 +77,7 @@ class ATS(ScheduledReducer):
         if tokens.packing is not None:
             return self._attend_packed(block, tokens, tokens.packing, stage)
         prefix, backend = tokens.prefix, self.backend
-        normed = block.norm(tokens.x)
-        q, k, v = block.early_query_key_value(normed)
+        tokens, normed, (q, k, v), late = early_heads(block, tokens)
         scores = ops.cls_scores(
             q[:, :, 0], k, prefix=prefix, scale=block.scale, value=v, valid=tokens.valid, backend=backend
         )
@@ -89,10 +88,10 @@ class ATS(ScheduledReducer):
             keys, packing = tokens.packed()
             rows = normed.reshape(1, -1, normed.shape[2])
             row_q, row_k, row_v = (_in_one_row(heads) for heads in (q, k, v))
-            return self._keep_packed(block, keys, packing, rows, row_q, row_k, row_v, index, seen)
-        attended = block.attend_kept(q, k, v, normed, index, tokens)
+            return self._keep_packed(block, keys, packing, rows, row_q, row_k, row_v, index, seen, late)
+        residual = block.branch(block.attend_kept(q, k, v, normed, index, tokens)) if late else None
         x, following = gather(
-            block.mlp_norm(tokens.x), tokens.x, index, prefix=prefix, residual=block.branch(attended), backend=backend
+            block.mlp_norm(tokens.x), tokens.x, index, prefix=prefix, residual=residual, backend=backend
         )
         bias = None if seen is None else seen.log()  # 0 and -inf
         plans = (*tokens.plans, _plan(block, tokens, index, seen))
@@ -101,8 +100,7 @@ class ATS(ScheduledReducer):
     def _attend_packed(self, block: AttentionBlock, tokens: Tokens, packing: Packing, stage: int) -> Tokens:
         """The same on tokens of all images in one row, from which one comes out."""
         prefix, backend = tokens.prefix, self.backend
-        normed = block.norm(tokens.x)
-        q, k, v = block.early_query_key_value(normed, packing)
+        tokens, normed, (q, k, v), late = early_heads(block, tokens)
         class_rows = q[0] if q.shape[2] < normed.shape[1] else q[0].index_select(1, packing.offsets[:-1])
         scores = ops.cls_scores(
             class_rows.transpose(0, 1),
@@ -117,7 +115,7 @@ class ATS(ScheduledReducer):
         budget = self.schedule.count(stage, tokens.patches)
         index, valid = ops.sample_tokens(scores, budget, prefix=prefix, backend=backend)
         index, seen = self._without_padding(index, valid, prefix)
-        return self._keep_packed(block, tokens, packing, normed, q, k, v, index, seen)
+        return self._keep_packed(block, tokens, packing, normed, q, k, v, index, seen, late)
 
     def _keep_packed(
         self,
@@ -130,6 +128,7 @@ class ATS(ScheduledReducer):
         v: Tensor,
         index: Tensor,
         seen: Tensor | None,
+        late: bool,
     ) -> Tokens:
         """Attention of the kept tokens over packed keys, and their sum with what they were."""
         longest = keys.prefix + index.shape[1]
@@ -137,14 +136,20 @@ class ATS(ScheduledReducer):
         offsets = ops.token_offsets(valid, backend=self.backend)
         queries = Packing(offsets, longest)
         rows = int(offsets[-1]) if self._trims(index) else len(index) * longest
-        attended = block.attend_packed(q, k, v, normed, index, keys, queries, rows)
+        if block.rowwise:
+            x, residual = (
+                keys.x,
+                block.branch(block.attend_packed(q, k, v, normed, index, keys, queries, rows), queries),
+            )
+        else:
+            x, residual = keys.x + block.branch(block.attention(q, k, v, normed, keys), packing), None
         x = ops.gather_packed(
             keys.x,
             index,
             (packing.offsets, offsets),
             num_out=rows,
             prefix=keys.prefix,
-            residual=block.branch(attended, queries),
+            residual=residual,
             backend=self.backend,
         )
         plans = (*keys.plans, _plan(block, keys, index, seen))

@@ -22,6 +22,7 @@ __all__ = [
     "ScheduledReducer",
     "attend_all",
     "attend_with_importance",
+    "early_heads",
     "fuse",
     "gather",
     "importance",
@@ -46,8 +47,15 @@ class AttentionBlock(Protocol):
     the tokens of all images lie in one row: B is 1, and N and M are lengths of rows.
     """
 
-    index: int
-    has_class_token: bool
+    @property
+    def index(self) -> int:
+        """Number of the block, from 0."""
+        ...
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        ...
 
     @property
     def scale(self) -> float:
@@ -55,8 +63,26 @@ class AttentionBlock(Protocol):
         ...
 
     @property
+    def rowwise(self) -> bool:
+        """Whether a selection may come before what follows attention, because that treats every token alike."""
+        ...
+
+    @property
     def commutes(self) -> bool:
         """Whether the branch is linear in each token, so that merging may come before it (no dropout is active)."""
+        ...
+
+    @property
+    def hooked(self) -> bool:
+        """Whether something hangs on the attention, which then has to be called: :meth:`heads_and_branch` does so."""
+        ...
+
+    def heads_and_branch(self, normed: Tensor, tokens: Tokens) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Query, key and value of every token, three of (B, H, N, D), and what attention adds to every token."""
+        ...
+
+    def whole_branch(self, normed: Tensor, tokens: Tokens) -> Tensor:
+        """What attention adds to every token, (B, N, C): the block's own attention is called wherever it can be."""
         ...
 
     def norm(self, x: Tensor) -> Tensor:
@@ -164,6 +190,7 @@ class Reducer(nn.Module, abc.ABC):
         packed: whether such tokens are packed in one row instead.
         blocks: the blocks at which the stages stand, ascending.
         backend: passed to every op.
+        config: what :func:`fastreduce.patch` was called with.
     """
 
     name: ClassVar[str]
@@ -176,6 +203,7 @@ class Reducer(nn.Module, abc.ABC):
         super().__init__()
         self.blocks = blocks
         self.backend = backend
+        self.config: dict[str, Any] = {}
 
     @classmethod
     def make(
@@ -210,6 +238,10 @@ class Reducer(nn.Module, abc.ABC):
     def first(self) -> int:
         """The first block that the reducer has to do with: that of the first stage, or one before it."""
         return self.blocks[0]
+
+    def opens(self, index: int) -> bool:
+        """Whether the attention of a block is always done in parts; where it is not, the block's own is called."""
+        return index in self.blocks and type(self).attend is not Reducer.attend
 
     @abc.abstractmethod
     def counts(self, shape: ModelShape) -> list[int]:
@@ -250,11 +282,22 @@ def is_bare(layer: nn.Module) -> bool:
 
 
 def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
-    """The attention half of a block that reduces nothing."""
+    """Run the attention half of a block that reduces nothing."""
     normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
-    q, k, v = block.query_key_value(normed, tokens.packing)
-    attended = block.attention(q, k, v, normed, tokens)
-    return tokens.replace(tokens.x + block.branch(attended, tokens.packing))
+    return tokens.replace(tokens.x + block.whole_branch(normed, tokens))
+
+
+def early_heads(block: AttentionBlock, tokens: Tokens) -> tuple[Tokens, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
+    """Begin the attention half for a method that selects: tokens, (B, N, C) normed, query, key and value, whether late.
+
+    Late: the selected tokens have yet to attend. Where something in the block may look at more than one token (a hook,
+    a module of the user's), all tokens have attended, and the residual is in ``tokens.x`` already.
+    """
+    normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
+    if block.rowwise:
+        return tokens, normed, block.early_query_key_value(normed, tokens.packing), True
+    heads, branch = block.heads_and_branch(normed, tokens)
+    return tokens.replace(tokens.x + branch), normed, heads, False
 
 
 def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:

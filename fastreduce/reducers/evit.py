@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, attend_with_importance, fuse
+from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, attend_with_importance, fuse, importance
 from .schedule import KeepSchedule
 
 __all__ = ["EViT"]
@@ -44,18 +44,23 @@ class EViT(ScheduledReducer):
             return attend_all(block, tokens)
         prefix, backend = tokens.prefix, self.backend
         normed = block.norm(tokens.x)
-        q, k, v = block.query_key_value(normed)
-        attended, scores = attend_with_importance(block, q, k, v, normed, tokens)
+        late = block.commutes and (self.normalize or not block.drops_paths)
+        if late:
+            q, k, v = block.query_key_value(normed)
+            attended, scores = attend_with_importance(block, q, k, v, normed, tokens)
+        else:
+            (q, k, _), branch = block.heads_and_branch(normed, tokens)
+            scores = importance(block, q, k, prefix, backend=backend)
         order = ops.select_topk(scores, tokens.num_patches, backend=backend)
         if self.normalize:
             scores = scores / scores.gather(1, order[:, keep:].long()).sum(1, keepdim=True)
-        if block.commutes and (self.normalize or not block.drops_paths):
+        if late:
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
             residual = block.branch(fused)
             bias = None if self.normalize else block.branch_bias  # normalised weights sum to one
             x, added = tokens.x, {"residual": residual, "residual_bias": bias}
         else:
-            x, added = tokens.x + block.branch(attended), {}
+            x, added = tokens.x + branch, {}
         x, following = fuse(block.mlp_norm(x), x, order, scores, keep, prefix=prefix, **added, backend=backend)
         plan = Plan(block.index, tokens.num_patches, keep + 1, kept=order[:, :keep], fused=True)
         return tokens.replace(x, normed=following, plans=(*tokens.plans, plan))

@@ -87,6 +87,10 @@ class KMedoids(ScheduledReducer):
         """The block before the first stage gives the weights."""
         return self.blocks[0] if self.equal_weight else self.blocks[0] - 1
 
+    def opens(self, index: int) -> bool:
+        """The attention before a stage, which gives the weights."""
+        return not self.equal_weight and index + 1 in self.blocks
+
     def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Cluster, and gather the medoids in cluster order."""
         keep = self.schedule.count(stage, tokens.patches)
@@ -119,6 +123,11 @@ class KMedoids(ScheduledReducer):
         if self.equal_weight or block.index + 1 not in self.blocks:
             return attend_all(block, tokens)
         normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
-        q, k, v = block.query_key_value(normed)
-        attended, received = block.attention_and_received(q, k, v, normed, tokens, differentiable=False)
-        return tokens.replace(tokens.x + block.branch(attended), received=received.detach())
+        if block.hooked:
+            (q, k, _), branch = block.heads_and_branch(normed, tokens)
+            received = ops.received_scores(q.detach(), k.detach(), scale=block.scale, backend=self.backend)
+        else:
+            q, k, v = block.query_key_value(normed)
+            attended, received = block.attention_and_received(q, k, v, normed, tokens, differentiable=False)
+            branch = block.branch(attended)
+        return tokens.replace(tokens.x + branch, received=received.detach())

@@ -114,7 +114,7 @@ class ToMe(Reducer):
         present = keys.shape[2] - merges[0]
         metric = keys.mean(1) if len(merges) > 1 else keys
         for count in merges[1:]:
-            merged, _ = ops.merge_tokens(metric, slot, present, size=tokens.size, groups=groups, backend=self.backend)
+            merged, _ = ops.merge_tokens(metric, slot, present, size=tokens.sizes, groups=groups, backend=self.backend)
             following = ops.match_tokens(merged, count, prefix=tokens.prefix, backend=self.backend)
             slot = following.gather(1, slot)
             present -= count
@@ -128,18 +128,20 @@ class ToMe(Reducer):
             return attend_all(block, tokens)
         backend = self.backend
         normed = block.norm(tokens.x)
-        q, k, v = block.query_key_value(normed)
-        slot, groups = self._match(k.detach(), tokens, merges)  # (B, N)
         num_out = tokens.x.shape[1] - sum(merges)
-        attended = block.attention(q, k, v, normed, tokens)
         if block.commutes:
-            merged, _ = ops.merge_tokens(attended, slot, num_out, size=tokens.size, groups=groups, backend=backend)
+            q, k, v = block.query_key_value(normed)
+            slot, groups = self._match(k.detach(), tokens, merges)  # (B, N)
+            attended = block.attention(q, k, v, normed, tokens)
+            merged, _ = ops.merge_tokens(attended, slot, num_out, size=tokens.sizes, groups=groups, backend=backend)
             x, residual = tokens.x, block.branch(merged)
         else:
-            x, residual = tokens.x + block.branch(attended), None
+            (_, k, _), branch = block.heads_and_branch(normed, tokens)
+            slot, groups = self._match(k.detach(), tokens, merges)
+            x, residual = tokens.x + branch, None
         x, size, following = merge(
-            block.mlp_norm(x), x, slot, num_out, size=tokens.size, residual=residual, groups=groups, backend=backend
+            block.mlp_norm(x), x, slot, num_out, size=tokens.sizes, residual=residual, groups=groups, backend=backend
         )
         prefix = tokens.prefix
         plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot, slot_prefix=prefix)
-        return tokens.replace(x, normed=following, size=size, bias=size.log(), plans=(*tokens.plans, plan))
+        return tokens.replace(x, normed=following, sizes=size, bias=size.log(), plans=(*tokens.plans, plan))

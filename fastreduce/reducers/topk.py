@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ScheduledReducer, attend_all, gather, importance
+from .base import AttentionBlock, ScheduledReducer, attend_all, early_heads, gather, importance
 
 __all__ = ["TopK"]
 
@@ -20,13 +20,12 @@ class TopK(ScheduledReducer):
         if keep >= tokens.num_patches:
             return attend_all(block, tokens)
         prefix, backend = tokens.prefix, self.backend
-        normed = block.norm(tokens.x)
-        q, k, v = block.early_query_key_value(normed)
+        tokens, normed, (q, k, v), late = early_heads(block, tokens)
         scores = importance(block, q, k, prefix, backend=backend)
         kept = ops.select_topk(scores, keep, backend=backend)  # (B, keep)
-        attended = block.attend_kept(q, k, v, normed, kept, tokens)  # (B, prefix + keep, C)
+        residual = block.branch(block.attend_kept(q, k, v, normed, kept, tokens)) if late else None
         x, following = gather(
-            block.mlp_norm(tokens.x), tokens.x, kept, prefix=prefix, residual=block.branch(attended), backend=backend
+            block.mlp_norm(tokens.x), tokens.x, kept, prefix=prefix, residual=residual, backend=backend
         )
         plan = Plan(block.index, tokens.num_patches, keep, kept=kept)
         return tokens.replace(x, normed=following, plans=(*tokens.plans, plan))

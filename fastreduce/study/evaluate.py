@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..backends import backend
 from ..compare import count_gmacs
-from ..integrations.timm import record, reduced_counts
+from ..integrations.timm import is_patched, record, reduced_counts, reducer_of
 from ..measure import quartiles, seconds_of
 from .data import DataSet
 from .measures import mean_average_precision
@@ -99,7 +99,7 @@ def _kept(model: Any, images: Tensor, counts: list[int]) -> Tensor:
         model(images)
     kept = torch.tensor(counts, dtype=torch.float64).repeat(len(images), 1)
     stages = {stage.block: stage for stage in seen.stages}
-    for column, block in enumerate(model.blocks._reducer.blocks):
+    for column, block in enumerate(reducer_of(model).blocks):
         if (stage := stages.get(block)) is not None and stage.kept is not None and not stage.fused:
             kept[:, column] = (stage.kept >= 0).sum(1).cpu().double()
     return kept
@@ -128,8 +128,9 @@ def evaluate(
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     model.eval()
     weight = next(model.parameters())
-    ragged = getattr(getattr(model.blocks, "_reducer", None), "ragged", False)
-    counts = reduced_counts(model) if hasattr(model.blocks, "_reducer") else []
+    patched = is_patched(model)
+    ragged = patched and reducer_of(model).ragged
+    counts = reduced_counts(model) if patched else []
     logits, labels, kept = [], [], []
     timed = None
     for images, truth in _batches(data, batch_size, workers):

@@ -12,7 +12,8 @@ from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ..integrations.timm import create_model, load_official, official_state, patch, reduced_counts
+from ..checkpoints import load_official, official_state
+from ..integrations.timm import create_model, patch, reduced_counts
 from .data import DATA_SETS
 
 __all__ = ["Backbone", "Protocol", "Reduction", "load_trained", "plain_data", "protocol_for"]

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..integrations.timm import ReducedBlocks, Stage, record, reduced_counts
+from ..integrations.timm import Stage, is_patched, record, reduced_counts, reducer_of
 from ..tokens import Tokens
 from .measures import mean_average_precision
 
@@ -338,7 +338,7 @@ def record_images(
             keep rate that does not fit the model.
     """
     depth, grid = len(model.blocks), tuple(model.patch_embed.grid_size)
-    reducer = model.blocks._reducer if isinstance(model.blocks, ReducedBlocks) else None
+    reducer = reducer_of(model) if is_patched(model) else None
     if (reducer is None) != (keep_rate is None) and (reducer is None or reducer.name != "radial"):
         state = "not patched" if reducer is None else f"patched with {reducer.name}"
         raise ValueError(f"keep_rate is {keep_rate}, and the model is {state}")

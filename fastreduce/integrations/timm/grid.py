@@ -1,0 +1,53 @@
+"""The patch grid of the pass at hand, for methods whose decision depends on where a patch is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["forget_grid", "grid_of", "watch_grid"]
+
+
+class _Grid:
+    """A forward hook on a patch embedding that keeps the grid which the latest images came to."""
+
+    def __init__(self) -> None:
+        self.grid: tuple[int, int] | None = None
+
+    def __call__(self, module: Any, inputs: Any, output: Tensor) -> None:
+        height, width = inputs[0].shape[-2:]
+        self.grid = module.dynamic_feat_size((height, width))
+
+
+def _hooks(model: Any) -> dict[int, Any]:
+    return model.patch_embed._forward_hooks
+
+
+def watch_grid(model: Any) -> None:
+    """Keep the grid of every pass from now on."""
+    model.patch_embed.register_forward_hook(_Grid())
+
+
+def forget_grid(model: Any) -> None:
+    """Undo :func:`watch_grid`."""
+    hooks = _hooks(model)
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Grid)]:
+        del hooks[key]
+
+
+def grid_of(model: Any, patches: int) -> tuple[int, int]:
+    """Return (rows, columns) of the pass at hand, which has so many patches.
+
+    Raises:
+        ValueError: if the patch embedding is not the one that was there when the model was patched, or is not called.
+    """
+    for hook in _hooks(model).values():
+        if isinstance(hook, _Grid):
+            for grid in (hook.grid, tuple(model.patch_embed.grid_size or ())):
+                if grid and grid[0] * grid[1] == patches:
+                    return grid
+    raise ValueError(
+        f"the grid of these {patches} patches is not known, since model.patch_embed was replaced after patching or did "
+        "not make them: call fastreduce.unpatch and fastreduce.patch again"
+    )
