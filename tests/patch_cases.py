@@ -280,7 +280,7 @@ def outcome(case: Case) -> Outcome:
     if case.method == "dynamicvit" and case.train:
         return Outcome("same", "called as often; it decides by chance")
     if rate < 1.0:
-        # The plain form does not call the first three and scores after the fourth; plain ATS projects the kept rows only.
+        # The plain form does not call the first three and scores after the fourth; plain ATS projects kept rows only.
         unlike = case.part in ("blocks", "block", "attn", "attn.attn_drop")
         if unlike or (case.method == "ats" and case.change == "hook over tokens"):
             return Outcome("same", "called as often")
