@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -21,6 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
+
+from ..pictures import open_picture
 
 __all__ = ["DATA_SETS", "Augmentation", "DataSet", "Images", "Shifts", "open_data"]
 
@@ -77,12 +78,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         source, label = self.sources[index], self.labels[index]
         if isinstance(source, Path):
-            try:
-                with Image.open(source) as opened:
-                    image = opened.convert("RGB")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{source} cannot be read as an image: {error}") from error
-            return self.transform(image), label.float() if label.ndim else label
+            return self.transform(open_picture(source)), label.float() if label.ndim else label
         return self.transform(source), label.float() if label.ndim else label
 
 
