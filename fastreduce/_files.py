@@ -32,7 +32,7 @@ Data = TypeVar("Data")
 
 
 def _is_device(path: Path) -> bool:
-    """Whether the path is no plain file, or another name of one that somebody holds open (``/dev/stdout``)."""
+    """Tell whether the path is no plain file, or another name of one that somebody holds open (``/dev/stdout``)."""
     try:
         return not stat.S_ISREG(path.stat().st_mode) or path.absolute().parts[1:2] in (("dev",), ("proc",))
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raise where a name occurs twice, of which Python would keep the last."""
+    """Make a JSON object; raise where a name occurs twice, of which Python would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -146,7 +146,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether parsed JSON is of an annotated type; an integer is a float too."""
+    """Tell whether parsed JSON is of an annotated type; an integer is a float too."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True

@@ -30,7 +30,7 @@ def _silent() -> Iterator[None]:
 
 
 def _scaled(values: NDArray[Any], low: float, high: float) -> Image.Image:
-    """Grey of 8 bits, low to high becoming 0 to 255; NaN becomes low."""
+    """Make a grey picture of 8 bits, low to high becoming 0 to 255, and NaN low."""
     values = np.nan_to_num(np.clip(values, low, high), nan=low)
     factor = 255 / (high - low) if high > low else 0.0
     return Image.fromarray(((values - low) * factor + 0.5).astype(np.uint8))
@@ -54,7 +54,7 @@ def _from_integers(values: NDArray[Any], sixteen_bits: bool) -> Image.Image:
 
 
 def _to_eight_bits(photo: Image.Image, source: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel, where Pillow itself would cut off what is above 255."""
+    """Bring a picture to 8 bits a channel, where Pillow itself would cut off what is above 255."""
     if photo.mode.startswith("I;16"):
         bits = getattr(source, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
         table = np.minimum(np.arange(1 << 16) * 255.0 / ((1 << bits) - 1) + 0.5, 255).astype(np.uint8)

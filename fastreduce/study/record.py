@@ -158,7 +158,7 @@ class ColumnWriter:
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
         try:
-            self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".fastreduce-")
+            self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.")
         except OSError as error:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         self._pieces: dict[str, tuple[IO[bytes], np.dtype[Any], tuple[int, ...]]] = {}
@@ -227,7 +227,7 @@ class ColumnWriter:
 
 
 def _whole_numbers(value: Any, count: int | None = None) -> bool:
-    """Whether parsed JSON is a list of (so many) integers that are not negative."""
+    """Tell whether parsed JSON is a list of (so many) integers that are not negative."""
     return (
         isinstance(value, list)
         and (count is None or len(value) == count)
@@ -245,7 +245,7 @@ def _check_about(about: Any) -> None:
 
 
 def _place_of(name: str, depth: int) -> tuple[str, Any]:
-    """``kept.3`` -> ("kept", 3)."""
+    """Split ``kept.3`` into ("kept", 3); raise for a name that no column has."""
     kind, _, key = name.partition(".")
     if kind == "outputs" and key:
         return kind, key
@@ -255,7 +255,7 @@ def _place_of(name: str, depth: int) -> tuple[str, Any]:
 
 
 def _columns(header: Mapping[str, Any], size: int) -> list[tuple[str, np.dtype[Any], tuple[int, ...], int]]:
-    """Name, type, shape and first byte of every column; together they are the ``size`` bytes after the header."""
+    """List name, type, shape and first byte of every column; together they are the ``size`` bytes after the header."""
     kinds = {short: np.dtype(name) for name, short in _NAMES.items()}
     columns, ends = [], []
     for name, column in header.items():
