@@ -28,19 +28,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backends import check_backend, resolve
+from .checkpoints import load_official, read_checkpoint
 from .integrations.timm import (
     Record,
     Stage,
     create_model,
     input_config,
-    load_official,
     model_names,
-    official_state,
     patch,
     record,
     reduced_counts,
 )
 from .measure import environment, keep_memory, quartiles, ratio, recompile_limits, seconds_of
+from .pictures import SAMPLES
+from .pictures import open_photo as _open_photo
 from .plain import FreeSlice, PlainModel
 from .reducers import REDUCERS
 from .reducers.schedule import stage_blocks
@@ -48,7 +49,6 @@ from .reducers.schedule import stage_blocks
 __all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "count_gmacs", "relative_difference"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SAMPLES = ("flower.jpg", "china.jpg")
 _VARIANTS: dict[str, list[dict[str, Any]]] = {"radial": [{"norm": norm} for norm in ("l1", "l2", "linf")]}
 _FIXED: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
 _CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that some models or blocks are refused for
@@ -200,20 +200,6 @@ def check_positive(name: str, value: float | None) -> None:
         raise ValueError(f"{name} must be positive, got {value:g}")
 
 
-def _open_photo(name: str) -> Image.Image:
-    if name in SAMPLES and not os.path.exists(name):
-        from sklearn.datasets import load_sample_image
-
-        return Image.fromarray(load_sample_image(name))
-    if not os.path.isfile(name):
-        raise ValueError(f"there is no image {name!r}")
-    try:
-        photo = Image.open(name)
-        return ImageOps.exif_transpose(photo).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name!r} cannot be read as an image: {error}") from error
-
-
 def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
     """The model, in words where its weights come from, and the layers of a method that the checkpoint has."""
     name = settings.model
@@ -233,12 +219,14 @@ def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
         what = "pretrained weights" if settings.pretrained else "model"
         raise ValueError(f"the {what} {name!r} cannot be had: {error}") from error
     if settings.checkpoint is not None:
-        if not os.path.isfile(settings.checkpoint):
+        if not os.path.exists(settings.checkpoint):
             raise ValueError(f"there is no checkpoint {settings.checkpoint!r}")
-        state = official_state(settings.checkpoint)
+        read = read_checkpoint(settings.checkpoint)
+        state = read.state
         layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
         load_official(model, state)
-        return model, f"checkpoint {Path(settings.checkpoint).name}", layers
+        chosen = f" ({read.taken})" if len(read.sets) > 1 else ""
+        return model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers
     return model, "pretrained weights" if settings.pretrained else f"random weights (seed {settings.seed})", {}
 
 

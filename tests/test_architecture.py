@@ -21,10 +21,12 @@ ROOMS = {
     "tokens": {"ops"},
     "reducers": {"ops", "tokens"},
     "recording": {"reducers", "tokens"},
-    "checkpoints": set(),
-    "integrations": {"ops", "tokens", "reducers", "backends", "recording", "checkpoints"},
+    "integrations": {"ops", "tokens", "reducers", "backends", "recording"},
     "plain": set(),
     "losses": set(),
+    "_files": set(),
+    "pictures": set(),
+    "checkpoints": {"_files"},
 }
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
 ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}

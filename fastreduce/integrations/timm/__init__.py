@@ -1,6 +1,5 @@
 """Reduce the tokens of a timm Vision Transformer, in place and reversibly. The only package that imports timm."""
 
-from ...checkpoints import load_official, official_state
 from ...recording import Record, Stage, is_patched, record, reducer_of
 from .models import create_model, input_config, model_names
 from .patching import config_of, patch, reduced_counts, unpatch
@@ -12,9 +11,7 @@ __all__ = [
     "create_model",
     "input_config",
     "is_patched",
-    "load_official",
     "model_names",
-    "official_state",
     "patch",
     "record",
     "reduced_counts",

@@ -98,7 +98,7 @@ def patch(
         method: ``"topk"``, ``"evit"``, ``"dynamicvit"``, ``"ats"``, ``"tome"``, ``"kmedoids"``, ``"dpcknn"``,
             ``"sit"``, ``"patchmerger"``, ``"sinkhorn"`` or ``"radial"``. DynamicViT, DPC-KNN, SiT, PatchMerger and
             Sinkhorn add parameters, under ``model.reducers``, which have to be trained (or loaded:
-            :func:`load_official`).
+            :func:`fastreduce.load_official`).
         keep_rate: a rate r: stage i keeps ``int(patches * r ** (i + 1))`` tokens; or a sequence of absolute fractions,
             one for each stage. In (0, 1]. The default is 0.7 (none for radial, whose default schedule is contiguous).
         keep: instead, the numbers of patch tokens kept, one for each stage.
