@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ._files import one_line, silent
 
@@ -16,7 +16,16 @@ __all__ = ["SAMPLES", "open_photo", "open_picture"]
 
 SAMPLES = ("flower.jpg", "china.jpg")
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
-_BITS_PER_SAMPLE = 258  # the TIFF tag
+_BITS_PER_SAMPLE, _ORIENTATION = 258, 274  # TIFF and EXIF tags
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _scaled(values: NDArray[Any], low: float, high: float) -> Image.Image:
@@ -56,6 +65,16 @@ def _to_eight_bits(photo: Image.Image, source: Image.Image) -> Image.Image:
     return photo.convert(_PREMULTIPLIED[photo.mode]) if photo.mode in _PREMULTIPLIED else photo
 
 
+def _upright(photo: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data asks; Pillow's own function rewrites all of these, and fails on damaged ones."""
+    if photo.format == "TIFF":  # turned by Pillow on loading, whether or not the tag is still there
+        return photo
+    turn = None
+    with suppress(Exception):  # data that cannot be read do not say which side is up
+        turn = _TURNS.get(int(photo.getexif().get(_ORIENTATION, 1)))
+    return photo if turn is None else photo.transpose(turn)
+
+
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """Read a picture, upright, as RGB of 8 bits; of several frames the first.
 
@@ -75,10 +94,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         # Given a name, it maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
         with silent(), open(name, "rb") as file, Image.open(file) as photo:
             photo.load()
-            upright: Image.Image = photo
-            with suppress(Exception):  # damaged EXIF data does not say which side is up
-                upright = ImageOps.exif_transpose(photo)
-            return _to_eight_bits(upright, photo).convert("RGB")
+            return _to_eight_bits(_upright(photo), photo).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} cannot be read as an image: it has no format that Pillow knows") from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over
