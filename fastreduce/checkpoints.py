@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._files import check_weights_file, one_line, safetensors_header, write_atomically
+from ._files import check_weights_file, one_line, printable, safetensors_header, silent, write_atomically
 
 __all__ = ["Checkpoint", "load_official", "read_checkpoint", "read_weights", "write_weights"]
 
@@ -171,7 +171,7 @@ def _read_torch(path: str) -> Any:
         # None of these is imported, and nothing of the file's own is called: a stand-in bears its name.
         allowed: list[Any] = [(_VALUES.get(name) or _stand_in(name), name) for name in names - _allowed_by_user()]
         file.seek(0)
-        with torch.serialization.safe_globals(allowed):
+        with silent(), torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -201,8 +201,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[Any, Any]:
     try:
         found = _read_safetensors(path) if kind == "safetensors" else _read_torch(path)
     except _Refused as error:
+        reason = printable(str(error))
         raise ValueError(
-            f"{path} holds more than weights, and that is not run ({error}): save the model's state_dict() alone"
+            f"{path} holds more than weights, and that is not run ({reason}): save the model's state_dict() alone"
         ) from None
     except OSError:
         raise
@@ -210,7 +211,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[Any, Any]:
         as_what = {"safetensors": "a .safetensors", "torch": "a torch.save"}[kind]
         raise ValueError(f"{path} is damaged or no file of weights: it cannot be read as {as_what} file") from error
     if not isinstance(found, Mapping):
-        what = "one tensor" if isinstance(found, Tensor) else _words(found)
+        what = "one tensor" if isinstance(found, Tensor) else printable(_words(found))
         hint = ": save the model's state_dict()" if isinstance(type(found), _NeverCalled) else ""
         raise ValueError(f"{path} holds {what}, not a dict of weights{hint}")
     return dict(found)
@@ -277,7 +278,7 @@ def _choose(content: Mapping[Any, Any], held: Mapping[str, Any], weights: str) -
         name = {"model": raw, "ema": ema}.get(weights, weights if weights in held else None)
         if name is None:
             known = "'auto', 'model', 'ema' or a set of the checkpoint"
-            raise ValueError(f"weights must be {known}, got {weights!r}: it holds {', '.join(held)}")
+            raise ValueError(f"weights must be {known}, got {weights!r}: it holds {printable(', '.join(held))}")
         return name
     if "ema_best" in content and _is_true(content["ema_best"]):
         if ema is None:
@@ -316,7 +317,7 @@ def _by_plain_key(state: Mapping[Any, Any], what: str) -> dict[str, Any]:
         if plain.startswith(_OWN_LAYERS):
             plain = f"reducers.{plain}"
         if plain in named:
-            raise ValueError(f"the {what} holds {plain} twice: as {origins[plain]!r} and as {key!r}")
+            raise ValueError(f"the {what} holds {printable(plain)} twice: as {origins[plain]!r} and as {key!r}")
         named[plain], origins[plain] = value, key
     return named
 
@@ -360,7 +361,7 @@ def read_checkpoint(checkpoint: Mapping[str, Any] | str | os.PathLike[str], weig
         raise ValueError(f"weights={weights!r}: {source} holds one plain set of weights; say 'auto'")
     if state and not taken and not any(isinstance(value, Tensor) for value in state.values()):
         entries = [f"{name} ({_words(value)})" for name, value in list(state.items())[:5]]
-        raise ValueError(f"{source} holds no weights, but {', '.join(entries)}")
+        raise ValueError(f"{source} holds no weights, but {printable(', '.join(entries))}")
     named = _by_plain_key(state, "checkpoint")
     if taken:
         _log.info("%s: took the weights %r", source, "/".join(taken))
@@ -436,7 +437,8 @@ def _fitting(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
+        what = printable("; ".join(problems[:5]))
+        raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {what}{more}")
     # Cloned if it shares memory with the model: else one copy would change what the next one reads.
     memory = {value.untyped_storage().data_ptr() for value in own.values()}
     tensors = {key: state[plain].detach() for plain, key in keys.items()}

@@ -286,6 +286,12 @@ def test_a_damaged_column_is_named(tmp_path, change, words):
     assert str(raised.value).startswith(f"{tmp_path / 'b'} is not a recording of fastreduce: ")
 
 
+def test_a_file_that_goes_on_is_damaged(tmp_path):
+    header, data = small_recording(tmp_path / "a")
+    with pytest.raises(ValueError, match="columns have 32 bytes, the file 35"):
+        open_recording(put(tmp_path / "b", header, data + b"abc"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
