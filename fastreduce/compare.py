@@ -28,14 +28,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backends import check_backend, resolve
+from .checkpoints import load_official, read_checkpoint
 from .integrations.timm import (
     Record,
     Stage,
     create_model,
     input_config,
-    load_official,
     model_names,
-    official_state,
     patch,
     record,
     reduced_counts,
@@ -233,12 +232,14 @@ def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
         what = "pretrained weights" if settings.pretrained else "model"
         raise ValueError(f"the {what} {name!r} cannot be had: {error}") from error
     if settings.checkpoint is not None:
-        if not os.path.isfile(settings.checkpoint):
+        if not os.path.exists(settings.checkpoint):
             raise ValueError(f"there is no checkpoint {settings.checkpoint!r}")
-        state = official_state(settings.checkpoint)
+        read = read_checkpoint(settings.checkpoint)
+        state = read.state
         layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
         load_official(model, state)
-        return model, f"checkpoint {Path(settings.checkpoint).name}", layers
+        chosen = f" ({read.taken})" if read.taken else ""
+        return model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers
     return model, "pretrained weights" if settings.pretrained else f"random weights (seed {settings.seed})", {}
 
 

@@ -112,8 +112,10 @@ class Backbone:
                 fit.
         """
         from timm.models.vision_transformer import VisionTransformer
+        from torch import Tensor
 
-        from ..integrations.timm import create_model, load_official, official_state
+        from ..checkpoints import load_official, read_checkpoint
+        from ..integrations.timm import create_model
 
         try:
             model = create_model(
@@ -124,9 +126,9 @@ class Backbone:
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"{self.name} is a {type(model).__name__}, not a Vision Transformer of timm")
         if self.checkpoint is not None:
-            state, own = official_state(os.fspath(self.checkpoint)), model.state_dict()
+            state, own = read_checkpoint(self.checkpoint).state, model.state_dict()
             for key, value in own.items():
-                if key.startswith("head.") and key in state and state[key].shape != value.shape:
+                if key.startswith("head.") and isinstance(state.get(key), Tensor) and state[key].shape != value.shape:
                     state[key] = value
             load_official(model, state)
         return model.eval()
@@ -134,12 +136,13 @@ class Backbone:
     def knows(self, num_classes: int) -> bool:
         """Whether its weights include a head for so many classes."""
         from timm.models import get_pretrained_cfg
+        from torch import Tensor
 
-        from ..integrations.timm import official_state
+        from ..checkpoints import read_checkpoint
 
         if self.checkpoint is not None:
-            head = official_state(os.fspath(self.checkpoint)).get("head.weight")
-            return head is not None and len(head) == num_classes
+            head = read_checkpoint(self.checkpoint).state.get("head.weight")
+            return isinstance(head, Tensor) and head.ndim == 2 and len(head) == num_classes
         return self.pretrained and getattr(get_pretrained_cfg(self.name), "num_classes", None) == num_classes
 
     def teacher(self, num_classes: int) -> nn.Module:
@@ -208,7 +211,7 @@ def load_trained(
         OSError: if the file cannot be opened.
         ValueError: weights that do not fit.
     """
-    from ..integrations.timm import load_official
+    from ..checkpoints import load_official
 
     model = dataclasses.replace(backbone, pretrained=False, checkpoint=None).build(num_classes)
     if reduction is not None:
