@@ -19,6 +19,7 @@ __all__ = [
     "DATA_SETS",
     "EMA_WEIGHTS",
     "HISTORY",
+    "LAYOUTS",
     "WEIGHTS",
     "Augmentation",
     "Backbone",
@@ -32,6 +33,13 @@ __all__ = [
 
 WEIGHTS, EMA_WEIGHTS, HISTORY = "model.safetensors", "model_ema.safetensors", "training.json"  # of a training
 DATA_SETS = ("digits", "imagenet", "nabirds", "coco", "nuswide")
+# What the folder of each must hold; what is in it is looked at when it is opened.
+LAYOUTS = {
+    "imagenet": ("train", "val"),
+    "nabirds": ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"),
+    "coco": ("annotations/instances_train2014.json", "annotations/instances_val2014.json"),
+    "nuswide": ("nus_wid_data.csv",),
+}
 
 _NOT_NEGATIVE = (
     "min_lr",
