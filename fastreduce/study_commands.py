@@ -71,15 +71,17 @@ def _stops_in_one_line(stays: str) -> Iterator[None]:
     collective operation.
     """
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if alone else None
+    # A shell that starts a command in the background of a script has it ignore SIGINT, which may be meant for it alone.
+    handlers: dict[int, Any] = {signal.SIGTERM: _terminate, signal.SIGINT: signal.default_int_handler} if alone else {}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     except KeyboardInterrupt as error:
         write(sys.stderr, f"stopped{stays}\n")
         raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
     finally:
-        if alone:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -486,6 +488,8 @@ def _print_study(found: Study, out: Path) -> None:
     page.table(title, ["method", *(f"{rate:g}" for rate in rates)], rows)
     for finding in found.findings:
         page.line(f"{finding.verdict}: {finding.claim} ({finding.evidence})")
+    if found.floors.below(found.recordings):
+        page.line(found.floors.words(found.recordings))
     page.line(f"report: {out / 'report.html'}", wrap=False)
     _print(page)
     if found.unwritten:
@@ -834,7 +838,8 @@ def compare(
                 what = "it is a folder; give a file" if path.is_dir() else "there is no such file"
                 raise ValueError(f"recording {path}: {what}")
         file = output_file("--out", out, map(str, recordings))
-        written = _written(file, _compared(recordings, axis))
+        with progress_bar(lines=True) as progress:
+            written = _written(file, _compared(recordings, axis, progress))
     page = Page(sys.stdout)
     for path, rows in written.items():
         page.line(f"{path}: {rows} rows", wrap=False)
@@ -844,7 +849,7 @@ def compare(
 _AXES = ("keep_rate", "backbone", "method", "dataset")
 
 
-def _compared(recordings: Sequence[Path], axis: str) -> dict[str, list[dict[str, Any]]]:
+def _compared(recordings: Sequence[Path], axis: str, progress: Callable[..., None]) -> dict[str, list[dict[str, Any]]]:
     """Return the tables that are not empty, by the ending of their name."""
     from .study.comparison import compare as hold
     from .study.comparison import compare_depth_maps, correlate, token_statistics
@@ -853,7 +858,7 @@ def _compared(recordings: Sequence[Path], axis: str) -> dict[str, list[dict[str,
     opened = [open_recording(path) for path in recordings]
     tables = {"-depth": compare_depth_maps([token_statistics(recording) for recording in opened], axis)}
     if axis != "dataset":
-        rows = hold(opened, axis)
+        rows = hold(opened, axis, progress=functools.partial(progress, "comparing"))
         tables = {"": rows, "-correlations": correlate(rows, axis)} | tables
     if not any(tables.values()):
         recorded = ", ".join(recording.run.name for recording in opened)

@@ -19,6 +19,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("typer")
 
 import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fastreduce.commands import app
@@ -136,7 +137,16 @@ def test_models_that_learned_nothing_decide_nothing(study, folder):
     assert study.findings[6].evidence.startswith("too few of its models are above the floor: Unreduced (")
     stored = json.loads((folder / "results.json").read_text())["floors"]
     assert stored == {"chance": study.floors.chance, "by_backbone": dict(study.floors.by_backbone)}
-    assert f"chance ({study.floors.chance:.2f} %)" in (folder / "report.html").read_text()
+    for page in ("report.html", "summary.md"):
+        assert f"chance ({study.floors.chance:.2f} %)" in (folder / page).read_text()
+
+
+def test_several_matchings_are_said(study):
+    assert "ToMe" not in running._accuracy_table(study, small()).caption
+    exact = dataclasses.replace(small(), reductions=reductions(("tome",), (0.25, 0.3, 0.5)))
+    assert running._accuracy_table(study, exact).caption.endswith(
+        "; ToMe at 0.25, 0.3 with as many matchings as reach its number of tokens"
+    )
 
 
 def test_speeds_are_measured_in_turns(study, folder, monkeypatch):
@@ -237,7 +247,10 @@ def test_another_study_is_not_mixed_in(study, folder):
         run_study(other, folder, cpu=True)
 
 
-def test_further_backbones_are_chosen_by_name():
+def test_further_backbones_are_chosen_by_name(tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    save_file({"head.bias": torch.zeros(10)}, weights)
+
     def chosen(dataset, capacities, methods=None, **backbone):
         named = {"model": None, "checkpoint": None, "pretrained": False, **backbone}
         recipe = _recipe(dataset, False, methods, None, 0, _backbone(dataset, **named), None, {}, capacities)
@@ -246,7 +259,7 @@ def test_further_backbones_are_chosen_by_name():
     assert chosen("digits", None) == {"width-24": list(FAMILIES["Pruning"])}
     assert chosen("digits", ["width-24"], ["tome,ats"]) == {"width-24": ["ats"]}
     assert chosen("digits", None, ["tome"]) == chosen("digits", ["none"]) == {}
-    assert chosen("digits", None, checkpoint="weights") == chosen("coco", None, pretrained=True) == {}
+    assert chosen("digits", None, checkpoint=weights) == chosen("coco", None, pretrained=True) == {}
     further = ["deit_tiny_patch16_224,deit_base_patch16_224"]
     assert chosen("coco", further, ["sit"], pretrained=True) == {name: ["sit"] for name in further[0].split(",")}
     with pytest.raises(ValueError, match="unknown capacity 'width-25'; expected width-24, none"):

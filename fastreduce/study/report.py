@@ -16,7 +16,7 @@ from .._files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Section", "Table", "write_report"]
+__all__ = ["Section", "Table", "in_markdown", "write_report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table for a README, its caption above it. Cells are shown as they are, whatever is in them."""
-        lines = [_escaped(self.caption), ""] if self.caption else []
-        lines += [f"| {' | '.join(map(_escaped, self.columns))} |", "|" + "---|" * len(self.columns)]
-        lines += [f"| {' | '.join(_escaped(_shown(cell, self.digits)) for cell in row)} |" for row in self.rows]
+        lines = [in_markdown(self.caption), ""] if self.caption else []
+        lines += [f"| {' | '.join(map(in_markdown, self.columns))} |", "|" + "---|" * len(self.columns)]
+        lines += [f"| {' | '.join(in_markdown(_shown(cell, self.digits)) for cell in row)} |" for row in self.rows]
         return "\n".join(lines) + "\n"
 
 
@@ -120,8 +120,8 @@ nav { font-size: .93em }
 """
 
 
-def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
+def in_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line."""
     text = re.sub(r"([\\|`*\[\]])", r"\\\1", " ".join(re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", text)))
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word it is no emphasis

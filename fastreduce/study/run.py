@@ -49,7 +49,7 @@ from .pictures import (
 from .protocol import load_trained, plain_data
 from .recipe import Model, Recipe, train_all
 from .record import UNREDUCED, Recording, Run, open_recording, record_images
-from .report import Section, Table, write_report
+from .report import Section, Table, in_markdown, write_report
 from .train import Training
 
 if TYPE_CHECKING:
@@ -523,7 +523,8 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
         [[finding.claim, finding.verdict, finding.evidence] for finding in study.findings],
     )
     capacities = _capacity_tables(study)
-    summary = "\n".join(table.markdown() for table in (_accuracy_table(study, recipe), findings, *capacities))
+    parts = [table.markdown() for table in (_accuracy_table(study, recipe), findings, *capacities)]
+    summary = "\n".join([*parts[:2], in_markdown(study.floors.words(study.recordings)) + "\n", *parts[2:]])
     written(folder / "summary.md", summary)
     named: dict[str, list[Row]] = {**study.rows, "correlations": study.correlations}
     for name, rows in named.items():
