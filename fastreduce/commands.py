@@ -69,7 +69,7 @@ class _OneLineErrors(TyperGroup):
             if not standalone or (message := self._of_user(error, arguments)) is None:
                 raise
             _print_error(message)
-            sys.exit(2)
+            sys.exit(_INTERRUPTED if type(error).__name__ == "Abort" else 2)
         if standalone:
             sys.exit(code if isinstance(code, int) else 0)
         return code
@@ -77,7 +77,9 @@ class _OneLineErrors(TyperGroup):
     @staticmethod
     def _of_user(error: Exception, arguments: list[str]) -> str | None:
         """Return what to say of an error that is no mistake in the code."""
-        # Typer has had click outside and inside; its errors have this method in both.
+        # Typer has had click outside and inside; its errors have these names in both.
+        if type(error).__name__ == "Abort":
+            return "stopped"
         if hasattr(error, "format_message"):
             return _message(error, arguments)
         if isinstance(error, OSError) and is_full(error):
