@@ -16,7 +16,8 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 if TYPE_CHECKING:
     from . import ops
     from .backends import backend
-    from .integrations.timm import Record, Stage, load_official, patch, record, reduced_counts, unpatch
+    from .checkpoints import load_official
+    from .integrations.timm import Record, Stage, patch, record, reduced_counts, unpatch
     from .losses import dynamicvit_loss
     from .reducers import REDUCERS
     from .tokens import Plan, Tokens
@@ -30,7 +31,7 @@ _HOMES = {
     "Tokens": "tokens",
     "backend": "backends",
     "dynamicvit_loss": "losses",
-    "load_official": "integrations.timm",
+    "load_official": "checkpoints",
     "ops": "ops",
     "patch": "integrations.timm",
     "record": "integrations.timm",

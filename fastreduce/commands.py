@@ -146,11 +146,13 @@ class _Output:
             self.json_file = given.output_file("--json", json_file, inputs)
         self.troubles: list[str] = []
 
-    def _try(self, what: str, do: Callable[[], object]) -> bool:
+    def _make(self, file: Path, content: Callable[[Path], object] | str) -> bool:
+        """Write a file whole -> whether that went well."""
         try:
-            do()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, content)
         except OSError as error:
-            self.troubles.append(f"{what} cannot be written: {error.strerror or error}")
+            self.troubles.append(f"{str(file)!r} cannot be written: {error.strerror or error}")
             return False
         return True
 
@@ -160,7 +162,7 @@ class _Output:
         if self.to_stdout:
             if (error := write(sys.stdout, text)) is not None:
                 self.troubles.append(f"the JSON cannot be written to standard output: {error.strerror}")
-        elif (file := self.json_file) is not None and not self._try(repr(str(file)), lambda: self._make(file, text)):
+        elif self.json_file is not None and not self._make(self.json_file, text):
             self.json_file = None
 
     def rewrite_json(self, result: Mapping[str, Any]) -> None:
@@ -181,12 +183,7 @@ class _Output:
         """Make a picture in the folder -> its path, or None if that failed."""
         assert self.folder is not None
         file = self.folder / name
-        return file if self._try(repr(str(file)), lambda: self._make(file, save)) else None
-
-    @staticmethod
-    def _make(file: Path, content: Callable[[Path], object] | str) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
+        return file if self._make(file, save) else None
 
     def end(self) -> None:
         """Raise UserError with the first of what went wrong."""

@@ -23,6 +23,9 @@ ROOMS = {
     "integrations": {"ops", "tokens", "reducers", "backends"},
     "plain": set(),
     "losses": set(),
+    "_files": set(),
+    "pictures": set(),
+    "checkpoints": {"_files"},
 }
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
 ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}

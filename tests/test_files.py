@@ -106,6 +106,9 @@ def test_devices_and_pipes_are_written_to(tmp_path):
     with pytest.raises(OSError, match="/dev/full") as raised:
         write_atomically("/dev/full", "text")
     assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="/dev/full"):
+        write_atomically("/dev/full", lambda path: _private(path))
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)  # and not renamed away
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_text()))

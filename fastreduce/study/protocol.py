@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from ..integrations.timm import create_model, load_official, official_state, patch, reduced_counts
+from ..checkpoints import load_official, read_checkpoint
+from ..integrations.timm import create_model, patch, reduced_counts
 from .data import DATA_SETS
 
 __all__ = ["Backbone", "Protocol", "Reduction", "load_trained", "plain_data", "protocol_for"]
@@ -74,9 +75,9 @@ class Backbone:
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"{self.name} is a {type(model).__name__}, not a Vision Transformer of timm")
         if self.checkpoint is not None:
-            state, own = official_state(os.fspath(self.checkpoint)), model.state_dict()
+            state, own = read_checkpoint(self.checkpoint).state, model.state_dict()
             for key, value in own.items():
-                if key.startswith("head.") and key in state and state[key].shape != value.shape:
+                if key.startswith("head.") and isinstance(state.get(key), Tensor) and state[key].shape != value.shape:
                     state[key] = value
             load_official(model, state)
         return model.eval()
@@ -84,8 +85,8 @@ class Backbone:
     def knows(self, num_classes: int) -> bool:
         """Whether its weights include a head for so many classes."""
         if self.checkpoint is not None:
-            head = official_state(os.fspath(self.checkpoint)).get("head.weight")
-            return head is not None and len(head) == num_classes
+            head = read_checkpoint(self.checkpoint).state.get("head.weight")
+            return isinstance(head, Tensor) and head.ndim == 2 and len(head) == num_classes
         return self.pretrained and getattr(get_pretrained_cfg(self.name), "num_classes", None) == num_classes
 
     def teacher(self, num_classes: int) -> nn.Module:
