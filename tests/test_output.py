@@ -151,7 +151,8 @@ def test_no_plain_algorithm_is_called_official(tmp_path):
 def test_a_file_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "result.json"
     file.write_text("of yesterday")
-    monkeypatch.setattr(compare.Comparison, "result", lambda self: {"methods": [], "bad": object()})
+    monkeypatch.setattr(compare.Comparison, "result", lambda self: {"bad": object()})
+    monkeypatch.setattr("fastreduce.commands.doubts", lambda result: [])
     assert run(*QUICK, "--no-pictures", "--json", file).exception
     assert file.read_text() == "of yesterday"
     assert os.listdir(tmp_path) == ["result.json"]
@@ -382,3 +383,11 @@ def test_progress_on_a_terminal_is_one_bar_with_the_time_left(monkeypatch):
     assert "measuring" in text
     assert " 75 %" in text
     assert "left" in text
+
+
+def test_json_holds_no_number_that_json_does_not_know(tmp_path, monkeypatch):
+    result = compare.Comparison.result
+    monkeypatch.setattr(compare.Comparison, "result", lambda self: {**result(self), "load_at_start": float("nan")})
+    file = tmp_path / "result.json"
+    assert run(*QUICK, "--no-pictures", "--json", file).exit_code == 0
+    assert json.loads(file.read_text(), parse_constant=pytest.fail)["load_at_start"] is None
