@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["check_weights_file", "one_line", "parse_json", "read_json", "safetensors_header", "write_atomically"]
+__all__ = [
+    "check_weights_file",
+    "from_json",
+    "one_line",
+    "parse_json",
+    "read_json",
+    "safetensors_header",
+    "write_atomically",
+]
+
+Data = TypeVar("Data")
 
 
 def _is_device(path: Path) -> bool:
@@ -92,7 +105,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if there is none."""
+    """Return the first line of an error's message, or its kind if there is none."""
     lines = str(error).strip().splitlines()
     return " ".join(lines[0].split()) if lines else type(error).__name__
 
@@ -130,6 +143,45 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: it is not JSON; the message begins with the path.
     """
     return parse_json(Path(path).read_bytes(), path)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether parsed JSON is of an annotated type; an integer is a float too."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(_fits(one, arguments[1]) for one in value.values())
+    if origin is not None:  # list[float], tuple[float, ...]
+        return isinstance(value, list) and all(_fits(one, arguments[0]) for one in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def from_json(kind: type[Data], value: Any, source: str | os.PathLike[str]) -> Data:
+    """Make a dataclass of plain fields (numbers, strings, lists and dicts of them) from parsed JSON.
+
+    Raises:
+        ValueError: fields that are missing, unknown or of another type; the message begins with ``source``.
+    """
+    where, name = os.fspath(source), kind.__name__
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {name} must be an object, got a {type(value).__name__}")
+    fields, hints = {field.name: field for field in dataclasses.fields(kind)}, get_type_hints(kind)  # type: ignore[arg-type]
+    if unknown := [key for key in value if key not in fields]:
+        raise ValueError(f"{where}: {name} has no field {unknown[0]!r}")
+    nothing = dataclasses.MISSING
+    for key, field in fields.items():
+        if key not in value and field.default is nothing and field.default_factory is nothing:
+            raise ValueError(f"{where}: {name} lacks the field {key!r}")
+        if key in value and not _fits(value[key], hints[key]):
+            raise ValueError(f"{where}: {key} of {name} must be {field.type}, got {reprlib.repr(value[key])}")
+    return kind(**value)
 
 
 _LONGEST_HEADER = 100_000_000  # as the safetensors library has it

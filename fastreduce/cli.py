@@ -27,11 +27,7 @@ def _close_output() -> None:
         sys.exit(2)
 
 
-def main() -> None:
-    """Run the command line; without the packages of the extra ``cli`` say how to get them and exit with 2."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+def _run() -> None:
     missing = [name for name in _EXTRA if not _is_there(name)]
     if missing:
         print(f'fastreduce: {", ".join(missing)} missing; pip install "fastreduce[cli]"', file=sys.stderr)
@@ -44,6 +40,18 @@ def main() -> None:
         app(prog_name="fastreduce")
     finally:
         _close_output()
+
+
+def main() -> None:
+    """Run the command line; without the packages of the extra ``cli`` say how to get them and exit with 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -22,7 +23,7 @@ from .names import FAMILIES
 from .options import UserError, numbers, split, user_errors
 from .screen import Page, hush, is_full, progress_bar, write
 from .settings import KEEP_RATES, CompareSettings, PlanSettings
-from .tables import count, is_wrong, print_comparison, print_methods, print_plan, title_of
+from .tables import count, doubts, is_wrong, print_comparison, print_methods, print_plan, title_of
 
 if TYPE_CHECKING:
     from .compare import Comparison, Drawn, Entry
@@ -69,7 +70,7 @@ class _OneLineErrors(TyperGroup):
             if not standalone or (message := self._of_user(error, arguments)) is None:
                 raise
             _print_error(message)
-            sys.exit(2)
+            sys.exit(_INTERRUPTED if type(error).__name__ == "Abort" else 2)
         if standalone:
             sys.exit(code if isinstance(code, int) else 0)
         return code
@@ -77,7 +78,9 @@ class _OneLineErrors(TyperGroup):
     @staticmethod
     def _of_user(error: Exception, arguments: list[str]) -> str | None:
         """Return what to say of an error that is no mistake in the code."""
-        # Typer has had click outside and inside; its errors have this method in both.
+        # Typer has had click outside and inside; its errors have these names in both.
+        if type(error).__name__ == "Abort":
+            return "stopped"
         if hasattr(error, "format_message"):
             return _message(error, arguments)
         if isinstance(error, OSError) and is_full(error):
@@ -124,6 +127,15 @@ def methods() -> None:
         raise UserError(f"the output cannot be written: {error.strerror}")
 
 
+def _finite(value: Any) -> Any:
+    """Return what JSON has words for: null for a number that is none."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class _Output:
     """Where results go: first the JSON, then the tables, then the pictures, so that no failure costs another's.
 
@@ -144,21 +156,23 @@ class _Output:
             self.json_file = given.output_file("--json", json_file, inputs)
         self.troubles: list[str] = []
 
-    def _try(self, what: str, do: Callable[[], object]) -> bool:
+    def _make(self, file: Path, content: Callable[[Path], object] | str) -> bool:
+        """Write a file whole -> whether that went well."""
         try:
-            do()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, content)
         except OSError as error:
-            self.troubles.append(f"{what} cannot be written: {error.strerror or error}")
+            self.troubles.append(f"{str(file)!r} cannot be written: {error.strerror or error}")
             return False
         return True
 
     def write_json(self, result: Mapping[str, Any]) -> None:
         """Write the result to the file, or to standard output."""
-        text = json.dumps(result, indent=1) + "\n"
+        text = json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
         if self.to_stdout:
             if (error := write(sys.stdout, text)) is not None:
                 self.troubles.append(f"the JSON cannot be written to standard output: {error.strerror}")
-        elif (file := self.json_file) is not None and not self._try(repr(str(file)), lambda: self._make(file, text)):
+        elif self.json_file is not None and not self._make(self.json_file, text):
             self.json_file = None
 
     def rewrite_json(self, result: Mapping[str, Any]) -> None:
@@ -179,12 +193,7 @@ class _Output:
         """Make a picture in the folder -> its path, or None if that failed."""
         assert self.folder is not None
         file = self.folder / name
-        return file if self._try(repr(str(file)), lambda: self._make(file, save)) else None
-
-    @staticmethod
-    def _make(file: Path, content: Callable[[Path], object] | str) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content)
+        return file if self._make(file, save) else None
 
     def end(self) -> None:
         """Raise UserError with the first of what went wrong."""
@@ -220,6 +229,12 @@ def _measure(measured: Any, progress: Any) -> bool:
             raise typer.Exit(_INTERRUPTED) from None
         return False
     return True
+
+
+def _with_ending(measured: Any, finished: bool) -> dict[str, Any]:
+    """Return the result, with how the run ended and what speaks against its speeds."""
+    result = measured.result()
+    return {**result, "doubts": doubts(result), "interrupted": not finished, "wall_seconds": measured.elapsed}
 
 
 @contextmanager
@@ -312,7 +327,7 @@ def compare(
 
 def _hand_over_comparison(comparison: Comparison, output: _Output, finished: bool) -> None:
     """Give out what was measured, the surest first."""
-    result = {**comparison.result(), "interrupted": not finished, "wall_seconds": comparison.elapsed}
+    result = _with_ending(comparison, finished)
     output.write_json(result)
     output.write_page(lambda page: print_comparison(page, result))
     if finished and output.folder is not None:
@@ -457,7 +472,7 @@ def plan(
         with user_errors():
             planner = Planner(settings, started)
         finished = _measure(planner, progress)
-    result = {**planner.result(), "interrupted": not finished, "wall_seconds": planner.elapsed}
+    result = _with_ending(planner, finished)
     output.write_json(result)
     output.write_page(lambda page: print_plan(page, result))
     if finished and output.folder is not None and not result["wrong"]:

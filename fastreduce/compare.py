@@ -50,11 +50,12 @@ from .measure import (
     seconds_of,
 )
 from .names import compared_methods, nearest
+from .pictures import open_photo as _open_photo
 from .plain import FreeSlice, PlainModel
 from .reducers import REDUCERS
 from .reducers.schedule import stage_blocks
 from .settings import DTYPES as DTYPE_NAMES
-from .settings import FEWEST_ROUNDS, KEEP_RATES, SAMPLES, CompareSettings, check_positive, device_name
+from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name
 
 __all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "count_gmacs", "relative_difference"]
 
@@ -63,7 +64,7 @@ Settings = CompareSettings
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _FIXED: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
 _CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that some models or blocks are refused for
-_HOW_NOT_WHAT = (("ats", "trim"), ("ats", "packed"))  # options that change no result, which the plain algorithm lacks
+_HOW_NOT_WHAT = (("ats", "trim"), ("ats", "packed"))
 _CHECKED = 2  # images of the batch that are also run in float64, which is what takes the time there
 _BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (8, 16, 32, 64)}
 _MOST_ROUNDS = 20
@@ -151,16 +152,9 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def _open_photo(name: str) -> Image.Image:
-    if name in SAMPLES and not os.path.exists(name):
-        from sklearn.datasets import load_sample_image
-
-        return Image.fromarray(load_sample_image(name))
-    try:
-        photo = Image.open(name)
-        return ImageOps.exif_transpose(photo).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name!r} cannot be read as an image: {error}") from error
+def _deciding(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options without those that say how, not what, is computed: no other model has them."""
+    return {name: value for name, value in options.items() if (method, name) not in _HOW_NOT_WHAT}
 
 
 def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
@@ -182,7 +176,7 @@ def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
         state = read.state
         layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
         load_official(model, state)
-        chosen = f" ({read.taken})" if read.taken else ""
+        chosen = f" ({read.taken})" if len(read.sets) > 1 else ""
         return model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers
     return model, "pretrained weights" if settings.pretrained else f"random weights (seed {settings.seed})", {}
 
@@ -414,8 +408,8 @@ class Comparison:
             for name, parameter in patched.named_parameters()
             if name.startswith("reducers.")
         }
-        chosen = {name: value for name, value in chosen.items() if (method, name) not in _HOW_NOT_WHAT}
-        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **chosen)
+        given = _deciding(method, chosen)
+        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **given)
         return plain.to(self.device).eval()
 
     def plain(self, model: nn.Module, entry: Entry) -> nn.Module:
@@ -424,7 +418,8 @@ class Comparison:
 
     def _reference(self, model: nn.Module, entry: Entry) -> nn.Module:
         """The reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
-        reduced = patch(_share(model), entry.method, at=self.settings.at, backend="reference", **entry.chosen)
+        chosen = _deciding(entry.method, entry.chosen)
+        reduced = patch(_share(model), entry.method, at=self.settings.at, backend="reference", **chosen)
         if entry.layers is not None and not next(reduced.parameters()).is_meta:
             reduced.reducers.load_state_dict(entry.model.get_submodule("reducers").state_dict())
         return reduced

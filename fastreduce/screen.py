@@ -108,6 +108,7 @@ class Page:
         self._sheet = _Sheet(stream)
         self.terminal = self._sheet.isatty()
         self._console = Console(file=self._sheet, **({} if self.terminal else {"width": _WIDTH}))  # type: ignore[arg-type]
+        self._wide = Console(file=self._sheet, width=_NO_LIMIT)  # which cuts nothing
         self.width = self._console.width if self.terminal else _NO_LIMIT
         try:
             "".join(_PLAIN).encode(self._sheet.encoding)
@@ -156,12 +157,11 @@ class Page:
             return table
 
         table = build(_NO_LIMIT)
-        options = self._console.options.update(width=_NO_LIMIT)
-        if (too_wide := Measurement.get(self._console, options, table).maximum - self.width) > 0:
+        if (too_wide := Measurement.get(self._wide, self._wide.options, table).maximum - self.width) > 0:
             schedules = [cell for row in rows for cell in row if not isinstance(cell, str)]
             longest = max((len(" ".join(map(str, cell))) for cell in schedules), default=0)
             table = build(max(0, longest - too_wide))
-        self._console.print(table, width=_NO_LIMIT, soft_wrap=True)
+        self._wide.print(table, soft_wrap=True)
 
     def _cell(self, cell: Cell, longest: int) -> str:
         return self._in_letters(cell if isinstance(cell, str) else shortened(cell, longest))

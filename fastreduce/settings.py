@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ._files import check_weights_file
 from .names import compared_methods, nearest, one_of, parse_method_option
 
 __all__ = [
@@ -20,7 +21,6 @@ __all__ = [
     "FEWEST_ROUNDS",
     "KEEP_RATES",
     "ROUNDS_FOR_A_SPREAD",
-    "SAMPLES",
     "CompareSettings",
     "PlanSettings",
     "check_checkpoint",
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "float16", "bfloat16")
-SAMPLES = ("flower.jpg", "china.jpg")
 KEEP_RATES = (0.7, 0.5)
 FEWEST_ROUNDS = 3  # whatever the clock says: a median of fewer is the luck of one
 ROUNDS_FOR_A_SPREAD = 5  # below that, quartiles say nothing, and no verdict is given
@@ -62,46 +61,19 @@ def device_name(name: str) -> str:
     return found[1] or found[0]
 
 
-def _file(what: str, path: str) -> Path:
-    """Return the path of a file that is there, or raise ValueError."""
-    try:
-        if os.path.isdir(path):
-            raise ValueError(f"{path!r} is a folder; give a file for the {what}")
-        if not os.path.exists(path):
-            raise ValueError(f"there is no {what} {path!r}")
-    except OSError as error:
-        raise ValueError(f"{what} {path!r}: {error.strerror}") from error
-    return Path(path)
-
-
 def check_image(name: str) -> None:
-    """Raise ValueError unless there is such a file, with the header of a picture."""
-    from PIL import Image
+    """Raise ValueError unless there is such a picture, and it can be read."""
+    from .pictures import SAMPLES, open_picture  # numpy and Pillow, for which --help need not wait
 
-    if name in SAMPLES and not os.path.exists(name):
-        return
-    path = _file("image", name)
-    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with Image.open(path):
-            pass
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{name!r} cannot be read as an image: {error}") from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
+    if name not in SAMPLES or os.path.exists(name):
+        open_picture(name)
 
 
 def check_checkpoint(name: str) -> None:
     """Raise ValueError unless there is such a file, and it begins as a file of weights does."""
-    path = _file("checkpoint", name)
-    with path.open("rb") as file:
-        head = file.read(9)
-    if path.suffix == ".safetensors":
-        good = len(head) == 9 and head[8:] == b"{"
-    else:
-        good = head.startswith((b"PK", b"\x80")) or path.suffix == ".tar"
-    if not good:
-        raise ValueError(f"{name!r} is not a .safetensors or torch.save file of weights")
+    if not os.path.exists(name):
+        raise ValueError(f"there is no checkpoint {name!r}")
+    check_weights_file(name)
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,8 +93,8 @@ def check_model(name: str, pretrained: bool) -> None:
         return
     base, sources = name.partition(".")[0], _sources_of_timm()
     # Old names stand in quotes, with what they are called now. Without sources, timm itself is asked later.
-    known = re.fullmatch(r"\w+", base) and re.search(rf"^def {base}\(|['\"]{base}['\"]", sources, re.MULTILINE)
-    if sources and not known:
+    known = any(words in sources for words in (f"\ndef {base}(", f"'{base}'", f'"{base}"'))
+    if sources and not (base.isidentifier() and known):
         names = re.findall(r"^@register_model\s+def (\w+)", sources, re.MULTILINE)
         vits = [one for one in names if "vit" in one or "deit" in one]
         raise ValueError(f"unknown model {name!r}{nearest(base, vits) or nearest(base, names)}")
@@ -220,7 +192,7 @@ class CompareSettings(_Common):
     (``tome.rounds=exact``).
     """
 
-    image: str = SAMPLES[0]
+    image: str = "flower.jpg"
     methods: tuple[str, ...] = ()
     keep_rates: tuple[float, ...] = KEEP_RATES
     batch: int | None = None

@@ -287,7 +287,7 @@ def folder(tmp_path_factory):
 WRONG = {  # what is wrong: arguments, and what the message must say
     "no image": ("nowhere.jpg", "there is no image 'nowhere.jpg'"),
     "image is text": ("FOLDER/text.jpg", "cannot be read as an image"),
-    "image is a folder": ("FOLDER", "is a folder; give a file for the image"),
+    "image is a folder": ("FOLDER", "is a folder; give a file"),
     "model": ("--model deit_smal_patch16_224", "did you mean 'deit_small_patch16_224'?"),
     "model's tag": ("--model test_vit.nonsense", "'test_vit.nonsense' cannot be had"),
     "model without tokens": ("--model test_resnet", "ResNet cannot be reduced"),
@@ -301,7 +301,7 @@ WRONG = {  # what is wrong: arguments, and what the message must say
     "no checkpoint": ("--checkpoint nowhere.pth", "there is no checkpoint 'nowhere.pth'"),
     "no safetensors": ("--checkpoint FOLDER/junk.safetensors", "is not a .safetensors or torch.save file of weights"),
     "no pickle": ("--checkpoint FOLDER/junk.pth", "is not a .safetensors or torch.save file of weights"),
-    "code in a pickle": ("--checkpoint FOLDER/code.pth", "cannot be read with weights_only=True"),
+    "code in a pickle": ("--checkpoint FOLDER/code.pth", "not a dict of weights"),
     "other checkpoint": ("--checkpoint FOLDER/other.pth", "the checkpoint does not fit VisionTransformer"),
     "two weights": ("--checkpoint FOLDER/other.pth --pretrained", "either --pretrained or --checkpoint"),
     "block": ("--at 2,6", "block indices between 0 and 5, got 6"),

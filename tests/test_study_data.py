@@ -1,6 +1,7 @@
 """The study's data sets, as small files in the layouts that they are published in."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -142,6 +143,11 @@ def test_nabirds(tmp_path):
         ("train_test_split.txt", "a-1 1\nb-2 2\nc-3 1\nd-4 0\n", r"split\.txt: image 'b-2' must have 0 or 1, got '2'"),
         ("train_test_split.txt", "a-1 1\nb-2 1\nc-3 1\nd-4 1\n", r"split\.txt has no image with 0"),
         ("classes.txt", None, r"classes\.txt is missing"),
+        ("images.txt", "a-1 x.jpg\nb-2 x.jpg\nc-3 y.jpg\nd-4 z.jpg\n", r"images\.txt names 'x\.jpg' twice"),
+        ("images.txt", "a-1\t0817/a.jpg\n", r"images\.txt, line 1: expected two fields"),
+        ("images.txt", "a-1 0817/a.jpg more\nb-2 b\nc-3 c\nd-4 d\n", r"0817/a\.jpg more, which .* names, is missing"),
+        ("image_class_labels.txt", "a-1 817 1\nb-2 817\nc-3 817\nd-4 817\n", "'a-1' is of class '817 1', not a class"),
+        ("classes.txt", "0 Birds\n817 \0\n", r"classes\.txt, line 2: expected two fields"),
     ],
 )
 def test_malformed_nabirds(tmp_path, file, text, message):
@@ -179,6 +185,26 @@ def test_cutout_hides_a_quarter(tmp_path):
         ({"annotations": [{"image_id": 4, "category_id": 1}]}, r"annotations\[0\] has the unknown image_id 4"),
         ({"annotations": [{"image_id": 5, "category_id": 2}]}, r"annotations\[0\] has the unknown category_id 2"),
         ({"annotations": []}, r"instances_val2014\.json has no image with annotations"),
+        (
+            {"annotations": [{"image_id": [5], "category_id": 1}]},
+            r"annotations\[0\] must have image_id and category_id",
+        ),
+        (
+            {"annotations": [{"image_id": True, "category_id": 1}]},
+            r"annotations\[0\] must have image_id and category_id",
+        ),
+        (
+            {"annotations": [{"image_id": 5.5, "category_id": 1}]},
+            r"annotations\[0\] must have image_id and category_id",
+        ),
+        ({"annotations": ["5"]}, r"annotations\[0\] must have image_id and category_id, got '5'"),
+        ({"images": [{"id": 5, "file_name": 7}]}, r"images\[0\] must have id and file_name"),
+        ({"images": [{"id": 5, "file_name": " "}]}, r"images\[0\] must have id and file_name"),
+        ({"images": [{"id": 5, "file_name": f"{n}.jpg"} for n in "ab"]}, r"images\[1\] has the id 5 of another"),
+        ({"images": [{"id": n, "file_name": "a.jpg"} for n in (5, 6)]}, r"images\[1\] has the file_name 'a\.jpg' of"),
+        ({"categories": [{"id": 1, "name": n} for n in "ab"]}, r"categories\[1\] has the id 1 of another"),
+        ({"categories": [{"id": n, "name": "a"} for n in (1, "1")]}, r"categories\[1\] has the name 'a' of another"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": "b", "name": "b"}]}, "has other categories than"),
         ({"images": {}}, r"instances_val2014\.json has no list 'images'"),
         ({"categories": [{"id": 1, "name": "person"}]}, "has other categories than"),
     ],
@@ -223,12 +249,115 @@ def test_nuswide(tmp_path, header):
         ("images/1.jpg,sky,val", r"line 5: 'sky' is not a list of labels"),
         ("images/1.jpg,[3],val", r"line 5: '\[3\]' is not a list of labels"),
         ("images/4.jpg,['sky'],val", r"4\.jpg, which .*nus_wid_data\.csv names, is missing"),
+        ("images/1.jpg,['sky', 'clouds'],train", r"line 5: expected file name, labels and split, got \['images/1"),
+        ("images/4.jpg,['sky'],val,1", r"line 5: expected file name, labels and split"),
+        ("images/2.jpg,['sky'],train", r"line 5: 'images/2\.jpg' occurs twice"),
+        (",['sky'],train", r"line 5: '' is not a file name"),
+        ("\n\nimages/1.jpg,['sky'],Val", r"line 7: the split must be train or val, got 'Val'"),
+        ("images/4.jpg,['sky', ''],val", "line 5: expected"),
+        ("images/4.jpg,[''],val", "line 5: .* is not a list of labels"),
+        ("images/4.jpg,[' sky'],val", "line 5: .* is not a list of labels"),
+        ("images/4.jpg,['a' 'b'],val", "line 5: .* is not a list of labels"),
+        ("images/4.jpg,('a'),val", "line 5: .* is not a list of labels"),
+        (f"images/4.jpg,{'[' * 9999}{']' * 9999},val", "line 5: .* is not a list of labels"),
+        (f"images/4.jpg,{'-' * 99999}1,val", "line 5: .* is not a list of labels"),
+        (f"images/4.jpg,{'x' * 200_000},val", "line 5: field larger than field limit"),
+        ("images/4.jpg,\"['sky'],val", "line 5: unexpected end of data"),
+        ("images/4.jpg,\"['sky']\"x,val", "line 5: ',' expected after"),
+        ("images/4\0.jpg,['sky'],val", r"line 5|which .* names, is missing"),
     ],
 )
 def test_malformed_nuswide(tmp_path, line, message):
     write_nuswide(tmp_path, NUSWIDE + line + "\n")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_data("nuswide", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "images/1.jpg,\"['sky']\",Train",
+        "images/1.jpg,['sky'],",
+        "images/1.jpg,\"['sky', 'clouds']\",trian",
+        "images/1.jpg,['sky', 'clouds'],train",
+        "images/1.jpg,sky,Train",
+        "filepath,label",
+        "picture,sky,Train",
+        "images,label,split",  # a folder of that name is there
+    ],
+)
+def test_a_first_row_that_is_no_header_is_not_taken_for_one(tmp_path, row):
+    write_nuswide(tmp_path, f"{row}\n" + NUSWIDE.split("\n", 1)[1])
+    with pytest.raises(ValueError, match=r"nus_wid_data\.csv, line 1: (the split must|expected file name)"):
+        open_data("nuswide", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + NUSWIDE,
+        "\ufeff" + NUSWIDE.split("\n", 1)[1],
+        NUSWIDE.replace("\n", "\r\n"),
+        "\n\n" + NUSWIDE.replace("\n", "\n\n"),
+        NUSWIDE.replace("filepath,label,split_name", "image, tags ,Split Name"),
+        NUSWIDE.rstrip("\n"),
+        NUSWIDE.replace("['sky', 'clouds']", "[ 'sky' ,\n'clouds',]"),
+    ],
+)
+def test_other_spellings_of_nuswide(tmp_path, text):
+    write_nuswide(tmp_path)
+    (tmp_path / "nus_wid_data.csv").write_bytes(text.encode())
+    data = open_data("nuswide", tmp_path, image_size=8)
+    assert (data.classes, len(data.train), len(data.val)) == (("clouds", "sky", "water"), 2, 1)
+    assert data.train.labels.tolist() == [[1, 1, 0], [0, 0, 0]]
+
+
+def test_other_spellings_of_nabirds(tmp_path):
+    write_nabirds(tmp_path)
+    wanted = open_data("nabirds", tmp_path, image_size=8)
+    for path in tmp_path.glob("*.txt"):
+        path.write_bytes(("\ufeff" + path.read_text().replace("\n", "\r\n\r\n")).encode())
+    data = open_data("nabirds", tmp_path, image_size=8)
+    assert (data.classes, data.train.sources) == (wanted.classes, wanted.train.sources)
+
+
+FILES = {
+    "nabirds": ["images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"],
+    "coco": ["annotations/instances_train2014.json", "annotations/instances_val2014.json"],
+    "nuswide": ["nus_wid_data.csv"],
+}
+WRITERS = {"nabirds": write_nabirds, "coco": write_coco, "nuswide": write_nuswide}
+PIECES = [b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b'"', b"'", b"[", b"{", b"}", b",", b" ", b"\n", b"1e999", b"NaN"]
+PIECES += [b"null", b"-1", b"true", b"9" * 30, b"\xed\xa0\x80", rb"\ud800", b"[" * 2000, b"../", b"/", b"train", b"id"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_lists_end_in_one_line(tmp_path, name):
+    """Cut at every byte, in other encodings, and with pieces put in at random: data as listed, or an error."""
+    WRITERS[name](tmp_path)
+    chance = random.Random(0)
+    for file in FILES[name]:
+        path = tmp_path / file
+        whole = path.read_bytes()
+        cuts = [whole[:end] for end in range(len(whole))]
+        coded = [whole.decode().encode(code) for code in ("utf-16", "utf-32", "utf-16-le")]
+        mixed = []
+        for _ in range(150):
+            content = bytearray(whole)
+            for _ in range(chance.randrange(1, 4)):
+                place = chance.randrange(len(content))
+                content[place : place + chance.choice([0, 1, 5])] = chance.choice(PIECES)
+            mixed.append(bytes(content))
+        for content in (*cuts, *coded, *mixed, b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000):
+            path.write_bytes(content)
+            try:
+                data = open_data(name, tmp_path, image_size=8)
+            except (ValueError, FileNotFoundError) as error:
+                assert str(tmp_path) in str(error)  # noqa: PT017
+                assert len(str(error).splitlines()) == 1  # noqa: PT017
+            else:
+                assert len(data.train.sources) == len(data.train.labels) > 0
+        path.write_bytes(whole)
 
 
 def test_malformed_imagenet(tmp_path):
@@ -252,6 +381,11 @@ def test_wrong_requests(tmp_path):
         open_data("cifar")
     with pytest.raises(ValueError, match="coco needs the folder"):
         open_data("coco")
+    for wrong in (0, -1, 2.5, "8"):
+        with pytest.raises(ValueError, match="image_size must be a positive number of pixels, got "):
+            open_data("digits", image_size=wrong)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder '/nowhere', which is to hold imagenet"):
+        open_data("imagenet", "/nowhere")
     with pytest.raises(ValueError, match="digits comes with scikit-learn"):
         open_data("digits", tmp_path)
     with pytest.raises(TypeError, match="digits is augmented by Shifts"):

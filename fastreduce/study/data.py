@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
-import json
 import os
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -22,6 +25,8 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from .._files import read_json
+from ..pictures import open_picture
 from .protocol import DATA_SETS, Augmentation, Shifts
 
 __all__ = ["DATA_SETS", "Augmentation", "DataSet", "Images", "Shifts", "open_data"]
@@ -48,12 +53,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         source, label = self.sources[index], self.labels[index]
         if isinstance(source, Path):
-            try:
-                with Image.open(source) as opened:
-                    image = opened.convert("RGB")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ValueError(f"{source} cannot be read as an image: {error}") from error
-            return self.transform(image), label.float() if label.ndim else label
+            return self.transform(open_picture(source)), label.float() if label.ndim else label
         return self.transform(source), label.float() if label.ndim else label
 
 
@@ -187,7 +187,7 @@ def _check_present(paths: Iterable[Path], listed_in: Path) -> None:
     known: dict[Path, set[str]] = {}
     for path in paths:
         if path.parent not in known:
-            known[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            known[path.parent] = set(os.listdir(path.parent)) if os.path.isdir(path.parent) else set()
         if path.name not in known[path.parent]:
             raise FileNotFoundError(f"{path}, which {listed_in} names, is missing")
 
@@ -207,19 +207,26 @@ def _imagenet(root: Path, size: int, how: Augmentation) -> DataSet:
     return _photos("imagenet", train.classes, size, how, *parts)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, first word and the rest of every line."""
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say that a file is missing, or that it is not text."""
     try:
-        text = path.read_text(encoding="utf-8")
+        yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line number, first word and the rest of every line."""
+    with _named(path):
+        text = path.read_text(encoding="utf-8-sig")
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         key, _, value = line.strip().partition(" ")
-        if not value:
+        if not value or "\0" in line:
             raise ValueError(f"{path}, line {number}: expected two fields, got {line!r}")
         yield number, key, value.strip()
 
@@ -252,6 +259,9 @@ def _nabirds(root: Path, size: int, how: Augmentation) -> DataSet:
     # Only the leaves of the hierarchy have images: 555 of 1,011 labels.
     used = sorted(set(labels.values()), key=lambda label: (len(label), label))
     index = {label: position for position, label in enumerate(used)}
+    if len({*files.values()}) < len(files):
+        twice = next(file for file, count in Counter(files.values()).items() if count > 1)
+        raise ValueError(f"{root / 'images.txt'} names {twice!r} twice")
     paths = {key: root / "images" / file for key, file in files.items()}
     _check_present(paths.values(), root / "images.txt")
     parts = []
@@ -263,41 +273,60 @@ def _nabirds(root: Path, size: int, how: Augmentation) -> DataSet:
     return _photos("nabirds", [names[label] for label in used], size, how, *parts)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+def _read_object(path: Path) -> dict[str, Any]:
+    with _named(path):
+        content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold an object, got a {type(content).__name__}")
     return content
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value
+
+
 def _fields(path: Path, content: dict[str, Any], table: str, *names: str) -> Iterator[tuple[Any, ...]]:
-    """The named fields of every entry of one of the tables."""
+    """The named fields of every entry of one of the tables: names are text, the others numbers or text."""
     if not isinstance(content.get(table), list):
         raise ValueError(f"{path} has no list {table!r}")
     for number, entry in enumerate(content[table]):
-        try:
-            yield tuple(entry[name] for name in names)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: {table}[{number}] must have {' and '.join(names)}, got {entry!r}") from error
+        values = tuple(entry.get(name) for name in names) if isinstance(entry, dict) else ()
+        checks = [_is_name if name.endswith("name") else _is_id for name in names]
+        if not values or not all(check(value) for check, value in zip(checks, values, strict=True)):
+            wanted = " and ".join(names)
+            raise ValueError(f"{path}: {table}[{number}] must have {wanted}, got {reprlib.repr(entry)}")
+        yield values
+
+
+def _by_id(path: Path, content: dict[str, Any], table: str, name: str) -> dict[Any, str]:
+    """The names of a table's entries by their id; neither may occur twice."""
+    found: dict[Any, str] = {}
+    taken: set[str] = set()
+    for number, (key, value) in enumerate(_fields(path, content, table, "id", name)):
+        if key in found or value in taken:
+            what = f"id {key!r}" if key in found else f"{name} {value!r}"
+            raise ValueError(f"{path}: {table}[{number}] has the {what} of another")
+        found[key] = value
+        taken.add(value)
+    return found
 
 
 def _coco(root: Path, size: int, how: Augmentation) -> DataSet:
     parts, classes = [], None
     for split in ("train2014", "val2014"):
         path = root / "annotations" / f"instances_{split}.json"
-        content = _read_json(path)
-        categories = sorted(_fields(path, content, "categories", "id", "name"))
+        content = _read_object(path)
+        named = _by_id(path, content, "categories", "name")
+        categories = sorted(named.items(), key=lambda item: (isinstance(item[0], str), item[0]))
         if classes not in (None, categories):
             raise ValueError(f"{path} has other categories than {root / 'annotations' / 'instances_train2014.json'}")
         classes = categories
         index = {number: position for position, (number, _) in enumerate(categories)}
-        files = dict(_fields(path, content, "images", "id", "file_name"))
+        files = _by_id(path, content, "images", "file_name")
         present: dict[Any, set[int]] = {}
         for number, (image, category) in enumerate(_fields(path, content, "annotations", "image_id", "category_id")):
             if image not in files or category not in index:
@@ -322,30 +351,57 @@ def _one_for_each(present: Sequence[Iterable[int]], classes: int) -> Tensor:
     return labels
 
 
+_ESCAPE = r"""\\(?:[\\'"nrt]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"""
+_QUOTED = rf"""(?:'(?:[^'\\\r\n]|{_ESCAPE})*'|"(?:[^"\\\r\n]|{_ESCAPE})*")"""
+_LIST_OF_STRINGS = re.compile(rf"\[\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)?\]")
+
+
+def _labels(text: str) -> list[str] | None:
+    """``"['sky', 'clouds']"`` -> the strings; None if it is no such list."""
+    if not _LIST_OF_STRINGS.fullmatch(text):  # nothing else is evaluated: deep or long expressions end the interpreter
+        return None
+    labels = ast.literal_eval(text)
+    return labels if all(label and label == label.strip() for label in labels) else None
+
+
+def _is_header(row: Sequence[str], root: Path) -> bool:
+    """Whether a first row names columns: three words, none of which could be a file, labels or a split."""
+    words = [field.strip() for field in row]
+    named = len(words) == 3 and all(re.fullmatch(r"[A-Za-z_][\w ]*", word) for word in words)
+    near = get_close_matches(words[-1].lower(), ("train", "val"), n=1, cutoff=0.7) if words else []
+    return named and not near and not os.path.exists(root / words[0])
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of every row that is not empty."""
+    with _named(path), path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for row in reader:
+                if any(field.strip() for field in row):
+                    yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+
+
 def _nuswide(root: Path, size: int, how: Augmentation) -> DataSet:
     path = root / "nus_wid_data.csv"
     splits: dict[str, list[tuple[Path, list[str]]]] = {"train": [], "val": []}
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing") from error
-    for number, row in enumerate(rows, 1):
-        if not row:
+    seen: set[str] = set()
+    for place, (number, row) in enumerate(_csv_rows(path)):
+        if place == 0 and _is_header(row, root):
             continue
-        if len(row) < 3:
-            raise ValueError(f"{path}, line {number}: expected file name, labels and split, got {row}")
-        name, text, split = (field.strip() for field in row[:3])
-        if number == 1 and split not in splits:
-            continue  # the header
+        if len(row) != 3:
+            raise ValueError(f"{path}, line {number}: expected file name, labels and split, got {reprlib.repr(row)}")
+        name, text, split = (field.strip() for field in row)
         if split not in splits:
-            raise ValueError(f"{path}, line {number}: the split must be train or val, got {split!r}")
-        try:
-            labels = ast.literal_eval(text)
-        except (SyntaxError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: {text!r} is not a list of labels") from error
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"{path}, line {number}: {text!r} is not a list of labels")
+            raise ValueError(f"{path}, line {number}: the split must be train or val, got {reprlib.repr(split)}")
+        if (labels := _labels(text)) is None:
+            raise ValueError(f"{path}, line {number}: {reprlib.repr(text)} is not a list of labels")
+        if not _is_name(name) or name in seen:
+            what = "occurs twice" if name in seen else "is not a file name"
+            raise ValueError(f"{path}, line {number}: {name!r} {what}")
+        seen.add(name)
         splits[split].append((root / name, labels))
     classes = sorted({label for entries in splits.values() for _, labels in entries for label in labels})
     index = {label: position for position, label in enumerate(classes)}
@@ -394,10 +450,14 @@ def open_data(
     """
     if name not in DATA_SETS:
         raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(DATA_SETS)}")
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise ValueError(f"image_size must be a positive number of pixels, got {image_size!r}")
     if name == "digits":
         return _digits(None if root is None else Path(root), image_size or 32, augmentation or Shifts())
     if root is None:
         raise ValueError(f"{name} needs the folder that it is in")
+    if not Path(root).is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(root)!r}, which is to hold {name}")
     if augmentation is None:
         augmentation = Augmentation(rand_augment=None) if name == "nabirds" else Augmentation()
     if not isinstance(augmentation, Augmentation):
