@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import os
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ._files import one_line, silent
+
 __all__ = ["SAMPLES", "open_photo", "open_picture"]
 
 SAMPLES = ("flower.jpg", "china.jpg")
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 _BITS_PER_SAMPLE = 258  # the TIFF tag
-_filters = threading.Lock()  # Python keeps one list of warning filters for all threads
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep Pillow's warnings from the user: about many pixels, damaged EXIF data, transparent palettes."""
-    with _filters, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _scaled(values: NDArray[Any], low: float, high: float) -> Image.Image:
-    """Grey of 8 bits, low to high becoming 0 to 255; NaN becomes low."""
+    """Make a grey picture of 8 bits, low to high becoming 0 to 255, and NaN low."""
     values = np.nan_to_num(np.clip(values, low, high), nan=low)
     factor = 255 / (high - low) if high > low else 0.0
     return Image.fromarray(((values - low) * factor + 0.5).astype(np.uint8))
@@ -54,7 +44,7 @@ def _from_integers(values: NDArray[Any], sixteen_bits: bool) -> Image.Image:
 
 
 def _to_eight_bits(photo: Image.Image, source: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel, where Pillow itself would cut off what is above 255."""
+    """Bring a picture to 8 bits a channel, where Pillow itself would cut off what is above 255."""
     if photo.mode.startswith("I;16"):
         bits = getattr(source, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
         table = np.minimum(np.arange(1 << 16) * 255.0 / ((1 << bits) - 1) + 0.5, 255).astype(np.uint8)
@@ -81,8 +71,9 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     if not os.path.isfile(name):
         raise ValueError(f"there is no image {name!r}")
     try:
-        # Given a name, Pillow maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
-        with _silent(), open(name, "rb") as file, Image.open(file) as photo:
+        # Pillow warns of many pixels, damaged EXIF data, transparent palettes: none changes what is read.
+        # Given a name, it maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
+        with silent(), open(name, "rb") as file, Image.open(file) as photo:
             photo.load()
             upright: Image.Image = photo
             with suppress(Exception):  # damaged EXIF data does not say which side is up
@@ -91,8 +82,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} cannot be read as an image: it has no format that Pillow knows") from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} cannot be read as an image: {reason}") from error
+        raise ValueError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 def open_photo(name: str) -> Image.Image:
