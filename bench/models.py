@@ -216,7 +216,7 @@ class _Contest:
         self.comparison.check(progress)
         self.candidates = self.comparison.candidates()
         self.entries = {entry.slug: entry for entry in self.comparison.entries}
-        self.officials = {f"{slug} official": slug for slug in self.entries}
+        self.officials = {f"{slug} plain": slug for slug in self.entries}
         self.images = self.comparison.images.clone()  # an ordinary tensor, of which autograd may keep a view
         generator = torch.Generator().manual_seed(0)
         classes = self.comparison.model.num_classes
@@ -236,7 +236,7 @@ class _Contest:
     def _forward_parity(self, progress: Progress) -> dict[str, Parity]:
         allowed = _ALLOWED * self.comparison.difference
         return {
-            slug: Parity("float64", entry.difference, entry.official_difference, allowed, entry.changed)
+            slug: Parity("float64", entry.difference, entry.plain_difference, allowed, entry.changed)
             for slug, entry in self.entries.items()
         }
 
@@ -265,12 +265,12 @@ class _Contest:
         for done, (slug, entry) in enumerate(self.entries.items()):
             progress(f"checking the training of {slug}", done, len(self.entries))
             if entry.method == "dynamicvit":
-                exact = self._loss_and_gradient(entry.official, weight)
+                exact = self._loss_and_gradient(entry.plain, weight)
                 against = "the official algorithm with equal noise"
                 parities[slug] = Parity(against, difference(entry.model, exact), None, _ALLOWED * own)
                 continue
-            exact = self._loss_and_gradient(comparison.official(exact_model, entry).train(), exact_weight)
-            official = difference(entry.official, exact)
+            exact = self._loss_and_gradient(comparison.plain(exact_model, entry).train(), exact_weight)
+            official = difference(entry.plain, exact)
             # A soft merge decides nothing; how far rounding takes its gradient, the official one shows.
             usual = max(own, official) if any(stage.soft for stage in entry.stages) else own
             parities[slug] = Parity(
@@ -354,7 +354,7 @@ class _Contest:
         for slug, parity in self.parities[step].items():
             if parity.verdict == "red":
                 reasons[slug] = f"not the official algorithm's results: relative difference {parity.difference:.1e}"
-                reasons[f"{slug} official"] = "nothing to hold it against"
+                reasons[f"{slug} plain"] = "nothing to hold it against"
         if MODES[mode][0]:
             reasons |= self._endless_compilations()
         if MODES[mode][1]:
@@ -476,7 +476,7 @@ class _Contest:
     def _method_row(
         self, entry: Entry, step: str, seconds: Mapping[Any, list[float]], reasons: Mapping[Any, str]
     ) -> dict[str, Any]:
-        official = f"{entry.slug} official"
+        official = f"{entry.slug} plain"
         parity = self.parities[step][entry.slug]
         return {
             "label": entry.label,

@@ -1,15 +1,14 @@
 """What ``fastreduce compare`` measures. It prints nothing and draws nothing.
 
 Every method runs beside three others: the unreduced model, the free slice (an ideal whose decision costs nothing) and
-the official algorithm written plainly. All of them take turns in every round, and every method's logits are held
-against the official algorithm in float64.
+the published algorithm written plainly. All of them take turns in every round, the unreduced model at its start and at
+its end, and every method's logits are held against the plain algorithm in float64.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import logging
 import math
 import os
@@ -39,58 +38,44 @@ from .integrations.timm import (
     record,
     reduced_counts,
 )
-from .measure import environment, keep_memory, quartiles, ratio, recompile_limits, seconds_of
-from .pictures import SAMPLES
+from .measure import (
+    cut_to_whole_rounds,
+    environment,
+    free_memory,
+    keep_memory,
+    load_average,
+    quartiles,
+    ratio,
+    recompile_limits,
+    seconds_of,
+)
+from .names import compared_methods, nearest
 from .pictures import open_photo as _open_photo
 from .plain import FreeSlice, PlainModel
 from .reducers import REDUCERS
 from .reducers.schedule import stage_blocks
+from .settings import DTYPES as DTYPE_NAMES
+from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name
 
 __all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "count_gmacs", "relative_difference"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_VARIANTS: dict[str, list[dict[str, Any]]] = {"radial": [{"norm": norm} for norm in ("l1", "l2", "linf")]}
+Settings = CompareSettings
+
+DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _FIXED: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
 _CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that some models or blocks are refused for
+_HOW_NOT_WHAT = (("ats", "trim"), ("ats", "packed"))
 _CHECKED = 2  # images of the batch that are also run in float64, which is what takes the time there
 _BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (8, 16, 32, 64)}
-_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 20  # fewer only where the time is up before
+_MOST_ROUNDS = 20
+_REDUCED = 0.75  # of the time of a whole pass, on average over methods and keep rates
 _PICTURE_SECONDS = 0.7
 _SUSPICIOUS = 8  # times the unreduced model's own difference to float64, before decisions are looked at
+FORMAT_VERSION = 2  # of the JSON; 1 had "official" where this has "plain"
+_AGAIN = "unreduced again"  # its turn at the end of a round
+_ACTIVATIONS = 16  # rows of the residual stream's width that are in memory at a time, for every token
 
 Progress = Callable[[str, float, float], None]  # what is done, how much of it, out of how much
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to compare. None stands for a choice made from the model, the machine and the time.
-
-    Attributes:
-        image: a picture, or the name of one of scikit-learn's.
-        methods: names in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a single norm. Empty for all.
-        seconds: rounds are added until about this long after the start, if ``rounds`` is None.
-        threads: None for torch's choice, or 1 where that is faster (a busy machine).
-        seed: of the random weights, where there is no checkpoint.
-        fused_baseline: let the official algorithm use fused attention in blocks of which no one reads the matrix.
-    """
-
-    image: str = SAMPLES[0]
-    model: str = "deit_small_patch16_224"
-    checkpoint: str | None = None
-    pretrained: bool = False
-    methods: tuple[str, ...] = ()
-    keep_rates: tuple[float, ...] = (0.7, 0.5)
-    at: tuple[int, ...] | None = None
-    batch: int | None = None
-    rounds: int | None = None
-    seconds: float = 150.0
-    device: str | None = None
-    dtype: str = "float32"
-    backend: str = "auto"
-    compile: bool = False
-    fused_baseline: bool = False
-    threads: int | None = None
-    seed: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +105,9 @@ class Entry:
         options: what tells it from other entries of the method; ``chosen`` is everything that :func:`patch` got.
         counts: patch tokens after each stage; of ATS, once it has run, those of the longest image of the batch.
         layers: where the method's own layers have their weights from, or None if it has none.
-        exact: float64 logits of the official algorithm.
+        exact: float64 logits of the plain algorithm.
         difference: of the logits to ``exact``, relative to the largest of these.
-        official_difference: the same of the official algorithm in the dtype that is timed.
+        plain_difference: the same of the plain algorithm in the dtype that is timed.
         changed: images for which other tokens were chosen than in float64; None where nothing gave reason to look.
         stages: what there is to draw.
     """
@@ -132,12 +117,12 @@ class Entry:
     keep_rate: float
     chosen: dict[str, Any]
     model: nn.Module
-    official: nn.Module
+    plain: nn.Module
     counts: tuple[int, ...]
     layers: str | None = None
     exact: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     difference: float = math.nan
-    official_difference: float = math.nan
+    plain_difference: float = math.nan
     changed: int | None = None
     stages: list[Drawn] = dataclasses.field(default_factory=list)
 
@@ -152,38 +137,11 @@ class Entry:
         return f"{self.label} {self.keep_rate:g}".replace(" ", "-")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _one_of(what: str, word: str, known: Sequence[str]) -> str:
-    if word not in known:
-        hint = _nearest(word, known) or f"; expected one of {', '.join(known)}"
-        raise ValueError(f"unknown {what} {word!r}{hint}")
-    return word
-
-
-def _variants(names: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Every method with its options, in the order of the registry."""
-    every = {
-        "-".join([method, *map(str, options.values())]): (method, options)
-        for method in REDUCERS
-        for options in _VARIANTS.get(method, [{}])
-    }
-    if not names:
-        return list(every.values())
-    known = list(dict.fromkeys([*every, *REDUCERS]))
-    wanted = {_one_of("method", name, known) for name in names}
-    return [value for name, value in every.items() if name in wanted or value[0] in wanted]
-
-
 def _device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_name(name)
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise ValueError(f"unknown device {name!r}; expected cpu, cuda or cuda:N")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device here")
@@ -194,19 +152,14 @@ def _device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def check_positive(name: str, value: float | None) -> None:
-    """Raise ValueError for what is neither None nor a positive, finite number."""
-    if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {value:g}")
+def _deciding(method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options without those that say how, not what, is computed: no other model has them."""
+    return {name: value for name, value in options.items() if (method, name) not in _HOW_NOT_WHAT}
 
 
 def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
     """The model, in words where its weights come from, and the layers of a method that the checkpoint has."""
     name = settings.model
-    if settings.pretrained and settings.checkpoint is not None:
-        raise ValueError("give either --pretrained or --checkpoint")
-    if ":" in name and not settings.pretrained:
-        raise ValueError(f"model {name!r} would be downloaded: give --pretrained if that is wanted")
     torch.manual_seed(settings.seed)
     if settings.pretrained:
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; we tell the end
@@ -215,12 +168,10 @@ def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
     except Exception as error:
         names = model_names()
         if ":" not in name and name.split(".", 1)[0] not in names:
-            raise ValueError(f"unknown model {name!r}{_nearest(name, names)}") from error
+            raise ValueError(f"unknown model {name!r}{nearest(name, names)}") from error
         what = "pretrained weights" if settings.pretrained else "model"
         raise ValueError(f"the {what} {name!r} cannot be had: {error}") from error
     if settings.checkpoint is not None:
-        if not os.path.exists(settings.checkpoint):
-            raise ValueError(f"there is no checkpoint {settings.checkpoint!r}")
         read = read_checkpoint(settings.checkpoint)
         state = read.state
         layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
@@ -336,6 +287,11 @@ class Comparison:
         settings: what to compare.
         started: ``time.perf_counter()`` when the clock of ``settings.seconds`` started.
 
+    Attributes:
+        refused: methods that cannot serve this model, with the reason.
+        left_out: entries for which there was no time.
+        load: the machine's load average when this began, or None.
+
     Raises:
         ValueError, TypeError, OSError: settings that cannot be met, with the reason. Nothing else is the user's doing.
     """
@@ -343,14 +299,13 @@ class Comparison:
     def __init__(self, settings: Settings, started: float | None = None):
         self.settings = settings
         self.started = time.perf_counter() if started is None else started
-        for name in ("batch", "rounds", "seconds", "threads"):
-            check_positive(name, getattr(settings, name))
-        if not settings.keep_rates:
-            raise ValueError("give at least one keep rate")
-        variants = _variants(settings.methods)
+        self.load = load_average()
+        settings.check()
+        variants = compared_methods(settings.methods)
+        self.method_options = settings.options_of([method for method, _ in variants])
         self.refused: dict[str, str] = {}
         self.device = _device(settings.device)
-        self.dtype = DTYPES[_one_of("dtype", settings.dtype, list(DTYPES))]
+        self.dtype = DTYPES[settings.dtype]
         try:
             self.backend = resolve(
                 check_backend(settings.backend), torch.empty(0, device=self.device, dtype=self.dtype)
@@ -369,7 +324,10 @@ class Comparison:
         ]
         if not self.entries:
             raise ValueError(next(iter(self.refused.values())))
+        if settings.batch is not None:
+            self.check_memory(settings.batch)
         self.use(self.entries)
+        self.left_out: list[Entry] = []
         self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
         self.config = input_config(model)
         self.gmacs: dict[Any, float] = {}
@@ -383,23 +341,41 @@ class Comparison:
         self.entries = entries
         self.slices = {entry.counts: FreeSlice(self.model, entry.counts, self.blocks) for entry in entries}
 
+    def memory_of(self, images: int) -> float:
+        """Estimate the bytes that a forward pass of so many images takes: views of the photo, and activations."""
+        pixels = math.prod(input_config(self.model)["input_size"])
+        tokens = self.model.patch_embed.num_patches + self.model.num_prefix_tokens
+        width = self.dtype.itemsize
+        return float(images) * (pixels * (1 + 4 + 4 + width) + _ACTIVATIONS * tokens * self.model.embed_dim * width)
+
+    def check_memory(self, images: int) -> None:
+        """Raise ValueError for a batch that cannot fit into memory, before it fills."""
+        needed, free = self.memory_of(images), free_memory(self.device)
+        if free is not None and needed > free:
+            most = int(free / self.memory_of(1))
+            raise ValueError(
+                f"a batch of {images} images takes about {needed / 1e9:,.0f} GB, and {free / 1e9:,.1f} GB are free: "
+                f"give a smaller --batch, at most about {max(most, 1)}"
+            )
+
     def build_entry(
         self, method: str, options: dict[str, Any], keep_rate: float, keep: Sequence[int] | None = None
     ) -> Entry:
-        """Build the reduced and the official model, with the counts ``keep`` in place of the keep rate's own if given.
+        """Build the reduced and the plain model, with the counts ``keep`` in place of the keep rate's own if given.
 
         Raises:
             ValueError, TypeError: what :func:`patch` refuses.
         """
         schedule = {"keep_rate": keep_rate} if keep is None else {"keep": list(keep)}
-        chosen = {**schedule, **_FIXED.get(method, {}), **options}
+        given = self.method_options.get(method, {})
+        chosen = {**schedule, **_FIXED.get(method, {}), **options, **given}
         torch.manual_seed(self.settings.seed)  # of the method's own layers, whatever else is compared
         patched = patch(_share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
         self.blocks = stage_blocks(self.settings.at, len(self.model.blocks))
         layers = self._load_layers(patched)
-        official = self._official(self.model, method, chosen, patched)
+        plain = self._plain(self.model, method, chosen, patched)
         counts = tuple(reduced_counts(patched))
-        return Entry(method, options, keep_rate, chosen, patched, official, counts, layers)
+        return Entry(method, options, keep_rate, chosen, patched, plain, counts, layers)
 
     def _try(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry | None:
         """The entry, or None where the method cannot serve this model and nobody asked for it by name."""
@@ -425,23 +401,25 @@ class Comparison:
                 patched.get_parameter(name).copy_(value)
         return "checkpoint"
 
-    def _official(self, model: nn.Module, method: str, chosen: dict[str, Any], patched: nn.Module) -> nn.Module:
+    def _plain(self, model: nn.Module, method: str, chosen: dict[str, Any], patched: nn.Module) -> nn.Module:
         dtype = next(model.parameters()).dtype
         layers = {
             name.removeprefix("reducers."): parameter.to(dtype)
             for name, parameter in patched.named_parameters()
             if name.startswith("reducers.")
         }
-        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **chosen)
+        given = _deciding(method, chosen)
+        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **given)
         return plain.to(self.device).eval()
 
-    def official(self, model: nn.Module, entry: Entry) -> nn.Module:
-        """The official algorithm on another copy of the unreduced model, say :meth:`exact_model`."""
-        return self._official(model, entry.method, entry.chosen, entry.model)
+    def plain(self, model: nn.Module, entry: Entry) -> nn.Module:
+        """The plain algorithm on another copy of the unreduced model, say :meth:`exact_model`."""
+        return self._plain(model, entry.method, entry.chosen, entry.model)
 
     def _reference(self, model: nn.Module, entry: Entry) -> nn.Module:
         """The reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
-        reduced = patch(_share(model), entry.method, at=self.settings.at, backend="reference", **entry.chosen)
+        chosen = _deciding(entry.method, entry.chosen)
+        reduced = patch(_share(model), entry.method, at=self.settings.at, backend="reference", **chosen)
         if entry.layers is not None and not next(reduced.parameters()).is_meta:
             reduced.reducers.load_state_dict(entry.model.get_submodule("reducers").state_dict())
         return reduced
@@ -488,7 +466,7 @@ class Comparison:
         for entry in self.entries:
             candidates.setdefault(entry.counts, self.slices[entry.counts])
             candidates[entry.slug] = entry.model
-            candidates[f"{entry.slug} official"] = entry.official
+            candidates[f"{entry.slug} plain"] = entry.plain
         return candidates
 
     def _time(self, model: Callable[[Tensor], object]) -> float:
@@ -509,21 +487,41 @@ class Comparison:
                 torch.set_num_threads(threads)
 
     def _choose_batch(self) -> int:
-        """The largest usual batch of which some rounds fit into the time that is left."""
-        if self.settings.batch is not None:
-            return self.settings.batch
-        largest = _BATCHES[self.device.type][-1]
+        """Choose the largest usual batch of which some rounds fit into the time, and leave entries out if none does."""
+        usual = _BATCHES[self.device.type]
         if self.settings.rounds is not None:
-            return largest
+            return self.settings.batch or usual[-1]
         one, four = self._probe(1), self._probe(4)
         each = max(four - one, 0.0) / 3
         fixed = max(one - each, 0.0)
-        reduced = 0.75  # of the time of a whole pass, on average
-        passes = (_FEWEST_ROUNDS + 1) * reduced * len(self.candidates())
-        checks = 3 * reduced * len(self.entries) * (fixed + _CHECKED * each)  # float64 takes two to three times as long
-        left = self.settings.seconds - self.elapsed - _PICTURE_SECONDS * len(self.entries) - checks
-        fitting = [size for size in _BATCHES[self.device.type] if passes * (fixed + size * each) <= left]
-        return max(fitting, default=1)
+        sizes = usual if self.settings.batch is None else (self.settings.batch,)
+        while True:
+            fitting = [size for size in sizes if self._takes(fixed, each, size) <= self.settings.seconds - self.elapsed]
+            if fitting or not self._leave_one_out():
+                return max(fitting, default=sizes[0])
+
+    def _takes(self, fixed: float, each: float, batch: int) -> float:
+        """Estimate the seconds of checks, the fewest rounds and pictures."""
+        passes = (FEWEST_ROUNDS + 1) * (_REDUCED * len(self.candidates()) + 1)
+        checks = (
+            3 * _REDUCED * len(self.entries) * (fixed + _CHECKED * each)
+        )  # float64 takes two to three times as long
+        return passes * (fixed + batch * each) + checks + _PICTURE_SECONDS * len(self.entries)
+
+    def _leave_one_out(self) -> bool:
+        """Leave out the last entry that nobody asked for, if there is one: lower keep rates first, then methods."""
+        rates = list(dict.fromkeys(entry.keep_rate for entry in self.entries))
+        first = [entry for entry in self.entries if entry.keep_rate == rates[0]]
+        if len(rates) > 1 and self.settings.keep_rates == KEEP_RATES:
+            dropped = [entry for entry in self.entries if entry.keep_rate == rates[-1]][-1]
+        elif len(first) > 1 and not self.settings.methods:
+            label = first[-1].label
+            dropped = [entry for entry in self.entries if entry.label == label][-1]
+        else:
+            return False
+        self.left_out.append(dropped)
+        self.use([entry for entry in self.entries if entry is not dropped])
+        return True
 
     def views(self, count: int) -> Tensor:
         """(count, 3, height, width): parts of the photo, the same ones first whatever the count."""
@@ -548,11 +546,11 @@ class Comparison:
         return _changed_decisions(seen, exact, images)
 
     def check_entry(self, entry: Entry, exact_model: nn.Module) -> None:
-        """Hold the logits against the official algorithm in float64, and record what was done with the first image."""
-        entry.exact = self.official(exact_model, entry)(self.images[: self.checked].double())
+        """Hold the logits against the plain algorithm in float64, and record what was done with the first image."""
+        entry.exact = self.plain(exact_model, entry)(self.images[: self.checked].double())
         with record(entry.model) as seen:
             entry.difference = relative_difference(entry.model(self.images), entry.exact)
-        entry.official_difference = relative_difference(entry.official(self.images), entry.exact)
+        entry.plain_difference = relative_difference(entry.plain(self.images), entry.exact)
         entry.stages = _drawn(seen, self.blocks, self.grid)
         if self.is_far(entry.difference):
             entry.changed = self.changed_decisions(entry, seen, exact_model, self.checked)
@@ -602,35 +600,53 @@ class Comparison:
 
     @torch.inference_mode()
     def measure(self, progress: Progress) -> None:
-        """Time all candidates in turn, round after round, backwards in every second round."""
+        """Time all candidates in turn, round after round, backwards in every second round.
+
+        What is raised meanwhile, Ctrl-C too, leaves the rounds that were finished for :meth:`result`.
+        """
         candidates: dict[Any, Any] = self.candidates()
-        if self.settings.compile:
-            # All models share the code of a few classes, and each needs its own compilation of it.
-            with torch._dynamo.config.patch(recompile_limits(16 * len(candidates))):
-                candidates = self._compiled(progress)
+        try:
+            if self.settings.compile:
+                # All models share the code of a few classes, and each needs its own compilation of it.
+                with torch._dynamo.config.patch(recompile_limits(16 * len(candidates))):
+                    candidates = self._compiled(progress)
+                    self._rounds(candidates, progress)
+            else:
                 self._rounds(candidates, progress)
-        else:
-            self._rounds(candidates, progress)
+        finally:
+            cut_to_whole_rounds(self.seconds)
 
     def _rounds(self, candidates: dict[Any, Any], progress: Progress) -> None:
-        self.seconds = {name: [] for name in candidates}
-        order = list(candidates)
+        """Time rounds that begin and end with the unreduced model, as many as were asked for or fit into the time."""
+        self.seconds = {name: [] for name in [*candidates, _AGAIN]}
+        models = {**candidates, _AGAIN: candidates["unreduced"]}
+        between = [name for name in candidates if name != "unreduced"]
         start, finished = self.elapsed, 0
-        wanted = self.settings.rounds or _FEWEST_ROUNDS
+        wanted = self.settings.rounds or FEWEST_ROUNDS
         while finished < wanted:
+            order = ["unreduced", *between, _AGAIN]
             for done, name in enumerate(order):
                 progress("measuring", finished + done / len(order), wanted)
-                self.seconds[name].append(self._time(candidates[name]))
+                self.seconds[name].append(self._time(models[name]))
             finished += 1
-            order.reverse()
+            between.reverse()
             if self.settings.rounds is None:
                 left = self.settings.seconds - _PICTURE_SECONDS * len(self.entries) - self.elapsed
                 fitting = finished + int(left * finished / (self.elapsed - start))
-                wanted = min(max(fitting, finished), _MOST_ROUNDS)
+                wanted = min(max(fitting, finished, FEWEST_ROUNDS), _MOST_ROUNDS)
         progress("measuring", finished, finished)
 
+    def _seconds_of(self, name: Any) -> list[float]:
+        """Return the seconds of every round, of the unreduced model the mean of start and end."""
+        if name != "unreduced":
+            return self.seconds[name]
+        return [(first + last) / 2 for first, last in zip(self.seconds[name], self.seconds[_AGAIN], strict=True)]
+
+    def _ratio(self, name: str, of: Any, to: Any) -> dict[str, Any]:
+        return ratio(name, self._seconds_of(of), self._seconds_of(to))
+
     def _speed(self, name: Any) -> dict[str, Any]:
-        seconds = self.seconds[name]
+        seconds = self._seconds_of(name)
         low, high = quartiles([len(self.images) / value for value in seconds])
         return {
             "images_per_second": len(self.images) / statistics.median(seconds),
@@ -638,40 +654,62 @@ class Comparison:
             "seconds": seconds,
         }
 
+    def _unreduced_result(self) -> dict[str, Any]:
+        return {
+            "gmacs": self.gmacs["unreduced"],
+            **self._speed("unreduced"),
+            "seconds_at_start": self.seconds["unreduced"],
+            "seconds_at_end": self.seconds[_AGAIN],
+            **ratio("drift", self.seconds["unreduced"], self.seconds[_AGAIN]),
+            "relative_difference": self.difference,
+        }
+
     def _slice_result(self, counts: tuple[int, ...]) -> dict[str, Any]:
-        speedup = ratio("speedup", self.seconds[counts], self.seconds["unreduced"])
+        speedup = self._ratio("speedup", counts, "unreduced")
         return {"counts": list(counts), "gmacs": self.gmacs[counts], **self._speed(counts), **speedup}
 
     def _entry_result(self, entry: Entry) -> dict[str, Any]:
-        ours, official = entry.slug, f"{entry.slug} official"
+        ours, plain = entry.slug, f"{entry.slug} plain"
         return {
             "label": entry.label,
             "method": entry.method,
-            "options": entry.options,
+            "options": {**entry.options, **self.method_options.get(entry.method, {})},
             "keep_rate": entry.keep_rate,
             "counts": list(entry.counts),
             "layers": entry.layers,
             "gmacs": self.gmacs[ours],
             **self._speed(ours),
-            **ratio("speedup", self.seconds[ours], self.seconds["unreduced"]),
-            **ratio("share_of_free_slice", self.seconds[ours], self.seconds[entry.counts]),
-            **ratio("speedup_over_official", self.seconds[ours], self.seconds[official]),
-            "official": self._speed(official),
+            **self._ratio("speedup", ours, "unreduced"),
+            **self._ratio("share_of_free_slice", ours, entry.counts),
+            **self._ratio("speedup_over_plain", ours, plain),
+            "plain": self._speed(plain),
             "relative_difference": entry.difference,
-            "official_relative_difference": entry.official_difference,
+            "plain_relative_difference": entry.plain_difference,
             "images_with_other_decisions": entry.changed,
         }
 
     def result(self) -> dict[str, Any]:
-        """Everything that was measured and where, ready for JSON.
+        """Return everything that was measured and where, ready for JSON.
 
-        Ratios are medians over the rounds of the ratio within a round, above 1 where the method is the faster one.
+        Ratios are medians over the rounds of the ratio within a round, above 1 where the method is the faster one; the
+        unreduced model counts with the mean of its two turns. ``drift`` is its time at the end of a round over that at
+        the start.
+
+        Raises:
+            ValueError: not one round was finished.
         """
         settings = self.settings
+        if not self.rounds:
+            raise ValueError("not one round was finished")
         return {
+            "format": "fastreduce compare",
+            "format_version": FORMAT_VERSION,
             "environment": environment(self.device),
+            "load_at_start": self.load,
+            "cpus": os.cpu_count() or 1,
             "model": settings.model,
             "weights": self.weights,
+            "random_weights": self.random_weights,
             "image": settings.image,
             "blocks": list(self.blocks),
             "grid": list(self.grid),
@@ -684,11 +722,8 @@ class Comparison:
             "fused_baseline": settings.fused_baseline,
             "images_checked": self.checked,
             "refused": self.refused,
-            "unreduced": {
-                "gmacs": self.gmacs["unreduced"],
-                **self._speed("unreduced"),
-                "relative_difference": self.difference,
-            },
+            "left_out": [{"label": entry.label, "keep_rate": entry.keep_rate} for entry in self.left_out],
+            "unreduced": self._unreduced_result(),
             "free_slices": [self._slice_result(counts) for counts in self.slices],
             "methods": [self._entry_result(entry) for entry in self.entries],
         }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -22,8 +24,11 @@ from . import __version__
 __all__ = [
     "CaptureError",
     "capture",
+    "cut_to_whole_rounds",
     "environment",
+    "free_memory",
     "keep_memory",
+    "load_average",
     "own_code",
     "quartiles",
     "ratio",
@@ -78,6 +83,13 @@ def take_turns(
             seconds[name].append(seconds_of(calls[name], device))
         order.reverse()
     return seconds
+
+
+def cut_to_whole_rounds(seconds: Mapping[Name, list[float]]) -> None:
+    """Take away, in place, what a round that was not finished left behind."""
+    rounds = min(map(len, seconds.values()), default=0)
+    for values in seconds.values():
+        del values[rounds:]
 
 
 class CaptureError(RuntimeError):
@@ -157,6 +169,42 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def load_average() -> float | None:
+    """Return how many processes wanted a CPU in the last minute, or None where the system does not say."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.getloadavg()[0]
+    return None
+
+
+def _number_in(file: str, label: str = "", otherwise: float = math.inf) -> float:
+    """Return the first number behind the label in a file of the kernel's."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(label) and (found := re.search("[0-9]+", line[len(label) :])):
+                return float(found[0])
+    return otherwise
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that this process can still have, in a container what that allows; None if unknown."""
+    if device.type == "cuda":
+        unused, _ = torch.cuda.mem_get_info(device)
+        return unused + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = 1024 * _number_in("/proc/meminfo", "MemAvailable:")
+    group = "/sys/fs/cgroup/memory"
+    for most, used, files in (
+        (f"{group}.max", f"{group}.current", (f"{group}.stat", "inactive_file ")),
+        (
+            f"{group}/memory.limit_in_bytes",
+            f"{group}/memory.usage_in_bytes",
+            (f"{group}/memory.stat", "inactive_file "),
+        ),
+    ):
+        # What is cached from files goes when memory is wanted.
+        free = min(free, _number_in(most) - _number_in(used, otherwise=0) + _number_in(*files, otherwise=0))
+    return int(max(free, 0)) if math.isfinite(free) else None
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Where a measurement was made."""
     return {
@@ -176,8 +224,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def usual_troubles() -> tuple[type[Exception], ...]:
-    """What can go wrong while measuring without being anybody's mistake in the code."""
-    return (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, CaptureError)
+    """Return exceptions that end a measurement and are no mistake in the code: no memory, compilation or graph."""
+    return (torch.OutOfMemoryError, MemoryError, torch._dynamo.exc.TorchDynamoException, CaptureError)
 
 
 def recompile_limits(limit: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 The unreduced and the reduced models take turns in every round, so that each round gives a ratio of its own. The
 unreduced model takes a second turn as the control: how far it strays from itself is what this machine's noise can do.
-Before anything is timed, every reduced model's logits are held against the official algorithm in float64.
+Before anything is timed, every reduced model's logits are held against the plain algorithm in float64.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,17 +22,30 @@ import torch
 from torch import Tensor, nn
 
 from . import compare
-from .compare import Comparison, Entry, check_positive, relative_difference
+from .compare import FORMAT_VERSION, Comparison, Entry, relative_difference
 from .integrations.timm import record
-from .measure import capture, environment, quartiles, ratio, recompile_limits, seconds_of, take_turns
+from .measure import (
+    capture,
+    cut_to_whole_rounds,
+    environment,
+    quartiles,
+    ratio,
+    recompile_limits,
+    seconds_of,
+    take_turns,
+)
+from .settings import ROUNDS_FOR_A_SPREAD, PlanSettings
 
 __all__ = ["Planner", "Settings", "advice", "judge", "round_up", "verdict"]
+
+Settings = PlanSettings
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25)
 BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 8, 64, 256)}
 
 # Two quiet runs of one model differ by about a per cent, and for less than two no one would give accuracy away.
 LEAST_GAIN = 1.02
+TOO_FEW = "too few rounds"
 
 # What --round-to auto tries. Rows of a matrix product are images times tokens, so a remainder matters at small batches.
 # CUDA: 8 numbers of half precision are one load of 16 bytes, which rows of an attention bias should start at; 64 is the
@@ -49,38 +63,6 @@ _FOR_ROUNDING = 0.2  # of the time
 _REDUCED = 0.75  # of the time of a whole pass, on average over the keep rates
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What to plan. None and empty stand for a choice made from the model, the machine and the time.
-
-    Attributes:
-        method: a name in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a norm (``radial`` is ``radial-l2``).
-        round_to: ``"auto"`` times rounded token counts too where reduction pays; a number measures counts rounded up to
-            a multiple of it throughout; ``"none"`` leaves them alone.
-        seconds: rounds are added until about this long after the start, if ``rounds`` is None. Compiling comes on top.
-        graphs: replay CUDA graphs.
-        threads, seed: as in :class:`fastreduce.compare.Settings`.
-    """
-
-    model: str = "deit_small_patch16_224"
-    checkpoint: str | None = None
-    pretrained: bool = False
-    method: str = "topk"
-    keep_rates: tuple[float, ...] = ()
-    at: tuple[int, ...] | None = None
-    batches: tuple[int, ...] = ()
-    round_to: str = "auto"
-    rounds: int | None = None
-    seconds: float = 60.0
-    device: str | None = None
-    dtype: str = "float32"
-    backend: str = "auto"
-    compile: bool = False
-    graphs: bool = False
-    threads: int | None = None
-    seed: int = 10
-
-
 def round_up(counts: Sequence[int], multiple: int, prefix: int, patches: int) -> tuple[int, ...]:
     """The next larger counts of patch tokens that make ``prefix + count`` a multiple, as far as there are tokens.
 
@@ -90,7 +72,7 @@ def round_up(counts: Sequence[int], multiple: int, prefix: int, patches: int) ->
 
 
 def verdict(spread: Sequence[float], bar: float) -> str:
-    """``"pays"`` if even the lower quartile of the ratios lies above the bar, ``"no"`` if not even the upper one does.
+    """Return ``"pays"`` if the lower quartile of the ratios lies above the bar, ``"no"`` if not even the upper does.
 
     ``"unclear"`` in between.
     """
@@ -107,7 +89,7 @@ def _speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def judge(batch: int, seconds: Mapping[Any, Sequence[float]]) -> dict[str, Any]:
-    """What the rounds at one batch say.
+    """Say what the rounds at one batch show.
 
     Args:
         batch: images in a batch.
@@ -115,16 +97,18 @@ def judge(batch: int, seconds: Mapping[Any, Sequence[float]]) -> dict[str, Any]:
 
     Returns:
         Ready for JSON: the ``bar`` that a gain has to pass (2 %, or what the control strays from itself if that is
-        more), speed, speed-up and verdict of every keep rate, and ``recommended``, the highest that pays, or None.
+        more), speed, speed-up and verdict of every keep rate (``"too few rounds"`` below five), and ``recommended``,
+        the highest that pays, or None.
     """
     unreduced = seconds["unreduced"]
     control = ratio("speedup", seconds["control"], unreduced)
     low, high = control["speedup_quartiles"]
     bar = max(LEAST_GAIN, high, 1 / low)
     rates = []
+    enough = len(unreduced) >= ROUNDS_FOR_A_SPREAD
     for rate in sorted((name for name in seconds if not isinstance(name, str)), reverse=True):
         speedup = ratio("speedup", seconds[rate], unreduced)
-        word = verdict(speedup["speedup_quartiles"], bar)
+        word = verdict(speedup["speedup_quartiles"], bar) if enough else TOO_FEW
         rates.append({"keep_rate": rate, **_speed(batch, seconds[rate]), **speedup, "verdict": word})
     return {
         "batch": batch,
@@ -143,9 +127,14 @@ def _listed(values: Sequence[float]) -> str:
 
 
 def _batch_advice(row: Mapping[str, Any]) -> str:
-    """Whether to reduce at this batch, from which keep rate on, and what it brings."""
+    """Say whether to reduce at this batch, from which keep rate on, and what it brings."""
     batch, rates = row["batch"], row["rates"]
     best = max(rates, key=lambda rate: rate["speedup"])
+    if row["rounds"] < ROUNDS_FOR_A_SPREAD:
+        return (
+            f"Batch {batch}: no verdict, which takes {ROUNDS_FOR_A_SPREAD} rounds, and this had {row['rounds']}: give "
+            f"--rounds {ROUNDS_FOR_A_SPREAD} or more."
+        )
     if row["recommended"] is not None:
         (first,) = (rate for rate in rates if rate["keep_rate"] == row["recommended"])
         low, high = first["speedup_quartiles"]
@@ -192,11 +181,25 @@ def _rounding_advice(batch: int, rounding: Mapping[str, Any]) -> str:
     return f"{at}rounded {', '.join(shown)}: {end}."
 
 
+def _most(rows: Sequence[Mapping[str, Any]]) -> str:
+    full = max(rows, key=lambda row: row["unreduced"]["images_per_second"])
+    speed, batch, rate = max(
+        (rate["images_per_second"], row["batch"], rate["keep_rate"]) for row in rows for rate in row["rates"]
+    )
+    return (
+        f"Most images/s: unreduced {full['unreduced']['images_per_second']:.4g} (batch {full['batch']}), "
+        f"reduced {speed:.4g} (batch {batch}, keep rate {rate:g})."
+    )
+
+
 def advice(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sentences that say at which batches to reduce, from which keep rate on; ``rows`` as :func:`judge` gives them."""
+    """Return sentences: at which batches to reduce, from which keep rate on; ``rows`` as :func:`judge` gives them."""
     paying = [row["batch"] for row in rows if row["recommended"] is not None]
-    rest = [row["batch"] for row in rows if row["recommended"] is None]
-    if not paying:
+    untold = [row["batch"] for row in rows if row["rounds"] < ROUNDS_FOR_A_SPREAD]
+    rest = [row["batch"] for row in rows if row["recommended"] is None and row["batch"] not in untold]
+    if len(untold) == len(rows):
+        lines = [f"No verdict: the rounds are too few to say whether reduction pays at batch {_listed(untold)}."]
+    elif not paying:
         batches = "batch" if len(rest) == 1 else "batches"
         lines = [f"Do not reduce on this machine: at {batches} {_listed(rest)} no keep rate was shown to pay."]
     elif not rest:
@@ -206,14 +209,8 @@ def advice(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     else:
         lines = [f"Reduction pays at batch {_listed(paying)}, not at {_listed(rest)}."]
     lines += [_batch_advice(row) for row in rows]
-    full = max(rows, key=lambda row: row["unreduced"]["images_per_second"])
-    speed, batch, rate = max(
-        (rate["images_per_second"], row["batch"], rate["keep_rate"]) for row in rows for rate in row["rates"]
-    )
-    lines.append(
-        f"Most images/s: unreduced {full['unreduced']['images_per_second']:.4g} (batch {full['batch']}), "
-        f"reduced {speed:.4g} (batch {batch}, keep rate {rate:g})."
-    )
+    if len(untold) < len(rows):
+        lines.append(_most([row for row in rows if row["batch"] not in untold]))
     lines += [_rounding_advice(row["batch"], row["rounding"]) for row in rows if row.get("rounding")]
     lines.append(
         "Accuracy is not measured here, and a lower keep rate costs accuracy: take the highest that is fast enough, "
@@ -249,18 +246,14 @@ class Planner:
 
     def __init__(self, settings: Settings, started: float | None = None):
         self.settings = settings
-        for batch in settings.batches:
-            check_positive("batch", batch)
-        if settings.round_to not in ("auto", "none") and not settings.round_to.isdecimal():
-            raise ValueError(f"--round-to takes a number, auto or none, got {settings.round_to!r}")
-        self.multiple = int(settings.round_to) if settings.round_to.isdecimal() else None
-        check_positive("round-to", self.multiple)
+        settings.check()
+        self.multiple = settings.multiple
         rates = sorted(dict.fromkeys(settings.keep_rates or KEEP_RATES), reverse=True)
         shared = {field.name for field in dataclasses.fields(compare.Settings)} & set(vars(settings))
         self.comparison = Comparison(
             compare.Settings(
                 **{name: getattr(settings, name) for name in shared - {"keep_rates"}},
-                methods=("radial-l2" if settings.method == "radial" else settings.method,),
+                methods=(settings.variant,),
                 keep_rates=(rates[0],),
                 batch=_CHECKED,
             ),
@@ -277,6 +270,8 @@ class Planner:
         self.refused: dict[float, str] = {}
         self.entries = {rate: entry for rate in rates if (entry := self._entry(rate)) is not None}
         self.comparison.use(list(self.entries.values()))
+        for batch in settings.batches:
+            self.comparison.check_memory(batch)
         self.batches = sorted(set(settings.batches or BATCHES[self.device.type]))
         self.left_out: dict[int, str] = {}
         self.wrong: list[str] = []
@@ -321,7 +316,7 @@ class Planner:
         return self.comparison.elapsed
 
     def check(self, progress: compare.Progress) -> None:
-        """Hold every reduced model's logits against the official algorithm in float64, on two images."""
+        """Hold every reduced model's logits against the plain algorithm in float64, on two images."""
         self.comparison.check(progress)
         for rate, entry in self.entries.items():
             self._note_if_wrong(entry, f"keep rate {rate:g}")
@@ -332,7 +327,7 @@ class Planner:
 
     def _note(self, where: str, difference: float) -> None:
         self.wrong.append(
-            f"{where}: the logits are {difference:.0e} away from the official algorithm in float64 (the unreduced "
+            f"{where}: the logits are {difference:.0e} away from the plain algorithm in float64 (the unreduced "
             f"model's {self.comparison.difference:.0e}), and no near-tie explains it"
         )
 
@@ -371,10 +366,14 @@ class Planner:
                 self.wrong.append(f"{where}: the logits are {of_images.max():.0e} away from those of the eager model")
 
     def _turns(
-        self, calls: Mapping[Any, Callable[[], object]], share: float, progress: Callable[[float], None]
-    ) -> dict[Any, list[float]]:
-        """Rounds, as many as were asked for or as fit into this many seconds."""
-        seconds: dict[Any, list[float]] = {name: [] for name in calls}
+        self,
+        calls: Mapping[Any, Callable[[], object]],
+        share: float,
+        progress: Callable[[float], None],
+        seconds: dict[Any, list[float]],
+    ) -> None:
+        """Add rounds to ``seconds``, as many as were asked for or as fit into this many seconds."""
+        seconds.update({name: [] for name in calls})
         start, done, wanted = time.perf_counter(), 0, self.settings.rounds or _FEWEST_ROUNDS
         while done < wanted:
             progress(done / wanted)
@@ -385,12 +384,20 @@ class Planner:
             if self.settings.rounds is None:
                 spent = time.perf_counter() - start
                 wanted = min(max(2 * int(share * done / spent / 2), wanted), _MOST_ROUNDS)
-        return seconds
 
     def _probe(self, count: int) -> float:
         call = functools.partial(self.comparison.model, self.comparison.views(count))
         call()
         return statistics.median(seconds_of(call, self.device) for _ in range(3))
+
+    def _drop_what_does_not_fit(self) -> None:
+        """Leave out the usual batches that memory does not hold by estimate; those that were asked for were refused."""
+        for batch in self.batches[1:]:
+            try:
+                self.comparison.check_memory(batch)
+            except ValueError:
+                self.left_out[batch] = "it does not fit into memory"
+        self.batches = [batch for batch in self.batches if batch not in self.left_out]
 
     def _drop_what_takes_too_long(self, left: float) -> None:
         """Leave out the largest of the usual batches that a slow machine cannot do some rounds of in the time."""
@@ -404,12 +411,39 @@ class Planner:
             size = self.batches.pop()
             takes = passes * (fixed + size * each)
             self.left_out[size] = f"it would take about {takes:.0f} s here; give --batch {size} or more --seconds"
+        self._drop_keep_rates((_FEWEST_ROUNDS + 1) * (fixed + self.batches[0] * each), left)
+
+    def _drop_keep_rates(self, a_pass: float, left: float) -> None:
+        """Leave out some of the usual keep rates where even one batch takes too long."""
+        droppable = [] if self.settings.keep_rates or len(self.batches) > 1 else [0.8, 0.6, 0.4, 0.9, 0.25, 0.7]
+        for rate in droppable:
+            if a_pass * (2 + _REDUCED * len(self.entries)) <= left or len(self.entries) == 1:
+                return
+            if self.entries.pop(rate, None) is not None:
+                self.refused[rate] = f"the others take the time; give --keep-rate {rate:g} or more --seconds"
+
+    @property
+    def rounds(self) -> int:
+        """Rounds measured, of all batches."""
+        return sum(len(seconds["unreduced"]) for seconds in self.seconds.values())
 
     @torch.inference_mode()
     def measure(self, progress: compare.Progress) -> None:
-        """Time every batch, all models in turn, then the rounded counts where reduction pays."""
+        """Time every batch, all models in turn, then the rounded counts where reduction pays.
+
+        What is raised meanwhile, Ctrl-C too, leaves the rounds that were finished for :meth:`result`.
+        """
         if self.wrong:
             return
+        try:
+            self._measure_on_device(progress)
+        finally:
+            for seconds in self.seconds.values():
+                cut_to_whole_rounds(seconds)
+            self.seconds = {batch: seconds for batch, seconds in self.seconds.items() if seconds.get("unreduced")}
+            self.batches = list(self.seconds)
+
+    def _measure_on_device(self, progress: compare.Progress) -> None:
         with contextlib.ExitStack() as stack:
             if self.device.type == "cuda":
                 stack.enter_context(torch.cuda.device(self.device))
@@ -423,6 +457,7 @@ class Planner:
         rounding = self.settings.round_to == "auto" and self.not_rounded is None
         time_left = max(self.settings.seconds - self.comparison.elapsed, self.settings.seconds / 3)
         left = time_left * (1 - _FOR_ROUNDING if rounding else 1)
+        self._drop_what_does_not_fit()
         self._drop_what_takes_too_long(left)
         views = self.comparison.views(self.batches[-1])
         for done, batch in enumerate(self.batches):
@@ -459,7 +494,7 @@ class Planner:
         calls["control"], _ = self._ready(self.comparison.model, images)
         start = time.perf_counter()
         if not self.wrong:
-            self.seconds[len(images)] = self._turns(calls, share, progress)
+            self._turns(calls, share, progress, self.seconds.setdefault(len(images), {}))
         return time.perf_counter() - start
 
     def _measure_rounding(self, images: Tensor, share: float) -> None:
@@ -491,7 +526,8 @@ class Planner:
             self._agree(entry, logits, images)
         if self.wrong:
             return
-        seconds = self._turns(calls, share, lambda _: None)
+        seconds: dict[Any, list[float]] = {}
+        self._turns(calls, share, lambda _: None, seconds)
         tried = []
         for multiple, entry in rounded.items():
             gain = ratio("speedup_over_exact", seconds[multiple], seconds["exact"])
@@ -542,7 +578,7 @@ class Planner:
         return {**row, "rounding": rounding, "code": code}
 
     def result(self) -> dict[str, Any]:
-        """Everything that was measured and where, and what follows from it, ready for JSON.
+        """Return everything that was measured and where, and what follows from it, ready for JSON.
 
         Ratios are medians over the rounds of the ratio within a round, above 1 where the reduced model is faster. Where
         the logits are wrong there are no batches and no advice.
@@ -557,11 +593,17 @@ class Planner:
         lines += [f"Batch {batch} was left out: {reason}." for batch, reason in self.left_out.items()]
         lines += [f"Keep rate {rate:g} was left out: {reason}." for rate, reason in self.refused.items()]
         return {
+            "format": "fastreduce plan",
+            "format_version": FORMAT_VERSION,
             "environment": environment(self.device),
+            "load_at_start": comparison.load,
+            "cpus": os.cpu_count() or 1,
             "model": settings.model,
             "weights": comparison.weights,
+            "random_weights": comparison.random_weights,
             "method": self.method,
-            "options": self.options,
+            "options": {**self.options, **comparison.method_options.get(self.method, {})},
+            "timed": bool(self.seconds),
             "blocks": list(comparison.blocks),
             "patches": math.prod(comparison.grid),
             "prefix": comparison.model.num_prefix_tokens,

@@ -2,14 +2,18 @@
 
 import dataclasses
 import multiprocessing
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fastreduce.integrations.timm import reduced_counts, unpatch
+from fastreduce.reducers import REDUCERS
 from fastreduce.study import recipe as recipes
-from fastreduce.study.protocol import Backbone, protocol_for
+from fastreduce.study.data import _PHOTOS
+from fastreduce.study.protocol import DATA_SETS, Backbone, protocol_for
 from fastreduce.study.recipe import DIGITS, DIGITS_QUICK, Capacity, paper_recipe, reductions, train_all
 from fastreduce.study.train import Epoch
 
@@ -46,6 +50,31 @@ def test_labels():
     assert dataclasses.replace(dpcknn, keep_rate=(0.5, 0.25)).label == "dpcknn-0.5-0.25"
 
 
+def test_tome_leaves_as_many_tokens_as_the_others():
+    """One matching leaves at least half: below that rate several are needed."""
+    few, half, own = reductions(("tome",), (0.25, 0.5)) + reductions(("tome",), (0.25,), tome={"rounds": "official"})
+    assert (few.options, half.options, own.options) == ({"rounds": "exact"}, {}, {"rounds": "official"})
+    model = DIGITS.backbone.build(10)
+    assert reduced_counts(few.apply(model)) == [16, 4, 1]
+
+
+def test_names_are_those_of_the_package():
+    assert tuple(REDUCERS) == recipes._METHODS
+    assert ("digits", *_PHOTOS) == DATA_SETS
+    with pytest.raises(ValueError, match="unknown method 'tom'; did you mean 'tome'"):
+        reductions(("tom",), (0.5,))
+
+
+def test_torch_is_not_needed_to_refuse_a_recipe():
+    script = (
+        "import sys; from fastreduce.study.recipe import DIGITS, paper_recipe, reductions\n"
+        "paper_recipe('coco')\n"
+        "assert not {'torch', 'timm', 'numpy'} & {*sys.modules}, [*sys.modules]"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_papers_recipe():
     paper = paper_recipe("nabirds", "deit_tiny_patch16_224")
     assert (paper.fine_tuning, paper.training) == (protocol_for("nabirds"), None)
@@ -74,7 +103,7 @@ def test_train_all(tmp_path, monkeypatch):
         reductions=reductions(("sit",), (0.5,)),
         capacities=(Capacity("narrow", narrow, reductions(("topk",), (0.5,))),),
     )
-    monkeypatch.setattr(recipes, "open_data", lambda *arguments, **named: few_digits(16))
+    monkeypatch.setattr("fastreduce.study.data.open_data", lambda *arguments, **named: few_digits(16))
     said = []
     alone = train_all(tiny, tmp_path / "alone", cpu=True, progress=lambda *words: said.append(words))
     own, further = ["backbone", "unreduced", "sit-0.5"], ["narrow/backbone", "narrow/unreduced", "narrow/topk-0.5"]

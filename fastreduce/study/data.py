@@ -27,42 +27,12 @@ from torchvision.datasets import ImageFolder
 
 from .._files import read_json
 from ..pictures import open_picture
+from .protocol import DATA_SETS, Augmentation, Shifts
 
 __all__ = ["DATA_SETS", "Augmentation", "DataSet", "Images", "Shifts", "open_data"]
 
 _Transform = Callable[[Any], Tensor]
 _DIGITS_MEAN = _DIGITS_STD = (0.5, 0.5, 0.5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Augmentation:
-    """What is done to photos; the defaults are the paper's for ImageNet.
-
-    Attributes:
-        rand_augment: timm's policy, or None.
-        color_jitter: used only without ``rand_augment``, as timm has it; of single-label sets.
-        random_erasing: probability; erased pixels become noise; of single-label sets.
-        cutout: side of the erased square, as a share of the image's; of multi-label sets.
-        interpolation: of every resize.
-        crop: share of the image's shorter side that evaluation sees.
-    """
-
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
-    color_jitter: float = 0.3
-    random_erasing: float = 0.25
-    cutout: float = 0.5
-    interpolation: str = "bicubic"
-    crop: float = 0.875
-
-
-@dataclasses.dataclass(frozen=True)
-class Shifts:
-    """What is done to digits, which no flip leaves what they are: degrees, and shares of the image's side."""
-
-    degrees: float = 10.0
-    shift: float = 0.1
-    zoom: float = 0.1
-    shear: float = 5.0
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
@@ -446,7 +416,6 @@ def _nuswide(root: Path, size: int, how: Augmentation) -> DataSet:
 
 
 _PHOTOS = {"imagenet": _imagenet, "nabirds": _nabirds, "coco": _coco, "nuswide": _nuswide}
-DATA_SETS = ("digits", *_PHOTOS)
 
 
 def open_data(

@@ -1,7 +1,8 @@
 """The findings of the paper, held against a study's own recordings: which hold at its scale, and which do not.
 
 *Which Tokens to Use? Investigating Token Reduction in Vision Transformers* (Haurum et al., ICCVW 2023). Differences in
-accuracy are paired over images, with their standard error: a difference below two of them decides nothing.
+accuracy are paired over images, with their standard error: a difference below two of them decides nothing. Models that
+did not learn their task do not count: see :class:`Floors`.
 """
 
 from __future__ import annotations
@@ -9,17 +10,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..names import FAMILIES, TITLES
-from .comparison import Row, TokenStatistics, chance_iou
-from .record import UNREDUCED, Recording
+from .comparison import Row, TokenStatistics, chance_iou, correlate
+from .record import UNREDUCED, Recording, Run
 
-__all__ = ["Finding", "Verdict", "find"]
+__all__ = ["LEAST_ABOVE_CHANCE", "Finding", "Floors", "Verdict", "find"]
+
+LEAST_ABOVE_CHANCE = 10.0  # points
 
 Verdict = Literal["holds", "does not hold", "undecided", "not examined"]
 _Shares = Mapping[tuple[str, str, float | None], float]  # of patches after the first stage, by backbone, method, rate
@@ -40,6 +43,75 @@ class Finding:
     claim: str
     verdict: Verdict
     evidence: str
+
+
+def _chance(recordings: Sequence[Recording]) -> float:
+    """The accuracy, in per cent, of a model that looks at nothing."""
+    for recording in recordings:
+        if "prediction" in recording.outputs:
+            # The class that is most often right.
+            _, counts = np.unique(recording.outputs["target"], return_counts=True)
+            return float(100 * counts.max() / counts.sum())
+        if "scores" in recording.outputs:
+            # The mean average precision of random scores is the share of labels that are present.
+            return float(100 * np.asarray(recording.outputs["target"], np.float64).mean())
+    return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Floors:
+    """How accurate a model must be for a finding to count it.
+
+    A model that did not learn its task says nothing about its method. To count, its accuracy must be above the middle
+    between chance and the unreduced model of its backbone (without one, the best), and ten points above chance.
+
+    Attributes:
+        chance: the accuracy of a model that looks at nothing, in per cent.
+        by_backbone: the floor of each backbone, in per cent.
+    """
+
+    chance: float
+    by_backbone: Mapping[str, float]
+
+    @classmethod
+    def of(cls, recordings: Sequence[Recording]) -> Floors:
+        """Return the floors of a study, from the recordings of all its backbones on one data set."""
+        chance, floors = _chance(recordings), {}
+        for backbone in dict.fromkeys(one.run.backbone for one in recordings):
+            own = {
+                (one.run.method, one.run.keep_rate): one.run.accuracy
+                for one in recordings
+                if one.run.backbone == backbone and math.isfinite(one.run.accuracy)
+            }
+            best = own.get((UNREDUCED, None), max(own.values(), default=chance))
+            floors[backbone] = chance + max(LEAST_ABOVE_CHANCE, (best - chance) / 2)
+        return cls(chance, floors)
+
+    def counts(self, backbone: str, accuracy: float) -> bool:
+        """Whether a model counts."""
+        return accuracy > self.by_backbone.get(backbone, self.chance + LEAST_ABOVE_CHANCE)
+
+    def below(self, recordings: Sequence[Recording]) -> list[Run]:
+        """Return the runs that do not count."""
+        return [one.run for one in recordings if not self.counts(one.run.backbone, one.run.accuracy)]
+
+    def words(self, recordings: Sequence[Recording]) -> str:
+        """Say what the floors are and which models are below, in sentences."""
+        floors = ", ".join(f"{floor:.2f} % in {backbone}" for backbone, floor in self.by_backbone.items())
+        rule = (
+            f"A model counts above a floor: {floors}. That is the middle between chance ({self.chance:.2f} %) and the "
+            f"unreduced model, and at least {LEAST_ABOVE_CHANCE:g} points above chance."
+        )
+        return f"{rule} Below it: {_listed(self.below(recordings)) or 'none'}."
+
+
+def _listed(runs: Sequence[Run], most: int = 1000) -> str:
+    words = [
+        f"{TITLES.get(run.method, run.method)}{'' if run.keep_rate is None else f' at {run.keep_rate:g}'} "
+        f"({run.accuracy:.2f} %)"
+        for run in runs
+    ]
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def _scores(recordings: Sequence[Recording]) -> _Scores:
@@ -252,11 +324,16 @@ def _similarities_follow(correlations: Sequence[Row]) -> Finding:
     )
 
 
+def _counted(rows: Sequence[Row], floors: Floors) -> list[Row]:
+    """Pairs of models that both count."""
+    return [row for row in rows if all(floors.counts(row[f"backbone_{end}"], row[f"accuracy_{end}"]) for end in "ab")]
+
+
 def find(
     recordings: Sequence[Recording],
     tokens: Sequence[TokenStatistics],
     rows: Mapping[str, Sequence[Row]],
-    correlations: Sequence[Row],
+    floors: Floors | None = None,
 ) -> list[Finding]:
     """Hold the paper's findings against the recordings of one data set and its main backbone.
 
@@ -266,24 +343,47 @@ def find(
         tokens: :func:`~fastreduce.study.comparison.token_statistics` of each, and of those on other backbones.
         rows: what :func:`~fastreduce.study.comparison.compare` gave along ``"keep_rate"``, ``"backbone"`` and
             ``"method"``; any may be missing.
-        correlations: what :func:`~fastreduce.study.comparison.correlate` gave along ``"method"``.
+        floors: above which models count; by default those of ``recordings``. Give them where there are other backbones.
 
     Returns:
-        A finding for each claim, in the paper's order.
+        A finding for each claim, in the paper's order. One that only models below the floor could decide is undecided.
     """
-    scores = _scores(recordings)
-    rates = sorted({rate for _, rate in scores if rate is not None}, reverse=True)
-    across: dict[str, Sequence[Any]] = {axis: rows.get(axis, ()) for axis in ("keep_rate", "backbone", "method")}
+    floors = Floors.of(recordings) if floors is None else floors
+    below = floors.below(recordings)
+    failed = {(run.backbone, run.method, run.keep_rate) for run in below}
+    counted = [one for one in recordings if (one.run.backbone, one.run.method, one.run.keep_rate) not in failed]
+
+    def held(claim: Callable[[_Scores, list[float], Mapping[str, Sequence[Row]]], Finding]) -> Finding:
+        found = []
+        for group, only in ((counted, True), (recordings, False)):
+            scores = _scores(group)
+            rates = sorted({rate for _, rate in scores if rate is not None}, reverse=True)
+            across = {axis: rows.get(axis, ()) for axis in ("keep_rate", "backbone", "method")}
+            across = {axis: _counted(held, floors) if only else held for axis, held in across.items()}
+            found.append(claim(scores, rates, across))
+        if found[0].verdict == "not examined" != found[1].verdict:
+            why = f": {_listed(below, 4)}" if below else " of its backbone"
+            return Finding(found[0].claim, "undecided", f"too few of its models are above the floor{why}")
+        return found[0]
+
     merging = ("Hard merging", "Soft merging")
     return [
-        _top_k_is_strong(scores, rates),
-        _evit_is_above(scores, rates),
-        _family_beats(scores, rates, "Pruning beats merging in general.", "Pruning", merging),
-        _family_beats(scores, rates, "Hard merging beats soft merging.", "Hard merging", ("Soft merging",)),
-        _static_beats_soft(scores, rates),
-        _rates_agree(across["keep_rate"], tokens),
-        _backbones_disagree(across["backbone"], tokens),
-        _radial_disagrees(across["method"], tokens),
-        _little_reduction_helps(scores),
-        _similarities_follow(correlations),
+        held(lambda scores, rates, across: _top_k_is_strong(scores, rates)),
+        held(lambda scores, rates, across: _evit_is_above(scores, rates)),
+        held(
+            lambda scores, rates, across: _family_beats(
+                scores, rates, "Pruning beats merging in general.", "Pruning", merging
+            )
+        ),
+        held(
+            lambda scores, rates, across: _family_beats(
+                scores, rates, "Hard merging beats soft merging.", "Hard merging", ("Soft merging",)
+            )
+        ),
+        held(lambda scores, rates, across: _static_beats_soft(scores, rates)),
+        held(lambda scores, rates, across: _rates_agree(across["keep_rate"], tokens)),
+        held(lambda scores, rates, across: _backbones_disagree(across["backbone"], tokens)),
+        held(lambda scores, rates, across: _radial_disagrees(across["method"], tokens)),
+        held(lambda scores, rates, across: _little_reduction_helps(scores)),
+        held(lambda scores, rates, across: _similarities_follow(correlate(across["method"], "method"))),
     ]

@@ -60,8 +60,9 @@ def _figure(width: float, height: float, title: str, subtitle: str) -> Figure:
     figure = Figure(figsize=(width, height), facecolor="white")
     FigureCanvasAgg(figure)
     left = 0.15 / width
-    figure.text(left, 1 - 0.3 / height, title, fontsize=12, weight="bold", color="#111111")
-    figure.text(left, 1 - 0.52 / height, subtitle, fontsize=8.5, color=_GREY)
+    # A model's name may hold a dollar sign, which would else begin a formula.
+    figure.text(left, 1 - 0.3 / height, title, fontsize=12, weight="bold", color="#111111", parse_math=False)
+    figure.text(left, 1 - 0.52 / height, subtitle, fontsize=8.5, color=_GREY, parse_math=False)
     return figure
 
 

@@ -1,23 +1,45 @@
-"""What is trained, and how: frozen data that says, with the data set, everything a run depends on."""
+"""What is trained, and how: frozen data that says, with the data set, everything a run depends on.
+
+Torch and timm are imported when a model is built: a protocol that cannot be is refused without waiting for them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from timm.models import get_pretrained_cfg
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from ..checkpoints import load_official, read_checkpoint
-from ..integrations.timm import create_model, patch, reduced_counts
-from .data import DATA_SETS
+__all__ = [
+    "DATA_SETS",
+    "EMA_WEIGHTS",
+    "HISTORY",
+    "LAYOUTS",
+    "WEIGHTS",
+    "Augmentation",
+    "Backbone",
+    "Protocol",
+    "Reduction",
+    "Shifts",
+    "load_trained",
+    "plain_data",
+    "protocol_for",
+]
 
-__all__ = ["Backbone", "Protocol", "Reduction", "load_trained", "plain_data", "protocol_for"]
-
+WEIGHTS, EMA_WEIGHTS, HISTORY = "model.safetensors", "model_ema.safetensors", "training.json"  # of a training
+DATA_SETS = ("digits", "imagenet", "nabirds", "coco", "nuswide")
+# What the folder of each must hold; what is in it is looked at when it is opened.
+LAYOUTS = {
+    "imagenet": ("train", "val"),
+    "nabirds": ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"),
+    "coco": ("annotations/instances_train2014.json", "annotations/instances_val2014.json"),
+    "nuswide": ("nus_wid_data.csv",),
+}
 
 _NOT_NEGATIVE = (
     "min_lr",
@@ -36,6 +58,37 @@ _NOT_NEGATIVE = (
 def plain_data(value: Any) -> Any:
     """A dataclass as it reads in JSON, tuples as lists."""
     return json.loads(json.dumps(dataclasses.asdict(value), default=os.fspath))
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What is done to photos; the defaults are the paper's for ImageNet.
+
+    Attributes:
+        rand_augment: timm's policy, or None.
+        color_jitter: used only without ``rand_augment``, as timm has it; of single-label sets.
+        random_erasing: probability; erased pixels become noise; of single-label sets.
+        cutout: side of the erased square, as a share of the image's; of multi-label sets.
+        interpolation: of every resize.
+        crop: share of the image's shorter side that evaluation sees.
+    """
+
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1"
+    color_jitter: float = 0.3
+    random_erasing: float = 0.25
+    cutout: float = 0.5
+    interpolation: str = "bicubic"
+    crop: float = 0.875
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifts:
+    """What is done to digits, which no flip leaves what they are: degrees, and shares of the image's side."""
+
+    degrees: float = 10.0
+    shift: float = 0.1
+    zoom: float = 0.1
+    shear: float = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +119,12 @@ class Backbone:
             ValueError: a model that timm does not have, one that is no Vision Transformer, a checkpoint that does not
                 fit.
         """
+        from timm.models.vision_transformer import VisionTransformer
+        from torch import Tensor
+
+        from ..checkpoints import load_official, read_checkpoint
+        from ..integrations.timm import create_model
+
         try:
             model = create_model(
                 self.name, pretrained=self.pretrained, num_classes=num_classes, drop_path_rate=drop_path, **self.options
@@ -84,6 +143,11 @@ class Backbone:
 
     def knows(self, num_classes: int) -> bool:
         """Whether its weights include a head for so many classes."""
+        from timm.models import get_pretrained_cfg
+        from torch import Tensor
+
+        from ..checkpoints import read_checkpoint
+
         if self.checkpoint is not None:
             head = read_checkpoint(self.checkpoint).state.get("head.weight")
             return isinstance(head, Tensor) and head.ndim == 2 and len(head) == num_classes
@@ -119,10 +183,14 @@ class Reduction:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Patch the model, in place; new layers are drawn from torch's global generator."""
+        from ..integrations.timm import patch
+
         return patch(model, self.method, keep_rate=self.keep_rate, at=self.at, **self.options)
 
     def fractions(self, model: nn.Module) -> list[float]:
         """The share of the patches that each stage of the patched model is to keep."""
+        from ..integrations.timm import reduced_counts
+
         stages = len(reduced_counts(model))
         if self.keep_rate is None or isinstance(self.keep_rate, (int, float)):
             rate = 0.7 if self.keep_rate is None else self.keep_rate
@@ -151,6 +219,8 @@ def load_trained(
         OSError: if the file cannot be opened.
         ValueError: weights that do not fit.
     """
+    from ..checkpoints import load_official
+
     model = dataclasses.replace(backbone, pretrained=False, checkpoint=None).build(num_classes)
     if reduction is not None:
         reduction.apply(model)
@@ -186,7 +256,10 @@ class Protocol:
         temperature: of the soft form.
         ratio_weight, logit_weight, token_weight: of DynamicViT's losses.
         workers: processes that load images; the random numbers depend on how many there are.
-        seed: of everything.
+        seed: of everything, from 0 to 2⁶³ − 1.
+
+    Raises:
+        ValueError: values out of range, or not finite.
     """
 
     epochs: int = 30
@@ -220,6 +293,15 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError(f"{field.name} must be finite, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+        if len(self.asymmetry) != 3 or min(self.asymmetry) < 0:
+            raise ValueError(f"asymmetry must be three numbers that are not negative, got {self.asymmetry}")
         for name in ("epochs", "batch_size", "accumulate", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -1,32 +1,39 @@
-"""What a whole study trains, and that of the embedded one, which takes two cores minutes."""
+"""What a whole study trains, and the recipe of the embedded one, which takes two cores minutes.
+
+Torch is imported when something is trained: see :mod:`fastreduce.study.protocol`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from ..names import FAMILIES
-from ..reducers import REDUCERS
-from .data import Augmentation, DataSet, Shifts, open_data
-from .protocol import Backbone, Protocol, Reduction, load_trained, protocol_for
-from .train import Training, train
+from ._workers import Workers
+from .protocol import Augmentation, Backbone, Protocol, Reduction, Shifts, load_trained, protocol_for
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .data import DataSet
+    from .train import Training
 
 __all__ = ["DIGITS", "DIGITS_QUICK", "Capacity", "Model", "Recipe", "paper_recipe", "reductions", "train_all"]
 
 _Progress = Callable[[str, float, float], None]
-_Step = Callable[[_Progress | None], Training]
+_Step = Callable[[_Progress | None], "Training"]
 
 _OPTIONS: dict[str, Mapping[str, Any]] = {"radial": {"norm": "l2", "schedule": "stages"}}
 _RADIAL = ("radial-l1", "radial-l2", "radial-linf")
+_METHODS = tuple(dict.fromkeys(name.partition("_")[0] for family in FAMILIES.values() for name in family))
+# A matching merges at most half of the tokens: below this rate ToMe needs several to leave as many as the others.
+_ONE_MATCHING = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +116,8 @@ class Recipe:
 
     def open(self, root: str | os.PathLike[str] | None = None) -> DataSet:
         """The data set; see :func:`~fastreduce.study.data.open_data`."""
+        from .data import open_data
+
         return open_data(self.data, root, image_size=self.image_size, augmentation=self.augmentation)
 
     @property
@@ -130,7 +139,8 @@ def reductions(
     Args:
         methods: names in ``fastreduce.REDUCERS``; ``"radial-l1"`` for another norm than l2.
         keep_rates: rates r; stage i keeps ``r ** (i + 1)`` of the patches.
-        **options: of a method; of ``radial`` by default the rings of norm l2, in stages.
+        **options: of a method; of ``radial`` by default the rings of norm l2, in stages; of ``tome`` below a rate of
+            0.5 ``rounds="exact"``, since one matching leaves at least half of the tokens.
 
     Raises:
         ValueError: an unknown method, or a rate out of range.
@@ -141,11 +151,15 @@ def reductions(
             raise ValueError(f"keep_rate must lie in (0, 1], got {rate}")
     chosen = []
     for name in methods:
-        if name not in REDUCERS and name not in _RADIAL:
-            raise ValueError(f"unknown method {name!r}; expected one of {', '.join((*REDUCERS, *_RADIAL))}")
+        if name not in _METHODS and name not in _RADIAL:
+            near = difflib.get_close_matches(name, (*_METHODS, *_RADIAL), n=1)
+            hint = f"did you mean {near[0]!r}? Known" if near else "expected one of"
+            raise ValueError(f"unknown method {name!r}; {hint}: {', '.join((*_METHODS, *_RADIAL))}")
         method, _, norm = name.partition("-")
         own = {**known.get(method, {}), **({"norm": norm} if norm else {})}
-        chosen += [Reduction(method, rate, options=own) for rate in keep_rates]
+        for rate in keep_rates:
+            several = {"rounds": "exact"} if method == "tome" and rate < _ONE_MATCHING else {}
+            chosen.append(Reduction(method, rate, options={**several, **own}))
     return tuple(chosen)
 
 
@@ -155,7 +169,7 @@ def paper_recipe(data: str, backbone: str = "deit_small_patch16_224", capacities
     DynamicViT's teacher is the unreduced model, fine-tuned.
 
     Args:
-        data: one of :data:`~fastreduce.study.data.DATA_SETS` but digits.
+        data: one of :data:`~fastreduce.study.protocol.DATA_SETS` but digits.
         backbone: a timm model of 224 pixels.
         capacities: further ones, on which everything is repeated; the paper's are ``deit_tiny_patch16_224`` and
             ``deit_base_patch16_224``.
@@ -175,7 +189,6 @@ def paper_recipe(data: str, backbone: str = "deit_small_patch16_224", capacities
     )
 
 
-_METHODS = tuple(REDUCERS)
 _KEEP_RATES = (0.25, 0.5, 0.7, 0.9)
 # At a keep rate of 0.25 the third stage has 4 of 64 tokens left, fewer than the paper's 5 neighbours.
 _FEW_TOKENS: dict[str, Any] = {"dpcknn": {"k_neighbors": 4}}
@@ -214,6 +227,8 @@ DIGITS_QUICK = dataclasses.replace(
 def _train_backbone(
     recipe: Recipe, folder: Path, root: str | None, cpu: bool, model: Model, progress: _Progress | None = None
 ) -> Training:
+    from .train import train
+
     assert recipe.training is not None
     return train(
         recipe.open(root),
@@ -229,6 +244,8 @@ def _train_backbone(
 def _fine_tune(
     recipe: Recipe, folder: Path, root: str | None, cpu: bool, model: Model, progress: _Progress | None = None
 ) -> Training:
+    from .train import train
+
     data, backbone = recipe.open(root), model.capacity.backbone
     if recipe.training is not None:
         trained = folder / _place(model.folder, "backbone") / "model.safetensors"
@@ -331,6 +348,8 @@ _parts: Any = None  # of every model of a study, how much of it is trained; shar
 
 
 def _start_worker(parts: Any) -> None:
+    import torch
+
     global _parts
     _parts = parts
     torch.set_num_threads(1)
@@ -354,21 +373,14 @@ def _train_together(
     parts = context.RawArray("d", len(steps))
     index = {place: index for index, place in enumerate(steps)}
     trainings: dict[str, Training] = {}
-    running: dict[Future[Training], str] = {}
     waiting = dict(steps)
-    with ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(parts,)) as pool:
-        try:
-            while waiting or running:
-                for place in [place for place, (_, before) in waiting.items() if before is None or before in trainings]:
-                    step, _ = waiting.pop(place)
-                    running[pool.submit(_train_in_worker, step, index[place])] = place
-                for task in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
-                    place = running.pop(task)
-                    trainings[place] = task.result()
-                    parts[index[place]] = 1.0  # those that were trained before said nothing
-                if progress is not None:
-                    progress(f"training {recipe.data}", sum(parts), len(steps))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with Workers(min(jobs, len(steps)), context, _start_worker, parts) as workers:
+        while len(trainings) < len(steps):
+            for place in [place for place, (_, before) in waiting.items() if before is None or before in trainings]:
+                workers.submit(place, _train_in_worker, waiting.pop(place)[0], index[place])
+            for place, training in workers.finished(timeout=0.5):
+                trainings[place] = training
+                parts[index[place]] = 1.0  # those that were trained before said nothing
+            if progress is not None:
+                progress(f"training {recipe.data}", sum(parts), len(steps))
     return trainings

@@ -6,14 +6,17 @@ import dataclasses
 import io
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Section", "Table", "write_report"]
+__all__ = ["Section", "Table", "in_markdown", "write_report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +36,10 @@ class Table:
     digits: int = 2
 
     def markdown(self) -> str:
-        """The table for a README, its caption above it."""
-        lines = [self.caption, ""] if self.caption else []
-        lines += [f"| {' | '.join(self.columns)} |", "|" + "---|" * len(self.columns)]
-        lines += [f"| {' | '.join(_shown(cell, self.digits) for cell in row)} |" for row in self.rows]
+        """Return the table for a README, its caption above it. Cells are shown as they are, whatever is in them."""
+        lines = [in_markdown(self.caption), ""] if self.caption else []
+        lines += [f"| {' | '.join(map(in_markdown, self.columns))} |", "|" + "---|" * len(self.columns)]
+        lines += [f"| {' | '.join(in_markdown(_shown(cell, self.digits)) for cell in row)} |" for row in self.rows]
         return "\n".join(lines) + "\n"
 
 
@@ -117,6 +120,13 @@ nav { font-size: .93em }
 """
 
 
+def in_markdown(text: str) -> str:
+    """Return text that Markdown shows as it is, in one line."""
+    text = re.sub(r"([\\|`*\[\]])", r"\\\1", " ".join(re.split(r"[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+", text)))
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)  # within a word it is no emphasis
+
+
 def _is_missing(cell: Any) -> bool:
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
@@ -173,4 +183,4 @@ def write_report(
     page = pages.from_string(_PAGE).render(title=title, facts=facts, sections=sections)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +20,10 @@ import torch
 from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
+from .._files import write_atomically
 from ..measure import environment
 from ..names import FAMILIES, TITLES
+from ._lock import hold
 from .comparison import (
     Row,
     TokenStatistics,
@@ -30,8 +35,8 @@ from .comparison import (
     write_csv,
 )
 from .data import DataSet
-from .evaluate import Evaluation, evaluate
-from .findings import Finding, find
+from .evaluate import Evaluation, Examination, examine, time_in_turns
+from .findings import Finding, Floors, find
 from .pictures import (
     Result,
     accuracy_by_rate,
@@ -44,7 +49,7 @@ from .pictures import (
 from .protocol import load_trained, plain_data
 from .recipe import Model, Recipe, train_all
 from .record import UNREDUCED, Recording, Run, open_recording, record_images
-from .report import Section, Table, write_report
+from .report import Section, Table, in_markdown, write_report
 from .train import Training
 
 if TYPE_CHECKING:
@@ -53,6 +58,8 @@ if TYPE_CHECKING:
 __all__ = ["Study", "analyse", "run_study"]
 
 _EXAMPLES = 6  # images whose patterns are drawn
+_ROUNDS = 10  # of the speeds
+_log = logging.getLogger("fastreduce")
 _SOFTWARE = ("fastreduce", "commit", "torch", "triton", "timm", "python")
 _MACHINE = ("device", "device_name", "threads", "platform")
 _MEASURES = {
@@ -74,8 +81,10 @@ class Study:
         rows: similarities along ``"keep_rate"`` and ``"method"``, of the study's own backbone, and along
             ``"backbone"``; of depth maps along these under ``"depth_…"``.
         correlations: of similarities along ``"method"`` with the difference in accuracy.
+        floors: how accurate a model must be for its findings to count.
         findings: the paper's, held against all this.
         seconds: that every part took; training is the sum over its processes.
+        unwritten: files that could not be written, with the reason.
     """
 
     recordings: list[Recording]
@@ -83,8 +92,10 @@ class Study:
     tokens: list[TokenStatistics]
     rows: dict[str, list[Row]]
     correlations: list[Row]
+    floors: Floors
     findings: list[Finding]
     seconds: dict[str, float]
+    unwritten: list[str] = dataclasses.field(default_factory=list)
 
     def result(self, index: int) -> Result:
         """One model's, for pictures."""
@@ -112,29 +123,64 @@ class Study:
 
 def _judge(
     recipe: Recipe, model: Model, weights: Path, data: DataSet, folder: Path, device: torch.device
-) -> tuple[Recording, Evaluation]:
-    """Evaluate and record a trained model, or read what an earlier call wrote."""
+) -> tuple[Recording, Examination]:
+    """Record and examine a trained model, or read what an earlier call wrote."""
     reduction, capacity = model.reduction, model.capacity
     recorded, evaluated = folder / "recording.safetensors", folder / "evaluation.json"
-    if not evaluated.exists():
+    if not (evaluated.exists() and recorded.exists()):
+        for remains in folder.glob(f".{recorded.name}.*"):  # of a process that was killed while it recorded
+            shutil.rmtree(remains, ignore_errors=True)
         trained = load_trained(capacity.backbone, reduction, weights, data.num_classes).to(device)
-        batches = DataLoader(data.val, batch_size=recipe.fine_tuning.batch_size, num_workers=recipe.fine_tuning.workers)
+        size, workers = min(recipe.fine_tuning.batch_size, len(data.val)), recipe.fine_tuning.workers
         rate = None if reduction is None else reduction.keep_rate
         first = rate[0] if isinstance(rate, tuple) else rate
         record_images(
             trained,
-            batches,
+            DataLoader(data.val, batch_size=size, num_workers=workers),
             recorded,
             dataset=data.name,
             backbone=capacity.name,
             method=UNREDUCED if reduction is None else reduction.variant,
             keep_rate=first,
         )
-        found = evaluate(trained, data, batch_size=recipe.fine_tuning.batch_size, workers=recipe.fine_tuning.workers)
-        part = evaluated.with_suffix(".part")
-        part.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
-        part.replace(evaluated)
-    return open_recording(recorded), Evaluation(**json.loads(evaluated.read_text()))
+        found = examine(trained, data, batch_size=size, workers=workers)
+        write_atomically(evaluated, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    return open_recording(recorded), _read_examination(evaluated)
+
+
+def _read_examination(path: Path) -> Examination:
+    try:
+        held = json.loads(path.read_text())
+        return Examination(**{field.name: held[field.name] for field in dataclasses.fields(Examination)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what a study wrote: remove it, and it is made again") from error
+
+
+def _measure_speeds(
+    recipe: Recipe, trained: Mapping[str, Training], data: DataSet, folder: Path, device: torch.device, said: _Progress
+) -> dict[str, list[float]]:
+    """Images per second by place, the models of one backbone in turns; or what an earlier call wrote."""
+    path, places = folder / "speed.json", [model.place for model in recipe.models]
+    about = {"device": str(device), "threads": torch.get_num_threads(), "batch_size": recipe.fine_tuning.batch_size}
+    try:
+        held = json.loads(path.read_text())
+        if held["about"] == about and [*held["images_per_second"]] == places:
+            return held["images_per_second"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # it is measured again
+    speeds: dict[str, list[float]] = {}
+    for capacity in dict.fromkeys(model.capacity.name for model in recipe.models):
+        said(f"timing {capacity} in turns", len(speeds), len(places))
+        models = {
+            model.place: load_trained(
+                model.capacity.backbone, model.reduction, trained[model.place].weights, data.num_classes
+            ).to(device)
+            for model in recipe.models
+            if model.capacity.name == capacity
+        }
+        speeds |= time_in_turns(models, data, batch_size=recipe.fine_tuning.batch_size, rounds=_ROUNDS)
+    write_atomically(path, json.dumps({"about": about, "images_per_second": speeds}, indent=1) + "\n")
+    return speeds
 
 
 def _seconds(training: Training) -> float:
@@ -162,9 +208,10 @@ def analyse(recordings: Sequence[Recording], evaluations: Sequence[Evaluation], 
         rows["backbone"] = compare(recordings, "backbone")
         rows["depth_backbone"] = compare_depth_maps(tokens, "backbone")
     correlations = correlate(rows["method"], "method")
-    findings = find(own, tokens, rows, correlations)
+    floors = Floors.of(recordings)
+    findings = find(own, tokens, rows, floors)
     seconds = seconds | {"comparing": time.perf_counter() - start}
-    return Study(list(recordings), list(evaluations), tokens, rows, correlations, findings, seconds)
+    return Study(list(recordings), list(evaluations), tokens, rows, correlations, floors, findings, seconds)
 
 
 def run_study(
@@ -178,7 +225,8 @@ def run_study(
 ) -> Study | None:
     """Run a study from training to report.
 
-    What is in the folder already is not done again: an interrupted study goes on where it was.
+    What is in the folder already is not done again: an interrupted study goes on where it was. While another study has
+    the folder, this one waits.
 
     Args:
         recipe: what is trained, and how.
@@ -194,11 +242,31 @@ def run_study(
 
     Raises:
         ValueError: the folder holds another study; a data set or a model that does not fit.
-        FileNotFoundError: the data set is not there.
+        OSError: the data set is not there, or the folder cannot be written to.
     """
     folder = Path(folder)
     data = recipe.open(root)
     state = PartialState(cpu=cpu)
+    with ExitStack() as stack:
+        if state.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(
+                hold(folder, lambda holder: _log.warning("%s is in use by %s: waiting for it", folder, holder))
+            )
+        return _run(recipe, folder, data, state, root, jobs, cpu, progress)
+
+
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    data: DataSet,
+    state: PartialState,
+    root: str | os.PathLike[str] | None,
+    jobs: int,
+    cpu: bool,
+    progress: _Progress | None,
+) -> Study | None:
+    said: _Progress = progress or (lambda what, done, total: None)
     trained = train_all(recipe, folder / "models", root=root, jobs=jobs, cpu=cpu, progress=progress)
     places = {model.place for model in recipe.models}
     seconds = {
@@ -208,15 +276,21 @@ def run_study(
     if not state.is_main_process:
         return None
     start = time.perf_counter()
-    recordings, evaluations = [], []
+    recordings, examinations = [], []
     for done, model in enumerate(recipe.models):
-        if progress is not None:
-            progress(f"recording {model.place}", done, len(places))
+        said("evaluating and recording", done, len(places))
         weights = trained[model.place].weights
         judged = _judge(recipe, model, weights, data, folder / "models" / model.place, state.device)
         recordings.append(judged[0])
-        evaluations.append(judged[1])
+        examinations.append(judged[1])
     seconds["evaluating and recording"] = time.perf_counter() - start
+    start = time.perf_counter()
+    speeds = _measure_speeds(recipe, trained, data, folder / "models", state.device, said)
+    seconds["timing"] = time.perf_counter() - start
+    evaluations = [
+        Evaluation.of(found, speeds[model.place]) for found, model in zip(examinations, recipe.models, strict=True)
+    ]
+    said("comparing and drawing", 0, 1)
     study = analyse(recordings, evaluations, seconds)
     _write(study, recipe, data, folder, state.device)
     return study
@@ -344,9 +418,12 @@ def _by_rate(results: Iterable[tuple[Run, Any]], caption: str, digits: int = 2) 
     return Table(["method", "family", *(f"{rate:g}" for rate in rates)], rows, caption, digits)
 
 
-def _accuracy_table(study: Study) -> Table:
+def _accuracy_table(study: Study, recipe: Recipe) -> Table:
     runs = [one.run for one in study.recordings if one.run.backbone == study.backbone]
     caption = f"Accuracy in per cent by keep rate; unreduced {runs[0].accuracy:.2f}"
+    exact = [f"{one.keep_rate:g}" for one in recipe.reductions if one.options.get("rounds") == "exact"]
+    if exact:
+        caption += f"; ToMe at {', '.join(exact)} with as many matchings as reach its number of tokens"
     return _by_rate([(run, run.accuracy) for run in runs], caption)
 
 
@@ -361,7 +438,12 @@ def _speed_tables(study: Study) -> list[Table]:
     work = [(run, 1e3 * evaluation.gmacs) for run, evaluation in judged]
     tokens = [(run, ", ".join(f"{count:.3g}" for count in evaluation.tokens)) for run, evaluation in judged]
     return [
-        _by_rate(speeds, f"Images per second; unreduced {unreduced.images_per_second:.0f}", digits=0),
+        _by_rate(
+            speeds,
+            f"Images per second, median of {unreduced.rounds} rounds in turns; "
+            f"unreduced {unreduced.images_per_second:.0f}",
+            digits=0,
+        ),
         _by_rate(work, f"Million multiply-adds an image; unreduced {1e3 * unreduced.gmacs:.1f}", digits=1),
         _by_rate(tokens, "Patch tokens after each stage"),
     ]
@@ -414,16 +496,16 @@ def _correlation_tables(study: Study) -> list[Table]:
 
 
 def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: torch.device) -> None:
-    """Tables, pictures, report and one JSON file with all of it."""
+    """One JSON file with all of it, then tables, then pictures and the report. What fails costs none of the others."""
     tables, drawings, about = folder / "tables", folder / "pictures", environment(device)
-    for place in (tables, drawings):
-        place.mkdir(parents=True, exist_ok=True)
-    named: dict[str, list[Row]] = {**study.rows, "correlations": study.correlations}
-    for name, rows in named.items():
-        write_csv(rows, tables / f"{name.replace('_', '-')}.csv")
-    pictures = _pictures(study, data)
-    for name, (figure, _) in pictures.items():
-        figure.savefig(drawings / f"{name}.png", dpi=150, metadata={"Software": "fastreduce"})
+
+    def written(path: Path, write: Callable[[Path], object] | str) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, write)
+        except OSError as error:
+            study.unwritten.append(f"{path} ({error.strerror or error})")
+
     result = {
         "recipe": plain_data(recipe),
         "environment": about,
@@ -432,13 +514,37 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
             {**dataclasses.asdict(recording.run), **dataclasses.asdict(evaluation)}
             for recording, evaluation in zip(study.recordings, study.evaluations, strict=True)
         ],
+        "floors": dataclasses.asdict(study.floors),
         "findings": [dataclasses.asdict(finding) for finding in study.findings],
     }
-    (folder / "results.json").write_text(json.dumps(result, indent=1, default=str) + "\n")
+    written(folder / "results.json", json.dumps(result, indent=1, default=str) + "\n")
+    findings = Table(
+        ["finding of the paper", "here", "evidence"],
+        [[finding.claim, finding.verdict, finding.evidence] for finding in study.findings],
+    )
+    capacities = _capacity_tables(study)
+    parts = [table.markdown() for table in (_accuracy_table(study, recipe), findings, *capacities)]
+    summary = "\n".join([*parts[:2], in_markdown(study.floors.words(study.recordings)) + "\n", *parts[2:]])
+    written(folder / "summary.md", summary)
+    named: dict[str, list[Row]] = {**study.rows, "correlations": study.correlations}
+    for name, rows in named.items():
+        written(tables / f"{name.replace('_', '-')}.csv", lambda part, rows=rows: write_csv(rows, part))  # type: ignore[misc]
+    pictures = _pictures(study, data)
+    for name, (figure, _) in pictures.items():
+        written(
+            drawings / f"{name}.png",
+            lambda part, figure=figure: figure.savefig(part, dpi=150, metadata={"Software": "fastreduce"}),  # type: ignore[misc]
+        )
+    sections = _sections(study, recipe, pictures, findings, capacities)
+    facts = _facts(study, recipe, data, about)
+    written(folder / "report.html", lambda part: write_report(part, f"Token reduction on {data.name}", facts, sections))
+
+
+def _facts(study: Study, recipe: Recipe, data: DataSet, about: Mapping[str, Any]) -> list[tuple[str, Any]]:
     taken = {name: round(value) for name, value in study.seconds.items()}
     options = ", ".join(f"{name} {value}" for name, value in recipe.backbone.options.items())
     further = "".join(f"; {capacity.name} beside it" for capacity in recipe.capacities)
-    facts: list[tuple[str, Any]] = [
+    return [
         ("data", f"{data.name}: {len(data.train)} training, {len(data.val)} validation images"),
         ("backbone", f"{recipe.backbone.name}{f' ({options})' if options else ''}{further}"),
         ("models", f"{len(study.recordings)}, {recipe.fine_tuning.epochs} epochs each from its backbone"),
@@ -446,11 +552,11 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
         ("software", ", ".join(f"{name} {about[name]}" for name in _SOFTWARE if about.get(name) is not None)),
         ("machine", ", ".join(f"{name} {about[name]}" for name in _MACHINE if about.get(name) is not None)),
     ]
-    findings = Table(
-        ["finding of the paper", "here", "evidence"],
-        [[finding.claim, finding.verdict, finding.evidence] for finding in study.findings],
-    )
 
+
+def _sections(
+    study: Study, recipe: Recipe, pictures: Mapping[str, tuple[Figure, str]], findings: Table, capacities: list[Table]
+) -> list[Section]:
     def drawn(*names: str) -> list[tuple[Figure, str]]:
         return [pictures[name] for name in names if name in pictures]
 
@@ -459,11 +565,12 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
             "Findings",
             [
                 "Gaps in accuracy are paired over images, with their standard error; below two of these: undecided. "
-                "What another seed of the training would change is not in it."
+                "What another seed of the training would change is not in it.",
+                study.floors.words(study.recordings),
             ],
             [findings],
         ),
-        Section("Accuracy", (), [_accuracy_table(study)], drawn("accuracy-by-keep-rate", "accuracy-by-speed")),
+        Section("Accuracy", (), [_accuracy_table(study, recipe)], drawn("accuracy-by-keep-rate", "accuracy-by-speed")),
         Section("Where patches are lost", (), (), drawn("depth-maps", "patterns")),
         Section("How methods agree", (), (), drawn("iou-matrix", "nmi-matrix", "gap-by-procrustes")),
         Section(
@@ -476,10 +583,8 @@ def _write(study: Study, recipe: Recipe, data: DataSet, folder: Path, device: to
         ),
         Section("Speed", (), _speed_tables(study)),
     ]
-    if capacities := _capacity_tables(study):
+    if capacities:
         words = "The same method and keep rate on two backbones. PCC is Pearson's correlation of the two depth maps."
         maps = [name for name in pictures if name.startswith("depth-maps-")]
         sections.insert(4, Section("Another capacity", [words], capacities, drawn(*maps)))
-    summary = "\n".join(table.markdown() for table in (_accuracy_table(study), findings, *capacities))
-    (folder / "summary.md").write_text(summary, encoding="utf-8")
-    write_report(folder / "report.html", f"Token reduction on {data.name}", facts, sections)
+    return sections

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -28,18 +32,20 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from .._files import write_atomically
 from ..integrations.timm import record
 from ..losses import dynamicvit_loss
+from ._lock import hold
 from .data import DataSet
 from .evaluate import measure_accuracy
-from .protocol import Backbone, Protocol, Reduction, plain_data
+from .protocol import EMA_WEIGHTS, HISTORY, WEIGHTS, Backbone, Protocol, Reduction, plain_data
 
-__all__ = ["EMA_WEIGHTS", "WEIGHTS", "Epoch", "Training", "make_accelerator", "parameter_groups", "train"]
+__all__ = ["Epoch", "Training", "make_accelerator", "parameter_groups", "train"]
 
 _NEW_PARTS = ("head", "pos_embed", "patch_embed", "reducers")
 _WITHOUT_DECAY = ("pos_embed", "cls_token", "reg_token", "dist_token")
-_STATE, _PART, _RESULT = "epoch-", ".part", "training.json"
-WEIGHTS, EMA_WEIGHTS = "model.safetensors", "model_ema.safetensors"
+_STATE, _PART = "epoch-", ".part"
+_log = logging.getLogger("fastreduce")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,22 +228,19 @@ def _states(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{_STATE}*") if path.suffix != _PART)
 
 
-def _write_weights(model: nn.Module, path: Path) -> Path:
-    part = path.with_name(path.name + _PART)
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, part)
-    return part.replace(path)
+def _write_weights(model: nn.Module, path: Path) -> None:
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    write_atomically(path, lambda part: save_file(state, part))
 
 
 def _write_history(place: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
-    part = place / (_RESULT + _PART)
     history = {"description": description, "epochs": [dataclasses.asdict(epoch) for epoch in epochs]}
-    part.write_text(json.dumps(history, indent=1) + "\n")
-    part.replace(place / _RESULT)
+    write_atomically(place / HISTORY, json.dumps(history, indent=1) + "\n")
 
 
 def _read_history(folder: Path, place: Path, description: Mapping[str, Any]) -> list[Epoch]:
     """The epochs behind the result or the checkpoint at a place of the folder."""
-    path = place / _RESULT
+    path = place / HISTORY
     try:
         found = json.loads(path.read_text())
         epochs = [Epoch(**epoch) for epoch in found["epochs"]]
@@ -250,11 +253,18 @@ def _read_history(folder: Path, place: Path, description: Mapping[str, Any]) -> 
 
 def _read_result(folder: Path, description: Mapping[str, Any]) -> Training | None:
     """The training that the folder holds, if it is finished."""
-    if not (folder / _RESULT).exists():
+    if not (folder / HISTORY).exists():
         return None
     epochs = _read_history(folder, folder, description)
     ema = folder / EMA_WEIGHTS
     return Training(epochs, folder / WEIGHTS, ema if ema.exists() else None)
+
+
+def _set_seed(seed: int) -> None:
+    """Seed all generators, of which numpy's takes 32 bits."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _fingerprint(model: nn.Module) -> str:
@@ -313,7 +323,10 @@ class _Trainer:
         accelerator: Accelerator,
     ):
         self.protocol, self.data, self.accelerator = protocol, data, accelerator
-        set_seed(protocol.seed)  # the same weights in all processes
+        together = protocol.batch_size * accelerator.num_processes
+        if len(data.train) < together:
+            raise ValueError(f"{data.name} has {len(data.train)} training images, fewer than a batch of {together}")
+        _set_seed(protocol.seed)  # the same weights in all processes
         self.model = backbone.build(data.num_classes, protocol.drop_path)
         _check_size(backbone.name, self.model, data)
         reduced = None if reduction is None else reduction.apply(self.model)
@@ -351,8 +364,7 @@ class _Trainer:
         observed = self.model if fractions is None else _Observed(self.model)
         self.trained, self.stepper, self.loader = accelerator.prepare(observed, self.optimizer, _loader(protocol, data))
         if not len(self.loader):
-            together = protocol.batch_size * accelerator.num_processes
-            raise ValueError(f"{data.name} has {len(data.train)} training images, fewer than a batch of {together}")
+            raise ValueError(f"{data.name} has {len(data.train)} training images, which make no batch of {together}")
         self.updates = math.ceil(len(self.loader) / protocol.accumulate)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -367,7 +379,7 @@ class _Trainer:
         # The names of the patched model, in whatever accelerate and DynamicViT wrap it.
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
-        set_seed(protocol.seed, device_specific=True)
+        _set_seed(protocol.seed + accelerator.process_index)
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], place: str | os.PathLike[str]) -> None:
         weights.clear()
@@ -486,7 +498,8 @@ def train(
         backbone: the model and its weights.
         protocol: how; :func:`~fastreduce.study.protocol.protocol_for` has the paper's.
         folder: for ``model.safetensors`` (and ``model_ema.safetensors``), ``training.json`` and, on the way,
-            checkpoints, which hold these files too; all processes must see it.
+            checkpoints, which hold these files too; all processes must see it. While another training has the
+            folder, this one waits; the same arguments then give what that one gave.
         reduction: the method, or None for the unreduced model.
         teacher: an unreduced timm model for distillation and for DynamicViT. Default: the backbone with its weights,
             which must have been trained for these classes.
@@ -501,44 +514,77 @@ def train(
 
     Raises:
         ValueError: a folder that holds another training (finished or not), weights that do not fit, a data set smaller
-            than a batch, distillation without a teacher.
+            than a batch, distillation without a teacher, a negative number of epochs between validations or
+            checkpoints.
+        OSError: the folder cannot be written to.
         FloatingPointError: the loss is not finite.
     """
+    for name, value in (("validate_every", validate_every), ("checkpoint_every", checkpoint_every)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
     folder = Path(folder)
     accelerator = make_accelerator(protocol, cpu)
     description = _describe(data, backbone, protocol, reduction, teacher, accelerator.num_processes)
     if (finished := _read_result(folder, description)) is not None:
         return finished
-    states = _states(folder)
-    epochs = _read_history(folder, states[-1], description) if states else []
-    trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(f"*{_PART}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    accelerator.wait_for_everyone()
-    if states:
-        accelerator.load_state(str(states[-1]))
+    if states := _states(folder):
+        _read_history(folder, states[-1], description)
     what = data.name if reduction is None else f"{data.name} {reduction.label}"
 
     def moved(done: float) -> None:
         if progress is not None and accelerator.is_main_process:
             progress(f"training {what}", done, protocol.epochs)
 
-    for epoch in range(len(epochs), protocol.epochs):
-        start = time.perf_counter()
-        losses, lr = trainer.run_epoch(epoch, lambda part, epoch=epoch: moved(epoch + part))  # type: ignore[misc]
-        seconds = time.perf_counter() - start
-        measured: tuple[dict[str, float], dict[str, float]] = ({}, {})
-        if epoch + 1 == protocol.epochs or (validate_every and (epoch + 1) % validate_every == 0):
-            measured = trainer.validate()
-        epochs.append(Epoch(losses, lr, *measured, seconds))
-        if checkpoint_every and (epoch + 1) % checkpoint_every == 0 and epoch + 1 < protocol.epochs:
-            trainer.save_state(folder, epochs, description)
-        if on_epoch is not None:
-            on_epoch(epochs[-1])
-    trainer.finish(folder, epochs, description)
+    def waiting(holder: str) -> None:
+        _log.warning("%s is in use by %s: waiting for it", folder, holder)
+
+    trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator)
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(folder, waiting))
+            _remove_remains(folder)
+        accelerator.wait_for_everyone()
+        # Another process may have finished, or begun, while this one waited for the folder.
+        if _read_result(folder, description) is None:
+            _train(trainer, folder, description, validate_every, checkpoint_every, moved, on_epoch)
     accelerator.free_memory()
     result = _read_result(folder, description)
     assert result is not None
     return result
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what a killed process was in the middle of writing."""
+    for path in (*folder.glob(f"*{_PART}"), *folder.glob(".fastreduce-*"), *folder.glob(f"{_STATE}*/.fastreduce-*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _train(
+    trainer: _Trainer,
+    folder: Path,
+    description: Mapping[str, Any],
+    validate_every: int,
+    checkpoint_every: int,
+    moved: Callable[[float], None],
+    on_epoch: Callable[[Epoch], None] | None,
+) -> None:
+    """Train from the last checkpoint of the folder to the end."""
+    last = trainer.protocol.epochs
+    states = _states(folder)
+    epochs = _read_history(folder, states[-1], description) if states else []
+    if states:
+        trainer.accelerator.load_state(str(states[-1]))
+    for epoch in range(len(epochs), last):
+        start = time.perf_counter()
+        losses, lr = trainer.run_epoch(epoch, lambda part, epoch=epoch: moved(epoch + part))  # type: ignore[misc]
+        seconds = time.perf_counter() - start
+        measured: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        if epoch + 1 == last or (validate_every and (epoch + 1) % validate_every == 0):
+            measured = trainer.validate()
+        epochs.append(Epoch(losses, lr, *measured, seconds))
+        if checkpoint_every and (epoch + 1) % checkpoint_every == 0 and epoch + 1 < last:
+            trainer.save_state(folder, epochs, description)
+        if on_epoch is not None:
+            on_epoch(epochs[-1])
+    trainer.finish(folder, epochs, description)

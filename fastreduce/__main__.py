@@ -1,0 +1,5 @@
+"""``python -m fastreduce``: the command line."""
+
+from .cli import main
+
+main()
