@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "check_bool",
     "check_count",
+    "check_flag",
     "check_floating",
     "check_index",
     "check_number",
@@ -92,6 +93,13 @@ def check_number(name: str, value: Any, *, low: float = -math.inf, positive: boo
         bound = "positive and " if positive else "" if low == -math.inf else f"at least {low:g} and "
         raise ValueError(f"{name} must be {bound}finite, got {number}")
     return number
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` as a bool; raise TypeError unless it is one, Python's or NumPy's."""
+    if isinstance(value, bool) or (_is_bool(value) and not isinstance(value, Tensor) and value.ndim == 0):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {_shown(value)}")
 
 
 def check_scale(scale: Any, channels: int) -> float:

@@ -461,7 +461,7 @@ class MergeTokens(torch.autograd.Function):
             elif wanted[0]:
                 grad_x = _merge_backward(grad_rows, *slots, size, total, ctx.eps)
         if learned and sized:
-            exponent = grad_size * size
+            exponent = (grad_size * size).masked_fill(slot < 0, 0.0)  # kernels compute no size without a slot
             dtype = torch.promote_types(x.dtype, log_weight.dtype)  # a layer in float32 wants its gradient so too
             products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
             grad_log_weight = products.sum(0, dtype=exponent.dtype).to(log_weight.dtype)
@@ -579,6 +579,8 @@ def _check_merge(
     check_floating("x", x)
     _check_slot(slot)
     check_same("x", x, "slot", slot)
+    if x.shape[2] < 1:
+        raise ValueError(f"x must have at least one channel, got shape {shape_of(x)}")
     num_out = check_count("num_out", num_out, 1, 2**31 - 2)
     if shape_of(slot) != shape_of(x)[:2]:
         raise ValueError(f"slot must have shape {shape_of(x)[:2]}, got {shape_of(slot)}")
@@ -728,7 +730,8 @@ def merge_tokens(
 
     Args:
         x: (B, N, C) tokens. float32, float16, bfloat16 (reference: any); sums are float32.
-        slot: (B, N) int64 or int32, values 0 .. num_out - 1, not checked. An empty slot gives zeros and size 0.
+        slot: (B, N) int64 or int32, values -1 .. num_out - 1, not checked. An empty slot gives zeros and size 0; a
+            token of slot -1 belongs nowhere, and it and its size get no gradient.
         num_out: number of slots.
         size: (B, N), the weights of the tokens, or None for ones: in ToMe how many patches each stands for, in TCFormer
             learned ones. Differentiable if it requires a gradient.
@@ -745,8 +748,8 @@ def merge_tokens(
         (B, num_out), float32 (float64 for float64 x), which carry no gradient.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, ``num_out < 1``, an eps that is negative or not finite, both size
-            and log_size.
+        ValueError: wrong shapes, no channel, devices that differ, ``num_out < 1``, an eps that is negative or not
+            finite, both size and log_size.
         TypeError: x or log_size not floating point, log_size not a pair, slot not an integer tensor, head not in x's
             dtype, eps not a number.
     """

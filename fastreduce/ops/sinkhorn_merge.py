@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import Resolved, resolve
-from ._check import check_count, check_floating, check_number, check_same, check_shape, shape_of
+from ._check import check_count, check_flag, check_floating, check_number, check_same, check_shape, shape_of
 from ._library import differentiates_again, gradients_again, register, wants_gradient
 
 __all__ = ["sinkhorn_merge"]
@@ -246,5 +246,6 @@ def sinkhorn_merge(
         if (head.shape[0], head.shape[2]) != (batch, channels):
             raise ValueError(f"head must have shape ({batch}, P, {channels}), got {shape_of(head)}")
         tensors.append(head)
-    options: dict[str, Any] = {"eps": eps, "iters": iters, "head": head, "similarity": bool(similarity)}
+    similarity = check_flag("similarity", similarity)
+    options: dict[str, Any] = {"eps": eps, "iters": iters, "head": head, "similarity": similarity}
     return sinkhorn_merge_unchecked(x, centers, **options, backend=resolve(backend, *tensors))
