@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import RowTile, cdiv, direct, next_power_of_2, row_warps, whole_rows
+from ._direct import cdiv, direct, next_power_of_2
+from ._launch import RowTile, row_warps, whole_rows
 
 # Rows that one program of a backward pass takes in turn: what it adds up for the gradients of weight and bias, written
 # and read once more, is some 6 % of what it moves.

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct, next_power_of_2
 from ._rows import head_of, steps, unit_of
 
 LOG2_E = 1.4426950408889634

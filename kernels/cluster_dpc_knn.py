@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct, next_power_of_2
 from .merge_tokens import _group, group_slots
 from .select_topk import _packed_keys, select_topk
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct, next_power_of_2
 from .select_topk import _packed_keys
 
 STORED = 1024  # tokens whose distances are stored: 4 MiB an image; from there on memory is to grow as the tokens do

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import RowTile, cdiv, direct, row_tile, whole_rows
+from ._direct import cdiv, direct
+from ._launch import RowTile, row_tile, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,

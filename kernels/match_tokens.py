@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2, row_tile
+from ._direct import cdiv, direct, next_power_of_2
+from ._launch import row_tile
 from ._rows import steps, unit_of
 from .merge_tokens import _group, group_slots
 

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2, row_warps
+from ._direct import cdiv, direct, next_power_of_2
+from ._launch import row_warps
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct, next_power_of_2
 from ._rows import head_of, steps, unit_of
 
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN

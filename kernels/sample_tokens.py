@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import direct, next_power_of_2
+from ._direct import direct, next_power_of_2
 
 # Sums are of integers, the same in any order: a scan of floats can fall by a rounding, and gives tokens of weight 0
 # cdfs of their own. Weights are counted in 2^-61, as their total is at most a little over 1.

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct, next_power_of_2
 
 
 @dataclasses.dataclass(frozen=True)

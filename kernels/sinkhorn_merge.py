@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct, next_power_of_2
 
 LOWEST = tl.constexpr(-3.0e38)  # where a row of -inf needs a finite maximum
 PADDING = 16

@@ -1,10 +1,13 @@
 """What every operator promises, by the kernels: second derivatives, unchecked twins, empty dimensions."""
 
 import functools
+import sys
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
+from bench.microbenchmark import OperatorCounts
 from fastreduce import ops
 from fastreduce.ops import unchecked
 
@@ -107,3 +110,88 @@ def test_tokens_of_no_slot_take_no_part(sizes, norm):
     grad = found["triton"][3 if norm else 2]
     assert not grad[0, [1, 4]].any()
     assert not grad[1].any()
+
+
+def _gather(x):
+    return ops.gather_tokens(x, torch.tensor([[0, 2]]), backend="triton")
+
+
+class TestWhoSeesTheOperator:
+    """In eager mode kernels are launched directly; whatever records operators sees them nevertheless."""
+
+    def test_make_fx(self):
+        graph = torch.fx.experimental.proxy_tensor.make_fx(_gather)(torch.randn(1, 5, 4))
+        assert "fastreduce.gather_tokens.default" in graph.code
+        x = torch.randn(1, 5, 4)
+        assert torch.equal(graph(x), _gather(x))
+
+    def test_dispatch_mode(self):
+        with OperatorCounts() as operators:
+            _gather(torch.randn(1, 5, 4))
+        assert operators.counts["gather_tokens"] == 1
+
+    def test_fake_tensors(self):
+        with torch._subclasses.FakeTensorMode() as mode:
+            assert _gather(mode.from_tensor(torch.randn(1, 5, 4))).shape == (1, 3, 4)
+
+    def test_export(self):
+        class Module(torch.nn.Module):
+            def forward(self, x):
+                return _gather(x)
+
+        exported = torch.export.export(Module(), (torch.randn(1, 5, 4),))
+        assert "fastreduce.gather_tokens.default" in exported.graph_module.code
+
+    def test_jit_trace(self):
+        x = torch.randn(1, 5, 4)
+        traced = torch.jit.trace(_gather, x, check_trace=False)
+        assert "fastreduce::gather_tokens" in str(traced.graph)
+        other = torch.randn(1, 5, 4)
+        assert torch.equal(traced(other), _gather(other))
+
+    def test_compile_with_and_without_gradients(self):
+        torch._dynamo.reset()
+        compiled = torch.compile(_gather, fullgraph=True, backend="aot_eager")
+        x = torch.randn(1, 5, 4, requires_grad=True)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), _gather(x))
+        compiled(x).sum().backward()
+        assert x.grad.sum() == 12
+
+    def test_autocast_leaves_the_dtype_alone(self):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _gather(torch.randn(1, 5, 4)).dtype == torch.float32
+
+    def test_subclasses_of_tensors_go_to_the_dispatcher(self):
+        pair = TwoTensor(torch.randn(1, 5, 4), torch.randn(1, 5, 4))
+        index = torch.tensor([[0, 2]])
+        found = ops.gather_tokens(pair, TwoTensor(index, index), backend="triton")
+        assert isinstance(found, TwoTensor)
+        assert torch.equal(found.b, _gather(pair.b))
+
+    def test_without_a_gradient_there_is_no_function(self, monkeypatch):
+        monkeypatch.setattr(sys.modules["fastreduce.ops.gather_tokens"].GatherTokens, "apply", None)
+        monkeypatch.setattr(torch.ops.fastreduce.gather_tokens, "default", None)
+        assert _gather(torch.randn(1, 5, 4)).shape == (1, 3, 4)
+        with torch.no_grad():
+            _gather(torch.randn(1, 5, 4, requires_grad=True))
+        with pytest.raises(TypeError):
+            _gather(torch.randn(1, 5, 4, requires_grad=True))
+
+    def test_forward_mode_says_that_there_is_no_such_derivative(self):
+        with torch.autograd.forward_ad.dual_level():
+            x = torch.autograd.forward_ad.make_dual(torch.randn(1, 5, 4), torch.ones(1, 5, 4))
+            with pytest.raises(RuntimeError, match="jvp"):
+                _gather(x)
+
+    def test_transforms_refuse_the_kernels(self):
+        with pytest.raises(RuntimeError, match=r"'triton' was asked for, but kernels .* torch\.func"):
+            torch.func.vmap(lambda x: _gather(x[None]))(torch.randn(3, 5, 4))
+
+    def test_a_recorded_backward_pass_equals_another(self):
+        """``create_graph`` goes by the reference: the same first gradients, up to rounding."""
+        x = torch.randn(1, 5, 4, requires_grad=True)
+        (plain,) = torch.autograd.grad(_gather(x).square().sum(), x)
+        (recorded,) = torch.autograd.grad(_gather(x).square().sum(), x, create_graph=True)
+        torch.testing.assert_close(plain, recorded)
+        assert recorded.requires_grad
