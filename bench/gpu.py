@@ -114,8 +114,14 @@ def _dealt(groups: Sequence[Sequence[Item]], workers: int) -> list[list[Item]]:
     return dealt
 
 
-def _micro_items(quick: bool, wrong: set[tuple[str, str]]) -> list[Item]:
-    """Without the kernels that are wrong somewhere. Ours, the official algorithm and others first, at every shape."""
+def _wrong_kernels(result: dict[str, Any]) -> set[tuple[str, str, str]]:
+    """Return primitive, direction and dtype of the kernels that are wrong somewhere."""
+    return {(row["primitive"], row["direction"], row["shape"][-1]) for row in _wrong(result)}
+
+
+def _micro_items(quick: bool, wrong: set[tuple[str, str, str]]) -> list[Item]:
+    """Without kernels that are wrong in this dtype. Ours, the official algorithm and others first, at every shape."""
+    dtype = "float32" if quick else "bfloat16"
     shapes = _QUICK_SHAPES if quick else _MICRO_SHAPES
     primitives, ours = load_primitives(), ("fastreduce", "plain")
     rounds: list[tuple[tuple[str, ...], list[tuple[str, int, int]], Sequence[str]]]
@@ -124,14 +130,14 @@ def _micro_items(quick: bool, wrong: set[tuple[str, str]]) -> list[Item]:
         rounds += [(("fastreduce",), _RULE_SHAPES, _RULE_PRIMITIVES), (ours, shapes[1:], [*primitives])]
         rounds += [(("reference",), shapes, [*primitives]), (("compiled",), shapes[:1], [*primitives])]
     return [
-        {"primitive": name, "shape": [*shape, "float32" if quick else "bfloat16"], "direction": way, "contender": who}
+        {"primitive": name, "shape": [*shape, dtype], "direction": way, "contender": who}
         for contenders, points, names in rounds
         for shape in points
         for name in names
         for way in DIRECTIONS
         if way == "forward" or primitives[name].gradients
         for who in (*contenders, *(primitives[name].others if "fastreduce" in contenders else ()))
-        if not (who == "fastreduce" and (name, way) in wrong)
+        if not (who == "fastreduce" and (name, way, dtype) in wrong)
     ]
 
 
@@ -458,8 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end[phase] = session.started + share * options.seconds
     try:
         session.run("parity", _dealt(_parity_items(options.quick), options.workers), end["parity"])
-        wrong = {(row["primitive"], row["direction"]) for row in _wrong(session.result)}
-        session.run("micro", [_micro_items(options.quick, wrong)], end["micro"])
+        session.run("micro", [_micro_items(options.quick, _wrong_kernels(session.result))], end["micro"])
         left = session.end - time.perf_counter()
         session.run("models", [_model_items(options.quick, 0.95 * left, options.device)], session.end)
     except KeyboardInterrupt:

@@ -24,7 +24,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreduce.measure import CaptureError, capture, own_code, quartiles, seconds_of
 
-from .primitive import Inputs, Outputs, Primitive, Shape, differentiate, disagreement, in_float64, misshapen, nbytes
+from .primitive import (
+    Inputs,
+    Outputs,
+    Primitive,
+    Shape,
+    differentiate,
+    disagreement,
+    in_float64,
+    misshapen,
+    nbytes,
+    shaken,
+)
 
 __all__ = ["DIRECTIONS", "VIEWS", "Microbenchmark", "OperatorCounts", "copy_bandwidth", "device_clock"]
 
@@ -155,24 +166,28 @@ class Microbenchmark:
         return differentiate(call, inputs, self.primitive.gradients)
 
     @functools.cached_property
-    def _truth(self) -> tuple[Inputs, Outputs, Outputs]:
-        """Few images, what float64 makes of them, and what the reference makes of them."""
+    def _truth(self) -> tuple[Inputs, Outputs, list[Outputs]]:
+        """Few images, what float64 makes of them, and what may be as far off as it is.
+
+        The reference in the same dtype, and float64 again for inputs that are off by a rounding of float32.
+        """
         inputs = self._inputs(min(_CHECKED, self.shape.batch), seed=0)
         work, _ = self._work(self.primitive.plain, in_float64(inputs))
         reference, _ = self._work(self.reference, inputs)
-        return inputs, work(), reference()
+        shaken_work, _ = self._work(self.primitive.plain, shaken(inputs))
+        return inputs, work(), [reference(), shaken_work()]
 
     def parity(self, contender: str) -> str | None:
         """What is wrong with the contender's result, on up to four images, or None; to be asked before any timing."""
-        inputs, exact, reference = self._truth
+        inputs, exact, others = self._truth
         work, _ = self._work(self.contenders[contender], inputs)
         outputs = work()
         if self.direction == "forward" and self.primitive.compare is not None:
             return misshapen(outputs, exact) or self.primitive.compare(inputs, outputs, exact)
         if contender == "plain" or contender in self.primitive.others:
             steps = self.primitive.plain_steps * torch.finfo(self.shape.dtype).eps
-            return disagreement(outputs, exact, None, steps)
-        return disagreement(outputs, exact, reference, 4 * torch.finfo(self.shape.dtype).eps)
+            return disagreement(outputs, exact, (), steps)
+        return disagreement(outputs, exact, others, 4 * torch.finfo(self.shape.dtype).eps)
 
     def floor(self, inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
         """Bytes at least."""

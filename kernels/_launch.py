@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
-import triton
+from ._direct import next_power_of_2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +17,17 @@ class RowTile:
     num_warps: int
 
 
+@functools.cache
 def row_tile(channels: int) -> RowTile:
     """About 2,048 elements a program: 16 a thread at 4 warps, which is two 16-byte loads of half precision each."""
-    block_c = min(triton.next_power_of_2(max(1, channels)), 1024)
+    block_c = min(next_power_of_2(max(1, channels)), 1024)
     return RowTile(rows=max(1, 2048 // block_c), block_c=block_c, num_warps=4)
 
 
+@functools.cache
 def whole_rows(channels: int) -> RowTile:
     """As row_tile, but a program holds all channels of its rows: from 2,048 on, warps grow with them."""
-    block_c = triton.next_power_of_2(max(1, channels))
+    block_c = next_power_of_2(max(1, channels))
     return RowTile(rows=max(1, 2048 // block_c), block_c=block_c, num_warps=min(32, max(4, block_c // 512)))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._launch import RowTile, row_warps, whole_rows
 
 # Rows that one program of a backward pass takes in turn: what it adds up for the gradients of weight and bias, written
@@ -42,6 +45,7 @@ def _store_normed(
     tl.store(normed + row[:, None] * channels + offsets_c[None, :], result.to(normed.dtype.element_ty), mask=mask)
 
 
+@direct
 @triton.jit
 def norm_rows_kernel(
     out,  # (rows, C), contiguous
@@ -135,7 +139,7 @@ def norm_rows(
     rows, channels = out.shape[0] * out.shape[1], out.shape[2]
     if out.numel():
         tile = whole_rows(channels)
-        norm_rows_kernel[(triton.cdiv(rows, tile.rows),)](
+        norm_rows_kernel[(cdiv(rows, tile.rows),)](
             out,
             weight,
             bias,
@@ -151,12 +155,13 @@ def norm_rows(
     return out, normed, statistics
 
 
+@functools.cache
 def backward_tile(channels: int) -> RowTile:
     """Whole rows that a backward pass holds at a time, 8 channels a thread: 4 side by side wait for memory together.
 
     From 2,048 channels on they would leave a thread too few registers: one.
     """
-    block_c = triton.next_power_of_2(max(1, channels))
+    block_c = next_power_of_2(max(1, channels))
     rows = 4 if block_c <= 1024 else 1
     return RowTile(rows=rows, block_c=block_c, num_warps=rows * row_warps(block_c))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -11,9 +13,14 @@ def unit_of(*tensors: torch.Tensor) -> int:
     """Elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""
     unit = 16 // tensors[0].element_size()
     for tensor in tensors:
-        if tensor.data_ptr() % 16 or any(step % unit for step in (tensor.shape[-1], *tensor.stride()[:-1])):
+        if tensor.data_ptr() % 16 or not _whole(unit, tensor.shape[-1], tensor.stride()):
             return 1
     return unit
+
+
+@functools.lru_cache(4096)
+def _whole(unit: int, columns: int, strides: tuple[int, ...]) -> bool:
+    return not any(step % unit for step in (columns, *strides[:-1]))
 
 
 @triton.jit

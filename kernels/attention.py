@@ -7,11 +7,13 @@ as with a bias that needs a gradient. What keys get of the attention: 1 for the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._rows import head_of, steps, unit_of
 
 LOG2_E = 1.4426950408889634
@@ -64,9 +66,10 @@ FLOAT_WITH_OPTIONS = AttentionTile(32, 16, 8, all_registers=True)
 
 def padded_head_dim(head_dim: int) -> int:
     """A power of two, and the least that tensor cores take."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, next_power_of_2(head_dim))
 
 
+@functools.cache
 def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_options: bool = False) -> AttentionTiles:
     """The tiles of a head dimension up to 256.
 
@@ -103,6 +106,7 @@ class ColumnTile:
     num_warps: int
 
 
+@functools.cache
 def mean_tile(head_dim: int, aligned: bool) -> ColumnTile:
     """8,192 elements a step, 64 a thread: few programs, so that each must keep many loads in flight.
 
@@ -112,12 +116,14 @@ def mean_tile(head_dim: int, aligned: bool) -> ColumnTile:
     return ColumnTile(rows=(8192 if aligned else 2048) // columns, columns=columns, num_warps=4)
 
 
+@functools.cache
 def key_tile(head_dim: int) -> ColumnTile:
     """2,048 elements a head, 16 a thread: heads follow one another, so that there are many programs."""
     columns = padded_head_dim(head_dim)
     return ColumnTile(rows=2048 // columns, columns=columns, num_warps=4)
 
 
+@direct
 @triton.jit
 def mean_values_kernel(
     v,  # (B, H, N, D)
@@ -174,6 +180,7 @@ def _clear_rows(target, offsets, rows, heads, D: tl.constexpr, BLOCK: tl.constex
         tl.store(targets, nothing, mask=(past < rows)[:, None] & (offsets_d < D)[None, :])
 
 
+@direct
 @triton.jit
 def attention_kernel(
     q,  # (B, H, M, D), with an index (B, H, any, D)
@@ -309,6 +316,7 @@ def _upstream_of_scores(row, columns, mask, stride, prefix, heads, CLASS: tl.con
     return upstream
 
 
+@direct
 @triton.jit
 def grad_queries_kernel(
     grad,  # (B, H, M, D)
@@ -475,6 +483,7 @@ def grad_queries_kernel(
         _clear_rows(grad_q, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
 
 
+@direct
 @triton.jit
 def grad_keys_kernel(
     grad,  # (B, H, M, D)
@@ -616,6 +625,7 @@ def grad_keys_kernel(
         _clear_rows(grad_v, key_offsets, keys, heads, D, BLOCK_N, BLOCK_D)
 
 
+@direct
 @triton.jit
 def sum_heads_kernel(
     parts,  # (B, H, N) float32, contiguous
@@ -639,6 +649,7 @@ def sum_heads_kernel(
     tl.store(summed + batch * keys + offsets_n, acc.to(summed.dtype.element_ty), mask=in_n)
 
 
+@direct
 @triton.jit
 def received_kernel(
     q,  # (B, H, M, D)
@@ -695,6 +706,7 @@ def received_kernel(
     tl.store(parts + (batch * heads + head) * keys + offsets_n, tl.sum(received, 1), mask=in_n)
 
 
+@direct
 @triton.jit
 def class_kernel(
     q,  # (B, H, M, D)
@@ -804,7 +816,7 @@ def attention(
     unit = unit_of(q, k, v)
     used = any(option is not None for option in (bias, index, offsets))
     tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used).forward
-    attention_kernel[(triton.cdiv(most, tile.own), heads, images)](
+    attention_kernel[(cdiv(most, tile.own), heads, images)](
         q,
         k,
         v,
@@ -863,7 +875,7 @@ def key_scores(
     unit = unit_of(q, k)
     if not received:
         class_tile = key_tile(head_dim)
-        class_kernel[(triton.cdiv(keys - prefix, class_tile.rows), batch)](
+        class_kernel[(cdiv(keys - prefix, class_tile.rows), batch)](
             q,
             k,
             bias,
@@ -883,7 +895,7 @@ def key_scores(
         return scores
     parts = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
     tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None).forward
-    received_kernel[(triton.cdiv(keys, tile.own), heads, batch)](
+    received_kernel[(cdiv(keys, tile.own), heads, batch)](
         q,
         k,
         bias,
@@ -907,9 +919,7 @@ def key_scores(
 def _sum_heads(parts: torch.Tensor, summed: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
     batch, heads, keys = parts.shape
     images = 0 if offsets is None else offsets.shape[0] - 1
-    sum_heads_kernel[(triton.cdiv(keys, 256), batch)](
-        parts, offsets, summed, images, heads, keys, BLOCK_N=256, num_warps=4
-    )
+    sum_heads_kernel[(cdiv(keys, 256), batch)](parts, offsets, summed, images, heads, keys, BLOCK_N=256, num_warps=4)
 
 
 def attention_backward(
@@ -979,7 +989,7 @@ def attention_backward(
         "BLOCK_D": padded_head_dim(head_dim),
     }
     tile = tiles.grad_queries
-    grad_queries_kernel[(triton.cdiv(rows, tile.own), heads, images)](
+    grad_queries_kernel[(cdiv(rows, tile.own), heads, images)](
         grad,
         q,
         k,
@@ -1004,7 +1014,7 @@ def attention_backward(
         **_settings(tile),
     )
     tile = tiles.grad_keys
-    grad_keys_kernel[(triton.cdiv(columns, tile.own), heads, images)](
+    grad_keys_kernel[(cdiv(columns, tile.own), heads, images)](
         grad,
         q,
         k,

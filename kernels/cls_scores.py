@@ -6,11 +6,13 @@ With values, of which each is read once beside its key, it is weighted by their 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._rows import head_of, steps, unit_of
 
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
@@ -25,9 +27,10 @@ class KeyTile:
     num_warps: int
 
 
+@functools.cache
 def key_tile(head_dim: int) -> KeyTile:
     """4,096 elements a program: 32 a thread, four 16-byte loads of half precision in flight each."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     return KeyTile(block_n=max(1, 4096 // block_d), block_d=block_d, num_warps=4)
 
 
@@ -41,16 +44,18 @@ class HeadTile:
     num_warps: int
 
 
+@functools.cache
 def head_tile(heads: int, parts: int, streams: int = 1) -> HeadTile:
     """2,048 elements a program, 16 a thread; heads lie within a thread or a warp, keys across lanes.
 
     Half the keys where lengths are a second stream: with 4 heads and as many keys a few words spilled on sm_80.
     """
-    block_h = triton.next_power_of_2(heads)
+    block_h = next_power_of_2(heads)
     block_n = max(32, 2048 // streams // block_h)
-    return HeadTile(block_h, block_n, block_p=min(block_n, triton.next_power_of_2(parts)), num_warps=4)
+    return HeadTile(block_h, block_n, block_p=min(block_n, next_power_of_2(parts)), num_warps=4)
 
 
+@direct
 @triton.jit
 def class_logits_kernel(
     q,  # (B, H, D)
@@ -119,6 +124,7 @@ def class_logits_kernel(
     tl.store(part_sum + row * parts + part, tl.sum(tl.exp(logit - maximum), 0))
 
 
+@direct
 @triton.jit
 def head_mean_kernel(
     logits,  # (B, H, N) float32, contiguous
@@ -249,7 +255,7 @@ def _forward(
     batch, heads, head_dim = q.shape
     tokens = k.shape[2] if offsets is None else longest
     tile = key_tile(head_dim)
-    parts = triton.cdiv(tokens, tile.block_n)
+    parts = cdiv(tokens, tile.block_n)
     scores = torch.empty(batch, tokens - prefix, dtype=torch.float32, device=k.device)
     logits = torch.empty(batch, heads, tokens, dtype=torch.float32, device=k.device)
     logsumexp = torch.empty(batch, heads, dtype=torch.float32, device=k.device)
@@ -284,7 +290,7 @@ def _forward(
         num_warps=tile.num_warps,
     )
     mean_tile = head_tile(heads, parts, streams=1 if value is None else 2)
-    head_mean_kernel[(max(1, triton.cdiv(tokens - prefix, mean_tile.block_n)), batch)](
+    head_mean_kernel[(max(1, cdiv(tokens - prefix, mean_tile.block_n)), batch)](
         logits,
         lengths,
         part_max,
@@ -364,7 +370,7 @@ def cls_scores_backward(
             UNIT=unit_of(q, k),
             BLOCK_N=tile.block_n,
             BLOCK_D=tile.block_d,
-            BLOCK_S=min(512, triton.next_power_of_2(tokens)),
+            BLOCK_S=min(512, next_power_of_2(tokens)),
             num_warps=tile.num_warps,
         )
     return grad_q, grad_k.transpose(1, 2)

@@ -6,11 +6,13 @@ Images of more than ``most_tokens`` take five: densities, scores, the best of th
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from .merge_tokens import _group, group_slots
 from .select_topk import _packed_keys, select_topk
 
@@ -29,11 +31,12 @@ class DistanceTile:
     num_stages: int
 
 
+@functools.cache
 def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
     """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens, or 4 warps, spill
         return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=2)
-    block_c = min(max(triton.next_power_of_2(channels), 16), 64)  # 16: the least that tensor cores take
+    block_c = min(max(next_power_of_2(channels), 16), 64)  # 16: the least that tensor cores take
     return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
 
 
@@ -46,6 +49,7 @@ def most_tokens(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 256
 
 
+@functools.cache
 def image_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
     """Of the one program that has an image to itself: found by compiling too."""
     if dtype == torch.float32:  # 2 stages or 64 by 64 tokens spill; 16 warps would load two channels a thread
@@ -88,6 +92,7 @@ def _ordered_bits(squared):
     return squared.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
+@direct
 @triton.jit
 def density_kernel(
     x,  # (B, N, C)
@@ -185,6 +190,7 @@ def _scores(
     tl.store(score + i, density_i * height, mask=i < tokens)
 
 
+@direct
 @triton.jit
 def score_kernel(
     x,  # (B, N, C)
@@ -244,6 +250,7 @@ def _labels(
     tl.store(label + i, label_i.to(tl.int64), mask=i < tokens)
 
 
+@direct
 @triton.jit
 def label_kernel(
     x,  # (B, N, C)
@@ -338,7 +345,7 @@ def cluster_dpc_knn(
     neighbors = min(neighbors, tokens)
     tile = distance_tile(channels, x.dtype)
     settings = _settings(tile)
-    grid = (triton.cdiv(tokens, tile.block_i), batch)
+    grid = (cdiv(tokens, tile.block_i), batch)
     density_kernel[grid](
         x,
         noise,
@@ -349,7 +356,7 @@ def cluster_dpc_knn(
         neighbors,
         *x.stride()[:2],
         *((0, 0) if noise is None else noise.stride()),
-        NEAREST=min(triton.next_power_of_2(neighbors), MAX_NEAREST),
+        NEAREST=min(next_power_of_2(neighbors), MAX_NEAREST),
         **settings,
     )
     if tokens > most_tokens(x.dtype):

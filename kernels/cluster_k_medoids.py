@@ -7,11 +7,13 @@ computed again for every labelling, in two launches an iteration, three with the
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from .select_topk import _packed_keys
 
 STORED = 1024  # tokens whose distances are stored: 4 MiB an image; from there on memory is to grow as the tokens do
@@ -38,11 +40,12 @@ class DistanceTile:
         }
 
 
+@functools.cache
 def distance_tile(channels: int, dtype: torch.dtype, stored: bool = True) -> DistanceTile:
     """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens spill
         return DistanceTile(block_i=64, block_n=32, block_c=16, num_warps=4, num_stages=2 if stored else 1)
-    block_c = min(max(triton.next_power_of_2(channels), 16), 64)
+    block_c = min(max(next_power_of_2(channels), 16), 64)
     return DistanceTile(block_i=64, block_n=64, block_c=block_c, num_warps=8, num_stages=3)
 
 
@@ -55,9 +58,10 @@ class ClusterTile:
     num_warps: int
 
 
+@functools.cache
 def cluster_tile(tokens: int) -> ClusterTile:
     """8 distances a thread, kept over all centers: 16, or 32 threads for fewer of them, spilled for sm_80 or sm_90."""
-    block_n = min(max(triton.next_power_of_2(tokens), 32), 512)
+    block_n = min(max(next_power_of_2(tokens), 32), 512)
     return ClusterTile(block_n=block_n, block_j=8, num_warps=block_n // 32)
 
 
@@ -108,6 +112,7 @@ def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weig
     tl.store(cost + batch * tokens + i, total, mask=in_i)
 
 
+@direct
 @triton.jit
 def token_distances_kernel(
     x,  # (B, N, C)
@@ -145,6 +150,7 @@ def token_distances_kernel(
     _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
 
 
+@direct
 @triton.jit
 def token_costs_kernel(
     x,  # (B, N, C)
@@ -177,6 +183,7 @@ def token_costs_kernel(
     _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
 
 
+@direct
 @triton.jit
 def farthest_first_kernel(
     distance,  # (B, N, row_stride) float32
@@ -269,6 +276,7 @@ def _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N: tl.con
     tl.store(centers + j, tl.where(best == none, 0, best & 0xFFFFFFFF), mask=j < clusters)
 
 
+@direct
 @triton.jit
 def iterate_clusters_kernel(
     distance,  # (B, N, row_stride) float32
@@ -308,6 +316,7 @@ def iterate_clusters_kernel(
     _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N, BLOCK_J)
 
 
+@direct
 @triton.jit
 def farthest_first_again_kernel(
     x,  # (B, N, C)
@@ -358,6 +367,7 @@ def farthest_first_again_kernel(
         tl.debug_barrier()  # threads load the largest distances otherwise than they store them
 
 
+@direct
 @triton.jit
 def assign_again_kernel(
     x,  # (B, N, C)
@@ -393,6 +403,7 @@ def assign_again_kernel(
     tl.store(label + batch * tokens + i, place.to(tl.int64), mask=i < tokens)
 
 
+@direct
 @triton.jit
 def cost_of_members_again_kernel(
     x,  # (B, N, C)
@@ -432,6 +443,7 @@ def cost_of_members_again_kernel(
     tl.store(cost + batch * tokens + i, total, mask=i < tokens)
 
 
+@direct
 @triton.jit
 def cheapest_of_each_kernel(
     cost,  # (B, N) float32
@@ -461,12 +473,12 @@ def token_distances(
     distance = None
     if tokens <= STORED:
         # Every row starts at a multiple of 64 bytes.
-        row_stride = triton.cdiv(tokens, 16) * 16
+        row_stride = cdiv(tokens, 16) * 16
         distance = torch.empty(batch, tokens, row_stride, dtype=torch.float32, device=x.device)
     if not batch:
         return distance
     tile = distance_tile(channels, x.dtype, stored=distance is not None)
-    grid = (triton.cdiv(tokens, tile.block_i), batch)
+    grid = (cdiv(tokens, tile.block_i), batch)
     strides = (*x.stride()[:2], *((0, 0) if weights is None else weights.stride()))
     clusters = centers.shape[1]
     if distance is None:
@@ -543,7 +555,7 @@ def _iterate_again(
     batch, tokens, channels = x.shape
     clusters = centers.shape[1]
     tile, one = distance_tile(channels, x.dtype, stored=False), cluster_tile(tokens)
-    blocks, strides = (triton.cdiv(tokens, tile.block_i), batch), x.stride()[:2]
+    blocks, strides = (cdiv(tokens, tile.block_i), batch), x.stride()[:2]
     if first is not None:
         farthest_first_again_kernel[(batch,)](
             x,
@@ -564,7 +576,7 @@ def _iterate_again(
             cost_of_members_again_kernel[blocks](
                 x, weights, label, cost, tokens, channels, *strides, *weights.stride(), **tile.settings()
             )
-        cheapest_of_each_kernel[(triton.cdiv(clusters, one.block_j), batch)](
+        cheapest_of_each_kernel[(cdiv(clusters, one.block_j), batch)](
             cost, label, centers, tokens, clusters, BLOCK_N=one.block_n, BLOCK_J=one.block_j, num_warps=4
         )
     assign_again_kernel[blocks](x, centers, label, tokens, channels, clusters, *strides, **tile.settings())

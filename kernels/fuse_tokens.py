@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct
 from ._launch import RowTile, row_tile, whole_rows
 from ._norm import (
     SUMMED_ROWS,
@@ -139,6 +140,7 @@ def _sum_rest(
         _store_normed(alone, mask, row, in_rows, offsets_c, weight, bias, normed, statistics, channels, NORM_EPS)
 
 
+@direct
 @triton.jit
 def fuse_tokens_kernel(
     x,  # (B, N, C)
@@ -231,6 +233,7 @@ def fuse_tokens_kernel(
         )
 
 
+@direct
 @triton.jit
 def fuse_tokens_backward_kernel(
     grad,  # (B, num_kept + 1, C)
@@ -298,6 +301,7 @@ def fuse_tokens_backward_kernel(
     tl.store(target, dot.to(grad_scores.dtype.element_ty), mask=is_patch)
 
 
+@direct
 @triton.jit
 def fuse_tokens_norm_backward_kernel(
     grad_out,  # (B, num_kept + 1, C) or None
@@ -435,8 +439,8 @@ def _launch(
     weight, bias, norm_eps = norm or (None, None, None)
     normed, statistics = (None, None) if norm is None else normed_like(out)
     if out.numel():
-        copies = triton.cdiv(num_kept, kept.rows) * triton.cdiv(channels, kept.block_c)
-        fuse_tokens_kernel[(triton.cdiv(channels, rest.block_c) + copies, batch)](
+        copies = cdiv(num_kept, kept.rows) * cdiv(channels, kept.block_c)
+        fuse_tokens_kernel[(cdiv(channels, rest.block_c) + copies, batch)](
             x,
             order,
             scores,
@@ -519,7 +523,7 @@ def fuse_tokens_backward(
     grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
     if batch and tokens:
         tile = SHARE_TILE
-        programs = triton.cdiv(tokens - num_kept, tile.rows) + triton.cdiv(num_kept, tile.rows)
+        programs = cdiv(tokens - num_kept, tile.rows) + cdiv(num_kept, tile.rows)
         fuse_tokens_backward_kernel[(programs, batch)](
             grad,
             x,
@@ -567,12 +571,12 @@ def fuse_tokens_norm_backward(
     grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
     grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
     tile = backward_tile(channels)
-    programs = triton.cdiv(num_out, SUMMED_ROWS)
+    programs = cdiv(num_out, SUMMED_ROWS)
     sums = empty_sums(out, batch * programs, affine)
     if not out.numel():
         grad_scores.zero_()
     else:
-        fuse_tokens_norm_backward_kernel[(triton.cdiv(tokens - num_out + 1, SUMMED_ROWS) + programs, batch)](
+        fuse_tokens_norm_backward_kernel[(cdiv(tokens - num_out + 1, SUMMED_ROWS) + programs, batch)](
             grad_out,
             grad_normed,
             out,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._launch import row_tile
 
 
@@ -26,6 +27,7 @@ def _image_of(offsets, row, batch, STEPS: tl.constexpr):
     return image
 
 
+@direct
 @triton.jit
 def token_offsets_kernel(
     valid,  # (B, N) bool
@@ -54,6 +56,7 @@ def token_offsets_kernel(
         total += tl.sum(count, 0)
 
 
+@direct
 @triton.jit
 def gather_packed_kernel(
     x,  # (T, C), or (B, SOURCE_ROWS, C) without source
@@ -103,6 +106,7 @@ def gather_packed_kernel(
     tl.store(rows_out, value.to(out.dtype.element_ty), mask=in_rows[:, None] & in_c[None, :])
 
 
+@direct
 @triton.jit
 def scatter_packed_kernel(
     x,  # (R, C)
@@ -166,8 +170,8 @@ def token_offsets(valid: torch.Tensor) -> torch.Tensor:
     batch, tokens = valid.shape
     offsets = torch.empty(batch + 1, dtype=torch.int32, device=valid.device)
     # 16 flags a thread: the one program waits for memory, and needs few rounds.
-    block_n = min(128, max(16, triton.next_power_of_2(tokens)))
-    block_b = min(max(1, 4096 // block_n), triton.next_power_of_2(max(1, batch)))
+    block_n = min(128, max(16, next_power_of_2(tokens)))
+    block_b = min(max(1, 4096 // block_n), next_power_of_2(max(1, batch)))
     token_offsets_kernel[(1,)](
         valid, offsets, batch, tokens, *valid.stride(), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
     )
@@ -189,7 +193,7 @@ def _gather(
     if out.numel() == 0:
         return out
     tile = row_tile(channels)
-    gather_packed_kernel[(triton.cdiv(num_out, tile.rows), triton.cdiv(channels, tile.block_c))](
+    gather_packed_kernel[(cdiv(num_out, tile.rows), cdiv(channels, tile.block_c))](
         x,
         index,
         residual,
@@ -224,7 +228,7 @@ def _scatter(
         return out
     num_out = out.shape[0] * each
     tile = row_tile(channels)
-    scatter_packed_kernel[(triton.cdiv(num_out, tile.rows), triton.cdiv(channels, tile.block_c))](
+    scatter_packed_kernel[(cdiv(num_out, tile.rows), cdiv(channels, tile.block_c))](
         x,
         index,
         source,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct
 from ._launch import RowTile, row_tile, whole_rows
 from ._norm import (
     SUMMED_ROWS,
@@ -20,6 +21,7 @@ from ._norm import (
 )
 
 
+@direct
 @triton.jit
 def gather_tokens_kernel(
     x,  # (B, N, C)
@@ -68,6 +70,7 @@ def gather_tokens_kernel(
         _store_normed(stored, mask, row, in_rows, offsets_c, weight, bias, normed, statistics, channels, NORM_EPS)
 
 
+@direct
 @triton.jit
 def gather_tokens_norm_backward_kernel(
     grad_out,  # (B, M, C) or None
@@ -157,7 +160,7 @@ def _launch(
     weight, bias, norm_eps = norm or (None, None, None)
     normed, statistics = (None, None) if norm is None else normed_like(out)
     if out.numel():
-        grid = (triton.cdiv(num_out, tile.rows), batch, triton.cdiv(channels, tile.block_c))
+        grid = (cdiv(num_out, tile.rows), batch, cdiv(channels, tile.block_c))
         gather_tokens_kernel[grid](
             x,
             index,
@@ -222,7 +225,7 @@ def gather_tokens_norm_backward(
     grad_x = out.new_empty(batch, tokens, channels)
     grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
     tile = backward_tile(channels)
-    programs = triton.cdiv(tokens, SUMMED_ROWS)
+    programs = cdiv(tokens, SUMMED_ROWS)
     sums = empty_sums(out, batch * programs, affine)
     if grad_x.numel():
         gather_tokens_norm_backward_kernel[(programs, batch)](

@@ -6,11 +6,14 @@ Forward and the gradient of the rows are one kernel; the gradient of the weight 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+
+from ._direct import cdiv, direct, next_power_of_2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +29,7 @@ class ProductTile:
 
 def _fits(size: int, high: int) -> int:
     """The least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
-    return min(max(triton.next_power_of_2(size), 16), high)
+    return min(max(next_power_of_2(size), 16), high)
 
 
 def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
@@ -37,6 +40,7 @@ def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and inner % 16 == columns % 16 == 0
 
 
+@functools.cache
 def product_tile(inner: int, columns: int, dtype: torch.dtype) -> ProductTile:
     """Found by compiling for sm_80 and sm_90: no spill; wide tiles read the least, and keep three stages in flight."""
     if _wide(inner, columns, dtype):
@@ -44,6 +48,7 @@ def product_tile(inner: int, columns: int, dtype: torch.dtype) -> ProductTile:
     return ProductTile(64, _fits(columns, 64), _fits(inner, 32), num_warps=8, num_stages=2)
 
 
+@functools.cache
 def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> ProductTile:
     """The same of the weight's gradient, which sums over rows."""
     if _wide(ins, outs, dtype):
@@ -54,8 +59,8 @@ def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> ProductTile:
 def grad_weight_parts(ins: int, outs: int, rows: int, dtype: torch.dtype) -> int:
     """How many programs share a tile's sum: for two on each of 132 multiprocessors, with 512 rows or more each."""
     tile = grad_weight_tile(ins, outs, dtype)
-    tiles = triton.cdiv(outs, tile.block_m) * triton.cdiv(ins, tile.block_n)
-    return max(1, min(triton.cdiv(264, tiles), rows // 512))
+    tiles = cdiv(outs, tile.block_m) * cdiv(ins, tile.block_n)
+    return max(1, min(cdiv(264, tiles), rows // 512))
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -74,6 +79,7 @@ def _blocks(columns, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return first + within % size, within // size
 
 
+@direct
 @triton.jit
 def packed_product_kernel(
     x,  # (T, K)
@@ -123,6 +129,7 @@ def packed_product_kernel(
     tl.store(target, value, mask=(offsets_m < rows)[:, None] & in_n[None, :])
 
 
+@direct
 @triton.jit
 def packed_weight_kernel(
     grad,  # (T, O)
@@ -177,7 +184,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, o
     if out.numel() == 0:
         return out
     tile = product_tile(inner, columns, x.dtype)
-    packed_product_kernel[(triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n),)](
+    packed_product_kernel[(cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n),)](
         x,
         weight,
         bias,
@@ -235,7 +242,7 @@ def linear_packed_backward(
     grad_weight = torch.empty(parts, outs, ins, dtype=dtype, device=x.device)
     grad_bias = torch.empty(parts, outs, dtype=dtype, device=x.device)
     tile = grad_weight_tile(ins, outs, x.dtype)
-    packed_weight_kernel[(triton.cdiv(outs, tile.block_m) * triton.cdiv(ins, tile.block_n), parts)](
+    packed_weight_kernel[(cdiv(outs, tile.block_m) * cdiv(ins, tile.block_n), parts)](
         grad,
         x,
         offsets,

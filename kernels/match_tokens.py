@@ -7,11 +7,13 @@ launch of its own before, if their even tokens take more than MAX_SWEEPS tiles.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._launch import row_tile
 from ._rows import steps, unit_of
 from .merge_tokens import _group, group_slots
@@ -39,6 +41,7 @@ class MatchTile:
     num_stages: int
 
 
+@functools.cache
 def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1, *, aligned: bool = True) -> MatchTile:
     """Found by compiling: settings that never spill for sm_80 and sm_90; of several heads where rows are aligned.
 
@@ -46,7 +49,7 @@ def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1
     is read once; more are in tiles of 256, so that the odd ones are read by few.
     """
     one_tile = searching <= 128
-    block_d = max(triton.next_power_of_2(channels), 16)  # the least that tensor cores take
+    block_d = max(next_power_of_2(channels), 16)  # the least that tensor cores take
     if dtype == torch.float32:  # exact dots hold their operands in registers: with 32 channels they spill
         if heads > 1:
             if one_tile:
@@ -72,7 +75,7 @@ def averages_while_loading(
     """
     tile = match_tile(searching, channels, dtype, heads)
     fits = heads <= MAX_HEADS_FLOAT32 if dtype == torch.float32 else channels <= 128
-    return heads > 1 and aligned and fits and triton.cdiv(searching, tile.block_a) <= MAX_SWEEPS
+    return heads > 1 and aligned and fits and cdiv(searching, tile.block_a) <= MAX_SWEEPS
 
 
 @triton.jit
@@ -100,6 +103,7 @@ def _metric_once(pointers, kept, mask, first, stride_h, HEADS: tl.constexpr, UNI
     return rows
 
 
+@direct
 @triton.jit
 def mean_keys_kernel(
     keys,  # (B, H, N, D)
@@ -125,6 +129,7 @@ def mean_keys_kernel(
     tl.store(metric + steps(batch * tokens + row, channels, UNIT) + offsets_d, mean, mask=mask)
 
 
+@direct
 @triton.jit
 def best_match_kernel(
     keys,  # (B, H, N, D): their mean over the heads is the metric
@@ -211,6 +216,7 @@ def _load_keys(best, position, num_a, PREFIX: tl.constexpr):
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
 
+@direct
 @triton.jit
 def assign_slots_kernel(
     best,  # (B, A) float32
@@ -288,7 +294,7 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
     if metric.numel():
         tile = row_tile(channels)
         rows = 1024 // tile.block_c  # 2,048 elements of float32 and of many heads spill
-        grid = (triton.cdiv(tokens, rows), triton.cdiv(channels, tile.block_c), batch)
+        grid = (cdiv(tokens, rows), cdiv(channels, tile.block_c), batch)
         mean_keys_kernel[grid](
             keys,
             metric,
@@ -322,7 +328,7 @@ def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
     tile = match_tile(searching, channels, keys.dtype, heads, aligned=unit > 1)
     one_chunk, one_step = channels <= tile.block_d, num_b - prefix // 2 <= tile.block_b
     keeps = heads > 1 and not one_chunk and not one_step
-    best_match_kernel[(triton.cdiv(searching, tile.block_a), batch)](
+    best_match_kernel[(cdiv(searching, tile.block_a), batch)](
         keys,
         keys.new_empty(batch, num_a, channels) if keeps else None,
         best,
@@ -357,7 +363,7 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tenso
     if batch == 0:
         return slot, order, offsets
     best, destination = best_matches(metric if metric.ndim == 4 else metric.unsqueeze(1), prefix)
-    block = min(triton.next_power_of_2(num_a), MAX_KEYS)
+    block = min(next_power_of_2(num_a), MAX_KEYS)
     groups_too = tokens <= MAX_GROUPED
     num_warps = 4 if groups_too else min(max(1, block // 128), 8)  # grouping on one warp spills
     assign_slots_kernel[(batch,)](

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._launch import row_warps
 from ._norm import (
     SUMMED_ROWS,
@@ -45,6 +46,7 @@ def _group(slot, order, offsets, start_i, tokens, num_out, slot_stride_n, BLOCK_
     tl.store(offsets + i, tl.sum(below, 1), mask=i <= num_out)
 
 
+@direct
 @triton.jit
 def group_slots_kernel(
     slot,  # (B, N), -1 for tokens that belong nowhere
@@ -65,6 +67,7 @@ def group_slots_kernel(
     _group(slot, order, offsets, tl.program_id(0) * BLOCK_I, tokens, num_out, slot_stride_n, BLOCK_I, BLOCK_J)
 
 
+@direct
 @triton.jit
 def reduce_slots_kernel(
     x,  # (B, N, C)
@@ -261,6 +264,7 @@ def _spread(
         tl.store(out + n[:, None] * channels + offsets_c[None, :], value, mask=mask)
 
 
+@direct
 @triton.jit
 def spread_slots_kernel(
     x,  # (B, M, C)
@@ -322,6 +326,7 @@ def spread_slots_kernel(
     )
 
 
+@direct
 @triton.jit
 def merge_tokens_norm_backward_kernel(
     grad_out,  # (B, P + M, C) or None
@@ -438,7 +443,7 @@ def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.T
     order = torch.empty(batch, tokens, dtype=torch.int32, device=slot.device)
     offsets = torch.empty(batch, num_out + 1, dtype=torch.int32, device=slot.device)
     if batch:
-        grid = (triton.cdiv(max(tokens, num_out + 1), 32), batch)
+        grid = (cdiv(max(tokens, num_out + 1), 32), batch)
         group_slots_kernel[grid](
             slot, order, offsets, tokens, num_out, *slot.stride(), BLOCK_I=32, BLOCK_J=64, num_warps=4
         )
@@ -463,9 +468,9 @@ def _reduce(
     learned = None if log_size[0] is None else torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
     normed, statistics = (None, None) if norm_eps is None else normed_like(out)
     if batch and num_out and channels:
-        block_c = triton.next_power_of_2(channels)
+        block_c = next_power_of_2(channels)
         slots = _side_by_side(block_c, log_size[0], weight, bias)
-        reduce_slots_kernel[(triton.cdiv(num_out, slots) + triton.cdiv(rows, slots), batch)](
+        reduce_slots_kernel[(cdiv(num_out, slots) + cdiv(rows, slots), batch)](
             x,
             size,
             residual,
@@ -566,9 +571,9 @@ def _launch_spread(x, order, offsets, size=None, total=None, eps=0.0, partner=No
     grad_size, dots = _size_gradients(x, tokens, partner)
     if not (out.numel() and num_slots):
         return out.zero_(), None if grad_size is None else grad_size.zero_()
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     slots = _side_by_side(block_c, log_weight)
-    spread_slots_kernel[(triton.cdiv(num_slots, slots), batch)](
+    spread_slots_kernel[(cdiv(num_slots, slots), batch)](
         x,
         order,
         offsets,
@@ -652,7 +657,7 @@ def merge_tokens_norm_backward(
     grad_head = merged.new_empty(batch, num_head if head else 0, channels)
     grad_size, dots = _size_gradients(merged, tokens, x)
     tile = backward_tile(channels)
-    programs = triton.cdiv(num_out, SUMMED_ROWS)
+    programs = cdiv(num_out, SUMMED_ROWS)
     sums = empty_sums(merged, batch * programs, affine)
     if merged.numel():
         merge_tokens_norm_backward_kernel[(programs, batch)](

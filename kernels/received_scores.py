@@ -9,11 +9,13 @@ one program for every block of keys.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._rows import head_of, steps, unit_of
 
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
@@ -31,25 +33,29 @@ class LogitTile:
     num_stages: int
 
 
+@functools.cache
 def logit_tile(block_own: int, block_other: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
     """Found by compiling: settings that never spill for sm_80 and sm_90, head dimensions 16 to 256."""
     # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all, and 16 at least.
-    block_d = 16 if dtype == torch.float32 else max(triton.next_power_of_2(head_dim), 16)
+    block_d = 16 if dtype == torch.float32 else max(next_power_of_2(head_dim), 16)
     return LogitTile(block_own, block_other, block_d, num_warps=8, num_stages=2)
 
 
+@functools.cache
 def row_tile(keys: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
     """All keys in one step where 64 accumulators a thread hold them; exact dots leave room for 16."""
     most = 64 if dtype == torch.float32 else 256
-    block_other = max(triton.next_power_of_2(keys), 16) if keys <= most else 64
+    block_other = max(next_power_of_2(keys), 16) if keys <= most else 64
     return logit_tile(64, block_other, head_dim, dtype)
 
 
+@functools.cache
 def column_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
     """16 partial sums a thread."""
     return logit_tile(64, 64, head_dim, dtype)
 
 
+@functools.cache
 def gradient_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
     """The accumulator of a gradient takes up to 32 registers a thread; 64 rows spill at some head dimensions.
 
@@ -84,6 +90,7 @@ def _dots(
     return dots
 
 
+@direct
 @triton.jit
 def row_softmax_kernel(
     q,  # (B, H, M, D)
@@ -157,6 +164,7 @@ def row_softmax_kernel(
                 tl.store(received + offsets_n, tl.sum(tl.exp(logits - lse[:, None]), 0), mask=offsets_n < width)
 
 
+@direct
 @triton.jit
 def sum_parts_kernel(
     parts,  # (B, P, W) float32, contiguous, W >= N
@@ -179,6 +187,7 @@ def sum_parts_kernel(
     tl.store(scores + batch * keys + offsets_n, tl.sum(total, 0), mask=offsets_n < keys)
 
 
+@direct
 @triton.jit
 def column_sum_kernel(
     q,  # (B, H, M, D)
@@ -226,6 +235,7 @@ def column_sum_kernel(
     tl.store(scores + batch * keys + offsets_n, tl.sum(received, 1), mask=offsets_n < keys)
 
 
+@direct
 @triton.jit
 def grad_q_kernel(
     grad,  # (B, N)
@@ -294,6 +304,7 @@ def grad_q_kernel(
     tl.store(grad_q + target, (acc * scale).to(grad_q.dtype.element_ty), mask=mask)
 
 
+@direct
 @triton.jit
 def grad_k_kernel(
     grad,  # (B, N)
@@ -362,9 +373,9 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
     if logsumexp.numel() == 0:
         return scores.zero_(), logsumexp
     tile = row_tile(keys, head_dim, q.dtype)
-    num_parts = triton.cdiv(queries, tile.block_own)
+    num_parts = cdiv(queries, tile.block_own)
     with_parts = num_parts <= MAX_PARTS
-    width = 16 * triton.cdiv(keys, 16)  # aligned rows: wide loads
+    width = 16 * cdiv(keys, 16)  # aligned rows: wide loads
     parts = torch.empty(batch, heads, num_parts if with_parts else 0, width, dtype=torch.float32, device=k.device)
     # Blocks of queries vary fastest: neighbouring programs read the same keys.
     row_softmax_kernel[(num_parts, heads, batch)](
@@ -389,12 +400,12 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
         num_stages=tile.num_stages,
     )
     if with_parts:
-        sum_parts_kernel[(triton.cdiv(keys, 64), batch)](
+        sum_parts_kernel[(cdiv(keys, 64), batch)](
             parts, scores, heads * num_parts, keys, width, BLOCK_P=16, BLOCK_N=64, num_warps=4
         )
         return scores, logsumexp
     tile = column_tile(head_dim, q.dtype)
-    column_sum_kernel[(triton.cdiv(keys, tile.block_own), batch)](
+    column_sum_kernel[(cdiv(keys, tile.block_own), batch)](
         q,
         k,
         logsumexp,
@@ -435,14 +446,14 @@ def received_scores_backward(
         # Half precision would lose small gradients on the way; the ten bits of tf32 keep float32's range.
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "BLOCK_D": tile.block_d,
-        "ALL_D": max(triton.next_power_of_2(head_dim), 16),
+        "ALL_D": max(next_power_of_2(head_dim), 16),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-    grad_q_kernel[(triton.cdiv(queries, tile.block_own), heads, batch)](
+    grad_q_kernel[(cdiv(queries, tile.block_own), heads, batch)](
         grad, q, k, logsumexp, mean, grad_q, *shape, BLOCK_M=tile.block_own, BLOCK_N=tile.block_other, **settings
     )
-    grad_k_kernel[(triton.cdiv(keys, tile.block_own), heads, batch)](
+    grad_k_kernel[(cdiv(keys, tile.block_own), heads, batch)](
         grad, q, k, logsumexp, mean, grad_k, *shape, BLOCK_M=tile.block_other, BLOCK_N=tile.block_own, **settings
     )
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2)

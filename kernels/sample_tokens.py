@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
+
+from ._direct import direct, next_power_of_2
 
 # Sums are of integers, the same in any order: a scan of floats can fall by a rounding, and gives tokens of weight 0
 # cdfs of their own. Weights are counted in 2^-61, as their total is at most a little over 1.
@@ -24,10 +27,11 @@ class SampleSettings:
     num_warps: int
 
 
+@functools.cache
 def sample_settings(tokens: int, budget: int) -> SampleSettings:
     """Two a thread, since searches wait for memory; 512 at most, as 1,024 spilled two words on sm_80 (Triton 3.9)."""
-    block_n = min(512, max(32, triton.next_power_of_2(tokens)))
-    block_k = min(512, max(32, triton.next_power_of_2(budget)))
+    block_n = min(512, max(32, next_power_of_2(tokens)))
+    block_k = min(512, max(32, next_power_of_2(budget)))
     return SampleSettings(block_n, block_k, num_warps=max(1, max(block_n, block_k) // 64))
 
 
@@ -38,6 +42,7 @@ def _scores(row, offsets, tokens, stride):
     return tl.where((score > 0.0) & (score < float("inf")), score, 0.0)
 
 
+@direct
 @triton.jit
 def sample_tokens_kernel(
     scores,  # (B, N)

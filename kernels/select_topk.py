@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import triton
 import triton.language as tl
+
+from ._direct import cdiv, direct, next_power_of_2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +26,10 @@ MAX_SORT = 4096
 RANK_BLOCK_I, RANK_BLOCK_J, RANK_WARPS = 32, 64, 4
 
 
+@functools.cache
 def sort_settings(tokens: int) -> SortSettings:
     """Four keys a thread: at most 64 registers; with 16 a thread the sort of 2,048 took 32 s to compile."""
-    block = max(32, triton.next_power_of_2(tokens))
+    block = max(32, next_power_of_2(tokens))
     return SortSettings(block, num_warps=max(1, block // 128))
 
 
@@ -39,6 +43,7 @@ def _packed_keys(scores, offsets, in_bounds):
     return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - offsets).to(tl.int64)
 
 
+@direct
 @triton.jit
 def sort_scores_kernel(
     scores,  # (B, N)
@@ -57,6 +62,7 @@ def sort_scores_kernel(
     tl.store(out + batch * keep + offsets, 0x7FFFFFFF - (keys & 0xFFFFFFFF), mask=offsets < keep)
 
 
+@direct
 @triton.jit
 def rank_scores_kernel(
     scores,  # (B, N)
@@ -94,7 +100,7 @@ def select_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
             scores, out, tokens, k, *scores.stride(), BLOCK=settings.block, num_warps=settings.num_warps
         )
     else:
-        rank_scores_kernel[(triton.cdiv(tokens, RANK_BLOCK_I), batch)](
+        rank_scores_kernel[(cdiv(tokens, RANK_BLOCK_I), batch)](
             scores,
             out,
             tokens,

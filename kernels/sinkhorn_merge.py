@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
+
 LOWEST = tl.constexpr(-3.0e38)  # where a row of -inf needs a finite maximum
 PADDING = 16
 MOST_REGISTERS = 255  # said outright, because the assembler spills a few to fit one more program on a multiprocessor
@@ -63,22 +65,25 @@ class SumsTile:
 SLOPE_TILE = PlanTile(tokens=32, clusters=64, num_warps=4)
 
 
+@functools.cache
 def similarity_tile(clusters: int, exact: bool) -> DotTile:
     """Found by compiling, as the next two: settings that never spill for sm_80 and sm_90."""
-    columns = min(64, max(16, triton.next_power_of_2(clusters)))
+    columns = min(64, max(16, next_power_of_2(clusters)))
     if exact:  # exact float32 dots hold their operands in registers
         return DotTile(rows=64, columns=min(columns, 32), step=16, num_warps=4, num_stages=2)
     return DotTile(rows=64, columns=columns, step=64, num_warps=8, num_stages=3)
 
 
+@functools.cache
 def sums_tile(channels: int, exact: bool) -> DotTile:
     """Wide in the channels, because the programs of every block of channels make the plan anew."""
-    columns = min(128, max(16, triton.next_power_of_2(channels)))
+    columns = min(128, max(16, next_power_of_2(channels)))
     if exact:
         return DotTile(rows=64, columns=min(columns, 64), step=16, num_warps=8, num_stages=2)
     return DotTile(rows=64, columns=columns, step=32, num_warps=8, num_stages=2)
 
 
+@functools.cache
 def again_tile(exact: bool) -> DotTile:
     """Clusters against tokens or the other way round; two stages of exact float32 spill in part."""
     if exact:
@@ -86,17 +91,19 @@ def again_tile(exact: bool) -> DotTile:
     return DotTile(rows=64, columns=64, step=64, num_warps=8, num_stages=3)
 
 
+@functools.cache
 def sums_again_tile(channels: int, exact: bool) -> SumsTile:
     """As wide in the channels as registers allow: every block of them computes the similarities once more."""
-    columns = max(16, triton.next_power_of_2(channels))
+    columns = max(16, next_power_of_2(channels))
     if exact:
         return SumsTile(clusters=64, channels=min(columns, 128), tokens=16, step=16, num_warps=8, num_stages=1)
     return SumsTile(clusters=64, channels=min(columns, 256), tokens=32, step=64, num_warps=8, num_stages=3)
 
 
+@functools.cache
 def backward_tile(channels: int, small: bool) -> DotTile:
     """Two products in turn: anything larger, or 4 warps, spills in part; small where an operand is float32."""
-    columns = min(64, max(16, triton.next_power_of_2(channels)))
+    columns = min(64, max(16, next_power_of_2(channels)))
     return DotTile(rows=64, columns=min(columns, 32) if small else columns, step=16, num_warps=8, num_stages=2)
 
 
@@ -105,10 +112,11 @@ def backward_registers(*dtypes: torch.dtype) -> int | None:
     return MOST_REGISTERS if torch.float32 in dtypes else None
 
 
+@functools.cache
 def plan_tile(tokens: int, padded: int) -> PlanTile:
     """Whole rows, 4,096 numbers a step: 16 a thread for the similarities and as many for the sums over tokens."""
-    clusters = triton.next_power_of_2(padded)
-    rows = max(1, min(4096 // clusters, triton.next_power_of_2(tokens)))
+    clusters = next_power_of_2(padded)
+    rows = max(1, min(4096 // clusters, next_power_of_2(tokens)))
     return PlanTile(tokens=rows, clusters=clusters, num_warps=8)
 
 
@@ -120,6 +128,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
+@direct
 @triton.jit
 def similarity_kernel(
     x,  # (B, N, C)
@@ -179,6 +188,7 @@ def similarity_kernel(
     tl.store(part_sum + targets, tl.sum(tl.exp(score - maximum[None, :]), 0), mask=in_k)
 
 
+@direct
 @triton.jit
 def plan_biases_kernel(
     similarity,  # (B, N, padded) float32, contiguous
@@ -252,6 +262,7 @@ def _copy_rows(source, target, rows, source_stride, target_stride, in_c):
         tl.store(target + tl.cast(row, tl.int64) * target_stride, value.to(target.dtype.element_ty), mask=in_c)
 
 
+@direct
 @triton.jit
 def plan_sums_kernel(
     x,  # (B, N, C)
@@ -336,6 +347,7 @@ def _dots(rows, columns, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BL
     return dots
 
 
+@direct
 @triton.jit
 def first_biases_again_kernel(
     x,  # (B, N, C)
@@ -383,6 +395,7 @@ def first_biases_again_kernel(
     tl.store(cluster_bias + batch * clusters + offsets_k, -maximum - tl.log(total), mask=offsets_k < clusters)
 
 
+@direct
 @triton.jit
 def token_biases_again_kernel(
     x,  # (B, N, C)
@@ -453,6 +466,7 @@ def _plan(
     return tl.exp(score + bias[:, None] - shift[None, :]) * scale[None, :], inverse
 
 
+@direct
 @triton.jit
 def cluster_biases_again_kernel(
     x,  # (B, N, C)
@@ -505,6 +519,7 @@ def cluster_biases_again_kernel(
     tl.store(cluster_bias, bias - tl.log(total), mask=in_k)
 
 
+@direct
 @triton.jit
 def plan_sums_again_kernel(
     x,  # (B, N, C)
@@ -578,6 +593,7 @@ def plan_sums_again_kernel(
     tl.store(out + targets, acc.to(out.dtype.element_ty), mask=in_k[:, None] & in_c[None, :])
 
 
+@direct
 @triton.jit
 def log_plan_backward_kernel(
     grad,  # (B, K, C)
@@ -633,6 +649,7 @@ def log_plan_backward_kernel(
     tl.store(grad_plan + targets, tl.where((offsets_k < clusters)[None, :], plan * dots, 0.0), mask=mask)
 
 
+@direct
 @triton.jit
 def plan_biases_backward_kernel(
     similarity,  # (B, N, padded) float32, contiguous
@@ -692,6 +709,7 @@ def plan_biases_backward_kernel(
         tl.store(cluster_terms + step * padded, term, mask=in_k)
 
 
+@direct
 @triton.jit
 def similarity_backward_kernel(
     similarity,  # (B, N, padded) float32, contiguous
@@ -860,6 +878,7 @@ def _grad_centers(
     tl.store(grad_centers + targets, acc * inverse_eps, mask=mask)
 
 
+@direct
 @triton.jit
 def tokens_and_centers_backward_kernel(
     grad,  # (B, K, C)
@@ -962,7 +981,7 @@ def tokens_and_centers_backward_kernel(
 
 def padded_clusters(clusters: int) -> int:
     """Columns of the padded matrices."""
-    return triton.cdiv(clusters, PADDING) * PADDING
+    return cdiv(clusters, PADDING) * PADDING
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -998,10 +1017,10 @@ def sinkhorn_merge(
         return merged, similarity, token_bias, *saved
     exact = x.dtype == torch.float32 or centers.dtype != x.dtype
     tile = similarity_tile(clusters, exact)
-    parts = triton.cdiv(tokens, tile.rows)
+    parts = cdiv(tokens, tile.rows)
     part_max = numbers(batch, parts, padded)
     part_sum = torch.empty_like(part_max)
-    similarity_kernel[(parts * triton.cdiv(padded, tile.columns), batch)](
+    similarity_kernel[(parts * cdiv(padded, tile.columns), batch)](
         x,
         centers,
         similarity,
@@ -1044,7 +1063,7 @@ def sinkhorn_merge(
     )
     precision = _precision(dtype)
     tile = sums_tile(channels, precision == "ieee")
-    plan_sums_kernel[(triton.cdiv(clusters, tile.rows) * triton.cdiv(channels, tile.columns), batch)](
+    plan_sums_kernel[(cdiv(clusters, tile.rows) * cdiv(channels, tile.columns), batch)](
         x,
         similarity,
         inverse_norm,
@@ -1094,8 +1113,8 @@ def sinkhorn_merge_blocks(
         settings["maxnreg"] = MOST_REGISTERS
     of_clusters = {"BLOCK_K": tile.rows, "BLOCK_N": tile.columns, **settings}
     of_tokens = {"BLOCK_N": tile.rows, "BLOCK_K": tile.columns, **settings}
-    k_blocks = (triton.cdiv(clusters, tile.rows), batch)
-    n_blocks = (triton.cdiv(tokens, tile.rows), batch)
+    k_blocks = (cdiv(clusters, tile.rows), batch)
+    n_blocks = (cdiv(tokens, tile.rows), batch)
     first_biases_again_kernel[k_blocks](x, centers, inverse_norm, cluster_bias, *scalars, *strides, **of_clusters)
     for step in range(iters):
         if step:
@@ -1116,7 +1135,7 @@ def sinkhorn_merge_blocks(
         )
     precision = _precision(dtype)
     sums = sums_again_tile(channels, exact or precision == "ieee")
-    plan_sums_again_kernel[(triton.cdiv(clusters, sums.clusters) * triton.cdiv(channels, sums.channels), batch)](
+    plan_sums_again_kernel[(cdiv(clusters, sums.clusters) * cdiv(channels, sums.channels), batch)](
         x,
         centers,
         inverse_norm,
@@ -1161,7 +1180,7 @@ def sinkhorn_merge_backward(
     grad_similarity = torch.empty_like(similarity)
     exact = x.dtype == torch.float32 or grad.dtype != x.dtype
     tile = similarity_tile(clusters, exact)
-    log_plan_backward_kernel[(triton.cdiv(tokens, tile.rows) * triton.cdiv(padded, tile.columns), batch)](
+    log_plan_backward_kernel[(cdiv(tokens, tile.rows) * cdiv(padded, tile.columns), batch)](
         grad,
         x,
         similarity,
@@ -1205,7 +1224,7 @@ def sinkhorn_merge_backward(
         maxnreg=MOST_REGISTERS,
     )
     along = torch.empty_like(inverse_norm)
-    similarity_backward_kernel[(triton.cdiv(tokens, SLOPE_TILE.tokens), batch)](
+    similarity_backward_kernel[(cdiv(tokens, SLOPE_TILE.tokens), batch)](
         similarity,
         token_shifts,
         token_scales,
@@ -1224,11 +1243,11 @@ def sinkhorn_merge_backward(
     )
     small = grad.dtype != x.dtype or "ieee" in (_precision(x.dtype), _precision(centers.dtype))
     tile = backward_tile(channels, small)
-    images_per_part = triton.cdiv(batch, CENTER_PARTS)
-    parts = triton.cdiv(batch, images_per_part)
+    images_per_part = cdiv(batch, CENTER_PARTS)
+    parts = cdiv(batch, images_per_part)
     grad_centers = torch.empty(parts, clusters, channels, dtype=torch.float32, device=x.device)
-    row_blocks = parts * triton.cdiv(clusters, tile.rows) + batch * triton.cdiv(tokens, tile.rows)
-    tokens_and_centers_backward_kernel[(row_blocks * triton.cdiv(channels, tile.columns),)](
+    row_blocks = parts * cdiv(clusters, tile.rows) + batch * cdiv(tokens, tile.rows)
+    tokens_and_centers_backward_kernel[(row_blocks * cdiv(channels, tile.columns),)](
         grad,
         x,
         centers,

@@ -7,12 +7,14 @@ backward pass likewise, and the upstream gradient twice per BLOCK_N tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from ._direct import cdiv, direct, next_power_of_2
 from ._launch import row_tile
 
 
@@ -41,9 +43,10 @@ class GradientTile:
 
 def _fits(size: int, high: int) -> int:
     """The least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
-    return min(max(triton.next_power_of_2(size), 16), high)
+    return min(max(next_power_of_2(size), 16), high)
 
 
+@functools.cache
 def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
     """Found by compiling for sm_80 and sm_90: no spill; the widest tiles, because they read the least.
 
@@ -56,6 +59,7 @@ def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
     return MergeTile(32, block_k, _fits(channels, widest), num_warps=8 if block_k > 32 else 4, num_stages=2)
 
 
+@functools.cache
 def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> GradientTile:
     """Found likewise: steps of 64, or 128 tokens where channels or logits (``unit`` of 1) are not aligned, spill.
 
@@ -74,6 +78,7 @@ def logits_unit(logits: torch.Tensor) -> int:
     return math.gcd(8, logits.shape[2], *logits.stride()[:2]) if logits.stride(2) == 1 else 1
 
 
+@direct
 @triton.jit
 def soft_merge_kernel(
     logits,  # (B, N, K)
@@ -145,6 +150,7 @@ def soft_merge_kernel(
         tl.store(logsumexp + batch * clusters + offsets_k, running_max + tl.log(running_sum), mask=in_k)
 
 
+@direct
 @triton.jit
 def row_delta_kernel(
     grad,  # (B, P + K, C)
@@ -267,6 +273,7 @@ def _grad_x(
     tl.store(grad_x + targets, acc.to(grad_x.dtype.element_ty), mask=in_n[:, None] & in_c[None, :])
 
 
+@direct
 @triton.jit
 def soft_merge_backward_kernel(
     grad,  # (B, P + K, C)
@@ -358,7 +365,7 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
         return out, logsumexp
     tile = forward_tile(clusters, channels, dtype)
     # Channels vary fastest: programs that share logits run side by side, and at least one copies the head.
-    grid = (max(triton.cdiv(channels, tile.block_c), 1), max(triton.cdiv(clusters, tile.block_k), 1), batch)
+    grid = (max(cdiv(channels, tile.block_c), 1), max(cdiv(clusters, tile.block_k), 1), batch)
     soft_merge_kernel[grid](
         logits,
         x,
@@ -393,11 +400,11 @@ def soft_merge_backward(
     delta = torch.empty_like(logsumexp)
     unit = logits_unit(logits)
     tile = backward_tile(tokens, clusters, channels, out.dtype, unit)
-    programs = triton.cdiv(clusters, tile.block_k) + triton.cdiv(channels, tile.block_c)
+    programs = cdiv(clusters, tile.block_k) + cdiv(channels, tile.block_c)
     if batch and programs:
         block_c = row_tile(max(channels, 1)).block_c
         rows = 1024 // block_c  # two operands: 2,048 elements each spill where nothing is aligned
-        row_delta_kernel[(max(triton.cdiv(clusters, rows), 1), batch)](
+        row_delta_kernel[(max(cdiv(clusters, rows), 1), batch)](
             grad,
             out,
             delta,
@@ -409,7 +416,7 @@ def soft_merge_backward(
             BLOCK_C=block_c,
             num_warps=4,
         )
-        soft_merge_backward_kernel[(programs, triton.cdiv(tokens, tile.block_n), batch)](
+        soft_merge_backward_kernel[(programs, cdiv(tokens, tile.block_n), batch)](
             grad,
             logits,
             x,

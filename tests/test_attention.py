@@ -242,8 +242,8 @@ def test_refuses():
         (ValueError, "q is on cpu and policy on meta", {"policy": policy.to("meta")}),
         (ValueError, r"policy must have shape \(2, 7\), one entry a key, got \(2, 6\)", {"policy": policy[:, 1:]}),
         (ValueError, "as many queries as keys, got 6 queries and 7 keys", {"q": q[:, :, 1:]}),
-        (ValueError, "eps must be finite and not negative, got -1.0", {"eps": -1.0}),
-        (ValueError, "eps must be finite and not negative, got nan", {"eps": math.nan}),
+        (ValueError, "eps must be at least 0 and finite, got -1.0", {"eps": -1.0}),
+        (ValueError, "eps must be at least 0 and finite, got nan", {"eps": math.nan}),
         (ValueError, "unknown backend 'cuda'", {"backend": "cuda"}),
         (RuntimeError, "'triton' was asked for", {"backend": "triton"}),
     ):

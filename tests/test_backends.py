@@ -1,8 +1,11 @@
 """Which backend runs, and that an explicit choice never falls back."""
 
+import asyncio
+import concurrent.futures
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -55,7 +58,184 @@ def test_argument_before_context_before_environment(monkeypatch):
 def test_context_is_left_on_an_error():
     with pytest.raises(KeyError), fastreduce.backend("reference"):
         raise KeyError
-    assert not backends._context
+    assert backends._chosen() == backends._ENVIRONMENT
+
+
+def _in_thread(function):
+    """What the function returns in a thread of its own."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def _meeting(*names):
+    """Threads inside blocks of their own at the same time: what each sees once all are in, and after they left."""
+    inside, seen, after = threading.Barrier(len(names)), {}, {}
+
+    def run(name):
+        for turn in range(3):
+            with fastreduce.backend(name):
+                inside.wait(60)
+                seen[name, turn] = backends._chosen()
+                inside.wait(60)
+            after[name, turn] = backends._chosen()
+
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(run, names))
+    return seen, after
+
+
+@pytest.mark.usefixtures("_no_environment")
+class TestContext:
+    """A block's choice is that of its thread or task, whatever others do meanwhile."""
+
+    def test_threads(self):
+        seen, after = _meeting("reference", "triton")
+        assert seen == {(name, turn): name for name in ("reference", "triton") for turn in range(3)}
+        assert set(after.values()) == {"auto"}
+
+    def test_a_thread_started_inside_a_block_has_no_choice(self):
+        with fastreduce.backend("reference"):
+            assert _in_thread(backends._chosen) == "auto"
+            assert backends._chosen() == "reference"
+
+    def test_data_parallel_replicas_choose_for_themselves(self):
+        """As torch's parallel_apply runs them: one thread each, all within a block of the main thread."""
+        x, index = torch.randn(1, 4, 8), torch.zeros(1, 2, dtype=torch.int64)
+        inside = threading.Barrier(2)
+
+        def replica(name):
+            with fastreduce.backend(name):
+                inside.wait(60)
+                try:
+                    return ops.gather_tokens(x, index).shape
+                except RuntimeError as error:
+                    return str(error)
+
+        with fastreduce.backend("reference"), concurrent.futures.ThreadPoolExecutor(2) as pool:
+            shape, refused = pool.map(replica, ("reference", "triton"))
+            assert shape == (1, 3, 8)
+            assert "'triton' was asked for" in refused
+            assert ops.gather_tokens(x, index).shape == (1, 3, 8)
+
+    def test_tasks(self):
+        async def task(name, log):
+            for _ in range(3):
+                with fastreduce.backend(name):
+                    await asyncio.sleep(0)
+                    log.append((name, backends._chosen()))
+                await asyncio.sleep(0)
+                log.append(("auto", backends._chosen()))
+
+        async def main():
+            log = []
+            await asyncio.gather(task("reference", log), task("triton", log))
+            with fastreduce.backend("reference"):
+                child = asyncio.create_task(_chosen_later())
+            log.append(("reference", await child))  # it has what held where it was started
+            return log
+
+        async def _chosen_later():
+            return backends._chosen()
+
+        log = asyncio.run(main())
+        assert len(log) == 13
+        assert all(expected == found for expected, found in log), log
+
+    def test_nested(self):
+        with fastreduce.backend("triton"):
+            with fastreduce.backend("auto"):
+                with fastreduce.backend("reference"):
+                    assert backends._chosen() == "reference"
+                assert backends._chosen() == "auto"
+            assert backends._chosen() == "triton"
+        assert backends._chosen() == "auto"
+
+    def test_generators_close_their_blocks_in_any_order(self):
+        def block(name):
+            with fastreduce.backend(name):
+                yield backends._chosen()
+
+        first, second = block("triton"), block("reference")
+        assert [next(first), next(second)] == ["triton", "reference"]
+        first.close()
+        assert backends._chosen() == "reference"
+        second.close()
+        assert backends._chosen() == "auto"
+
+    def test_a_generator_closed_in_another_thread_leaves_nothing(self):
+        def block():
+            with fastreduce.backend("triton"):
+                yield
+
+        generator = block()
+        next(generator)
+        assert backends._chosen() == "triton"
+        _in_thread(generator.close)
+        assert backends._chosen() == "auto"
+
+    def test_a_block_can_be_a_decorator(self):
+        assert fastreduce.backend("reference")(backends._chosen)() == "reference"
+        assert backends._chosen() == "auto"
+
+    def test_compiled_code_sees_the_choice_and_compiles_again_when_it_changes(self):
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        def run(x):
+            return x + 1 if backends._chosen() == "auto" else x * 3
+
+        torch._dynamo.reset()
+        compiled, x = torch.compile(run, fullgraph=True, backend=count), torch.ones(())
+        for _ in range(3):
+            assert compiled(x) == 2
+            with fastreduce.backend("reference"):
+                assert compiled(x) == 3
+                assert _in_thread(lambda: compiled(x)) == 2
+                with fastreduce.backend("auto"):
+                    assert compiled(x) == 2
+        assert compiled(x) == 2
+        assert len(graphs) <= 4  # one a choice, and one a depth of blocks
+
+    def test_a_block_inside_compiled_code(self):
+        def run(x):
+            with fastreduce.backend("reference"):
+                y = x + 1 if backends._chosen() == "auto" else x * 3
+            return y if backends._chosen() == "auto" else y * 7
+
+        torch._dynamo.reset()
+        compiled, x = torch.compile(run, fullgraph=True, backend="eager"), torch.ones(())
+        assert compiled(x) == 3
+        with fastreduce.backend("triton"):
+            assert compiled(x) == 21
+        assert compiled(x) == 3
+        assert backends._chosen() == "auto"
+
+    def test_compiled_operators_see_the_choice(self):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda s: ops.select_topk(s, 2), fullgraph=True, backend="eager")
+        scores = torch.rand(1, 5)
+        compiled(scores)
+        with fastreduce.backend("triton"), pytest.raises(Exception, match="TRITON_INTERPRET"):
+            compiled(scores)
+        assert torch.equal(compiled(scores), ops.select_topk(scores, 2))
+
+
+@pytest.mark.skipif(backends._COMPILE_READS_CONTEXT, reason="compiled code reads the task's own choice")
+def test_tasks_that_leave_blocks_open_are_warned_of_in_compiled_code(caplog, monkeypatch):
+    async def task(name):
+        with fastreduce.backend(name):
+            await asyncio.sleep(0.01)
+
+    async def main():
+        await asyncio.gather(task("reference"), task("triton"))
+
+    monkeypatch.setattr(backends, "_said", set())
+    asyncio.run(main())
+    assert "torch.compile" in caplog.text
+    assert backends._of_thread.choices == ()
 
 
 def test_unknown_names_are_quoted():

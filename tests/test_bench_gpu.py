@@ -101,14 +101,30 @@ def test_every_check_is_dealt_once_and_first_shapes_first():
 
 
 def test_what_is_wrong_is_not_timed():
-    wrong = {("cls_scores", "forward")}
-    ours = [
-        (item["primitive"], item["direction"])
-        for item in gpu._micro_items(True, wrong)
-        if item["contender"] == "fastreduce"
-    ]
+    ours = _timed(True, {("cls_scores", "forward", "float32")})
     assert ("cls_scores", "forward") not in ours
     assert ("cls_scores", "backward") in ours
+
+
+def _timed(quick, wrong):
+    items = gpu._micro_items(quick, wrong)
+    return {(item["primitive"], item["direction"]) for item in items if item["contender"] == "fastreduce"}
+
+
+def test_a_dtype_that_is_wrong_costs_no_other_its_time(session):
+    """Times are of bfloat16 (float32 in the quick run): only its parity decides."""
+    rows = [("cls_scores", "forward", "bfloat16", "off"), ("attention", "backward", "float32", "off by 2 %")]
+    rows += [("attention", "backward", "bfloat16", None), ("soft_merge", "forward", "float16", "off")]
+    for primitive, direction, dtype, wrong in rows:
+        shape = ["deit_small", 197, 2, dtype]
+        session.add("parity", {"primitive": primitive, "direction": direction, "shape": shape, "wrong": wrong})
+    found = gpu._wrong_kernels(session.result)
+    assert found == {row[:3] for row in rows if row[3]}
+    timed, quick = _timed(False, found), _timed(True, found)
+    assert ("cls_scores", "forward") not in timed
+    assert {("attention", "backward"), ("soft_merge", "forward"), ("cls_scores", "backward")} <= timed
+    assert ("attention", "backward") not in quick
+    assert ("cls_scores", "forward") in quick
 
 
 def test_without_a_gpu_it_says_so(capsys):

@@ -1,12 +1,13 @@
 """What the microbenchmarks describe: every contender does the same work, and one that does not gets no time."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 
 from bench.microbenchmark import DIRECTIONS, Microbenchmark, OperatorCounts, copy_bandwidth, device_clock
-from bench.primitive import Shape, load_primitives
+from bench.primitive import Shape, disagreement, load_primitives, shaken
 from fastreduce import ops
 
 PRIMITIVES = load_primitives()
@@ -66,6 +67,54 @@ def test_a_wrong_contender_gets_no_time(name, direction):
     row = bench.measure("fastreduce", rounds=1)
     assert row["parity"]
     assert "seconds" not in row
+
+
+class TestBudget:
+    """What a result may be off from float64: a few roundings, and what float32 cannot tell apart."""
+
+    EXACT = (torch.linspace(-1, 1, 64, dtype=torch.float64),)
+
+    def _off(self, by):
+        return tuple(one + by for one in self.EXACT)
+
+    def test_errors_of_the_others_add_up(self):
+        assert disagreement(self._off(3e-6), self.EXACT, (), 1e-6) is not None
+        assert disagreement(self._off(3e-6), self.EXACT, (self._off(2.1e-6),), 1e-6) is None
+        assert disagreement(self._off(3e-6), self.EXACT, (self._off(1e-6), self._off(1.1e-6)), 1e-6) is None
+        assert disagreement(self._off(3.2e-6), self.EXACT, (self._off(1e-6), self._off(1.1e-6)), 1e-6) is not None
+        assert disagreement(self._off(float("nan")), self.EXACT, (self._off(1.0),), 1.0) is not None
+
+    def test_inputs_are_shaken_by_one_rounding_and_no_more(self):
+        inputs = {"x": torch.randn(50), "index": torch.arange(3), "k": 4}
+        first, second = shaken(inputs), shaken(inputs)
+        relative = (first["x"] / inputs["x"].double() - 1).abs()
+        torch.testing.assert_close(relative, torch.full_like(relative, 2**-23))
+        assert (first["x"] > inputs["x"].double()).float().mean().item() == pytest.approx(0.5, abs=0.3)
+        assert torch.equal(first["x"], second["x"])
+        assert torch.equal(first["index"], inputs["index"])
+        assert first["k"] == 4
+
+    def test_a_kernel_that_rounds_its_inputs_passes_and_one_that_rounds_further_does_not(self):
+        right = PRIMITIVES["attention"]
+        bench = Microbenchmark(right, SMALL, CPU, "backward")
+        allowed = [
+            max((one - exact).abs().max().item() for one, exact in zip(other, bench._truth[1], strict=True))
+            for other in bench._truth[2]
+        ]
+        assert all(0 < one < 1e-4 for one in allowed)
+
+        def rounded(step, **arguments):
+            changed = {
+                name: value * (1 + step) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                for name, value in arguments.items()
+            }
+            return right.call(**changed)
+
+        for step, passes in ((2**-23, True), (2**-15, False)):
+            call = functools.partial(rounded, step)
+            off = Microbenchmark(dataclasses.replace(right, call=call), SMALL, CPU, "backward")
+            off.__dict__["_truth"] = bench._truth
+            assert (off.parity("fastreduce") is None) == passes
 
 
 def test_a_row_says_what_was_measured():

@@ -1,48 +1,168 @@
-"""Registration of the kernels with ``torch.library``.
+"""Registration of the kernels with ``torch.library``, and the short way past it.
 
 An operator's CUDA implementation launches Triton. Its CPU implementation launches the same kernels in a process that
 runs the Triton interpreter, and the reference otherwise, so that ``opcheck``, ``gradcheck``, ``torch.compile`` and
 ``torch.export`` can be tried without a GPU. Autograd lives outside, in the ``autograd.Function`` of each primitive:
 measured at 9 µs a call against 23 µs for ``register_autograd``.
+
+Only what records operators needs them. In eager mode a call launches directly, and where nothing wants a gradient
+there is no ``autograd.Function`` either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..backends import INTERPRETING
 
-__all__ = ["dense_rows", "register"]
+__all__ = ["dense_rows", "differentiates_again", "gradients_again", "register", "wants_gradient"]
 
 _library = torch.library.Library("fastreduce", "FRAGMENT")
+# What a call may be made of to be launched directly: subclasses of tensors and symbolic sizes go to the dispatcher.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, tuple, type(None)})
+_recording = torch._C._len_torch_dispatch_stack  # modes, as those of make_fx, of FakeTensor, or that count operators
+_transforming = torch._C._functorch.peek_interpreter_stack
+_tracing = torch._C._is_tracing
 
 
 def register(
-    schema: str, *, triton: Callable[..., Any], reference: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    *,
+    triton: str | Callable[..., Any],
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    dense: str = "",
 ) -> Callable[..., Any]:
-    """Define ``fastreduce::<schema>`` and return its default overload.
+    """Define ``fastreduce::<schema>`` and return the function that calls it.
+
+    In eager mode, where nothing records operators, the function launches the kernels itself.
 
     Args:
         schema: the operator's schema, without namespace.
-        triton: launches the kernels; imports them when it is called, so that triton stays optional.
+        triton: the launcher, as ``"module.function"`` of ``fastreduce.kernels``, or a function that calls it; imported
+            at the first call, so that triton stays optional. It takes the operator's arguments.
         reference: the same result in PyTorch.
         fake: shapes and dtypes of the result.
+        dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
     """
     name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.fastreduce, name).default
+    names = [argument.name for argument in overload._schema.arguments]
+    launch = _on_its_device(_launcher(triton, [names.index(one) for one in dense.split()]))
 
     def on_cpu(*args: Any) -> Any:
-        return triton(*args) if INTERPRETING else reference(*args)
+        return launch(*args) if INTERPRETING else reference(*args)
 
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, on_cpu, "CPU")
-    _library.impl(name, triton, "CUDA")
+    _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"fastreduce::{name}", fake, lib=_library)
-    return getattr(torch.ops.fastreduce, name).default
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not _runs_here(args):
+            return overload(*args)
+        return launch(*args)
+
+    return call
 
 
-def dense_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its last axis is dense, else a copy; expanded gradients (stride 0) are copied too."""
-    return tensor if tensor.stride(-1) == 1 and 0 not in tensor.stride()[:-1] else tensor.contiguous()
+def _runs_here(args: tuple[Any, ...]) -> bool:
+    """Whether the kernels can take these arguments as they are, and nobody wants to see the operator."""
+    if not _PLAIN.issuperset(map(type, args)) or _recording() or _transforming() is not None or _tracing():
+        return False
+    return INTERPRETING or _first(args).is_cuda
+
+
+def _first(args: tuple[Any, ...]) -> Tensor:
+    """Return the first tensor; of an operator's leading arguments some may be None."""
+    for one in args:
+        if one is not None:
+            return one
+    raise AssertionError("an operator without a tensor")
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the device of the first tensor the current one for a launch: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def guarded(*args: Any) -> Any:
+        device = _first(args).get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
+            return launch(*args)
+
+    return guarded
+
+
+def _launcher(place: str | Callable[..., Any], dense: Sequence[int]) -> Callable[..., Any]:
+    """Return the function that makes the arguments at the ``dense`` places so, and calls the launcher."""
+    if callable(place):
+        return place
+    module, function = place.split(".")
+    found: list[Callable[..., Any]] = []
+
+    def launch(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(f"..kernels.{module}", __package__), function))
+        for which in dense:
+            if which < len(args) and args[which] is not None:
+                rows = dense_rows(args[which])
+                if rows is not args[which]:
+                    args = (*args[:which], rows, *args[which + 1 :])
+        return found[0](*args)
+
+    return launch
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """Return the tensor itself if its last axis is dense, else a copy; expanded gradients (stride 0) are copied too."""
+    strides = tensor.stride()
+    if strides and strides[-1] == 1 and 0 not in strides:
+        return tensor
+    return tensor.contiguous()
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a call on these tensors is to be recorded by autograd."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    # In forward mode the Function says that it has no such derivative.
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def differentiates_again() -> bool:
+    """Whether a backward pass is itself recorded (``create_graph=True``): kernels have no second derivative."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def gradients_again(
+    function: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradients of the inputs, which can be differentiated again, for the gradients of function's results.
+
+    Args:
+        function: of PyTorch's own operators.
+        inputs: its arguments; those that are no tensors, or want no gradient, get None.
+        grads: of its results, None for those without; results past them have none.
+    """
+    fresh = [one.view_as(one) if isinstance(one, Tensor) and one.requires_grad else one for one in inputs]
+    wanted = [one for one in fresh if isinstance(one, Tensor) and one.requires_grad]
+    outputs = function(*fresh)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=False) if grad is not None and out.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(fresh)
+    outs, upstream = zip(*pairs, strict=True)
+    cast = [grad.to(out.dtype) for out, grad in zip(outs, upstream, strict=True)]
+    found = iter(torch.autograd.grad(outs, wanted, cast, create_graph=True, allow_unused=True))
+    return [next(found) if isinstance(one, Tensor) and one.requires_grad else None for one in fresh]

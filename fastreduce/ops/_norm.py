@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import reference
-from ._check import check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows
+from ._check import check_floating, check_number, check_same, check_shape, shape_of
+from ._library import dense_rows, gradients_again
 
 __all__ = [
     "affine_gradients",
+    "again_through_norm",
     "check_norm",
     "dense_gradients",
     "fake_norm",
@@ -23,8 +24,12 @@ __all__ = [
 ]
 
 
-def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: float) -> list[Tensor]:
-    """Raise unless weight and bias are None or (C,), and norm_eps is usable; returns those that are not None."""
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: Any) -> tuple[list[Tensor], float]:
+    """Raise unless weight and bias are None or (C,), and norm_eps is usable.
+
+    Returns:
+        Those of weight and bias that are not None, and norm_eps as a float.
+    """
     given = [(name, tensor) for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
     for name, tensor in given:
         check_shape(name, tensor, "C")
@@ -32,40 +37,36 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: 
         check_same("x", x, name, tensor)
         if shape_of(tensor) != shape_of(x)[2:]:
             raise ValueError(f"{name} must have shape {shape_of(x)[2:]}, got {shape_of(tensor)}")
-    if isinstance(norm_eps, bool) or not isinstance(norm_eps, (int, float)):
-        raise TypeError(f"norm_eps must be a number, got {norm_eps!r}")
-    if not 0.0 <= norm_eps < math.inf:
-        raise ValueError(f"norm_eps must be at least 0 and finite, got {norm_eps}")
-    return [tensor for _, tensor in given]
+    return [tensor for _, tensor in given], check_number("norm_eps", norm_eps, low=0.0)
 
 
 def fake_norm(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands for rows, normed rows and their statistics."""
+    """Return what stands for rows, normed rows and their statistics."""
     statistics = out.new_empty(*out.shape[:2], 2, dtype=reference.accumulator(out.dtype))
     return out, out.new_empty(out.shape), statistics
 
 
 def fake_sums(statistics: Tensor, out: Tensor, affine: bool) -> Tensor:
-    """What stands for the gradients of weight and bias."""
+    """Return what stands for the gradients of weight and bias."""
     return statistics.new_empty(2 if affine else 0, out.shape[2])
 
 
 def rows_if(wanted: bool, grad: Tensor) -> Tensor:
-    """The rows (B, N, C), or none of them (B, 0, C)."""
+    """Return the rows (B, N, C), or none of them (B, 0, C)."""
     return grad if wanted else grad.new_empty(grad.shape[0], 0, grad.shape[2])
 
 
 def dense_gradients(
     grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, statistics: Tensor, weight: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """What the gradient of a norm is made of, as the kernels take it."""
+    """Return the operands of a norm's gradient, as the kernels take them."""
     grad_out, weight = (None if rows is None else dense_rows(rows) for rows in (grad_out, weight))
     return grad_out, dense_rows(grad_normed), out, statistics, weight
 
 
-def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None) -> None:
+def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None, norm_eps: float | None) -> None:
     """Keep what the gradients of weight and bias ask for; weight and bias are the inputs at ``place`` and behind it."""
-    ctx.norm_place = place
+    ctx.norm_place, ctx.norm_eps = place, norm_eps
     ctx.norm_dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
@@ -76,7 +77,23 @@ def wants_affine(ctx: Any) -> bool:
 
 
 def affine_gradients(ctx: Any, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of weight and bias, those that are wanted, in their dtypes."""
+    """Return the gradients of weight and bias in their dtypes, None for one that is not wanted."""
     wanted = ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2]
     weight, bias = (sums[row].to(ctx.norm_dtypes[row]) if wanted[row] else None for row in range(2))
     return weight, bias
+
+
+def again_through_norm(
+    ctx: Any, grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return gradients of out, its own included, of weight and of bias, all of which can be differentiated again."""
+    wanted = ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2]
+    # The gradient of a bias does not depend on it.
+    bias = out.new_zeros(out.shape[2], dtype=ctx.norm_dtypes[1]).requires_grad_() if wanted[1] else None
+    inputs = out, weight, bias, ctx.norm_eps
+    grad, grad_weight, grad_bias, _ = gradients_again(reference.layer_norm, inputs, (grad_normed,))
+    if grad is None:  # nothing asks for that of the rows
+        grad = torch.zeros_like(out)
+    if grad_out is not None:
+        grad = grad + grad_out.to(grad.dtype)
+    return grad, grad_weight if wanted[0] else None, grad_bias

@@ -7,7 +7,6 @@ of packed images 1.
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any
 
@@ -15,9 +14,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
-from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ..backends import Resolved, resolve
+from ._check import (
+    check_count,
+    check_floating,
+    check_index,
+    check_number,
+    check_pair,
+    check_same,
+    check_scale,
+    check_shape,
+    shape_of,
+)
+from ._library import dense_rows, differentiates_again, gradients_again, register, wants_gradient
 
 __all__ = ["attention", "attention_logsumexp", "attention_scores"]
 
@@ -222,14 +231,6 @@ def _fake_backward(
     return _empty_like(q), _empty_like(k), _empty_like(v), grad_keys
 
 
-def _triton_scores(
-    q: Tensor, k: Tensor, logsumexp: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
-) -> Tensor:
-    from ..kernels import attention as kernels
-
-    return kernels.key_scores(dense_rows(q), dense_rows(k), logsumexp, kind, bias, prefix, scale)
-
-
 def _fake_scores(
     q: Tensor, k: Tensor, logsumexp: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> Tensor:
@@ -257,7 +258,8 @@ _backward = register(
 )
 _scores = register(
     "attention_scores(Tensor q, Tensor k, Tensor logsumexp, str kind, Tensor? bias, int prefix, float scale) -> Tensor",
-    triton=_triton_scores,
+    triton="attention.key_scores",
+    dense="q k",
     reference=reference.key_scores,
     fake=_fake_scores,
 )
@@ -298,15 +300,30 @@ class Attention(torch.autograd.Function):
         *saved, bias, index, query_offsets, key_offsets = ctx.saved_tensors
         scale, eps, prefix, *longest = ctx.numbers
         upstream, grad_logsumexp = grads
+        if upstream is None and grad_logsumexp is None:
+            return (None,) * 14
+        if differentiates_again():
+            q, k, v, policy, out = saved[:5]
+            inputs = q, k, v, policy, scale, eps, bias, index, prefix, _pair(query_offsets, key_offsets), out.shape[2]
+            found = gradients_again(reference.attention_with_sums, inputs, grads)
+            return *found[:9], *[None] * 5
+        with_bias = len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6]
         grad_q, grad_k, grad_v, grad_keys = _backward(
             torch.zeros_like(saved[4]) if upstream is None else upstream,
             *(*saved, scale, eps, bias, index, prefix, query_offsets, key_offsets, *longest),
-            grad_logsumexp=grad_logsumexp,
-            with_bias=len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6],
+            *(grad_logsumexp, None, "", with_bias),
         )
         grad_policy = grad_keys if ctx.needs_input_grad[3] else None
         grad_bias = grad_keys if len(ctx.needs_input_grad) > 6 and ctx.needs_input_grad[6] else None
         return grad_q, grad_k, grad_v, grad_policy, None, None, grad_bias, *[None] * 7
+
+
+def _attention_scores(
+    q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.attention_scores``, of operators that all have second derivatives."""
+    out, logsumexp, *_ = reference.attention_with_sums(q, k, v, None, scale, 0.0, bias)
+    return out, reference.key_scores(q, k, logsumexp, kind, bias, prefix, scale)
 
 
 class AttentionScores(torch.autograd.Function):
@@ -326,12 +343,15 @@ class AttentionScores(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, logsumexp, total, mean, bias = ctx.saved_tensors
         upstream, grad_scores = grads
+        if upstream is None and grad_scores is None:
+            return (None,) * 7
+        if differentiates_again():
+            inputs = q, k, v, ctx.kind, bias, ctx.prefix, ctx.scale
+            return tuple(gradients_again(_attention_scores, inputs, grads))
         grad_q, grad_k, grad_v, grad_bias = _backward(
             torch.zeros_like(out) if upstream is None else upstream,
             *(q, k, v, None, out, logsumexp, total, mean, ctx.scale, 0.0, bias, None, ctx.prefix),
-            grad_scores=grad_scores,
-            kind=ctx.kind,
-            with_bias=ctx.needs_input_grad[4],
+            *(None, None, 0, 0, None, grad_scores, ctx.kind, ctx.needs_input_grad[4]),
         )
         return grad_q, grad_k, grad_v, None, grad_bias if ctx.needs_input_grad[4] else None, None, None
 
@@ -359,22 +379,29 @@ def _check_of_keys(name: str, value: Tensor, q: Tensor, k: Tensor) -> None:
         raise ValueError(f"{name} must have shape {(k.shape[0], k.shape[2])}, one entry a key, got {shape_of(value)}")
 
 
-def _check_index(index: Tensor, prefix: int, q: Tensor, images: int | None = None) -> None:
+def _check_index(index: Tensor, prefix: Any, q: Tensor, images: int | None = None) -> int:
+    """Raise if they do not fit together; returns the prefix as an int."""
     check_shape("index", index, "B K")
     check_index("index", index)
     check_same("q", q, "index", index)
-    check_count("prefix", prefix, 0, q.shape[2] if images is None else sys.maxsize)
+    prefix = check_count("prefix", prefix, 0, q.shape[2] if images is None else sys.maxsize)
     if images is None and index.shape[0] != q.shape[0]:
         raise ValueError(f"index must have q's batch size {q.shape[0]}, got shape {shape_of(index)}")
     if images is not None and index.shape[0] != images:
         raise ValueError(f"index must have a row for each of the {images} images, got shape {shape_of(index)}")
+    if images is None and index.shape[1] and prefix == q.shape[2]:
+        raise ValueError(f"q of shape {shape_of(q)} has no query behind the prefix of {prefix} to be chosen")
+    return prefix
 
 
-def _check_offsets(offsets: tuple[Tensor, Tensor], longest: tuple[int, int] | None, q: Tensor) -> tuple[int, int]:
+def _check_offsets(offsets: Any, longest: Any, q: Tensor) -> tuple[int, int]:
+    """Raise if they do not fit together; returns longest as ints."""
+    check_pair("offsets", offsets, "int32 tensors of shape (B + 1,)")
     if q.shape[0] != 1:
         raise ValueError(f"with offsets q, k and v hold the rows of all images, (1, H, T, D), got q {shape_of(q)}")
     if longest is None:
         raise ValueError("offsets need longest=(most queries of an image, most keys of an image)")
+    check_pair("longest", longest, "counts")
     for name, bounds in zip(("offsets of queries", "offsets of keys"), offsets, strict=True):
         check_shape(name, bounds, "B")
         check_same("q", q, name, bounds)
@@ -384,14 +411,82 @@ def _check_offsets(offsets: tuple[Tensor, Tensor], longest: tuple[int, int] | No
             raise ValueError(
                 f"offsets must be of one length, images + 1, got {shape_of(offsets[0])} and {shape_of(offsets[1])}"
             )
-    for count in longest:
-        check_count("longest", count, 0, 2**31 - 1)
-    return longest
+    queries, keys = (check_count("longest", count, 0, 2**31 - 1) for count in longest)
+    return queries, keys
 
 
 def _check_head_dim(q: Tensor) -> None:
     if q.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"the kernels take up to {MAX_HEAD_DIM} channels a head, got {q.shape[3]}; use 'reference'")
+
+
+def attention_unchecked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    policy: Tensor | None = None,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 1,
+    offsets: tuple[Tensor, Tensor] | None = None,
+    longest: tuple[int, int] | None = None,
+    num_out: int | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    backend: Resolved,
+) -> Tensor:
+    """:func:`attention` without checks, by the backend named."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    prefix = 0 if index is None else prefix
+    if backend == "reference":
+        return reference.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets, num_out or 0)
+    arguments: tuple[Any, ...] = q, k, v, policy, scale, float(eps), bias, index, prefix
+    if offsets is not None:
+        arguments = *arguments, *offsets, *(longest or (0, 0)), num_out or 0
+    if wants_gradient(q, k, v, policy, bias):
+        return Attention.apply(*arguments)[0]
+    return _forward(*arguments)[0]
+
+
+def attention_logsumexp_unchecked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    index: Tensor | None = None,
+    prefix: int = 1,
+    scale: float | None = None,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention_logsumexp` without checks, by the backend named."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    arguments = q, k, v, None, scale, 0.0, bias, index, 0 if index is None else prefix
+    if backend == "reference":
+        return reference.attention_with_sums(*arguments)[:2]
+    return Attention.apply(*arguments) if wants_gradient(q, k, v, bias) else _forward(*arguments)[:2]
+
+
+def attention_scores_unchecked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kind: str,
+    bias: Tensor | None = None,
+    prefix: int = 1,
+    scale: float | None = None,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention_scores` without checks, by the backend named."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        return reference.attention_scores(q, k, v, kind, bias, prefix, scale)
+    if wants_gradient(q, k, v, bias):
+        return AttentionScores.apply(q, k, v, kind, bias, prefix, scale)
+    out, logsumexp, *_ = _forward(q, k, v, None, scale, 0.0, bias)
+    return out, _scores(q, k, logsumexp, kind, bias, prefix, scale)
 
 
 def attention(
@@ -487,24 +582,30 @@ def attention(
     elif longest is not None:
         raise ValueError(f"longest={longest} goes with offsets only")
     if index is not None:
-        _check_index(index, prefix, q, None if offsets is None else offsets[0].shape[0] - 1)
+        prefix = _check_index(index, prefix, q, None if offsets is None else offsets[0].shape[0] - 1)
     if index is not None and offsets is not None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"queries chosen of packed images lie as the keys, got q {shape_of(q)}, k {shape_of(k)}")
         if num_out is None:
             raise ValueError("an index with offsets needs num_out, the rows of the result")
-        check_count("num_out", num_out, 0, sys.maxsize)
+        num_out = check_count("num_out", num_out, 0, sys.maxsize)
     elif num_out is not None:
         raise ValueError(f"num_out={num_out} goes with both an index and offsets only")
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {eps}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    prefix = prefix if index is not None else 0
-    if resolve(backend, q, k, v, *(tensor for tensor in (policy, bias) if tensor is not None)) == "reference":
-        return reference.attention(q, k, v, policy, scale, eps, bias, index, prefix, offsets, num_out or 0)
-    _check_head_dim(q)
-    ragged = (*(offsets or (None, None)), *(longest or (0, 0)), num_out or 0)
-    return Attention.apply(q, k, v, policy, scale, float(eps), bias, index, prefix, *ragged)[0]
+    eps = check_number("eps", eps, low=0.0)
+    scale = check_scale(scale, q.shape[3])
+    chosen = resolve(backend, q, k, v, *(tensor for tensor in (policy, bias) if tensor is not None))
+    if chosen == "triton":
+        _check_head_dim(q)
+    packed: dict[str, Any] = {"offsets": offsets, "longest": longest, "num_out": num_out}
+    options: dict[str, Any] = {
+        "policy": policy,
+        "bias": bias,
+        "index": index,
+        "prefix": prefix,
+        "scale": scale,
+        "eps": eps,
+    }
+    return attention_unchecked(q, k, v, **options, **packed, backend=chosen)
 
 
 def attention_logsumexp(
@@ -549,14 +650,13 @@ def attention_logsumexp(
     if bias is not None:
         _check_of_keys("bias", bias, q, k)
     if index is not None:
-        _check_index(index, prefix, q)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    prefix = prefix if index is not None else 0
-    if resolve(backend, q, k, v, *(() if bias is None else (bias,))) == "reference":
-        out, logsumexp, *_ = reference.attention_with_sums(q, k, v, None, scale, 0.0, bias, index, prefix)
-        return out, logsumexp
-    _check_head_dim(q)
-    return Attention.apply(q, k, v, None, scale, 0.0, bias, index, prefix)
+        prefix = _check_index(index, prefix, q)
+    scale = check_scale(scale, q.shape[3])
+    chosen = resolve(backend, q, k, v, *(() if bias is None else (bias,)))
+    if chosen == "triton":
+        _check_head_dim(q)
+    options: dict[str, Any] = {"bias": bias, "index": index, "prefix": prefix, "scale": scale}
+    return attention_logsumexp_unchecked(q, k, v, **options, backend=chosen)
 
 
 def attention_scores(
@@ -607,11 +707,13 @@ def attention_scores(
     if bias is not None:
         _check_of_keys("bias", bias, q, k)
     if kind == "class":
-        check_count("prefix", prefix, 0, k.shape[2])
+        prefix = check_count("prefix", prefix, 0, k.shape[2])
         if q.shape[2] == 0:
             raise ValueError(f"q must have the class token's query first, got shape {shape_of(q)}")
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if resolve(backend, q, k, v, *(() if bias is None else (bias,))) == "reference":
-        return reference.attention_scores(q, k, v, kind, bias, prefix, scale)
-    _check_head_dim(q)
-    return AttentionScores.apply(q, k, v, kind, bias, prefix, scale)
+    else:
+        prefix = 0
+    scale = check_scale(scale, q.shape[3])
+    chosen = resolve(backend, q, k, v, *(() if bias is None else (bias,)))
+    if chosen == "triton":
+        _check_head_dim(q)
+    return attention_scores_unchecked(q, k, v, kind=kind, bias=bias, prefix=prefix, scale=scale, backend=chosen)

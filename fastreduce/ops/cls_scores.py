@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
-from ._check import check_count, check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ..backends import Resolved, resolve
+from ._check import check_bool, check_count, check_floating, check_same, check_scale, check_shape, shape_of
+from ._library import differentiates_again, gradients_again, register, wants_gradient
 from .gather_packed import check_offsets
 
 __all__ = ["cls_scores"]
-
-
-def _triton_forward(
-    q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels import cls_scores as kernels
-
-    return kernels.cls_scores(dense_rows(q), dense_rows(k), prefix, scale, valid)
 
 
 def _fake_forward(
@@ -31,14 +24,6 @@ def _fake_forward(
     dtype = reference.accumulator(k.dtype)
     scores = k.new_empty(batch, tokens - prefix, dtype=dtype)
     return scores, k.new_empty(batch, heads, tokens, dtype=dtype), k.new_empty(batch, heads, dtype=dtype)
-
-
-def _triton_backward(
-    grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import cls_scores as kernels
-
-    return kernels.cls_scores_backward(grad, dense_rows(q), dense_rows(k), logits, logsumexp, prefix, scale)
 
 
 def _reference_backward(
@@ -56,23 +41,6 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def _triton_value_forward(
-    q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float
-) -> Tensor:
-    from ..kernels import cls_scores as kernels
-
-    return kernels.cls_value_scores(dense_rows(q), dense_rows(k), dense_rows(value), valid, prefix, scale)
-
-
-def _triton_value_packed(
-    q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
-) -> Tensor:
-    from ..kernels import cls_scores as kernels
-
-    q, k, value = dense_rows(q), dense_rows(k), dense_rows(value)
-    return kernels.cls_value_scores_packed(q, k, value, offsets, longest, prefix, scale)
-
-
 def _fake_value_packed(
     q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
 ) -> Tensor:
@@ -85,27 +53,31 @@ def _fake_value_forward(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | Non
 
 _forward = register(
     "cls_scores(Tensor q, Tensor k, int prefix, float scale, Tensor? valid=None) -> (Tensor, Tensor, Tensor)",
-    triton=_triton_forward,
+    triton="cls_scores.cls_scores",
+    dense="q k",
     reference=reference.cls_scores_with_sums,
     fake=_fake_forward,
 )
 _backward = register(
     "cls_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor logits, Tensor logsumexp, int prefix, float scale)"
     " -> (Tensor, Tensor)",
-    triton=_triton_backward,
+    triton="cls_scores.cls_scores_backward",
+    dense="q k",
     reference=_reference_backward,
     fake=_fake_backward,
 )
 _value_forward = register(
     "cls_value_scores(Tensor q, Tensor k, Tensor value, Tensor? valid, int prefix, float scale) -> Tensor",
-    triton=_triton_value_forward,
+    triton="cls_scores.cls_value_scores",
+    dense="q k value",
     reference=reference.cls_value_scores,
     fake=_fake_value_forward,
 )
 _value_packed = register(
     "cls_value_scores_packed(Tensor q, Tensor k, Tensor value, Tensor offsets, SymInt longest, int prefix, float scale)"
     " -> Tensor",
-    triton=_triton_value_packed,
+    triton="cls_scores.cls_value_scores_packed",
+    dense="q k value",
     reference=reference.cls_value_scores_packed,
     fake=_fake_value_packed,
 )
@@ -117,26 +89,57 @@ class ClsScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
         scores, logits, logsumexp = _forward(q, k, prefix, scale, valid)
-        ctx.save_for_backward(q, k, logits, logsumexp)
+        ctx.save_for_backward(q, k, logits, logsumexp, valid)
         ctx.prefix, ctx.scale = prefix, scale
         return scores
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        return *_backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.scale), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, logits, logsumexp, valid = ctx.saved_tensors
+        if differentiates_again():
+            return tuple(gradients_again(reference.cls_scores, (q, k, ctx.prefix, ctx.scale, valid), grads))
+        return *_backward(grads[0], q, k, logits, logsumexp, ctx.prefix, ctx.scale), None, None, None
 
 
-def _packed_scores(
+def cls_scores_unchecked(
+    q: Tensor,
+    k: Tensor,
+    *,
+    prefix: int = 1,
+    scale: float | None = None,
+    value: Tensor | None = None,
+    valid: Tensor | None = None,
+    offsets: Tensor | None = None,
+    longest: int | None = None,
+    backend: Resolved,
+) -> Tensor:
+    """:func:`cls_scores` without checks, by the backend named."""
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    by_reference = backend == "reference"
+    if value is not None:
+        q, k, value = q.detach(), k.detach(), value.detach()
+        if offsets is not None and longest is not None:
+            packed = reference.cls_value_scores_packed if by_reference else _value_packed
+            return packed(q, k, value, offsets, longest, prefix, scale)
+        forward = reference.cls_value_scores if by_reference else _value_forward
+        return forward(q, k, value, valid, prefix, scale)
+    if by_reference:
+        return reference.cls_scores(q, k, prefix, scale, valid)
+    if wants_gradient(q, k):
+        return ClsScores.apply(q, k, prefix, scale, valid)
+    return _forward(q, k, prefix, scale, valid)[0]
+
+
+def _check_packed(
     q: Tensor,
     k: Tensor,
     value: Tensor | None,
     valid: Tensor | None,
     offsets: Tensor,
-    longest: int | None,
-    prefix: int,
-    scale: float | None,
-    backend: str | None,
-) -> Tensor:
+    longest: Any,
+    prefix: Any,
+) -> tuple[int, int]:
+    """Raise if they do not fit together; returns longest and prefix as ints."""
     check_offsets("offsets", offsets, "k", k)
     if value is None or valid is not None or longest is None:
         raise ValueError("with offsets the scores need value and longest, and no valid")
@@ -150,10 +153,8 @@ def _packed_scores(
             f"q must have shape {(offsets.shape[0] - 1, heads, head_dim)}, with a head and a channel, to go with k "
             f"{shape_of(k)} and offsets {shape_of(offsets)}, got {shape_of(q)}"
         )
-    check_count("prefix", prefix, 0, longest)
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    forward = reference.cls_value_scores_packed if resolve(backend, q, k) == "reference" else _value_packed
-    return forward(q.detach(), k.detach(), value.detach(), offsets, longest, prefix, scale)
+    longest = check_count("longest", longest, 0, sys.maxsize)
+    return longest, check_count("prefix", prefix, 0, longest)
 
 
 def cls_scores(
@@ -209,19 +210,24 @@ def cls_scores(
     check_floating("q", q)
     check_same("q", q, "k", k, dtype=True)
     batch, heads, tokens, head_dim = k.shape
+    options: dict[str, Any] = {"value": value, "valid": valid, "offsets": offsets}
     if offsets is not None:
-        return _packed_scores(q, k, value, valid, offsets, longest, prefix, scale, backend)
+        longest, prefix = _check_packed(q, k, value, valid, offsets, longest, prefix)
+        chosen = resolve(backend, q, k)
+        scale = check_scale(scale, head_dim)
+        return cls_scores_unchecked(q, k, prefix=prefix, scale=scale, **options, longest=longest, backend=chosen)
+    if longest is not None:
+        raise ValueError(f"longest={longest} goes with offsets only")
     if shape_of(q) != (batch, heads, head_dim):
         raise ValueError(f"q must have shape {(batch, heads, head_dim)} to go with k {shape_of(k)}, got {shape_of(q)}")
     if min(heads, tokens, head_dim) < 1:
         raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
-    check_count("prefix", prefix, 0, tokens)
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    prefix = check_count("prefix", prefix, 0, tokens)
+    scale = check_scale(scale, head_dim)
     if valid is not None:
         check_shape("valid", valid, "B N")
         check_same("k", k, "valid", valid)
-        if valid.dtype != torch.bool:
-            raise TypeError(f"valid must be bool, got {valid.dtype}")
+        check_bool("valid", valid)
         if shape_of(valid) != (batch, tokens):
             raise ValueError(f"valid must have shape {(batch, tokens)} to go with k, got {shape_of(valid)}")
     if value is not None:
@@ -229,8 +235,4 @@ def cls_scores(
         check_same("k", k, "value", value, dtype=True)
         if shape_of(value) != shape_of(k):
             raise ValueError(f"value must have k's shape {shape_of(k)}, got {shape_of(value)}")
-        forward = reference.cls_value_scores if resolve(backend, q, k) == "reference" else _value_forward
-        return forward(q.detach(), k.detach(), value.detach(), valid, prefix, scale)
-    if resolve(backend, q, k) == "reference":
-        return reference.cls_scores(q, k, prefix, scale, valid)
-    return ClsScores.apply(q, k, prefix, scale, valid)
+    return cls_scores_unchecked(q, k, prefix=prefix, scale=scale, **options, backend=resolve(backend, q, k))

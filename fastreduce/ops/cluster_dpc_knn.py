@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ._library import register
 
 __all__ = ["cluster_dpc_knn", "cluster_dpc_knn_groups"]
-
-
-def _triton(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels import cluster_dpc_knn as kernels
-
-    return kernels.cluster_dpc_knn(dense_rows(x), k, neighbors, noise)
 
 
 def _reference(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -33,10 +27,29 @@ def _fake(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tens
 
 _cluster = register(
     "cluster_dpc_knn(Tensor x, SymInt k, int neighbors, Tensor? noise) -> (Tensor, Tensor, Tensor, Tensor)",
-    triton=_triton,
+    triton="cluster_dpc_knn.cluster_dpc_knn",
+    dense="x",
     reference=_reference,
     fake=_fake,
 )
+
+
+def cluster_dpc_knn_groups_unchecked(
+    x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: Resolved
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """:func:`cluster_dpc_knn_groups` without checks, by the backend named."""
+    x, noise = x.detach(), None if noise is None else noise.detach()
+    if backend == "reference":
+        return *reference.cluster_dpc_knn(x, k, neighbors, noise), None
+    centers, label, order, offsets = _cluster(x, k, neighbors, noise)
+    return centers, label, (order, offsets)
+
+
+def cluster_dpc_knn_unchecked(
+    x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: Resolved
+) -> tuple[Tensor, Tensor]:
+    """:func:`cluster_dpc_knn` without checks, by the backend named."""
+    return cluster_dpc_knn_groups_unchecked(x, k, neighbors=neighbors, noise=noise, backend=backend)[:2]
 
 
 def cluster_dpc_knn(
@@ -91,16 +104,13 @@ def cluster_dpc_knn_groups(
     batch, tokens, channels = x.shape
     if channels < 1:
         raise ValueError(f"x must have at least 1 channel, got shape {shape_of(x)}")
-    check_count("k", k, 1, tokens)
-    check_count("neighbors", neighbors, 1, 2**31 - 1)
+    k = check_count("k", k, 1, tokens)
+    neighbors = check_count("neighbors", neighbors, 1, 2**31 - 1)
     if noise is not None:
+        check_shape("noise", noise, "B N")
         check_floating("noise", noise)
         check_same("x", x, "noise", noise)
         if shape_of(noise) != (batch, tokens):
             raise ValueError(f"noise must have shape {(batch, tokens)}, got {shape_of(noise)}")
-        noise = noise.detach()
-    x = x.detach()
-    if resolve(backend, x) == "reference":
-        return *reference.cluster_dpc_knn(x, k, neighbors, noise), None
-    centers, label, order, offsets = _cluster(x, k, neighbors, noise)
-    return centers, label, (order, offsets)
+    chosen = resolve(backend, x, *(() if noise is None else (noise,)))
+    return cluster_dpc_knn_groups_unchecked(x, k, neighbors=neighbors, noise=noise, backend=chosen)

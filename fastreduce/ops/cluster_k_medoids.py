@@ -6,21 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ._library import register
 
 __all__ = ["cluster_k_medoids"]
 
 COSTS = ("all", "members")
-
-
-def _triton_cluster(
-    x: Tensor, weights: Tensor | None, k: int, iters: int, members: bool, first: int
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import cluster_k_medoids as kernels
-
-    return kernels.cluster_k_medoids(dense_rows(x), weights, k, iters, members, first)
 
 
 def _reference_cluster(
@@ -32,13 +24,30 @@ def _reference_cluster(
 
 _cluster = register(
     "cluster_k_medoids(Tensor x, Tensor? weights, SymInt k, int iters, bool members, SymInt first) -> (Tensor, Tensor)",
-    triton=_triton_cluster,
+    triton="cluster_k_medoids.cluster_k_medoids",
+    dense="x",
     reference=_reference_cluster,
     fake=lambda x, weights, k, iters, members, first: (
         x.new_empty(x.shape[0], k, dtype=torch.int64),
         x.new_empty(x.shape[0], x.shape[1], dtype=torch.int64),
     ),
 )
+
+
+def cluster_k_medoids_unchecked(
+    x: Tensor,
+    weights: Tensor | None,
+    k: int,
+    *,
+    iters: int = 3,
+    cost: str = "all",
+    first: int = 0,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor]:
+    """:func:`cluster_k_medoids` without checks, by the backend named."""
+    x, weights = x.detach(), None if weights is None else weights.detach()
+    cluster = reference.cluster_k_medoids if backend == "reference" else _cluster
+    return cluster(x, weights, k, iters, cost == "members", first)
 
 
 def cluster_k_medoids(
@@ -104,15 +113,14 @@ def cluster_k_medoids(
         check_same("x", x, "weights", weights)
         if shape_of(weights) != shape_of(x)[:2]:
             raise ValueError(f"weights must have shape {shape_of(x)[:2]}, got {shape_of(weights)}")
-        weights = weights.detach()
     if cost not in COSTS:
         raise ValueError(f"unknown cost {cost!r}; expected one of {', '.join(map(repr, COSTS))}")
     if tokens == 0:
         raise ValueError(f"x must have at least one token, got shape {shape_of(x)}")
-    check_count("k", k, 1, tokens)
-    check_count("iters", iters, 0, 2**31 - 1)
-    check_count("first", first, 0, tokens - 1)
-    x = x.detach()
-    if resolve(backend, x) == "reference":
-        return reference.cluster_k_medoids(x, weights, k, iters, cost == "members", first)
-    return _cluster(x, weights, k, iters, cost == "members", first)
+    if x.shape[2] == 0:
+        raise ValueError(f"x must have at least one channel, got shape {shape_of(x)}")
+    k = check_count("k", k, 1, tokens)
+    iters = check_count("iters", iters, 0, 2**31 - 1)
+    first = check_count("first", first, 0, tokens - 1)
+    chosen = resolve(backend, x, *(() if weights is None else (weights,)))
+    return cluster_k_medoids_unchecked(x, weights, k, iters=iters, cost=cost, first=first, backend=chosen)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ._library import dense_rows, differentiates_again, gradients_again, register, wants_gradient
 from ._norm import (
     affine_gradients,
+    again_through_norm,
     check_norm,
     dense_gradients,
     fake_norm,
@@ -21,23 +22,9 @@ from ._norm import (
     save_norm,
     wants_affine,
 )
+from .gather_tokens import check_residual
 
 __all__ = ["fuse_tokens", "fuse_tokens_norm"]
-
-
-def _triton_forward(
-    x: Tensor,
-    order: Tensor,
-    scores: Tensor,
-    k: int,
-    prefix: int,
-    residual: Tensor | None,
-    residual_bias: Tensor | None,
-) -> Tensor:
-    from ..kernels import fuse_tokens as kernels
-
-    residual, residual_bias = (None if rows is None else dense_rows(rows) for rows in (residual, residual_bias))
-    return kernels.fuse_tokens(dense_rows(x), order, scores, k, prefix, residual, residual_bias)
 
 
 def _fake_forward(
@@ -51,35 +38,6 @@ def _fake_forward(
 ) -> Tensor:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape[0], prefix + k + 1, x.shape[2], dtype=dtype)
-
-
-def _triton_norm(
-    x: Tensor,
-    order: Tensor,
-    scores: Tensor,
-    k: int,
-    prefix: int,
-    residual: Tensor | None,
-    residual_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels import fuse_tokens as kernels
-
-    given = residual, residual_bias, weight, bias
-    residual, residual_bias, weight, bias = (None if rows is None else dense_rows(rows) for rows in given)
-    arguments = dense_rows(x), order, scores, k, prefix, residual, residual_bias
-    return kernels.fuse_tokens_norm(*arguments, weight, bias, norm_eps)
-
-
-def _triton_backward(
-    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import fuse_tokens as kernels
-
-    residual_bias = None if residual_bias is None else dense_rows(residual_bias)
-    return kernels.fuse_tokens_backward(dense_rows(grad), dense_rows(x), order, scores, k, prefix, residual_bias)
 
 
 def _fake_backward(
@@ -149,21 +107,24 @@ def _fake_norm_backward(
 _forward = register(
     "fuse_tokens(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual, Tensor? residual_bias)"
     " -> Tensor",
-    triton=_triton_forward,
+    triton="fuse_tokens.fuse_tokens",
+    dense="x residual residual_bias",
     reference=reference.fuse_tokens,
     fake=_fake_forward,
 )
 _forward_norm = register(
     "fuse_tokens_norm(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual,"
     " Tensor? residual_bias, Tensor? weight, Tensor? bias, float norm_eps) -> (Tensor, Tensor, Tensor)",
-    triton=_triton_norm,
+    triton="fuse_tokens.fuse_tokens_norm",
+    dense="x residual residual_bias weight bias",
     reference=lambda *arguments: reference.with_norm(reference.fuse_tokens(*arguments[:7]), *arguments[7:]),
     fake=lambda *arguments: fake_norm(_fake_forward(*arguments[:7])),
 )
 _backward = register(
     "fuse_tokens_backward(Tensor grad, Tensor x, Tensor order, Tensor scores, SymInt k, int prefix,"
     " Tensor? residual_bias) -> (Tensor, Tensor)",
-    triton=_triton_backward,
+    triton="fuse_tokens.fuse_tokens_backward",
+    dense="grad x residual_bias",
     reference=reference.fuse_tokens_backward,
     fake=_fake_backward,
 )
@@ -221,7 +182,7 @@ class FuseTokensNorm(torch.autograd.Function):
         arguments = x, order, scores, k, prefix, residual, residual_bias
         out, normed, statistics = _forward_norm(*arguments, weight, bias, norm_eps)
         ctx.save_for_backward(x, order, scores, residual_bias, out, statistics, weight)
-        save_norm(ctx, 7, weight, bias)
+        save_norm(ctx, 7, weight, bias, norm_eps)
         ctx.k, ctx.prefix = k, prefix
         ctx.residual_dtype = None if residual is None else residual.dtype
         return out, normed
@@ -234,6 +195,9 @@ class FuseTokensNorm(torch.autograd.Function):
                 return (None,) * 10
             return *_gradients(ctx, grad_out, *ctx.saved_tensors[:4]), None, None, None
         x, order, scores, residual_bias, *saved = ctx.saved_tensors
+        if differentiates_again():
+            grad, *affine = again_through_norm(ctx, grad_out, grad_normed, saved[0], saved[2])
+            return *_gradients(ctx, grad, x, order, scores, residual_bias), *affine, None
         rows = ctx.needs_input_grad[5] or ctx.needs_input_grad[6]
         options = wants_affine(ctx), rows, x, order, scores, ctx.prefix, residual_bias
         grad_x, grad_scores, grad, sums = _norm_backward(grad_out, grad_normed, *saved, *options)
@@ -244,7 +208,12 @@ class FuseTokensNorm(torch.autograd.Function):
 def _gradients(
     ctx: Any, grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, residual_bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Of all the inputs of FuseTokens, those wanted, for the gradient of its rows."""
+    """Return the gradients of FuseTokens' inputs, None for those that need none, for the gradient of its rows."""
+    if differentiates_again():
+        grad_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
+        inputs = x, order, scores, ctx.k, ctx.prefix, None, residual_bias
+        *found, _, grad_bias = gradients_again(reference.fuse_tokens, inputs, (grad,))
+        return *found, grad_residual, grad_bias
     grad_x = grad_scores = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
         grad_x, grad_scores = _backward(grad, x, order, scores, ctx.k, ctx.prefix, residual_bias)
@@ -254,7 +223,7 @@ def _gradients(
 def _residual_gradients(
     ctx: Any, grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, residual_bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of the residual and the part that all its rows have, those wanted."""
+    """Return the gradients of the residual and of the part that all its rows have, None for one that needs none."""
     grad_residual = grad_bias = None
     if ctx.needs_input_grad[5]:
         grad_residual = grad.to(ctx.residual_dtype)
@@ -270,12 +239,12 @@ def _check_arguments(
     x: Tensor,
     order: Tensor,
     scores: Tensor,
-    k: int,
-    prefix: int,
+    k: Any,
+    prefix: Any,
     residual: Tensor | None,
     residual_bias: Tensor | None,
-) -> list[Tensor]:
-    """Raise if they do not fit together; returns those that have a floating dtype."""
+) -> tuple[list[Tensor], int, int]:
+    """Raise if they do not fit together; returns those that have a floating dtype, and k and prefix as ints."""
     check_shape("x", x, "B N C")
     check_shape("order", order, "B P")
     check_shape("scores", scores, "B P")
@@ -284,24 +253,65 @@ def _check_arguments(
     check_floating("scores", scores)
     check_same("x", x, "order", order)
     check_same("x", x, "scores", scores)
-    check_count("prefix", prefix, 0, x.shape[1])
+    prefix = check_count("prefix", prefix, 0, x.shape[1])
     expected: tuple[int, ...] = (x.shape[0], x.shape[1] - prefix)
     for name, tensor in (("order", order), ("scores", scores)):
         if shape_of(tensor) != expected:
             raise ValueError(f"{name} must have shape {expected}, one entry a patch token, got {shape_of(tensor)}")
-    check_count("k", k, 0, expected[1])
+    k = check_count("k", k, 0, expected[1])
     if residual is not None:
-        check_same("x", x, "residual", residual)
-        expected = (x.shape[0], prefix + k + 1, x.shape[2])
-        if shape_of(residual) != expected:
-            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+        check_residual(x, residual, prefix + k + 1)
     if residual_bias is not None:
+        check_shape("residual_bias", residual_bias, "C")
+        check_floating("residual_bias", residual_bias)
         check_same("x", x, "residual_bias", residual_bias)
         if residual is None:
             raise ValueError("residual_bias is part of a residual, but there is none")
         if shape_of(residual_bias) != shape_of(x)[2:]:
             raise ValueError(f"residual_bias must have shape {shape_of(x)[2:]}, got {shape_of(residual_bias)}")
-    return [tensor for tensor in (x, scores, residual, residual_bias) if tensor is not None]
+    return [tensor for tensor in (x, scores, residual, residual_bias) if tensor is not None], k, prefix
+
+
+def fuse_tokens_unchecked(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    backend: Resolved,
+) -> Tensor:
+    """:func:`fuse_tokens` without checks, by the backend named."""
+    arguments = x, order, scores, k, prefix, residual, residual_bias
+    if backend == "reference":
+        return reference.fuse_tokens(*arguments)
+    return FuseTokens.apply(*arguments) if wants_gradient(x, scores, residual, residual_bias) else _forward(*arguments)
+
+
+def fuse_tokens_norm_unchecked(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor]:
+    """:func:`fuse_tokens_norm` without checks, by the backend named."""
+    arguments = x, order, scores, k, prefix, residual, residual_bias
+    if backend == "reference":
+        out = reference.fuse_tokens(*arguments)
+        return out, reference.layer_norm(out, weight, bias, norm_eps)
+    if wants_gradient(x, scores, residual, residual_bias, weight, bias):
+        return FuseTokensNorm.apply(*arguments, weight, bias, norm_eps)
+    return _forward_norm(*arguments, weight, bias, norm_eps)[:2]
 
 
 def fuse_tokens(
@@ -346,10 +356,9 @@ def fuse_tokens(
         ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, a k outside 0 .. P.
         TypeError: x or scores not floating point, order not an integer tensor.
     """
-    tensors = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
-    if resolve(backend, *tensors) == "reference":
-        return reference.fuse_tokens(x, order, scores, k, prefix, residual, residual_bias)
-    return FuseTokens.apply(x, order, scores, k, prefix, residual, residual_bias)
+    tensors, k, prefix = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
+    options: dict[str, Any] = {"prefix": prefix, "residual": residual, "residual_bias": residual_bias}
+    return fuse_tokens_unchecked(x, order, scores, k, **options, backend=resolve(backend, *tensors))
 
 
 def fuse_tokens_norm(
@@ -395,10 +404,9 @@ def fuse_tokens_norm(
         ValueError: as in :func:`fuse_tokens`; weight or bias of another shape, norm_eps negative or not finite.
         TypeError: as in :func:`fuse_tokens`; weight or bias not floating point, norm_eps not a number.
     """
-    tensors = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
-    tensors += check_norm(x, weight, bias, norm_eps)
-    if resolve(backend, *tensors) == "reference":
-        out = reference.fuse_tokens(x, order, scores, k, prefix, residual, residual_bias)
-        return out, reference.layer_norm(out, weight, bias, norm_eps)
-    arguments = x, order, scores, k, prefix, residual, residual_bias
-    return FuseTokensNorm.apply(*arguments, weight, bias, float(norm_eps))
+    tensors, k, prefix = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
+    affine, norm_eps = check_norm(x, weight, bias, norm_eps)
+    options: dict[str, Any] = {"prefix": prefix, "residual": residual, "residual_bias": residual_bias}
+    norm: dict[str, Any] = {"weight": weight, "bias": bias, "norm_eps": norm_eps}
+    chosen = resolve(backend, *tensors, *affine)
+    return fuse_tokens_norm_unchecked(x, order, scores, k, **norm, **options, backend=chosen)

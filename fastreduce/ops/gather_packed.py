@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
-from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ..backends import Resolved, resolve
+from ._check import (
+    check_bool,
+    check_count,
+    check_floating,
+    check_index,
+    check_pair,
+    check_same,
+    check_shape,
+    shape_of,
+)
+from ._library import differentiates_again, register, wants_gradient
 
 __all__ = ["check_offsets", "gather_packed", "token_offsets", "unpack_tokens"]
 
@@ -34,22 +43,21 @@ def _check_packed(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape (1, T, C), got {shape_of(tensor)}")
 
 
-def _triton_offsets(valid: Tensor) -> Tensor:
-    from ..kernels import gather_packed as kernels
-
-    return kernels.token_offsets(valid)
-
-
 def _fake_offsets(valid: Tensor) -> Tensor:
     return valid.new_empty(valid.shape[0] + 1, dtype=torch.int32)
 
 
 _offsets = register(
     "token_offsets(Tensor valid) -> Tensor",
-    triton=_triton_offsets,
+    triton="gather_packed.token_offsets",
     reference=reference.token_offsets,
     fake=_fake_offsets,
 )
+
+
+def token_offsets_unchecked(valid: Tensor, *, backend: Resolved) -> Tensor:
+    """:func:`token_offsets` without checks, by the backend named."""
+    return reference.token_offsets(valid) if backend == "reference" else _offsets(valid)
 
 
 def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
@@ -71,18 +79,8 @@ def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError: valid not bool.
     """
     check_shape("valid", valid, "B N")
-    if valid.dtype != torch.bool:
-        raise TypeError(f"valid must be bool, got {valid.dtype}")
-    return reference.token_offsets(valid) if resolve(backend, valid) == "reference" else _offsets(valid)
-
-
-def _triton_gather(
-    x: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_out: int, residual: Tensor | None
-) -> Tensor:
-    from ..kernels import gather_packed as kernels
-
-    residual = None if residual is None else dense_rows(residual)
-    return kernels.gather_packed(dense_rows(x), index, source, target, prefix, num_out, residual)
+    check_bool("valid", valid)
+    return token_offsets_unchecked(valid, backend=resolve(backend, valid))
 
 
 def _fake_gather(
@@ -90,14 +88,6 @@ def _fake_gather(
 ) -> Tensor:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(1, num_out, x.shape[2], dtype=dtype)
-
-
-def _triton_gather_backward(
-    grad: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_in: int
-) -> Tensor:
-    from ..kernels import gather_packed as kernels
-
-    return kernels.gather_packed_backward(dense_rows(grad), index, source, target, prefix, num_in)
 
 
 def _fake_gather_backward(
@@ -109,14 +99,16 @@ def _fake_gather_backward(
 _gather = register(
     "gather_packed(Tensor x, Tensor index, Tensor source, Tensor target, int prefix, SymInt num_out, Tensor? residual)"
     " -> Tensor",
-    triton=_triton_gather,
+    triton="gather_packed.gather_packed",
+    dense="x residual",
     reference=reference.gather_packed,
     fake=_fake_gather,
 )
 _gather_backward = register(
     "gather_packed_backward(Tensor grad, Tensor index, Tensor source, Tensor target, int prefix, SymInt num_in)"
     " -> Tensor",
-    triton=_triton_gather_backward,
+    triton="gather_packed.gather_packed_backward",
+    dense="grad",
     reference=reference.gather_packed_backward,
     fake=_fake_gather_backward,
 )
@@ -145,10 +137,28 @@ class GatherPacked(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_residual = None
         if ctx.needs_input_grad[0]:
-            grad_x = _gather_backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
+            backward: Any = reference.gather_packed_backward if differentiates_again() else _gather_backward
+            grad_x = backward(grads[0], *ctx.saved_tensors, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
         if ctx.needs_input_grad[6]:
             grad_residual = grads[0].to(ctx.residual_dtype)
         return grad_x, None, None, None, None, None, grad_residual
+
+
+def gather_packed_unchecked(
+    x: Tensor,
+    index: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    *,
+    num_out: int,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    backend: Resolved,
+) -> Tensor:
+    """:func:`gather_packed` without checks, by the backend named."""
+    arguments = x, index, *offsets, prefix, num_out, residual
+    if backend == "reference":
+        return reference.gather_packed(*arguments)
+    return GatherPacked.apply(*arguments) if wants_gradient(x, residual) else _gather(*arguments)
 
 
 def gather_packed(
@@ -197,6 +207,7 @@ def gather_packed(
     check_shape("index", index, "B K")
     check_index("index", index)
     check_same("x", x, "index", index)
+    check_pair("offsets", offsets, "int32 tensors of shape (B + 1,)")
     source, target = offsets
     check_offsets("offsets[0]", source, "x", x)
     check_offsets("offsets[1]", target, "x", x)
@@ -204,32 +215,20 @@ def gather_packed(
         raise ValueError(
             f"index {shape_of(index)} and offsets {shape_of(source)}, {shape_of(target)} must be of as many images"
         )
-    check_count("prefix", prefix, 0, sys.maxsize)
-    check_count("num_out", num_out, 0, sys.maxsize)
+    prefix = check_count("prefix", prefix, 0, sys.maxsize)
+    num_out = check_count("num_out", num_out, 0, sys.maxsize)
     if residual is not None:
         _check_packed("residual", residual)
         check_same("x", x, "residual", residual)
         if shape_of(residual) != (1, num_out, x.shape[2]):
             raise ValueError(f"residual must have shape {(1, num_out, x.shape[2])}, got {shape_of(residual)}")
-    if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
-        return reference.gather_packed(x, index, source, target, prefix, num_out, residual)
-    return GatherPacked.apply(x, index, source, target, prefix, num_out, residual)
-
-
-def _triton_unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    from ..kernels import gather_packed as kernels
-
-    return kernels.unpack_tokens(dense_rows(x), offsets, longest)
+    chosen = resolve(backend, x, *(() if residual is None else (residual,)))
+    options: dict[str, Any] = {"num_out": num_out, "prefix": prefix, "residual": residual}
+    return gather_packed_unchecked(x, index, (source, target), **options, backend=chosen)
 
 
 def _fake_unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, longest, x.shape[2])
-
-
-def _triton_unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
-    from ..kernels import gather_packed as kernels
-
-    return kernels.unpack_tokens_backward(dense_rows(grad), offsets, num_in)
 
 
 def _fake_unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
@@ -238,13 +237,15 @@ def _fake_unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
 
 _unpack = register(
     "unpack_tokens(Tensor x, Tensor offsets, SymInt longest) -> Tensor",
-    triton=_triton_unpack,
+    triton="gather_packed.unpack_tokens",
+    dense="x",
     reference=reference.unpack_tokens,
     fake=_fake_unpack,
 )
 _unpack_backward = register(
     "unpack_tokens_backward(Tensor grad, Tensor offsets, SymInt num_in) -> Tensor",
-    triton=_triton_unpack_backward,
+    triton="gather_packed.unpack_tokens_backward",
+    dense="grad",
     reference=reference.unpack_tokens_backward,
     fake=_fake_unpack_backward,
 )
@@ -261,7 +262,15 @@ class UnpackTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _unpack_backward(grads[0], ctx.saved_tensors[0], ctx.num_in), None, None
+        backward = reference.unpack_tokens_backward if differentiates_again() else _unpack_backward
+        return backward(grads[0], ctx.saved_tensors[0], ctx.num_in), None, None
+
+
+def unpack_tokens_unchecked(x: Tensor, offsets: Tensor, *, longest: int, backend: Resolved) -> Tensor:
+    """:func:`unpack_tokens` without checks, by the backend named."""
+    if backend == "reference":
+        return reference.unpack_tokens(x, offsets, longest)
+    return UnpackTokens.apply(x, offsets, longest) if wants_gradient(x) else _unpack(x, offsets, longest)
 
 
 def unpack_tokens(x: Tensor, offsets: Tensor, *, longest: int, backend: str | None = None) -> Tensor:
@@ -287,7 +296,5 @@ def unpack_tokens(x: Tensor, offsets: Tensor, *, longest: int, backend: str | No
     """
     _check_packed("x", x)
     check_offsets("offsets", offsets, "x", x)
-    check_count("longest", longest, 0, sys.maxsize)
-    if resolve(backend, x) == "reference":
-        return reference.unpack_tokens(x, offsets, longest)
-    return UnpackTokens.apply(x, offsets, longest)
+    longest = check_count("longest", longest, 0, sys.maxsize)
+    return unpack_tokens_unchecked(x, offsets, longest=longest, backend=resolve(backend, x))

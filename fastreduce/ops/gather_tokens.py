@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
-from ._check import check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ..backends import Resolved, resolve
+from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
+from ._library import dense_rows, differentiates_again, register, wants_gradient
 from ._norm import (
     affine_gradients,
+    again_through_norm,
     check_norm,
     dense_gradients,
     fake_norm,
@@ -23,27 +24,6 @@ from ._norm import (
 )
 
 __all__ = ["gather_tokens", "gather_tokens_norm"]
-
-
-def _triton_forward(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> Tensor:
-    from ..kernels import gather_tokens as kernels
-
-    return kernels.gather_tokens(dense_rows(x), index, prefix, None if residual is None else dense_rows(residual))
-
-
-def _triton_norm(
-    x: Tensor,
-    index: Tensor,
-    prefix: int,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels import gather_tokens as kernels
-
-    residual, weight, bias = (None if rows is None else dense_rows(rows) for rows in (residual, weight, bias))
-    return kernels.gather_tokens_norm(dense_rows(x), index, prefix, residual, weight, bias, norm_eps)
 
 
 def _reference_norm(
@@ -129,14 +109,16 @@ def _fake_norm_backward(
 
 _forward = register(
     "gather_tokens(Tensor x, Tensor index, int prefix, Tensor? residual) -> Tensor",
-    triton=_triton_forward,
+    triton="gather_tokens.gather_tokens",
+    dense="x residual",
     reference=reference.gather_tokens,
     fake=_fake_forward,
 )
 _forward_norm = register(
     "gather_tokens_norm(Tensor x, Tensor index, int prefix, Tensor? residual, Tensor? weight, Tensor? bias,"
     " float norm_eps) -> (Tensor, Tensor, Tensor)",
-    triton=_triton_norm,
+    triton="gather_tokens.gather_tokens_norm",
+    dense="x residual weight bias",
     reference=_reference_norm,
     fake=lambda x, index, prefix, residual, *norm: fake_norm(_fake_forward(x, index, prefix, residual)),
 )
@@ -186,7 +168,7 @@ class GatherTokensNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         out, normed, statistics = _forward_norm(x, index, prefix, residual, weight, bias, norm_eps)
         ctx.save_for_backward(index, out, statistics, weight)
-        save_norm(ctx, 4, weight, bias)
+        save_norm(ctx, 4, weight, bias, norm_eps)
         ctx.prefix, ctx.num_in, ctx.x_dtype = prefix, x.shape[1], x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
         return out, normed
@@ -199,6 +181,10 @@ class GatherTokensNorm(torch.autograd.Function):
             if grad_out is None:
                 return (None,) * 7
             return *_gradients(ctx, grad_out, index), None, None, None
+        if differentiates_again():
+            out, _, weight = saved
+            grad, *affine = again_through_norm(ctx, grad_out, grad_normed, out, weight)
+            return *_gradients(ctx, grad, index), *affine, None
         rows = ctx.needs_input_grad[3]
         options = wants_affine(ctx), rows, index, ctx.prefix, ctx.num_in
         grad_x, grad_rows, sums = _norm_backward(grad_out, grad_normed, *saved, *options)
@@ -207,30 +193,72 @@ class GatherTokensNorm(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor, index: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-    """Of all the inputs of GatherTokens, those wanted, for the gradient of its rows."""
+    """Return the gradients of GatherTokens' inputs, None for those that need none, for the gradient of its rows."""
     grad_x = grad_residual = None
     if ctx.needs_input_grad[0]:
-        grad_x = _backward(grad, index, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
+        backward = reference.scatter_tokens if differentiates_again() else _backward
+        grad_x = backward(grad, index, ctx.prefix, ctx.num_in).to(ctx.x_dtype)
     if ctx.needs_input_grad[3]:
         grad_residual = grad.to(ctx.residual_dtype)
     return grad_x, None, None, grad_residual
 
 
-def _check_arguments(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> None:
+def _check_arguments(x: Tensor, index: Tensor, prefix: Any, residual: Tensor | None) -> int:
+    """Raise if they do not fit together; returns the prefix as an int."""
     check_shape("x", x, "B N C")
     check_shape("index", index, "B K")
     check_floating("x", x)
     check_index("index", index)
     check_same("x", x, "index", index)
-    if not 0 <= prefix <= x.shape[1]:
-        raise ValueError(f"prefix must be between 0 and the number of tokens {x.shape[1]}, got {prefix}")
+    prefix = check_count("prefix", prefix, 0, x.shape[1])
     if index.shape[0] != x.shape[0]:
         raise ValueError(f"index must have x's batch size {x.shape[0]}, got shape {shape_of(index)}")
+    if index.shape[1] and prefix == x.shape[1]:
+        raise ValueError(f"x of shape {shape_of(x)} has no token behind the prefix of {prefix} to be kept")
     if residual is not None:
-        check_same("x", x, "residual", residual)
-        expected = (x.shape[0], prefix + index.shape[1], x.shape[2])
-        if shape_of(residual) != expected:
-            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+        check_residual(x, residual, prefix + index.shape[1])
+    return prefix
+
+
+def check_residual(x: Tensor, residual: Tensor, rows: int) -> None:
+    """Raise unless the residual is (B, rows, C) floating point on the device of x (B, N, C)."""
+    check_shape("residual", residual, "B M C")
+    check_floating("residual", residual)
+    check_same("x", x, "residual", residual)
+    expected = (x.shape[0], rows, x.shape[2])
+    if shape_of(residual) != expected:
+        raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
+
+
+def gather_tokens_unchecked(
+    x: Tensor, index: Tensor, *, prefix: int = 1, residual: Tensor | None = None, backend: Resolved
+) -> Tensor:
+    """:func:`gather_tokens` without checks, by the backend named."""
+    if backend == "reference":
+        return reference.gather_tokens(x, index, prefix, residual)
+    if wants_gradient(x, residual):
+        return GatherTokens.apply(x, index, prefix, residual)
+    return _forward(x, index, prefix, residual)
+
+
+def gather_tokens_norm_unchecked(
+    x: Tensor,
+    index: Tensor,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gather_tokens_norm` without checks, by the backend named."""
+    if backend == "reference":
+        out = reference.gather_tokens(x, index, prefix, residual)
+        return out, reference.layer_norm(out, weight, bias, norm_eps)
+    if wants_gradient(x, residual, weight, bias):
+        return GatherTokensNorm.apply(x, index, prefix, residual, weight, bias, norm_eps)
+    return _forward_norm(x, index, prefix, residual, weight, bias, norm_eps)[:2]
 
 
 def gather_tokens(
@@ -258,10 +286,9 @@ def gather_tokens(
         ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N.
         TypeError: x not floating point, index not an integer tensor.
     """
-    _check_arguments(x, index, prefix, residual)
-    if resolve(backend, x, *(() if residual is None else (residual,))) == "reference":
-        return reference.gather_tokens(x, index, prefix, residual)
-    return GatherTokens.apply(x, index, prefix, residual)
+    prefix = _check_arguments(x, index, prefix, residual)
+    chosen = resolve(backend, x, *(() if residual is None else (residual,)))
+    return gather_tokens_unchecked(x, index, prefix=prefix, residual=residual, backend=chosen)
 
 
 def gather_tokens_norm(
@@ -300,9 +327,14 @@ def gather_tokens_norm(
         ValueError: as in :func:`gather_tokens`; weight or bias of another shape, norm_eps negative or not finite.
         TypeError: as in :func:`gather_tokens`; weight or bias not floating point, norm_eps not a number.
     """
-    _check_arguments(x, index, prefix, residual)
-    affine = check_norm(x, weight, bias, norm_eps)
-    if resolve(backend, x, *(() if residual is None else (residual,)), *affine) == "reference":
-        out = reference.gather_tokens(x, index, prefix, residual)
-        return out, reference.layer_norm(out, weight, bias, norm_eps)
-    return GatherTokensNorm.apply(x, index, prefix, residual, weight, bias, float(norm_eps))
+    prefix = _check_arguments(x, index, prefix, residual)
+    affine, norm_eps = check_norm(x, weight, bias, norm_eps)
+    chosen = resolve(backend, x, *(() if residual is None else (residual,)), *affine)
+    options: dict[str, Any] = {
+        "weight": weight,
+        "bias": bias,
+        "norm_eps": norm_eps,
+        "prefix": prefix,
+        "residual": residual,
+    }
+    return gather_tokens_norm_unchecked(x, index, **options, backend=chosen)

@@ -9,30 +9,16 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ._library import differentiates_again, gradients_again, register, wants_gradient
 from .gather_packed import check_offsets
 
 __all__ = ["linear_packed"]
 
 
-def _triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    from ..kernels import linear_packed as kernels
-
-    return kernels.linear_packed(dense_rows(x), dense_rows(weight), bias, offsets)
-
-
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     return x.new_empty(1, x.shape[1], weight.shape[0])
-
-
-def _triton_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels import linear_packed as kernels
-
-    return kernels.linear_packed_backward(dense_rows(grad), dense_rows(x), dense_rows(weight), offsets, wanted)
 
 
 def _fake_backward(
@@ -45,14 +31,16 @@ def _fake_backward(
 
 _forward = register(
     "linear_packed(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
-    triton=_triton_forward,
+    triton="linear_packed.linear_packed",
+    dense="x weight",
     reference=reference.linear_packed,
     fake=_fake_forward,
 )
 _backward = register(
     "linear_packed_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets, bool[3] wanted)"
     " -> (Tensor, Tensor, Tensor)",
-    triton=_triton_backward,
+    triton="linear_packed.linear_packed_backward",
+    dense="grad x weight",
     reference=reference.linear_packed_backward,
     fake=_fake_backward,
 )
@@ -69,8 +57,24 @@ class LinearPacked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:3]
+        if differentiates_again():
+            x, weight, offsets = ctx.saved_tensors
+            # The gradient of a bias does not depend on it.
+            bias = weight.new_zeros(weight.shape[0]).requires_grad_() if wanted[2] else None
+            return tuple(gradients_again(reference.linear_packed, (x, weight, bias, offsets), grads))
         grad_x, grad_weight, grad_bias = _backward(grads[0], *ctx.saved_tensors, wanted)
         return grad_x if wanted[0] else None, grad_weight if wanted[1] else None, grad_bias if wanted[2] else None, None
+
+
+def linear_packed_unchecked(
+    x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, backend: Resolved
+) -> Tensor:
+    """:func:`linear_packed` without checks, by the backend named."""
+    if backend == "reference":
+        return reference.linear_packed(x, weight, bias, offsets)
+    if wants_gradient(x, weight, bias):
+        return LinearPacked.apply(x, weight, bias, offsets)
+    return _forward(x, weight, bias, offsets)
 
 
 def linear_packed(
@@ -110,6 +114,4 @@ def linear_packed(
         if shape_of(bias) != (weight.shape[0],):
             raise ValueError(f"bias must have shape {(weight.shape[0],)} to go with weight, got {shape_of(bias)}")
     check_offsets("offsets", offsets, "x", x)
-    if resolve(backend, x) == "reference":
-        return reference.linear_packed(x, weight, bias, offsets)
-    return LinearPacked.apply(x, weight, bias, offsets)
+    return linear_packed_unchecked(x, weight, bias, offsets, backend=resolve(backend, x))

@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_shape, shape_of
-from ._library import dense_rows, register
+from ._library import register
 
 __all__ = ["match_tokens", "match_tokens_groups"]
-
-
-def _triton(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels import match_tokens as kernels
-
-    return kernels.match_tokens(dense_rows(metric), r, prefix)
 
 
 def _reference(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,10 +26,28 @@ def _fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
 
 _match = register(
     "match_tokens(Tensor metric, SymInt r, int prefix) -> (Tensor, Tensor, Tensor)",
-    triton=_triton,
+    triton="match_tokens.match_tokens",
+    dense="metric",
     reference=_reference,
     fake=_fake,
 )
+
+
+def match_tokens_groups_unchecked(
+    metric: Tensor, r: int, *, prefix: int = 1, backend: Resolved
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """:func:`match_tokens_groups` without checks, by the backend named."""
+    if metric.requires_grad:
+        metric = metric.detach()
+    if backend == "reference":
+        return reference.match_tokens(metric, r, prefix), None
+    slot, order, offsets = _match(metric, r, prefix)
+    return slot, (order, offsets)
+
+
+def match_tokens_unchecked(metric: Tensor, r: int, *, prefix: int = 1, backend: Resolved) -> Tensor:
+    """:func:`match_tokens` without checks, by the backend named."""
+    return match_tokens_groups_unchecked(metric, r, prefix=prefix, backend=backend)[0]
 
 
 def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None = None) -> Tensor:
@@ -90,10 +102,8 @@ def match_tokens_groups(
     tokens = metric.shape[-2]
     if tokens < 2:
         raise ValueError(f"metric must have at least 2 tokens, got shape {shape_of(metric)}")
-    check_count("prefix", prefix, 0, tokens)
-    check_count("r", r, 0, (tokens - prefix) // 2)
-    metric = metric.detach()
-    if resolve(backend, metric) == "reference":
-        return reference.match_tokens(metric, r, prefix), None
-    slot, order, offsets = _match(metric, r, prefix)
-    return slot, (order, offsets)
+    if metric.shape[-1] < 1:
+        raise ValueError(f"metric must have at least 1 channel, got shape {shape_of(metric)}")
+    prefix = check_count("prefix", prefix, 0, tokens)
+    r = check_count("r", r, 0, (tokens - prefix) // 2)
+    return match_tokens_groups_unchecked(metric, r, prefix=prefix, backend=resolve(backend, metric))

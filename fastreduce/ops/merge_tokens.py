@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
-from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ..backends import Resolved, resolve
+from ._check import (
+    check_count,
+    check_floating,
+    check_index,
+    check_number,
+    check_pair,
+    check_same,
+    check_shape,
+    shape_of,
+)
+from ._library import dense_rows, differentiates_again, gradients_again, register, wants_gradient
 from ._norm import (
     affine_gradients,
+    again_through_norm,
     check_norm,
     dense_gradients,
     fake_norm,
@@ -22,14 +32,9 @@ from ._norm import (
     save_norm,
     wants_affine,
 )
+from .gather_tokens import check_residual
 
 __all__ = ["group_slots", "merge_tokens", "merge_tokens_norm", "prepare_merge", "unmerge_tokens"]
-
-
-def _triton_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    from ..kernels import merge_tokens as kernels
-
-    return kernels.group_slots(slot, num_out)
 
 
 def _triton_merge(
@@ -313,7 +318,7 @@ def _fake_merge_norm(
 
 _group = register(
     "group_slots(Tensor slot, SymInt num_out) -> (Tensor, Tensor)",
-    triton=_triton_group,
+    triton="merge_tokens.group_slots",
     reference=lambda slot, num_out: reference.group_slots(slot.contiguous(), num_out),  # a sort keeps the strides
     fake=_fake_group,
 )
@@ -417,8 +422,9 @@ class MergeTokens(torch.autograd.Function):
         if log_weight is not None:
             size = learned
         kept = (merged, extra[1], weight) if extra else ()
-        ctx.save_for_backward(x if needs_x else None, slot, order, offsets, size, total, log_weight, *kept)
-        save_norm(ctx, 10, weight, bias)
+        saved = (x if needs_x else None, slot, order, offsets, size, total, log_weight, log_bias)
+        ctx.save_for_backward(*saved, *kept)
+        save_norm(ctx, 10, weight, bias, norm_eps)
         ctx.eps = eps
         ctx.x_dtype = x.dtype
         ctx.log_bias_dtype = None if log_bias is None else log_bias.dtype
@@ -429,10 +435,12 @@ class MergeTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, slot, order, offsets, size, total, log_weight, *kept = ctx.saved_tensors
+        x, slot, order, offsets, size, total, log_weight, _, *kept = ctx.saved_tensors
         grad, grad_normed = grads[0], grads[2] if kept else None
         if grad is None and grad_normed is None:
             return (None,) * 13
+        if differentiates_again():
+            return _gradients_again(ctx, grad, grad_normed)
         slots, wanted = (slot, order, offsets), ctx.needs_input_grad
         learned = log_weight is not None
         sized = wanted[4] or (learned and (wanted[0] or wanted[8] or wanted[9]))
@@ -453,7 +461,7 @@ class MergeTokens(torch.autograd.Function):
             elif wanted[0]:
                 grad_x = _merge_backward(grad_rows, *slots, size, total, ctx.eps)
         if learned and sized:
-            exponent = grad_size * size
+            exponent = (grad_size * size).masked_fill(slot < 0, 0.0)  # kernels compute no size without a slot
             dtype = torch.promote_types(x.dtype, log_weight.dtype)  # a layer in float32 wants its gradient so too
             products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
             grad_log_weight = products.sum(0, dtype=exponent.dtype).to(log_weight.dtype)
@@ -474,6 +482,35 @@ class MergeTokens(torch.autograd.Function):
         )
 
 
+def _gradients_again(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of MergeTokens' inputs, which can be differentiated again."""
+    x, slot, _, _, size, total, log_weight, log_bias, *kept = ctx.saved_tensors
+    affine: Sequence[Tensor | None] = (None, None)
+    if grad_normed is not None:
+        merged, _, weight = kept
+        grad, *affine = again_through_norm(ctx, grad, grad_normed, merged, weight)
+    assert grad is not None
+    wanted = ctx.needs_input_grad
+    grad_head, grad_rows = grad[:, : ctx.num_head], grad[:, ctx.num_head :]
+    grad_x = grad_size = grad_log_weight = grad_log_bias = None
+    if x is None:
+        if wanted[0]:
+            grad_x = reference.merge_tokens_backward(grad_rows, slot, size, total, ctx.eps).to(ctx.x_dtype)
+    else:
+
+        def merge(x: Tensor, size: Tensor | None, log_weight: Tensor | None, log_bias: Tensor | None) -> Tensor:
+            if log_weight is not None and log_bias is not None:
+                size = reference.learned_sizes(x, log_weight, log_bias)
+            return reference.merge_tokens(x, slot, total.shape[1], size, None, ctx.eps)[0]
+
+        inputs = x, size, log_weight, log_bias
+        grad_x, grad_size, grad_log_weight, grad_log_bias = gradients_again(merge, inputs, (grad_rows,))
+    grad_residual = grad_rows.to(ctx.residual_dtype) if wanted[5] else None
+    of_head = grad_head.to(ctx.x_dtype) if wanted[7] else None
+    found = (grad_x, None, None, None, grad_size, grad_residual, None, of_head, grad_log_weight, grad_log_bias)
+    return *found, *affine, None
+
+
 class UnmergeTokens(torch.autograd.Function):
     """Gradient: every slot gets the sum over its tokens."""
 
@@ -484,7 +521,10 @@ class UnmergeTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _unmerge_backward(grads[0], *ctx.saved_tensors), None, None, None
+        slot, order, offsets = ctx.saved_tensors
+        if differentiates_again():
+            return reference.sum_slots(grads[0], slot, offsets.shape[1] - 1), None, None, None
+        return _unmerge_backward(grads[0], slot, order, offsets), None, None, None
 
 
 def _check_slot(slot: Tensor) -> None:
@@ -492,57 +532,159 @@ def _check_slot(slot: Tensor) -> None:
     check_index("slot", slot)
 
 
+def _check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
+    """Raise unless groups are those of :func:`group_slots` for such slots."""
+    check_pair("groups", groups, "order and offsets")
+    shapes = shape_of(slot), (slot.shape[0], num_out + 1)
+    for name, tensor, shape in zip(("order of groups", "offsets of groups"), groups, shapes, strict=True):
+        check_shape(name, tensor, "B N")
+        check_same("slot", slot, name, tensor)
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+        if shape_of(tensor) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
+
+
+def _check_log_size(x: Tensor, log_size: Any) -> None:
+    """Raise unless it is weight (1, C) and bias (1,) of a layer."""
+    check_pair("log_size", log_size, "weight and bias")
+    for name, tensor, layout, shape in (
+        ("weight", log_size[0], "1 C", (1, x.shape[2])),
+        ("bias", log_size[1], "1", (1,)),
+    ):
+        check_shape(name, tensor, layout)
+        check_floating(name, tensor)
+        check_same("x", x, name, tensor)
+        if shape_of(tensor) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
+
+
 def _check_merge(
     x: Tensor,
     slot: Tensor,
-    num_out: int,
+    num_out: Any,
     size: Tensor | None,
     log_size: tuple[Tensor, Tensor] | None,
     residual: Tensor | None,
-    eps: float,
+    groups: tuple[Tensor, Tensor] | None,
+    eps: Any,
     head: Tensor | None,
-) -> list[Tensor]:
-    """Raise if they do not fit together; returns those whose dtype and device decide about the backend."""
+) -> tuple[list[Tensor], int, float]:
+    """Raise if they do not fit together.
+
+    Returns:
+        The tensors whose dtype and device decide about the backend, num_out as an int and eps as a float.
+    """
     check_shape("x", x, "B N C")
     check_floating("x", x)
     _check_slot(slot)
     check_same("x", x, "slot", slot)
-    check_count("num_out", num_out, 1, 2**31 - 2)
+    if x.shape[2] < 1:
+        raise ValueError(f"x must have at least one channel, got shape {shape_of(x)}")
+    num_out = check_count("num_out", num_out, 1, 2**31 - 2)
     if shape_of(slot) != shape_of(x)[:2]:
         raise ValueError(f"slot must have shape {shape_of(x)[:2]}, got {shape_of(slot)}")
     if size is not None:
+        check_shape("size", size, "B N")
         check_same("x", x, "size", size)
+        if size.is_complex() or size.dtype == torch.bool:
+            raise TypeError(f"size must hold real numbers, got {size.dtype}")
         if shape_of(size) != shape_of(slot):
             raise ValueError(f"size must have shape {shape_of(slot)}, got {shape_of(size)}")
     if log_size is not None:
         if size is not None:
             raise ValueError("size and log_size exclude each other, got both")
-        if not isinstance(log_size, tuple) or len(log_size) != 2:
-            raise TypeError(f"log_size must be a pair of weight and bias, got {type(log_size).__name__}")
-        for name, tensor, layout, shape in (
-            ("weight", log_size[0], "1 C", (1, x.shape[2])),
-            ("bias", log_size[1], "1", (1,)),
-        ):
-            check_shape(name, tensor, layout)
-            check_floating(name, tensor)
-            check_same("x", x, name, tensor)
-            if shape_of(tensor) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
+        _check_log_size(x, log_size)
     if residual is not None:
-        check_same("x", x, "residual", residual)
-        expected = (x.shape[0], num_out, x.shape[2])
-        if shape_of(residual) != expected:
-            raise ValueError(f"residual must have shape {expected}, got {shape_of(residual)}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not 0.0 <= eps < math.inf:
-        raise ValueError(f"eps must be at least 0 and finite, got {eps}")
+        check_residual(x, residual, num_out)
+    if groups is not None:
+        _check_groups(groups, slot, num_out)
     if head is not None:
         check_shape("head", head, "B P C")
         check_same("x", x, "head", head, dtype=True)
         if (head.shape[0], head.shape[2]) != (x.shape[0], x.shape[2]):
             raise ValueError(f"head must have shape ({x.shape[0]}, P, {x.shape[2]}), got {shape_of(head)}")
-    return [x, *(() if residual is None else (residual,)), *(log_size or ())]
+    floating = size is not None and size.is_floating_point()
+    tensors = [x, *((size,) if floating else ()), *(() if residual is None else (residual,)), *(log_size or ())]
+    return tensors, num_out, check_number("eps", eps, low=0.0)
+
+
+def group_slots_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor]:
+    """:func:`group_slots` without checks, by the backend named."""
+    return reference.group_slots(slot, num_out) if backend == "reference" else _group(slot, num_out)
+
+
+def prepare_merge_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor] | None:
+    """:func:`prepare_merge` without checks, by the backend named."""
+    return None if backend == "reference" else _group(slot, num_out)
+
+
+def merge_tokens_unchecked(
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    *,
+    size: Tensor | None = None,
+    log_size: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    head: Tensor | None = None,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor]:
+    """:func:`merge_tokens` without checks, by the backend named."""
+    if backend == "reference":
+        if log_size is not None:
+            size = reference.learned_sizes(x, *log_size)
+        return reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
+    order, offsets = groups or _group(slot, num_out)
+    if wants_gradient(x, size, residual, head, *(log_size or ())):
+        return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head, *(log_size or ()))
+    if log_size is not None:
+        return _merge_learned(x, slot, order, offsets, *log_size, residual, float(eps), head)[:2]
+    return _merge(x, slot, order, offsets, size, residual, float(eps), head)
+
+
+def merge_tokens_norm_unchecked(
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    size: Tensor | None = None,
+    log_size: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    head: Tensor | None = None,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`merge_tokens_norm` without checks, by the backend named."""
+    if backend == "reference":
+        if log_size is not None:
+            size = reference.learned_sizes(x, *log_size)
+        merged, total = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
+        return merged, total, reference.layer_norm(merged, weight, bias, norm_eps)
+    order, offsets = groups or _group(slot, num_out)
+    log_weight, log_bias = log_size or (None, None)
+    arguments = x, slot, order, offsets, size, residual, float(eps), head, log_weight, log_bias, weight, bias, norm_eps
+    if wants_gradient(x, size, residual, head, log_weight, log_bias, weight, bias):
+        return MergeTokens.apply(*arguments)
+    merged, total, _, normed, _ = _merge_norm(*arguments)
+    return merged, total, normed
+
+
+def unmerge_tokens_unchecked(
+    x: Tensor, slot: Tensor, *, groups: tuple[Tensor, Tensor] | None = None, backend: Resolved
+) -> Tensor:
+    """:func:`unmerge_tokens` without checks, by the backend named."""
+    if backend == "reference":
+        return reference.unmerge_tokens(x, slot)
+    order, offsets = groups or _group(slot, x.shape[1])
+    arguments = x, slot, order, offsets
+    return UnmergeTokens.apply(*arguments) if wants_gradient(x) else _unmerge(*arguments)
 
 
 def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -558,15 +700,15 @@ def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tu
         ``order[b, offsets[b, m] : offsets[b, m + 1]]``, in ascending index.
     """
     _check_slot(slot)
-    check_count("num_out", num_out, 1, 2**31 - 2)
-    if resolve(backend, slot) == "reference":
-        return reference.group_slots(slot, num_out)
-    return _group(slot, num_out)
+    num_out = check_count("num_out", num_out, 1, 2**31 - 2)
+    return group_slots_unchecked(slot, num_out, backend=resolve(backend, slot))
 
 
 def prepare_merge(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor] | None:
-    """What several :func:`merge_tokens` over one slot share: the groups for the kernels, None for the reference."""
-    return None if resolve(backend, slot) == "reference" else group_slots(slot, num_out, backend=backend)
+    """Return what several :func:`merge_tokens` over one slot share: the groups for kernels, None for the reference."""
+    _check_slot(slot)
+    num_out = check_count("num_out", num_out, 1, 2**31 - 2)
+    return prepare_merge_unchecked(slot, num_out, backend=resolve(backend, slot))
 
 
 def merge_tokens(
@@ -588,7 +730,8 @@ def merge_tokens(
 
     Args:
         x: (B, N, C) tokens. float32, float16, bfloat16 (reference: any); sums are float32.
-        slot: (B, N) int64 or int32, values 0 .. num_out - 1, not checked. An empty slot gives zeros and size 0.
+        slot: (B, N) int64 or int32, values -1 .. num_out - 1, not checked. An empty slot gives zeros and size 0; a
+            token of slot -1 belongs nowhere, and it and its size get no gradient.
         num_out: number of slots.
         size: (B, N), the weights of the tokens, or None for ones: in ToMe how many patches each stands for, in TCFormer
             learned ones. Differentiable if it requires a gradient.
@@ -605,18 +748,21 @@ def merge_tokens(
         (B, num_out), float32 (float64 for float64 x), which carry no gradient.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, ``num_out < 1``, an eps that is negative or not finite, both size
-            and log_size.
+        ValueError: wrong shapes, no channel, devices that differ, ``num_out < 1``, an eps that is negative or not
+            finite, both size and log_size.
         TypeError: x or log_size not floating point, log_size not a pair, slot not an integer tensor, head not in x's
             dtype, eps not a number.
     """
-    tensors = _check_merge(x, slot, num_out, size, log_size, residual, eps, head)
-    if resolve(backend, *tensors) == "reference":
-        if log_size is not None:
-            size = reference.learned_sizes(x, *log_size)
-        return reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
-    order, offsets = _group(slot, num_out) if groups is None else groups
-    return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head, *(log_size or ()))
+    tensors, num_out, eps = _check_merge(x, slot, num_out, size, log_size, residual, groups, eps, head)
+    options: dict[str, Any] = {
+        "size": size,
+        "log_size": log_size,
+        "residual": residual,
+        "groups": groups,
+        "eps": eps,
+        "head": head,
+    }
+    return merge_tokens_unchecked(x, slot, num_out, **options, backend=resolve(backend, *tensors))
 
 
 def merge_tokens_norm(
@@ -666,16 +812,19 @@ def merge_tokens_norm(
         ValueError: as in :func:`merge_tokens`; weight or bias of another shape, norm_eps negative or not finite.
         TypeError: as in :func:`merge_tokens`; weight or bias not floating point, norm_eps not a number.
     """
-    tensors = _check_merge(x, slot, num_out, size, log_size, residual, eps, head)
-    tensors += check_norm(x, weight, bias, norm_eps)
-    if resolve(backend, *tensors) == "reference":
-        if log_size is not None:
-            size = reference.learned_sizes(x, *log_size)
-        merged, total = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
-        return merged, total, reference.layer_norm(merged, weight, bias, norm_eps)
-    order, offsets = _group(slot, num_out) if groups is None else groups
-    arguments = x, slot, order, offsets, size, residual, float(eps), head, *(log_size or (None, None))
-    return MergeTokens.apply(*arguments, weight, bias, float(norm_eps))
+    tensors, num_out, eps = _check_merge(x, slot, num_out, size, log_size, residual, groups, eps, head)
+    affine, norm_eps = check_norm(x, weight, bias, norm_eps)
+    options: dict[str, Any] = {
+        "size": size,
+        "log_size": log_size,
+        "residual": residual,
+        "groups": groups,
+        "eps": eps,
+        "head": head,
+    }
+    norm: dict[str, Any] = {"weight": weight, "bias": bias, "norm_eps": norm_eps}
+    chosen = resolve(backend, *tensors, *affine)
+    return merge_tokens_norm_unchecked(x, slot, num_out, **norm, **options, backend=chosen)
 
 
 def unmerge_tokens(
@@ -705,7 +854,6 @@ def unmerge_tokens(
     check_same("x", x, "slot", slot)
     if slot.shape[0] != x.shape[0]:
         raise ValueError(f"slot must have x's batch size {x.shape[0]}, got shape {shape_of(slot)}")
-    if resolve(backend, x) == "reference":
-        return reference.unmerge_tokens(x, slot)
-    order, offsets = _group(slot, x.shape[1]) if groups is None else groups
-    return UnmergeTokens.apply(x, slot, order, offsets)
+    if groups is not None:
+        _check_groups(groups, slot, x.shape[1])
+    return unmerge_tokens_unchecked(x, slot, groups=groups, backend=resolve(backend, x))

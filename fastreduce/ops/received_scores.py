@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
-from ._check import check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ..backends import Resolved, resolve
+from ._check import check_floating, check_same, check_scale, check_shape, shape_of
+from ._library import differentiates_again, gradients_again, register, wants_gradient
 
 __all__ = ["received_scores"]
-
-
-def _triton_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from ..kernels import received_scores as kernels
-
-    return kernels.received_scores(dense_rows(q), dense_rows(k), scale)
 
 
 def _reference_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -28,12 +22,6 @@ def _reference_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tens
 def _fake_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulator(k.dtype)
     return k.new_empty(k.shape[0], k.shape[2], dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
-
-
-def _triton_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from ..kernels import received_scores as kernels
-
-    return kernels.received_scores_backward(grad, dense_rows(q), dense_rows(k), logsumexp, scale)
 
 
 def _reference_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -50,13 +38,15 @@ def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale:
 
 _forward = register(
     "received_scores(Tensor q, Tensor k, float scale) -> (Tensor, Tensor)",
-    triton=_triton_forward,
+    triton="received_scores.received_scores",
+    dense="q k",
     reference=_reference_forward,
     fake=_fake_forward,
 )
 _backward = register(
     "received_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor logsumexp, float scale) -> (Tensor, Tensor)",
-    triton=_triton_backward,
+    triton="received_scores.received_scores_backward",
+    dense="q k",
     reference=_reference_backward,
     fake=_fake_backward,
 )
@@ -73,8 +63,19 @@ class ReceivedScores(torch.autograd.Function):
         return scores
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_backward(grads[0], *ctx.saved_tensors, ctx.scale), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, logsumexp = ctx.saved_tensors
+        if differentiates_again():
+            return tuple(gradients_again(reference.received_scores, (q, k, ctx.scale), grads))
+        return *_backward(grads[0], q, k, logsumexp, ctx.scale), None
+
+
+def received_scores_unchecked(q: Tensor, k: Tensor, *, scale: float | None = None, backend: Resolved) -> Tensor:
+    """:func:`received_scores` without checks, by the backend named."""
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    if backend == "reference":
+        return reference.received_scores(q, k, scale)
+    return ReceivedScores.apply(q, k, scale) if wants_gradient(q, k) else _forward(q, k, scale)[0]
 
 
 def received_scores(q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
@@ -109,7 +110,5 @@ def received_scores(q: Tensor, k: Tensor, *, scale: float | None = None, backend
         raise ValueError(f"q and k must agree in B, H and D, got {shape_of(q)} and {shape_of(k)}")
     if min(heads, keys, head_dim) < 1:
         raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    if resolve(backend, q, k) == "reference":
-        return reference.received_scores(q, k, scale)
-    return ReceivedScores.apply(q, k, scale)
+    scale = check_scale(scale, head_dim)
+    return received_scores_unchecked(q, k, scale=scale, backend=resolve(backend, q, k))

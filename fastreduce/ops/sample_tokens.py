@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_shape, shape_of
 from ._library import register
 
 __all__ = ["sample_tokens"]
-
-
-def _triton_sample(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Tensor]:
-    from ..kernels import sample_tokens as kernels
-
-    return kernels.sample_tokens(scores, budget, prefix)
 
 
 def _fake_sample(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -29,10 +23,21 @@ def _fake_sample(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Tens
 
 _sample = register(
     "sample_tokens(Tensor scores, SymInt budget, SymInt prefix) -> (Tensor, Tensor)",
-    triton=_triton_sample,
+    triton="sample_tokens.sample_tokens",
     reference=reference.sample_tokens,
     fake=_fake_sample,
 )
+
+
+def sample_tokens_unchecked(
+    scores: Tensor, budget: int, *, prefix: int = 1, backend: Resolved
+) -> tuple[Tensor, Tensor]:
+    """:func:`sample_tokens` without checks, by the backend named."""
+    if scores.requires_grad:
+        scores = scores.detach()
+    if backend == "reference":
+        return reference.sample_tokens(scores, budget, prefix)
+    return _sample(scores, budget, prefix)
 
 
 def sample_tokens(scores: Tensor, budget: int, *, prefix: int = 1, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -67,9 +72,6 @@ def sample_tokens(scores: Tensor, budget: int, *, prefix: int = 1, backend: str 
     check_floating("scores", scores)
     if scores.shape[1] < 1:
         raise ValueError(f"scores must have at least one token, got shape {shape_of(scores)}")
-    check_count("budget", budget, 1, sys.maxsize)
-    check_count("prefix", prefix, 0, sys.maxsize)
-    scores = scores.detach()
-    if resolve(backend, scores) == "reference":
-        return reference.sample_tokens(scores, budget, prefix)
-    return _sample(scores, budget, prefix)
+    budget = check_count("budget", budget, 1, sys.maxsize)
+    prefix = check_count("prefix", prefix, 0, sys.maxsize)
+    return sample_tokens_unchecked(scores, budget, prefix=prefix, backend=resolve(backend, scores))

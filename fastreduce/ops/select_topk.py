@@ -6,17 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_shape
 from ._library import register
 
 __all__ = ["select_topk"]
-
-
-def _triton_select(scores: Tensor, k: int) -> Tensor:
-    from ..kernels import select_topk as kernels
-
-    return kernels.select_topk(scores, k)
 
 
 def _reference_select(scores: Tensor, k: int) -> Tensor:
@@ -25,10 +19,19 @@ def _reference_select(scores: Tensor, k: int) -> Tensor:
 
 _select = register(
     "select_topk(Tensor scores, SymInt k) -> Tensor",
-    triton=_triton_select,
+    triton="select_topk.select_topk",
     reference=_reference_select,
     fake=lambda scores, k: scores.new_empty(scores.shape[0], k, dtype=torch.int64),
 )
+
+
+def select_topk_unchecked(scores: Tensor, k: int, *, backend: Resolved) -> Tensor:
+    """:func:`select_topk` without checks, by the backend named."""
+    if scores.requires_grad:
+        scores = scores.detach()
+    if backend == "reference":
+        return reference.select_topk(scores, k)
+    return _select(scores, k)
 
 
 def select_topk(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
@@ -52,8 +55,5 @@ def select_topk(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor
     """
     check_shape("scores", scores, "B N")
     check_floating("scores", scores)
-    check_count("k", k, 0, scores.shape[1])
-    scores = scores.detach()
-    if resolve(backend, scores) == "reference":
-        return reference.select_topk(scores, k)
-    return _select(scores, k)
+    k = check_count("k", k, 0, scores.shape[1])
+    return select_topk_unchecked(scores, k, backend=resolve(backend, scores))

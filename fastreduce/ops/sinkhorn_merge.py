@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
-from ._check import check_count, check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ..backends import Resolved, resolve
+from ._check import check_count, check_flag, check_floating, check_number, check_same, check_shape, shape_of
+from ._library import differentiates_again, gradients_again, register, wants_gradient
 
 __all__ = ["sinkhorn_merge"]
 
@@ -23,14 +23,6 @@ KEPT = 1 << 20
 def _padded(clusters: int) -> int:
     """Columns of similarities and cluster biases, of which the kernels want a multiple of 16."""
     return (clusters + 15) // 16 * 16
-
-
-def _triton_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
-    from ..kernels import sinkhorn_merge as kernels
-
-    return kernels.sinkhorn_merge(
-        dense_rows(x), dense_rows(centers), eps, iters, None if head is None else dense_rows(head)
-    )
 
 
 def _reference_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
@@ -58,24 +50,6 @@ def _fake_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tens
         x.new_empty(batch, iters + 1, _padded(clusters), dtype=numbers),
         x.new_empty(batch, iters, _padded(clusters), dtype=numbers),
     )
-
-
-def _triton_backward(
-    grad: Tensor,
-    x: Tensor,
-    centers: Tensor,
-    similarity: Tensor,
-    inverse_norm: Tensor,
-    token_shifts: Tensor,
-    token_scales: Tensor,
-    cluster_biases: Tensor,
-    cluster_scales: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import sinkhorn_merge as kernels
-
-    saved = (similarity, inverse_norm, token_shifts, token_scales, cluster_biases, cluster_scales)
-    return kernels.sinkhorn_merge_backward(dense_rows(grad), dense_rows(x), dense_rows(centers), *saved, eps)
 
 
 def _reference_backward(
@@ -114,7 +88,8 @@ def _fake_backward(
 _forward = register(
     "sinkhorn_merge(Tensor x, Tensor centers, float eps, int iters, Tensor? head)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=_triton_forward,
+    triton="sinkhorn_merge.sinkhorn_merge",
+    dense="x centers head",
     reference=_reference_forward,
     fake=_fake_forward,
 )
@@ -122,18 +97,11 @@ _backward = register(
     "sinkhorn_merge_backward(Tensor grad, Tensor x, Tensor centers, Tensor similarity, Tensor inverse_norm,"
     " Tensor token_shifts, Tensor token_scales, Tensor cluster_biases, Tensor cluster_scales, float eps)"
     " -> (Tensor, Tensor)",
-    triton=_triton_backward,
+    triton="sinkhorn_merge.sinkhorn_merge_backward",
+    dense="grad x centers",
     reference=_reference_backward,
     fake=_fake_backward,
 )
-
-
-def _triton_blocks(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
-    from ..kernels import sinkhorn_merge as kernels
-
-    return kernels.sinkhorn_merge_blocks(
-        dense_rows(x), dense_rows(centers), eps, iters, None if head is None else dense_rows(head)
-    )
 
 
 def _fake_blocks(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
@@ -143,7 +111,8 @@ def _fake_blocks(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tenso
 
 _blocks = register(
     "sinkhorn_merge_blocks(Tensor x, Tensor centers, float eps, int iters, Tensor? head) -> (Tensor, Tensor, Tensor)",
-    triton=_triton_blocks,
+    triton="sinkhorn_merge.sinkhorn_merge_blocks",
+    dense="x centers head",
     reference=reference.sinkhorn_merge_blocks,
     fake=_fake_blocks,
 )
@@ -158,7 +127,7 @@ class SinkhornMerge(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         merged, similarity, token_bias, *saved = _forward(x, centers, eps, iters, head)
         ctx.save_for_backward(x, centers, similarity, *saved)
-        ctx.eps, ctx.num_head = eps, 0 if head is None else head.shape[1]
+        ctx.eps, ctx.iters, ctx.num_head = eps, iters, 0 if head is None else head.shape[1]
         ctx.head_dtype = None if head is None else head.dtype
         cluster_biases = saved[3]
         ctx.mark_non_differentiable(similarity, token_bias, cluster_biases)
@@ -172,10 +141,42 @@ class SinkhornMerge(torch.autograd.Function):
         grad = grads[0]
         grad_x = grad_centers = grad_head = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            grad_x, grad_centers = _backward(grad[:, ctx.num_head :], *ctx.saved_tensors, ctx.eps)
+            upstream = grad[:, ctx.num_head :]
+            if differentiates_again():
+                inputs = *ctx.saved_tensors[:2], ctx.eps, ctx.iters, None
+                grad_x, grad_centers, *_ = gradients_again(reference.sinkhorn_merge, inputs, (upstream,))
+            else:
+                grad_x, grad_centers = _backward(upstream, *ctx.saved_tensors, ctx.eps)
         if ctx.needs_input_grad[4]:
             grad_head = grad[:, : ctx.num_head].to(ctx.head_dtype)
         return grad_x, grad_centers, None, None, grad_head
+
+
+def sinkhorn_merge_unchecked(
+    x: Tensor,
+    centers: Tensor,
+    *,
+    eps: float = 1.0,
+    iters: int = 3,
+    head: Tensor | None = None,
+    similarity: bool = True,
+    backend: Resolved,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """:func:`sinkhorn_merge` without checks, by the backend named."""
+    by_reference = backend == "reference"
+    clusters = centers.shape[0]
+    recorded = wants_gradient(x, centers, head)
+    if not similarity and not recorded and (by_reference or x.shape[1] * clusters > KEPT):
+        merge = reference.sinkhorn_merge_blocks if by_reference else _blocks
+        merged, token_bias, cluster_bias = merge(x, centers, eps, iters, head)
+        return merged, None, token_bias, cluster_bias
+    if by_reference:
+        merged, products, token_bias, *_, cluster_biases = reference.sinkhorn_merge(x, centers, eps, iters, head)
+    elif recorded:
+        merged, products, token_bias, cluster_biases = SinkhornMerge.apply(x, centers, eps, iters, head)
+    else:
+        merged, products, token_bias, *_, cluster_biases, _ = _forward(x, centers, eps, iters, head)
+    return merged, products[..., :clusters] if similarity else None, token_bias, cluster_biases[:, -1, :clusters]
 
 
 def sinkhorn_merge(
@@ -235,11 +236,8 @@ def sinkhorn_merge(
         raise ValueError(f"x must have at least one token and one channel, got shape {shape_of(x)}")
     if centers.shape[0] < 1:
         raise ValueError(f"centers must have at least one row, got shape {shape_of(centers)}")
-    if isinstance(eps, (bool, str)) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {eps!r}")
-    if not 0 < eps < math.inf:  # math.isfinite does not trace
-        raise ValueError(f"eps must be positive and finite, got {eps}")
-    check_count("iters", iters, 1, 2**31 - 1)
+    eps = check_number("eps", eps, positive=True)
+    iters = check_count("iters", iters, 1, 2**31 - 1)
     tensors = [x, centers]
     if head is not None:
         check_shape("head", head, "B P C")
@@ -248,16 +246,6 @@ def sinkhorn_merge(
         if (head.shape[0], head.shape[2]) != (batch, channels):
             raise ValueError(f"head must have shape ({batch}, P, {channels}), got {shape_of(head)}")
         tensors.append(head)
-    eps = float(eps)
-    by_reference = resolve(backend, *tensors) == "reference"
-    clusters = centers.shape[0]
-    only_vectors = not similarity and not (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
-    if only_vectors and (by_reference or tokens * clusters > KEPT):
-        merge = reference.sinkhorn_merge_blocks if by_reference else _blocks
-        merged, token_bias, cluster_bias = merge(x, centers, eps, iters, head)
-        return merged, None, token_bias, cluster_bias
-    if by_reference:
-        merged, products, token_bias, *_, cluster_biases = reference.sinkhorn_merge(x, centers, eps, iters, head)
-    else:
-        merged, products, token_bias, cluster_biases = SinkhornMerge.apply(x, centers, eps, iters, head)
-    return merged, products[..., :clusters] if similarity else None, token_bias, cluster_biases[:, -1, :clusters]
+    similarity = check_flag("similarity", similarity)
+    options: dict[str, Any] = {"eps": eps, "iters": iters, "head": head, "similarity": similarity}
+    return sinkhorn_merge_unchecked(x, centers, **options, backend=resolve(backend, *tensors))

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import resolve
+from ..backends import Resolved, resolve
 from ._check import check_floating, check_same, check_shape, shape_of
-from ._library import dense_rows, register
+from ._library import differentiates_again, gradients_again, register, wants_gradient
 
 __all__ = ["soft_merge"]
-
-
-def _triton_forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
-    from ..kernels import soft_merge as kernels
-
-    return kernels.soft_merge(logits, dense_rows(x), None if head is None else dense_rows(head))
 
 
 def _fake_forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -30,25 +25,21 @@ def _fake_forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tenso
     return out, x.new_empty(batch, clusters, dtype=reference.accumulator(promoted))
 
 
-def _triton_backward(grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
-    from ..kernels import soft_merge as kernels
-
-    return kernels.soft_merge_backward(dense_rows(grad), logits, dense_rows(x), out, logsumexp)
-
-
 def _fake_backward(grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape), x.new_empty(x.shape)
 
 
 _forward = register(
     "soft_merge(Tensor logits, Tensor x, Tensor? head) -> (Tensor, Tensor)",
-    triton=_triton_forward,
+    triton="soft_merge.soft_merge",
+    dense="x head",
     reference=reference.soft_merge,
     fake=_fake_forward,
 )
 _backward = register(
     "soft_merge_backward(Tensor grad, Tensor logits, Tensor x, Tensor out, Tensor logsumexp) -> (Tensor, Tensor)",
-    triton=_triton_backward,
+    triton="soft_merge.soft_merge_backward",
+    dense="grad x",
     reference=reference.soft_merge_backward,
     fake=_fake_backward,
 )
@@ -74,10 +65,23 @@ class SoftMerge(torch.autograd.Function):
         grad = grads[0]
         grad_logits = grad_x = grad_head = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            grad_logits, grad_x = _backward(grad, *ctx.saved_tensors)
+            if differentiates_again():
+                merge = partial(reference.soft_merge, head=None)
+                grad_logits, grad_x = gradients_again(merge, ctx.saved_tensors[:2], (grad[:, ctx.num_head :],))
+            else:
+                grad_logits, grad_x = _backward(grad, *ctx.saved_tensors)
         if ctx.needs_input_grad[2]:
             grad_head = grad[:, : ctx.num_head].to(ctx.head_dtype)
         return grad_logits, grad_x, grad_head
+
+
+def soft_merge_unchecked(
+    logits: Tensor, x: Tensor, *, head: Tensor | None = None, backend: Resolved
+) -> tuple[Tensor, Tensor]:
+    """:func:`soft_merge` without checks, by the backend named."""
+    if backend == "reference":
+        return reference.soft_merge(logits, x, head)
+    return SoftMerge.apply(logits, x, head) if wants_gradient(logits, x, head) else _forward(logits, x, head)
 
 
 def soft_merge(
@@ -124,6 +128,4 @@ def soft_merge(
         if head.shape[0] != x.shape[0] or head.shape[2] != x.shape[2]:
             raise ValueError(f"head must have x's batch size {x.shape[0]} and width {x.shape[2]}, got {shape_of(head)}")
         tensors = (logits, x, head)
-    if resolve(backend, *tensors) == "reference":
-        return reference.soft_merge(logits, x, head)
-    return SoftMerge.apply(logits, x, head)
+    return soft_merge_unchecked(logits, x, head=head, backend=resolve(backend, *tensors))

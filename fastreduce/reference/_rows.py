@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accumulator", "add_residual", "flat_rows", "take_rows", "with_prefix"]
+__all__ = ["accumulator", "add_residual", "add_rows", "flat_rows", "take_rows", "with_prefix"]
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -34,6 +34,14 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
     if prefix > 1:
         rows[:, :prefix] = torch.arange(prefix, device=index.device)
     return rows
+
+
+def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """Total (R, C) with every row of x (..., C) added to the row named by rows; in place but under torch.func."""
+    x = x.reshape(rows.shape[0], total.shape[1])
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return total.index_add_(0, rows, x)
+    return total.index_add(0, rows, x)  # vmap refuses to write one image's rows into what all share
 
 
 def add_residual(fresh: Tensor, residual: Tensor | None) -> Tensor:

@@ -70,7 +70,9 @@ def _seen(bias: Tensor) -> tuple[Tensor, Tensor]:
 def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     dtype = accumulator(q.dtype)
     logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
-    return logits if bias is None else logits + bias.to(dtype).view(bias.shape[0], *[1] * (logits.ndim - 2), -1)
+    return (
+        logits if bias is None else logits + bias.to(dtype).view(bias.shape[0], *[1] * (logits.ndim - 2), bias.shape[1])
+    )
 
 
 def _visibility(policy: Tensor, dtype: torch.dtype) -> Tensor:

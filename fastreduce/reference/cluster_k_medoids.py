@@ -62,12 +62,17 @@ class _Stored:
         """Place (B, N) of the nearest of centers (B, k)."""
         tokens = self.distance_to.shape[1]
         flat = self.distance_to.view(-1, tokens)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap knows no out=
+            rows = flat.index_select(0, flat_rows(centers, tokens))
+            return _first_nearest(rows.view(centers.shape[0], -1, tokens))
         torch.index_select(flat, 0, flat_rows(centers, tokens), out=self.rows.view(-1, tokens))
         return _first_nearest(self.rows)
 
     def costs_of_members(self, label: Tensor) -> Tensor:
         """Costs (B, N) over the tokens of each one's own label (B, N)."""
         number = label.to(self.weighted.dtype)
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return (self.weighted * (number.unsqueeze(2) == number.unsqueeze(1))).sum(1)
         torch.eq(number.unsqueeze(2), number.unsqueeze(1), out=self.together)
         return self.together.mul_(self.weighted).sum(1)
 
@@ -117,7 +122,7 @@ def _distances(x: Tensor, weights: Tensor | None, k: int, members: bool) -> _Sto
 def _farthest_first(distances: _Stored | _Recomputed, k: int, first: int) -> Tensor:
     """Centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
     batch, _ = distances.costs.shape
-    centers = torch.full((batch, k), first, device=distances.costs.device)
+    centers = distances.costs.new_full((batch, k), first, dtype=torch.int64)
     largest = distances.of(centers[:, 0])
     chosen = torch.zeros_like(largest, dtype=torch.bool)
     for j in range(1, k):
@@ -132,7 +137,7 @@ def _first_of_each(order: Tensor, label: Tensor, k: int) -> Tensor:
     """The first token of every cluster in order (B, N); token 0 where a cluster is empty."""
     batch, tokens = order.shape
     place = torch.arange(tokens, device=order.device).expand(batch, tokens)
-    first = torch.full((batch, k), tokens, device=order.device)
+    first = order.new_full((batch, k), tokens)
     first = first.scatter_reduce_(1, label.gather(1, order), place, "amin")
     return torch.cat([order, order.new_zeros(batch, 1)], dim=1).gather(1, first)
 

@@ -48,7 +48,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
 
     first_b = tokens - r - num_b  # the slot of B's first token if there is no prefix
     stays = (~merged).cumsum(1).add_(prefix - prefix_a - 1)  # the slot of a token of A that is not merged
-    slot = torch.empty(batch, tokens, dtype=torch.int64, device=metric.device)
+    slot = destination.new_empty(batch, tokens)
     slot[:, ::2] = torch.where(merged, destination + first_b, stays)
     slot[:, 1::2] = torch.arange(first_b, tokens - r, device=metric.device)
     if prefix > 1:

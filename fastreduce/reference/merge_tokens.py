@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._rows import accumulator, add_residual, flat_rows, take_rows
+from ._rows import accumulator, add_residual, add_rows, flat_rows, take_rows
 
 __all__ = [
     "group_slots",
@@ -35,7 +35,7 @@ def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
     batch, _, channels = x.shape
     rows = x.to(accumulator(x.dtype)).masked_fill((slot < 0).unsqueeze(-1), 0.0)
     total = torch.zeros(batch * num_out, channels, dtype=rows.dtype, device=x.device)
-    total = total.index_add_(0, flat_rows(slot.long().clamp_min(0), num_out), rows.reshape(-1, channels))
+    total = add_rows(total, flat_rows(slot.long().clamp_min(0), num_out), rows)
     return total.view(batch, num_out, channels).to(x.dtype)
 
 
@@ -52,16 +52,19 @@ def merge_tokens(
 
     x (B, N, C), slot (B, N) with values in 0 .. num_out - 1, size (B, N) or None for ones, residual (B, num_out, C) or
     None, head (B, P, C) or None -> head and merged rows (B, P + num_out, C), and the sizes (B, num_out), which carry no
-    gradient. An empty slot gives zeros and size 0.
+    gradient. An empty slot gives zeros and size 0; tokens of slot -1 are left out.
     """
     batch, tokens, channels = x.shape
     dtype = accumulator(x.dtype)
     weights = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size.to(dtype)
-    total = torch.zeros(batch, num_out, dtype=dtype, device=x.device).scatter_add_(1, slot.long(), weights)
+    # One slot more an image, for the tokens that belong nowhere: a mask would be one more pass over x.
+    place = slot.long()
+    place = torch.where(place < 0, num_out, place)
+    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)[:, :num_out]
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
-    summed = torch.zeros(batch * num_out, channels, dtype=dtype, device=x.device)
-    summed = summed.index_add_(0, flat_rows(slot.long(), num_out), rows.reshape(-1, channels))
-    merged = summed.view(batch, num_out, channels).div_(_divisor(total, eps).unsqueeze(-1)).to(x.dtype)
+    summed = torch.zeros(batch * (num_out + 1), channels, dtype=dtype, device=x.device)
+    summed = add_rows(summed, flat_rows(place, num_out + 1), rows).view(batch, num_out + 1, channels)[:, :num_out]
+    merged = (summed / _divisor(total, eps).unsqueeze(-1)).to(x.dtype)
     merged = add_residual(merged, residual)
     if head is not None:
         merged = torch.cat([head.to(merged.dtype), merged], dim=1)
@@ -78,11 +81,12 @@ def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float = 0.0) -> Tensor:
-    """Gradient (B, N, C) of x for grad (B, num_out, C); slots and sizes are constants."""
-    share = 1.0 / _divisor(total, eps).gather(1, slot.long())
+    """Gradient (B, N, C) of x for grad (B, num_out, C); slots and sizes are constants; zeros where the slot is -1."""
+    place = slot.long().clamp_min(0)
+    share = (1.0 / _divisor(total, eps).gather(1, place)).masked_fill(slot < 0, 0.0)
     if size is not None:
         share = share * size.to(share.dtype)
-    return (take_rows(grad, slot.long()).to(share.dtype) * share.unsqueeze(-1)).to(grad.dtype)
+    return (take_rows(grad, place).to(share.dtype) * share.unsqueeze(-1)).to(grad.dtype)
 
 
 def merge_tokens_size_backward(
@@ -94,10 +98,10 @@ def merge_tokens_size_backward(
     over merged is the mean, weighted like the rows, of the sums over x. With the weight (1, C) of a layer that gave the
     sizes' logarithms, x's gradient includes ``grad_size[n] size[n] weight``.
     """
-    divisor = _divisor(total, eps)
-    dots = (take_rows(grad, slot.long()).to(total.dtype) * x.to(total.dtype)).sum(-1)
-    mean = torch.zeros_like(total).scatter_add_(1, slot.long(), dots * size.to(total.dtype)) / divisor
-    grad_size = (dots - mean.gather(1, slot.long())) / divisor.gather(1, slot.long())
+    divisor, nowhere, place = _divisor(total, eps), slot < 0, slot.long().clamp_min(0)
+    dots = (take_rows(grad, place).to(total.dtype) * x.to(total.dtype)).sum(-1).masked_fill(nowhere, 0.0)
+    mean = torch.zeros_like(total).scatter_add_(1, place, dots * size.to(total.dtype)) / divisor
+    grad_size = ((dots - mean.gather(1, place)) / divisor.gather(1, place)).masked_fill(nowhere, 0.0)
     if weight is None:
         return merge_tokens_backward(grad, slot, size, total, eps), grad_size
     grad_x = merge_tokens_backward(grad.to(total.dtype), slot, size, total, eps)

@@ -43,7 +43,7 @@ def sample_tokens(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Ten
     weights = scores / (scores.sum(1, keepdim=True, dtype=torch.float64).to(scores.dtype) + 1e-6)
     cdf = weights.cumsum(1, dtype=torch.float64).to(scores.dtype)
     grid = sampling_grid(budget, scores.device).to(scores.dtype).expand(batch, -1).contiguous()
-    kept = torch.zeros(batch, tokens, dtype=torch.bool, device=scores.device)
+    kept = scores.new_zeros(batch, tokens, dtype=torch.bool)
     rank = kept.scatter_(1, nearest_tokens(cdf, grid), True).cumsum(1)  # (B, N)
     place = torch.arange(1 - prefix, budget + 1, device=scores.device).expand(batch, -1).contiguous()
     valid = place <= rank[:, -1:]
