@@ -11,12 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
 from ._squares import squared_lengths
 from .merge_tokens import _group, group_slots
 from .select_topk import _packed_keys, select_topk
 
 # Nearest tokens that stay in registers: 16 spill. More are found in as many sweeps over the image as it takes.
 MAX_NEAREST = 8
+
+
+GROUP_I, GROUP_J = 64, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +308,8 @@ def cluster_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    GROUP_I: tl.constexpr,
+    GROUP_J: tl.constexpr,
 ):
     """One program an image: scores, centres, labels, groups; each step loads behind a barrier what others stored."""
     batch = tl.program_id(0).to(tl.int64)
@@ -328,8 +334,8 @@ def cluster_kernel(
             rows, squares, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C
         )
     tl.debug_barrier()
-    for start_i in range(0, tokens + 1, BLOCK_I):
-        _group(label, order, offsets, start_i, tokens, num_centers, 1, BLOCK_I, BLOCK_J)
+    for start_i in range(0, tokens + 1, GROUP_I):
+        _group(label, order, offsets, start_i, tokens, num_centers, 1, GROUP_I, GROUP_J)
 
 
 def _settings(tile: DistanceTile) -> dict[str, int]:
@@ -342,6 +348,7 @@ def _settings(tile: DistanceTile) -> dict[str, int]:
     }
 
 
+@in_parts("x", "noise")
 def cluster_dpc_knn(
     x: torch.Tensor, k: int, neighbors: int, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -395,6 +402,8 @@ def cluster_dpc_knn(
         k,
         *x.stride()[:2],
         BLOCK_N=most_tokens(x.dtype),
+        GROUP_I=GROUP_I,
+        GROUP_J=GROUP_J,
         **_settings(image_tile(channels, x.dtype)),
     )
     return centers, label, order, offsets

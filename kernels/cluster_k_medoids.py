@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
 from ._squares import squared_lengths
 from .select_topk import _packed_keys
 
@@ -359,6 +360,7 @@ def farthest_first_again_kernel(
             value = tl.where(squared == squared, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
             before = tl.load(largest + n, mask=in_n & (j > 1), other=0.0)
             value = tl.where((before < 0.0) | (n == newest), -1.0, tl.maximum(before, value))
+            tl.debug_barrier()  # every warp has loaded what one of them stores
             tl.store(largest + n, value, mask=in_n)
             bits = tl.maximum(value, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
             best = tl.maximum(best, tl.max(tl.where(in_n, (bits << 32) | (0x7FFFFFFF - n).to(tl.int64), -1), 0))
@@ -597,6 +599,7 @@ def _iterate_again(
     assign_again_kernel[blocks](x, squares, centers, label, tokens, channels, clusters, *strides, **tile.settings())
 
 
+@in_parts("x", "weights")
 def cluster_k_medoids(
     x: torch.Tensor, weights: torch.Tensor | None, k: int, iters: int, members: bool, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import row_tile
+from ._launch import in_parts, row_tile
 from ._rows import steps, unit_of
 from ._squares import squared_lengths
 from .merge_tokens import _group, group_slots
@@ -361,6 +361,7 @@ def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
     return best, destination
 
 
+@in_parts("metric")
 def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Two launches to five; metric (B, N, D), or keys (B, H, N, D), with contiguous channels. Any N from 2, any D.
 

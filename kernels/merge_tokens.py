@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import row_warps
+from ._launch import in_parts, row_warps
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -432,6 +432,7 @@ def merge_tokens_norm_backward_kernel(
         _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
 
 
+@in_parts("slot")
 def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; slot (B, N) -> order (B, N) and offsets (B, num_out + 1), both int32."""
     batch, tokens = slot.shape
@@ -497,16 +498,19 @@ def _reduce(
     return out, total, learned, normed, statistics
 
 
+@in_parts("x", "order", "offsets")
 def sum_grouped(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Launch; x (B, N, C) grouped by order and offsets -> (B, M, C), in x's dtype."""
     return _reduce(x, None, None, order, offsets, mean=False)[0]
 
 
+@in_parts("x", "slot")
 def sum_slots(x: torch.Tensor, slot: torch.Tensor, num_out: int) -> torch.Tensor:
     """Two launches; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
     return sum_grouped(x, *group_slots(slot, num_out))
 
 
+@in_parts("x", "order", "offsets", "size", "residual", "head")
 def merge_tokens(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -520,6 +524,7 @@ def merge_tokens(
     return _reduce(x, size, residual, order, offsets, mean=True, eps=eps, head=head)[:2]
 
 
+@in_parts("x", "order", "offsets", "residual", "head")
 def merge_tokens_learned(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -534,6 +539,7 @@ def merge_tokens_learned(
     return _reduce(x, None, residual, order, offsets, mean=True, eps=eps, head=head, log_size=(weight, bias))[:3]
 
 
+@in_parts("x", "order", "offsets", "size", "residual", "head")
 def merge_tokens_norm(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -593,6 +599,7 @@ def _launch_spread(x, order, offsets, size=None, total=None, eps=0.0, partner=No
     return out, grad_size
 
 
+@in_parts("x", "order", "offsets", "size", "total")
 def spread_slots(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -605,6 +612,7 @@ def spread_slots(
     return _launch_spread(x, order, offsets, size, total, eps)[0]
 
 
+@in_parts("grad", "x", "order", "offsets", "size", "total")
 def merge_tokens_size_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -622,6 +630,7 @@ def merge_tokens_size_backward(
     return _launch_spread(grad, order, offsets, size, total, eps, x, weight)
 
 
+@in_parts("grad_normed", "grad_out", "merged", "statistics", "x", "order", "offsets", "size", "total", added=(4,))
 def merge_tokens_norm_backward(
     grad_out: torch.Tensor | None,
     grad_normed: torch.Tensor,

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
 from ._squares import squared_lengths
 
 LOWEST = tl.constexpr(-3.0e38)  # where a row of -inf needs a finite maximum
@@ -961,6 +962,10 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+_SAVED = ("similarity", "inverse_norm", "token_shifts", "token_scales", "cluster_biases", "cluster_scales")
+
+
+@in_parts("x", "head")
 def sinkhorn_merge(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
@@ -1063,6 +1068,7 @@ def sinkhorn_merge(
     return merged, similarity, token_bias, *saved
 
 
+@in_parts("x", "head")
 def sinkhorn_merge_blocks(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -1133,6 +1139,7 @@ def sinkhorn_merge_blocks(
     return merged, token_bias, cluster_bias
 
 
+@in_parts("grad", "x", *_SAVED, added=(1,))
 def sinkhorn_merge_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
