@@ -116,5 +116,7 @@ def _divisor(total: Tensor, eps: float) -> Tensor:
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
     """X (B, M, C), slot (B, N) -> (B, N, C): the row of every token's slot, zeros where the slot is -1."""
+    if x.shape[1] == 0:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 1))  # a row for the tokens that are masked
     rows = take_rows(x, slot.long().clamp_min(0))
     return rows.masked_fill((slot < 0).unsqueeze(-1), 0.0)
