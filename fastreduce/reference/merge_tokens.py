@@ -60,7 +60,8 @@ def merge_tokens(
     # One slot more an image, for the tokens that belong nowhere: a mask would be one more pass over x.
     place = slot.long()
     place = torch.where(place < 0, num_out, place)
-    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)[:, :num_out]
+    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)
+    total = total[:, :num_out].contiguous()
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
     summed = torch.zeros(batch * (num_out + 1), channels, dtype=dtype, device=x.device)
     summed = add_rows(summed, flat_rows(place, num_out + 1), rows).view(batch, num_out + 1, channels)[:, :num_out]
