@@ -62,7 +62,8 @@ def merge_tokens(
     # One slot more an image, for the tokens that belong nowhere: a mask would be one more pass over x.
     place = slot.long()
     place = torch.where(place < 0, num_out, place)
-    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)[:, :num_out]
+    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)
+    total = total[:, :num_out].contiguous()
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
     summed = torch.zeros(batch * (num_out + 1), channels, dtype=dtype, device=x.device)
     summed = add_rows(summed, flat_rows(place, num_out + 1), rows).view(batch, num_out + 1, channels)[:, :num_out]
@@ -128,5 +129,7 @@ def _divisor(total: Tensor, eps: float) -> Tensor:
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
     """X (B, M, C), slot (B, N) -> (B, N, C): the row of every token's slot, zeros where the slot is -1."""
+    if x.shape[1] == 0:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 1))  # a row for the tokens that are masked
     rows = take_rows(x, slot.long().clamp_min(0))
     return rows.masked_fill((slot < 0).unsqueeze(-1), 0.0)
