@@ -12,8 +12,11 @@ import secrets
 import shutil
 import stat
 import tempfile
+import threading
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,8 +26,10 @@ __all__ = [
     "from_json",
     "one_line",
     "parse_json",
+    "printable",
     "read_json",
     "safetensors_header",
+    "silent",
     "write_atomically",
 ]
 
@@ -32,7 +37,7 @@ Data = TypeVar("Data")
 
 
 def _is_device(path: Path) -> bool:
-    """Whether the path is no plain file, or another name of one that somebody holds open (``/dev/stdout``)."""
+    """Tell whether the path is no plain file, or another name of one that somebody holds open (``/dev/stdout``)."""
     try:
         return not stat.S_ISREG(path.stat().st_mode) or path.absolute().parts[1:2] in (("dev",), ("proc",))
     except FileNotFoundError:
@@ -107,11 +112,27 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 def one_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its kind if there is none."""
     lines = str(error).strip().splitlines()
-    return " ".join(lines[0].split()) if lines else type(error).__name__
+    return printable(" ".join(lines[0].split())) if lines else type(error).__name__
+
+
+_filters = threading.Lock()  # Python keeps one list of warning filters for all threads
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep from the user what a library warns of while it reads a file: the end is the file's content, or an error."""
+    with _filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def printable(text: str) -> str:
+    """Escape what would break a line, or cannot be printed: names from files are anybody's."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raise where a name occurs twice, of which Python would keep the last."""
+    """Make a JSON object; raise where a name occurs twice, of which Python would keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -146,7 +167,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether parsed JSON is of an annotated type; an integer is a float too."""
+    """Tell whether parsed JSON is of an annotated type; an integer is a float too."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True

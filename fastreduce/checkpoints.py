@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._files import check_weights_file, one_line, safetensors_header, write_atomically
+from ._files import check_weights_file, one_line, printable, safetensors_header, silent, write_atomically
 
 __all__ = ["Checkpoint", "load_official", "read_checkpoint", "read_weights", "write_weights"]
 
@@ -35,18 +35,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Refused(ValueError):
-    """What a file asks for that reading weights does not need."""
+    """A request of a file that reading weights does not need."""
 
 
 class _NeverCalled(type):
-    """Type of the classes that stand in for a file's own: their objects may be made, but nothing is called."""
+    """The type of classes that stand in for a file's own: their objects may be made, but nothing is called."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise _Refused(f"it calls {cls.__module__}.{cls.__qualname__}")
 
 
 def _stand_in(name: str) -> type:
-    """A class of this name whose objects take any state and do nothing with it; the one of that name isn't imported."""
+    """Make a class of this name, whose objects ignore the state they get. The one of that name is not imported."""
     module, _, last = name.rpartition(".")
     parts = {
         "__module__": module,
@@ -57,7 +57,7 @@ def _stand_in(name: str) -> type:
 
 
 def _words(value: Any) -> str:
-    """What a value is, for messages; of a stand-in the name that it bears."""
+    """Say what a value is, for messages; a stand-in is called by the name that it bears."""
     kind = value if isinstance(value, _NeverCalled) else type(value)
     name = f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, _NeverCalled) else kind.__name__
     return f"{'an' if name[:1] in ('a', 'e', 'i', 'o', 'u') else 'a'} {name}"
@@ -131,7 +131,7 @@ _registry = threading.Lock()  # torch keeps what is allowed in one place for all
 
 
 def _pickles(file: IO[bytes]) -> Iterator[IO[bytes]]:
-    """The pickles of a torch.save file: one in a zip, four in a row in files of torch before 1.6."""
+    """Yield the pickles of a torch.save file: one in a zip, four in a row in files of torch before 1.6."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
@@ -145,7 +145,7 @@ def _pickles(file: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _named_globals(file: IO[bytes]) -> set[str]:
-    """Dotted names of all classes and functions that the file names, under those of Python 3."""
+    """List the classes and functions that the file names, under their dotted names in Python 3."""
     names = set()
     for pickle in _pickles(file):
         for operation, argument, _ in pickletools.genops(pickle):
@@ -171,7 +171,7 @@ def _read_torch(path: str) -> Any:
         # None of these is imported, and nothing of the file's own is called: a stand-in bears its name.
         allowed: list[Any] = [(_VALUES.get(name) or _stand_in(name), name) for name in names - _allowed_by_user()]
         file.seek(0)
-        with torch.serialization.safe_globals(allowed):
+        with silent(), torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -201,8 +201,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[Any, Any]:
     try:
         found = _read_safetensors(path) if kind == "safetensors" else _read_torch(path)
     except _Refused as error:
+        reason = printable(str(error))
         raise ValueError(
-            f"{path} holds more than weights, and that is not run ({error}): save the model's state_dict() alone"
+            f"{path} holds more than weights, and that is not run ({reason}): save the model's state_dict() alone"
         ) from None
     except OSError:
         raise
@@ -210,7 +211,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[Any, Any]:
         as_what = {"safetensors": "a .safetensors", "torch": "a torch.save"}[kind]
         raise ValueError(f"{path} is damaged or no file of weights: it cannot be read as {as_what} file") from error
     if not isinstance(found, Mapping):
-        what = "one tensor" if isinstance(found, Tensor) else _words(found)
+        what = "one tensor" if isinstance(found, Tensor) else printable(_words(found))
         hint = ": save the model's state_dict()" if isinstance(type(found), _NeverCalled) else ""
         raise ValueError(f"{path} holds {what}, not a dict of weights{hint}")
     return dict(found)
@@ -250,7 +251,7 @@ class Checkpoint:
 
 
 def _sets(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
-    """The sets of weights in a checkpoint, by name; none if it is one itself."""
+    """Find the sets of weights in a checkpoint, by name; none if it is one itself."""
     found = {
         name: value
         for name, value in content.items()
@@ -270,14 +271,14 @@ def _is_true(flag: Any) -> bool:
 
 
 def _choose(content: Mapping[Any, Any], held: Mapping[str, Any], weights: str) -> str:
-    """The name of the set to take."""
+    """Return the name of the set to take."""
     raw = next((name for name in _RAW if name in held), None)
     ema = next((name for name in _EMA if name in held), None)
     if weights != "auto":
         name = {"model": raw, "ema": ema}.get(weights, weights if weights in held else None)
         if name is None:
             known = "'auto', 'model', 'ema' or a set of the checkpoint"
-            raise ValueError(f"weights must be {known}, got {weights!r}: it holds {', '.join(held)}")
+            raise ValueError(f"weights must be {known}, got {weights!r}: it holds {printable(', '.join(held))}")
         return name
     if "ema_best" in content and _is_true(content["ema_best"]):
         if ema is None:
@@ -296,7 +297,7 @@ def _choose(content: Mapping[Any, Any], held: Mapping[str, Any], weights: str) -
 
 
 def _plain_key(key: Any) -> str:
-    """The key without the names of wrappers: of compiled, parallel and averaged models, in any order."""
+    """Strip a key of the names of wrappers: of compiled, parallel and averaged models, in any order."""
     if not isinstance(key, str):
         raise ValueError(f"the checkpoint's keys must be strings, got {key!r}")
     parts = [part for part in key.split(".") if part not in _WRAPPERS]
@@ -306,7 +307,7 @@ def _plain_key(key: Any) -> str:
 
 
 def _by_plain_key(state: Mapping[Any, Any], what: str) -> dict[str, Any]:
-    """The values by :func:`_plain_key`, a method's own layers under ``reducers.``."""
+    """Rename all values by :func:`_plain_key`, and put a method's own layers under ``reducers.``."""
     named: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for key, value in state.items():
@@ -316,7 +317,7 @@ def _by_plain_key(state: Mapping[Any, Any], what: str) -> dict[str, Any]:
         if plain.startswith(_OWN_LAYERS):
             plain = f"reducers.{plain}"
         if plain in named:
-            raise ValueError(f"the {what} holds {plain} twice: as {origins[plain]!r} and as {key!r}")
+            raise ValueError(f"the {what} holds {printable(plain)} twice: as {origins[plain]!r} and as {key!r}")
         named[plain], origins[plain] = value, key
     return named
 
@@ -360,7 +361,7 @@ def read_checkpoint(checkpoint: Mapping[str, Any] | str | os.PathLike[str], weig
         raise ValueError(f"weights={weights!r}: {source} holds one plain set of weights; say 'auto'")
     if state and not taken and not any(isinstance(value, Tensor) for value in state.values()):
         entries = [f"{name} ({_words(value)})" for name, value in list(state.items())[:5]]
-        raise ValueError(f"{source} holds no weights, but {', '.join(entries)}")
+        raise ValueError(f"{source} holds no weights, but {printable(', '.join(entries))}")
     named = _by_plain_key(state, "checkpoint")
     if taken:
         _log.info("%s: took the weights %r", source, "/".join(taken))
@@ -371,7 +372,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _kind(dtype: torch.dtype) -> str:
-    """What may be copied into each other: floats, complex numbers, integers; all other types are their own kind."""
+    """Return the kind of number: values are copied within a kind only. Types of less than 16 bits are their own."""
     if dtype in _FLOATS:
         return "floating-point"
     if dtype.is_complex:
@@ -382,7 +383,7 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def _unusual(value: Any) -> str | None:
-    """Why a value is no ordinary tensor, or None."""
+    """Say why a value is no ordinary tensor, or return None."""
     if not isinstance(value, Tensor):
         return f"{_words(value)}, not a tensor"
     if type(value) not in (Tensor, nn.Parameter):
@@ -399,7 +400,7 @@ def _unusual(value: Any) -> str | None:
 
 
 def _misfit(found: Any, own: Tensor) -> str | None:
-    """Why a value does not fit into a tensor of the model, or None."""
+    """Say why a value does not fit into a tensor of the model, or return None."""
     if (odd := _unusual(found)) is not None:
         return odd
     if found.shape != own.shape:
@@ -414,7 +415,7 @@ def _misfit(found: Any, own: Tensor) -> str | None:
 
 
 def _unusual_own(own: Any) -> str | None:
-    """Why nothing can be loaded into an entry of the model's state dict, or None."""
+    """Say why nothing can be loaded into an entry of the model's state dict, or return None."""
     if (odd := _unusual(own)) is not None:
         return odd
     if own.is_inference() and not torch.is_inference_mode_enabled():
@@ -423,7 +424,7 @@ def _unusual_own(own: Any) -> str | None:
 
 
 def _fitting(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The checkpoint's tensors by the keys of the model's own state dict; raise unless every one fits."""
+    """Sort the checkpoint's tensors by the keys of the model's own state dict; raise unless every one fits."""
     own = model.state_dict()
     keys = {_plain_key(key): key for key in own}
     problems = [f"{key} of the model is {odd}" for key, value in own.items() if (odd := _unusual_own(value))]
@@ -436,7 +437,8 @@ def _fitting(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
+        what = printable("; ".join(problems[:5]))
+        raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {what}{more}")
     # Cloned if it shares memory with the model: else one copy would change what the next one reads.
     memory = {value.untyped_storage().data_ptr() for value in own.values()}
     tensors = {key: state[plain].detach() for plain, key in keys.items()}

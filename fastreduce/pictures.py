@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import os
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from ._files import one_line, silent
 
 __all__ = ["SAMPLES", "open_photo", "open_picture"]
 
 SAMPLES = ("flower.jpg", "china.jpg")
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
-_BITS_PER_SAMPLE = 258  # the TIFF tag
-_filters = threading.Lock()  # Python keeps one list of warning filters for all threads
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep Pillow's warnings from the user: about many pixels, damaged EXIF data, transparent palettes."""
-    with _filters, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+_BITS_PER_SAMPLE, _ORIENTATION = 258, 274  # TIFF and EXIF tags
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _scaled(values: NDArray[Any], low: float, high: float) -> Image.Image:
-    """Grey of 8 bits, low to high becoming 0 to 255; NaN becomes low."""
+    """Make a grey picture of 8 bits, low to high becoming 0 to 255, and NaN low."""
     values = np.nan_to_num(np.clip(values, low, high), nan=low)
     factor = 255 / (high - low) if high > low else 0.0
     return Image.fromarray(((values - low) * factor + 0.5).astype(np.uint8))
@@ -54,7 +53,7 @@ def _from_integers(values: NDArray[Any], sixteen_bits: bool) -> Image.Image:
 
 
 def _to_eight_bits(photo: Image.Image, source: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel, where Pillow itself would cut off what is above 255."""
+    """Bring a picture to 8 bits a channel, where Pillow itself would cut off what is above 255."""
     if photo.mode.startswith("I;16"):
         bits = getattr(source, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
         table = np.minimum(np.arange(1 << 16) * 255.0 / ((1 << bits) - 1) + 0.5, 255).astype(np.uint8)
@@ -64,6 +63,16 @@ def _to_eight_bits(photo: Image.Image, source: Image.Image) -> Image.Image:
     if photo.mode == "F":
         return _from_floats(np.asarray(photo))
     return photo.convert(_PREMULTIPLIED[photo.mode]) if photo.mode in _PREMULTIPLIED else photo
+
+
+def _upright(photo: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF data asks; Pillow's own function rewrites all of these, and fails on damaged ones."""
+    if photo.format == "TIFF":  # turned by Pillow on loading, whether or not the tag is still there
+        return photo
+    turn = None
+    with suppress(Exception):  # data that cannot be read do not say which side is up
+        turn = _TURNS.get(int(photo.getexif().get(_ORIENTATION, 1)))
+    return photo if turn is None else photo.transpose(turn)
 
 
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
@@ -81,18 +90,15 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     if not os.path.isfile(name):
         raise ValueError(f"there is no image {name!r}")
     try:
-        # Given a name, Pillow maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
-        with _silent(), open(name, "rb") as file, Image.open(file) as photo:
+        # Pillow warns of many pixels, damaged EXIF data, transparent palettes: none changes what is read.
+        # Given a name, it maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
+        with silent(), open(name, "rb") as file, Image.open(file) as photo:
             photo.load()
-            upright: Image.Image = photo
-            with suppress(Exception):  # damaged EXIF data does not say which side is up
-                upright = ImageOps.exif_transpose(photo)
-            return _to_eight_bits(upright, photo).convert("RGB")
+            return _to_eight_bits(_upright(photo), photo).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} cannot be read as an image: it has no format that Pillow knows") from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} cannot be read as an image: {reason}") from error
+        raise ValueError(f"{name} cannot be read as an image: {one_line(error)}") from error
 
 
 def open_photo(name: str) -> Image.Image:

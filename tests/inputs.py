@@ -23,3 +23,10 @@ def distinct_indices(batch: int, count: int, high: int, seed: int = 0) -> torch.
     generator = seeded(seed)
     rows = [torch.randperm(high, generator=generator)[:count] for _ in range(batch)]
     return torch.stack(rows) if rows else torch.empty(0, count, dtype=torch.int64)
+
+
+def rewrite(path, content):
+    """Write a file anew: to cut an existing one off takes some file systems milliseconds."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+    return path

@@ -24,7 +24,7 @@ ROOMS = {
     "plain": set(),
     "losses": set(),
     "_files": set(),
-    "pictures": set(),
+    "pictures": {"_files"},
     "checkpoints": {"_files"},
 }
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from PIL import Image
 
 from fastreduce.compare import _open_photo
 from fastreduce.pictures import open_picture
+
+from .inputs import rewrite
 
 RAMP = np.linspace(0, 65535, 64 * 48).reshape(48, 64)  # from black to white
 GREY = np.round(RAMP / 257).astype(np.uint8)
@@ -37,28 +40,15 @@ def is_grey(found, wanted):
     return found.shape[:2] == wanted.shape and np.abs(found - wanted.astype(int)[..., None]).max() <= 1
 
 
-def big_endian(path):
-    """A 16-bit TIFF as Macs and microscopes write it."""
-    data = RAMP.astype(">u2").tobytes()
-    tags = [
-        (256, 3, 64),
-        (257, 3, 48),
-        (258, 3, 16),
-        (259, 3, 1),
-        (262, 3, 1),
-        (273, 4, 122),
-        (277, 3, 1),
-        (278, 3, 48),
-    ]
-    tags += [(279, 4, len(data))]
+def write_tiff(path, data, bits, order):
+    """A grey TIFF of 64 times 48 pixels, uncompressed; Macs and microscopes write them with the high byte first."""
+    tags = [(256, 3, 64), (257, 3, 48), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 122), (277, 3, 1)]
+    tags += [(278, 3, 48), (279, 4, len(data))]
     entries = b"".join(
-        tag.to_bytes(2, "big") + kind.to_bytes(2, "big") + (1).to_bytes(4, "big")
-        + (value.to_bytes(2, "big") + b"\0\0" if kind == 3 else value.to_bytes(4, "big"))
-        for tag, kind, value in tags
-    )  # fmt: skip
-    content = b"MM\0*" + (8).to_bytes(4, "big") + len(tags).to_bytes(2, "big") + entries + bytes(4)
-    assert len(content) == 122
-    path.write_bytes(content + data)
+        struct.pack(f"{order}HHIHxx" if kind == 3 else f"{order}HHII", tag, kind, 1, value) for tag, kind, value in tags
+    )
+    start = (b"MM" if order == ">" else b"II") + struct.pack(f"{order}HIH", 42, 8, len(tags))
+    path.write_bytes(start + entries + bytes(4) + data)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +96,21 @@ def test_dark_pictures_stay_dark(tmp_path):
 
 
 def test_sixteen_bits_from_the_other_end_and_holes(tmp_path):
-    big_endian(tmp_path / "a.tif")
+    write_tiff(tmp_path / "a.tif", RAMP.astype(">u2").tobytes(), 16, ">")
     assert is_grey(read(tmp_path / "a.tif"), GREY)
     holes = (RAMP / 65535).astype(np.float32)
     holes[0, :3] = np.nan, np.inf, -np.inf
     found = read(tmp_path / "b.tif", Image.fromarray(holes))
     assert found[0, :3, 0].tolist() == [0, 255, 0]
     assert is_grey(found[1:], GREY[1:])
+
+
+def test_twelve_bits_are_the_files(tmp_path):
+    """As cameras and scanners write them, two values in three bytes."""
+    first, second = np.round(RAMP.reshape(-1, 2) / 65535 * 4095).astype(int).T
+    data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8)
+    write_tiff(tmp_path / "a.tif", data.tobytes(), 12, "<")
+    assert is_grey(read(tmp_path / "a.tif"), GREY)
 
 
 def test_colours_of_sixteen_bits(tmp_path):
@@ -149,6 +147,23 @@ def test_pictures_stand_upright(tmp_path, orientation, name):
     found = read(tmp_path / name, image, exif=exif, **packed)
     assert found.shape == (32, 48, 3)
     assert np.abs(found - upright[..., None].astype(int)).max() < 30
+
+
+def test_damaged_exif_data_leave_the_picture(tmp_path):
+    """The orientation counts where it can be read, whatever is wrong beside it."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "maker", 72.0
+    whole, chance = exif.tobytes(), random.Random(0)
+    image = Image.fromarray(GREY)
+    assert read(tmp_path / "a.jpg", image, exif=whole).shape == (64, 48, 3)
+    maker = b"\x01\x0f\x00\x02\x00\x00\x00\x06"
+    assert whole.count(maker) == 1
+    damaged = whole.replace(maker, b"\x01\x0f\x00\x0a\x00\x00\x00\x01")  # its name is a fraction
+    assert read(tmp_path / "a.jpg", image, exif=damaged).shape == (64, 48, 3)
+    for _ in range(100):
+        content = bytearray(whole)
+        content[chance.randrange(6, len(content))] = chance.choice([0, 1, 2, 5, 9, 255])
+        assert read(tmp_path / "a.jpg", image, exif=bytes(content)).shape[2] == 3
 
 
 def test_of_a_film_the_first_frame(tmp_path):
@@ -235,8 +250,7 @@ def test_a_damaged_picture_is_read_or_named(tmp_path, form, seed):
     for _ in range(chance.randrange(1, 6)):
         content[chance.randrange(min(len(content), 400))] = chance.randrange(256)
     del content[chance.choice([len(content), chance.randrange(len(content))]) :]
-    path = tmp_path / "a"
-    path.write_bytes(content)
+    path = rewrite(tmp_path / "a", content)
     try:
         read(path)
     except ValueError as error:

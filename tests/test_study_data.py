@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from fastreduce.study.data import Augmentation, Shifts, open_data
 
+from .inputs import rewrite
+
 PLAIN = Augmentation(rand_augment=None, random_erasing=0.0, cutout=0.0)
 
 
@@ -349,7 +351,7 @@ def test_damaged_lists_end_in_one_line(tmp_path, name):
                 content[place : place + chance.choice([0, 1, 5])] = chance.choice(PIECES)
             mixed.append(bytes(content))
         for content in (*cuts, *coded, *mixed, b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000):
-            path.write_bytes(content)
+            rewrite(path, content)
             try:
                 data = open_data(name, tmp_path, image_size=8)
             except (ValueError, FileNotFoundError) as error:
@@ -357,7 +359,7 @@ def test_damaged_lists_end_in_one_line(tmp_path, name):
                 assert len(str(error).splitlines()) == 1  # noqa: PT017
             else:
                 assert len(data.train.sources) == len(data.train.labels) > 0
-        path.write_bytes(whole)
+        rewrite(path, whole)
 
 
 def test_malformed_imagenet(tmp_path):

@@ -1,7 +1,9 @@
 """Recordings of tiny models: the same as what fastreduce.record shows image by image, in one small file."""
 
+import copy
 import json
 import math
+import random
 import tracemalloc
 
 import numpy as np
@@ -14,7 +16,7 @@ import fastreduce
 from fastreduce.study.comparison import compare, token_statistics
 from fastreduce.study.record import ColumnWriter, Run, feature_blocks, open_recording, record_images
 
-from .inputs import seeded
+from .inputs import rewrite, seeded
 from .tiny import build, images, randomize
 
 BATCHES = (4, 3)
@@ -192,6 +194,10 @@ def test_what_cannot_be_recorded_is_said(tmp_path):
         record_images(model, [], tmp_path / "a", **about, features=(4,))
     with pytest.raises(ValueError, match="got 'int8'"):
         record_images(model, [], tmp_path / "a", **about, feature_dtype="int8")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):  # before any image is looked at
+        record_images(model, iter([None]), tmp_path, **about)
+    with pytest.raises(FileNotFoundError, match="none/a"):
+        record_images(model, iter([None]), tmp_path / "none" / "a", **about)
     with pytest.raises(ValueError, match="no class token"):
         record_images(build("vit_base_patch16_siglip_224"), [], tmp_path / "a", **about, features=(1,))
     with ColumnWriter(tmp_path / "b") as writer:
@@ -205,3 +211,159 @@ def test_what_cannot_be_recorded_is_said(tmp_path):
         with pytest.raises(ValueError, match="is not a recording"):
             open_recording(tmp_path / name)
     assert Run("d", "b").name == "none b"
+
+
+FORMAT = "fastreduce-recording-1"
+
+
+def small_recording(path):
+    """A recording of two images in four patches, its header and what follows it."""
+    with ColumnWriter(path) as writer:
+        writer.append(
+            {
+                "kept.1": np.array([[0, 3], [-1, 2]], np.int8),
+                "slots.2": np.zeros((2, 4), np.uint8),
+                "features.1": np.ones((2, 3), np.float16),
+                "outputs.prediction": np.array([[1], [0]], np.int16),
+                "outputs.target": np.array([1, 0], np.int16),
+                "kept.3": np.zeros((2, 0), np.int8),
+            }
+        )
+        about = {"run": {"dataset": "d", "backbone": "b", "accuracy": math.nan}, "grid": [2, 2], "depth": 4}
+        writer.metadata = {FORMAT: json.dumps(about)}
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+
+def put(path, header, data):
+    words = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return rewrite(path, len(words).to_bytes(8, "little") + words + data)
+
+
+def test_columns_without_a_token_are_read(tmp_path):
+    header, data = small_recording(tmp_path / "a")
+    found = open_recording(tmp_path / "a")
+    assert found.kept[3].shape == (2, 0)
+    assert found.pattern(1, 1).tolist() == [-1, -1, 1, -1]
+    assert open_recording(put(tmp_path / "b", header, data)).columns.keys() == found.columns.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kept.4": None}, "unknown column 'kept.4'"),
+        ({"kept.01": None}, "unknown column 'kept.01'"),
+        ({"zzz.3": None}, "unknown column 'zzz.3'"),
+        ({"outputs.": None}, "unknown column 'outputs.'"),
+        ({"kept.1": {"dtype": "F8_E4M3"}}, "unknown type 'F8_E4M3'"),
+        ({"kept.1": {"dtype": ["I8"]}}, r"unknown type \['I8'\]"),
+        ({"kept.1": {"shape": [-2, -2]}}, r"shape \[-2, -2\]"),
+        ({"kept.1": {"shape": [2.0, 2]}}, r"shape \[2.0, 2\]"),
+        ({"kept.1": {"shape": "22"}}, "shape '22'"),
+        ({"kept.1": {"shape": []}}, r"shape \[\]"),
+        ({"kept.1": {"shape": [4]}}, "different numbers of images"),
+        ({"kept.1": {"shape": [2, 3]}}, "has 4 bytes for the shape"),
+        ({"kept.1": {"data_offsets": [0]}}, r"at \[0\]"),
+        ({"kept.1": {"data_offsets": [True, 5]}}, r"at \[True, 5\]"),
+        ({"kept.1": {"data_offsets": [0, 4]}}, "gap or overlap"),
+        ({"kept.1": {"data_offsets": [2**70, 2**70 + 4]}}, "gap or overlap"),
+        ({"kept.1": {"dtype": "BOOL"}}, "column 'kept.1' is bool"),
+        ({"features.1": {"dtype": "I16"}}, "column 'features.1' is int16"),
+        ({"slots.2": {"shape": [2, 2, 2]}}, "column 'slots.2' is uint8"),
+        ({"kept.1": 3}, "lacks dtype, shape or data_offsets"),
+    ],
+)
+def test_a_damaged_column_is_named(tmp_path, change, words):
+    header, data = small_recording(tmp_path / "a")
+    for name, new in change.items():
+        if new is None:
+            header[name] = header.pop("kept.1")
+        else:
+            header[name] = {**header[name], **new} if isinstance(new, dict) else new
+    with pytest.raises(ValueError, match=words) as raised:
+        open_recording(put(tmp_path / "b", header, data))
+    assert str(raised.value).startswith(f"{tmp_path / 'b'} is not a recording of fastreduce: ")
+
+
+def test_a_file_that_goes_on_is_damaged(tmp_path):
+    header, data = small_recording(tmp_path / "a")
+    with pytest.raises(ValueError, match="columns have 32 bytes, the file 35"):
+        open_recording(put(tmp_path / "b", header, data + b"abc"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grid": [2, 2.0]}, "is no size"),
+        ({"grid": [4]}, "is no size"),
+        ({"grid": [0, 4]}, "is no size"),
+        ({"grid": [1, 2]}, "column 'slots.2'|beyond the grid"),
+        ({"grid": [1, 3]}, "column 'kept.1' names patches or tokens beyond|column 'slots.2'"),
+        ({"depth": True}, "is no size"),
+        ({"depth": 10**400}, "is no size"),
+        ({"depth": 3}, r"unknown column 'kept\.3'"),
+        ({"grid": [2**40, 1]}, "is no size"),
+        ({"run": {"dataset": "d"}}, "Run lacks the field 'backbone'"),
+        ({"run": {"dataset": "d", "backbone": "b", "x": 1}}, "Run has no field 'x'"),
+        ({"run": {"dataset": 3, "backbone": "b"}}, "dataset of Run must be str, got 3"),
+        ({"run": {"dataset": "d", "backbone": "b", "accuracy": "9"}}, "accuracy of Run must be float, got '9'"),
+        ({"run": {"dataset": "d", "backbone": "b", "keep_rate": [1]}}, r"keep_rate of Run must be float \| None"),
+        ({"run": {"dataset": "d", "backbone": "b", "parameters": True}}, "parameters of Run must be int, got True"),
+        ({"run": []}, "Run must be an object"),
+    ],
+)
+def test_a_damaged_description_is_named(tmp_path, change, words):
+    header, data = small_recording(tmp_path / "a")
+    about = json.loads(header["__metadata__"][FORMAT])
+    header["__metadata__"][FORMAT] = json.dumps({**about, **change})
+    with pytest.raises(ValueError, match=words):
+        open_recording(put(tmp_path / "b", header, data))
+
+
+JUNK = [None, True, -1, 0, 1.5, 1e999, math.nan, 2**80, "", "kept.1", [], {}, [[]], {"a": 1}, [0, 0], [2**62, 4]]
+
+
+def places(value, at=()):
+    """The way to everything in parsed JSON."""
+    yield at
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from places(one, (*at, key))
+
+
+def test_whatever_is_damaged_ends_in_one_line(tmp_path):
+    header, data = small_recording(tmp_path / "a")
+    whole = (tmp_path / "a").read_bytes()
+    chance = random.Random(0)
+    contents = [whole[:end] for end in range(len(whole))]
+    for at in list(places(header))[1:]:  # every entry becomes everything
+        for junk in JUNK:
+            changed = copy.deepcopy(header)
+            inner = changed
+            for key in at[:-1]:
+                inner = inner[key]
+            inner[at[-1]] = junk
+            contents.append(put(tmp_path / "b", changed, data).read_bytes())
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(chance.randrange(1, 4)):
+            content[chance.randrange(len(whole) - len(data))] = chance.randrange(256)
+        contents.append(bytes(content))
+    metadata = json.dumps(header["__metadata__"]).encode()
+    for words in (b"[" * 100_000, b'{"a":' * 50_000, b'{"a":1,"a":2}', b"{}", b"null", b"\xff\xfe{}", b"9" * 5000):
+        contents.append(put(tmp_path / "b", words, data).read_bytes())
+        contents.append(put(tmp_path / "b", b'{"__metadata__":' + metadata[:-1] + b',"x":' + words, data).read_bytes())
+        deep = {**header, "__metadata__": {FORMAT: words.decode("latin-1")}}
+        contents.append(put(tmp_path / "b", deep, data).read_bytes())
+    refused = 0
+    for content in contents:
+        rewrite(tmp_path / "b", content)
+        try:
+            found = open_recording(tmp_path / "b")
+        except ValueError as error:
+            refused += str(error).startswith(f"{tmp_path / 'b'} ") and len(str(error).splitlines()) == 1
+        else:  # then it can be used
+            token_statistics(found)
+            refused += 1
+    assert refused == len(contents)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import math
 import os
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._files import write_atomically
 from .measures import (
     FeatureSpace,
     cluster_agreement,
@@ -343,9 +345,14 @@ def correlate(
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write a table; columns are those of all rows, in order of appearance, and cells without a value are empty."""
+    """Write a table; columns are those of all rows, in order of appearance, and cells without a value are empty.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())

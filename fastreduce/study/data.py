@@ -320,7 +320,7 @@ def _is_name(value: Any) -> bool:
 
 
 def _fields(path: Path, content: dict[str, Any], table: str, *names: str) -> Iterator[tuple[Any, ...]]:
-    """The named fields of every entry of one of the tables: names are text, the others numbers or text."""
+    """Yield the named fields of every entry of one of the tables: names are text, the others numbers or text."""
     if not isinstance(content.get(table), list):
         raise ValueError(f"{path} has no list {table!r}")
     for number, entry in enumerate(content[table]):
@@ -333,7 +333,7 @@ def _fields(path: Path, content: dict[str, Any], table: str, *names: str) -> Ite
 
 
 def _by_id(path: Path, content: dict[str, Any], table: str, name: str) -> dict[Any, str]:
-    """The names of a table's entries by their id; neither may occur twice."""
+    """Sort the names of a table's entries by their id; neither may occur twice."""
     found: dict[Any, str] = {}
     taken: set[str] = set()
     for number, (key, value) in enumerate(_fields(path, content, table, "id", name)):
@@ -387,7 +387,7 @@ _LIST_OF_STRINGS = re.compile(rf"\[\s*(?:{_QUOTED}\s*(?:,\s*{_QUOTED}\s*)*,?\s*)
 
 
 def _labels(text: str) -> list[str] | None:
-    """``"['sky', 'clouds']"`` -> the strings; None if it is no such list."""
+    """Read ``"['sky', 'clouds']"``; None if it is no such list."""
     if not _LIST_OF_STRINGS.fullmatch(text):  # nothing else is evaluated: deep or long expressions end the interpreter
         return None
     labels = ast.literal_eval(text)
@@ -395,7 +395,7 @@ def _labels(text: str) -> list[str] | None:
 
 
 def _is_header(row: Sequence[str], root: Path) -> bool:
-    """Whether a first row names columns: three words, none of which could be a file, labels or a split."""
+    """Tell whether a first row names columns: three words, none of which could be a file, labels or a split."""
     words = [field.strip() for field in row]
     named = len(words) == 3 and all(re.fullmatch(r"[A-Za-z_][\w ]*", word) for word in words)
     near = get_close_matches(words[-1].lower(), ("train", "val"), n=1, cutoff=0.7) if words else []
@@ -403,7 +403,7 @@ def _is_header(row: Sequence[str], root: Path) -> bool:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of every row that is not empty."""
+    """Yield line number and fields of every row that is not empty."""
     with _named(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, strict=True)
         try:

@@ -9,9 +9,12 @@ the 50,000 validation images of ImageNet.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
+import re
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._files import from_json, parse_json, safetensors_header
 from ..integrations.timm import ReducedBlocks, Stage, record, reduced_counts
 from ..tokens import Tokens
 from .measures import mean_average_precision
@@ -34,6 +38,7 @@ __all__ = ["UNREDUCED", "ColumnWriter", "Recording", "Run", "feature_blocks", "o
 UNREDUCED = "none"
 _FORMAT = "fastreduce-recording-1"
 _KINDS = ("kept", "slots", "features")
+_LARGEST = 4096  # patches along a side, or blocks: far beyond any model, and not yet too much for memory
 _NAMES = {
     "bool": "BOOL",
     **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("uint", "int") for bits in (8, 16, 32, 64)},
@@ -140,6 +145,9 @@ class ColumnWriter:
     Args:
         path: of the file.
 
+    Raises:
+        OSError: a folder, or one in which nothing can be written.
+
     Attributes:
         metadata: strings for the file's header, until it is closed.
     """
@@ -147,7 +155,12 @@ class ColumnWriter:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.metadata: dict[str, str] = {}
-        self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.")
+        if self.path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        try:
+            self._folder = tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}.")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         self._pieces: dict[str, tuple[IO[bytes], np.dtype[Any], tuple[int, ...]]] = {}
         self._lengths: dict[str, int] = {}
 
@@ -213,30 +226,104 @@ class ColumnWriter:
             self._folder.cleanup()
 
 
+def _whole_numbers(value: Any, count: int | None = None) -> bool:
+    """Tell whether parsed JSON is a list of (so many) integers that are not negative."""
+    return (
+        isinstance(value, list)
+        and (count is None or len(value) == count)
+        and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value)
+    )
+
+
+def _check_about(about: Any) -> None:
+    """Raise unless it says which model saw the images."""
+    if not isinstance(about, dict) or not {"run", "grid", "depth"} <= about.keys():
+        raise ValueError("its description lacks run, grid or depth")
+    grid, depth = about["grid"], [about["depth"]]
+    if not _whole_numbers(grid, 2) or not _whole_numbers(depth) or not all(0 < one <= _LARGEST for one in grid + depth):
+        raise ValueError(f"grid {reprlib.repr(grid)} or depth {reprlib.repr(depth[0])} is no size")
+
+
+def _place_of(name: str, depth: int) -> tuple[str, Any]:
+    """Split ``kept.3`` into ("kept", 3); raise for a name that no column has."""
+    kind, _, key = name.partition(".")
+    if kind == "outputs" and key:
+        return kind, key
+    if kind not in _KINDS or not re.fullmatch("0|[1-9][0-9]{0,5}", key) or int(key) >= depth:
+        raise ValueError(f"it has the unknown column {name!r}")
+    return kind, int(key)
+
+
+def _columns(header: Mapping[str, Any], size: int) -> list[tuple[str, np.dtype[Any], tuple[int, ...], int]]:
+    """List name, type, shape and first byte of every column; together they are the ``size`` bytes after the header."""
+    kinds = {short: np.dtype(name) for name, short in _NAMES.items()}
+    columns, ends = [], []
+    for name, column in header.items():
+        if not isinstance(column, dict) or not {"dtype", "shape", "data_offsets"} <= column.keys():
+            raise ValueError(f"column {name!r} lacks dtype, shape or data_offsets")
+        dtype, shape, offsets = column["dtype"], column["shape"], column["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in kinds:
+            raise ValueError(f"column {name!r} is of the unknown type {dtype!r}")
+        if not _whole_numbers(shape) or not shape or not _whole_numbers(offsets, 2):
+            raise ValueError(f"column {name!r} has the shape {shape!r} at {offsets!r}")
+        if offsets[1] - offsets[0] != math.prod(shape) * kinds[dtype].itemsize:
+            raise ValueError(f"column {name!r} has {offsets[1] - offsets[0]} bytes for the shape {shape!r}")
+        columns.append((name, kinds[dtype], tuple(shape), offsets[0]))
+        ends.append((offsets[0], offsets[1]))
+    end = 0
+    for begin, stop in sorted(ends):
+        if begin != end:
+            raise ValueError(f"its columns leave a gap or overlap at byte {min(begin, end)}")
+        end = stop
+    if end != size:
+        raise ValueError(f"its columns have {end} bytes, the file {size}")
+    if len({shape[0] for _, _, shape, _ in columns}) > 1:
+        raise ValueError("its columns have different numbers of images")
+    return columns
+
+
+def _check_kinds(recording: Recording) -> None:
+    """Raise where a column does not have the type, shape and values of its kind."""
+    for name, array in recording.columns.items():
+        kind = name.partition(".")[0]
+        wanted = {"features": "f", "outputs": "iuf"}.get(kind, "iu")
+        known = kind == "outputs" or (array.ndim == 2 and (kind != "slots" or array.shape[1] == recording.patches))
+        if array.dtype.kind not in wanted or not known or array.ndim > 2:
+            raise ValueError(f"column {name!r} is {array.dtype} {array.shape}")
+        if kind in ("kept", "slots") and array.size and not -1 <= array.min() <= array.max() < recording.patches:
+            raise ValueError(f"column {name!r} names patches or tokens beyond the grid {recording.grid}")
+
+
 def open_recording(path: str | os.PathLike[str]) -> Recording:
     """Read what :func:`record_images` wrote, memory-mapped.
 
     Raises:
         OSError: if the file cannot be opened.
-        ValueError: if it is no recording.
+        ValueError: if it is no recording, or a damaged one; the message gives the file and what is wrong.
     """
-    kinds = {short: name for name, short in _NAMES.items()}
-    with open(path, "rb") as file:
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            if length > os.fstat(file.fileno()).st_size:
-                raise ValueError("no header")
-            header = json.loads(file.read(length))
-            about = json.loads(header.pop("__metadata__")[_FORMAT])
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a recording of fastreduce") from error
-    groups: dict[str, dict[Any, Array]] = {"kept": {}, "slots": {}, "features": {}, "outputs": {}}
-    for name, column in header.items():
-        kind, _, key = name.partition(".")
-        offset = 8 + length + column["data_offsets"][0]
-        array = np.memmap(path, kinds[column["dtype"]], "r", offset=offset, shape=tuple(column["shape"]))
-        groups[kind][key if kind == "outputs" else int(key)] = array
-    return Recording(Run(**about["run"]), tuple(about["grid"]), about["depth"], **groups)
+    try:
+        with open(path, "rb") as file:
+            header, start = safetensors_header(file, path)
+            size = os.fstat(file.fileno()).st_size - start
+        words = header.pop("__metadata__", None)
+        if not isinstance(words, dict) or not isinstance(words.get(_FORMAT), str):
+            raise ValueError("it has no description of one")
+        about = parse_json(words[_FORMAT], path)
+        _check_about(about)
+        groups: dict[str, dict[Any, Array]] = {kind: {} for kind in (*_KINDS, "outputs")}
+        for name, dtype, shape, offset in _columns(header, size):
+            kind, key = _place_of(name, about["depth"])
+            empty = not math.prod(shape)  # which cannot be mapped
+            groups[kind][key] = (
+                np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", offset=start + offset, shape=shape)
+            )
+        run = from_json(Run, about["run"], path)
+        recording = Recording(run, (about["grid"][0], about["grid"][1]), about["depth"], **groups)
+        _check_kinds(recording)
+    except ValueError as error:
+        where = os.fspath(path)
+        raise ValueError(f"{where} is not a recording of fastreduce: {str(error).removeprefix(f'{where} ')}") from error
+    return recording
 
 
 def feature_blocks(depth: int) -> tuple[int, ...]:
