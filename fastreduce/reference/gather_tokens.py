@@ -26,5 +26,5 @@ def scatter_tokens(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Ten
     batch, _, channels = grad.shape
     rows = flat_rows(with_prefix(index, prefix), num_in)
     total = torch.zeros(batch * num_in, channels, dtype=accumulator(grad.dtype), device=grad.device)
-    total = total.index_add_(0, rows, grad.reshape(-1, channels).to(total.dtype))
+    total = total.index_add(0, rows, grad.reshape(-1, channels).to(total.dtype))
     return total.view(batch, num_in, channels).to(grad.dtype)

@@ -35,7 +35,7 @@ def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
     batch, _, channels = x.shape
     rows = x.to(accumulator(x.dtype)).masked_fill((slot < 0).unsqueeze(-1), 0.0)
     total = torch.zeros(batch * num_out, channels, dtype=rows.dtype, device=x.device)
-    total = total.index_add_(0, flat_rows(slot.long().clamp_min(0), num_out), rows.reshape(-1, channels))
+    total = total.index_add(0, flat_rows(slot.long().clamp_min(0), num_out), rows.reshape(-1, channels))
     return total.view(batch, num_out, channels).to(x.dtype)
 
 
@@ -57,10 +57,10 @@ def merge_tokens(
     batch, tokens, channels = x.shape
     dtype = accumulator(x.dtype)
     weights = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size.to(dtype)
-    total = torch.zeros(batch, num_out, dtype=dtype, device=x.device).scatter_add_(1, slot.long(), weights)
+    total = torch.zeros(batch, num_out, dtype=dtype, device=x.device).scatter_add(1, slot.long(), weights)
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
     summed = torch.zeros(batch * num_out, channels, dtype=dtype, device=x.device)
-    summed = summed.index_add_(0, flat_rows(slot.long(), num_out), rows.reshape(-1, channels))
+    summed = summed.index_add(0, flat_rows(slot.long(), num_out), rows.reshape(-1, channels))
     merged = summed.view(batch, num_out, channels).div_(_divisor(total, eps).unsqueeze(-1)).to(x.dtype)
     merged = add_residual(merged, residual)
     if head is not None:
@@ -71,10 +71,8 @@ def merge_tokens(
 def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider."""
     rows = x.to(accumulator(x.dtype))
-    # A product by batch takes the tokens behind a prefix as they lie; a linear layer would copy them. Transposed, not
-    # unsqueezed: the strides of the weight decide between two routes, one of them 7 times as fast.
-    weight = weight.to(rows.dtype).mT.expand(x.shape[0], -1, -1)
-    return torch.baddbmm(bias.to(rows.dtype), rows, weight).squeeze(-1).to(rows.dtype).exp()
+    # Row by row: a matrix product would round an image's rows by how many images there are.
+    return ((rows * weight.to(rows.dtype)).sum(-1) + bias.to(rows.dtype)).exp()
 
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float = 0.0) -> Tensor:
@@ -96,7 +94,7 @@ def merge_tokens_size_backward(
     """
     divisor = _divisor(total, eps)
     dots = (take_rows(grad, slot.long()).to(total.dtype) * x.to(total.dtype)).sum(-1)
-    mean = torch.zeros_like(total).scatter_add_(1, slot.long(), dots * size.to(total.dtype)) / divisor
+    mean = torch.zeros_like(total).scatter_add(1, slot.long(), dots * size.to(total.dtype)) / divisor
     grad_size = (dots - mean.gather(1, slot.long())) / divisor.gather(1, slot.long())
     if weight is None:
         return merge_tokens_backward(grad, slot, size, total, eps), grad_size
