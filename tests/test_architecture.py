@@ -19,10 +19,11 @@ ROOMS = {
     "backends": set(),
     "ops": {"reference", "backends", "kernels"},
     "tokens": {"ops"},
-    "reducers": {"ops", "tokens"},
+    "options": set(),
+    "reducers": {"ops", "tokens", "options"},
     "integrations": {"ops", "tokens", "reducers", "backends"},
     "plain": set(),
-    "losses": set(),
+    "losses": {"options"},
 }
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
 ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}

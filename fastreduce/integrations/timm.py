@@ -609,10 +609,10 @@ def patch(
         at: blocks at which the stages stand, from 0; the default is a quarter, half and three quarters of the depth.
         backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
         **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
-            ``packed`` (no padding between images). ``tome``: ``r``, ``rounds``. ``kmedoids``: ``iters``, ``cost``,
-            ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``, ``equal_weight``, ``noise``. ``patchmerger``:
-            ``scaled``. ``sinkhorn``: ``eps``, ``iters``, ``gradient``. ``radial``: ``norm``, ``schedule``,
-            ``min_radius``. See the classes in :mod:`fastreduce.reducers`.
+            ``packed`` (no padding between images), ``points``. ``tome``: ``r``, ``rounds``, ``prop_attn``.
+            ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``,
+            ``equal_weight``, ``noise``. ``patchmerger``: ``scaled``. ``sinkhorn``: ``eps``, ``iters``, ``gradient``.
+            ``radial``: ``norm``, ``schedule``, ``min_radius``. See the classes in :mod:`fastreduce.reducers`.
 
     Returns:
         The model itself.
@@ -629,7 +629,9 @@ def patch(
     """
     check_backend(backend)
     _check_model(model)
-    reducer = make_reducer(method, _shape_of(model), at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
+    shape = _shape_of(model)
+    reducer = make_reducer(method, shape, at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
+    method = reducer.name
     if reducer.grid is not None and not isinstance(model.patch_drop, nn.Identity):
         raise ValueError(f"{method} patterns need every patch in its place, but the model has a patch_drop_rate")
     if reducer.ragged and model.global_pool not in ("", "token"):
@@ -640,13 +642,13 @@ def patch(
         _check_bare(blocks[index].attn, f"the attention of block {index}")
     weight = next(model.parameters())
     reducer.to(weight.device, weight.dtype).train(model.training)
+    reducer.warn(shape)
     if reducer.grid is not None and model.dynamic_img_size:
         embed: Any = model.patch_embed
         embed.register_forward_hook(_SameGrid(method, reducer.grid))
     model.blocks = _reduced_blocks(model, reducer)
     object.__setattr__(model, "forward_intermediates", _ForwardIntermediates(model))
-    if list(reducer.buffers()) or list(reducer.parameters()):
-        model.reducers = reducer
+    model.reducers = reducer
     return model
 
 
