@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import integer, switch
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, is_bare, merge
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, is_bare, is_unhooked, merge
 from .schedule import KeepSchedule
 
 __all__ = ["DPCKNN"]
@@ -67,18 +68,12 @@ class DPCKNN(ScheduledReducer):
         backend: str = "auto",
     ):
         super().__init__(blocks, schedule, backend)
-        if isinstance(k_neighbors, bool) or not isinstance(k_neighbors, int):
-            raise TypeError(f"k_neighbors must be an integer, got {k_neighbors!r}")
-        if k_neighbors < 1:
-            raise ValueError(f"k_neighbors must be at least 1, got {k_neighbors}")
-        if not isinstance(equal_weight, bool):
-            raise TypeError(f"equal_weight must be True or False, got {equal_weight!r}")
         if noise is not None and not isinstance(noise, torch.Generator):
             raise TypeError(f"noise must be a torch.Generator or None, got {noise!r}")
-        self.k_neighbors = k_neighbors
-        self.equal_weight = equal_weight
+        self.k_neighbors = integer("k_neighbors", k_neighbors, least=1)
+        self.equal_weight = switch("equal_weight", equal_weight)
         self.generator = noise
-        if not equal_weight:
+        if not self.equal_weight:
             self.cluster_layers = nn.ModuleList(TokenScore(channels) for _ in blocks)
 
     @classmethod
@@ -102,7 +97,7 @@ class DPCKNN(ScheduledReducer):
         size = log_size = None
         if not self.equal_weight:
             layer: Any = self.cluster_layers[stage]
-            if is_bare(layer.score):
+            if type(layer) is TokenScore and is_unhooked(layer) and is_bare(layer.score):
                 log_size = layer.score.weight, layer.score.bias  # applied in the launch of the merge
             else:
                 size = _weights(layer(patches), label, keep)
