@@ -230,6 +230,6 @@ class Radial(Reducer):
         if len(kept) == tokens.num_patches:
             return tokens
         index = kept.expand(tokens.x.shape[0], -1)
-        x, normed = gather(block.attention_norm(tokens.x), tokens.x, index, prefix=tokens.prefix, backend=self.backend)
+        x, normed = gather(block.attention_norm(tokens), tokens.x, index, prefix=tokens.prefix, backend=tokens.backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, len(kept), kept=kept)
         return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))
