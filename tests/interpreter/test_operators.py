@@ -91,7 +91,7 @@ def _nothing():
     order = torch.arange(5).expand(2, -1)
     zeros, ones = torch.zeros(3, dtype=torch.int32), torch.ones(2, 6)
     packed = torch.randn(1, 0, 4)
-    whole, bounds = torch.arange(3, dtype=torch.int32) * 6, (zeros, zeros)
+    whole = torch.arange(3, dtype=torch.int32) * 6
     return {
         "select_topk of none": lambda **o: ops.select_topk(scores, 0, **o),
         "select_topk of all": lambda **o: ops.select_topk(scores, 5, **o),
