@@ -8,25 +8,46 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import as_tuple, is_number, plain
+
 __all__ = ["dynamicvit_loss", "keep_ratio_loss", "token_distillation_loss"]
 
 
-def keep_ratio_loss(decisions: Sequence[Tensor], keep_ratios: Sequence[float]) -> Tensor:
+def _ratios(keep_ratios: float | Sequence[float], decisions: Sequence[Tensor]) -> list[float]:
+    """Return a ratio for each stage, or raise; a single rate is powered as by :func:`fastreduce.patch`."""
+    stages = len(decisions)
+    if not stages:
+        raise ValueError(
+            "there are no decisions: DynamicViT makes them in training mode (model.train()), "
+            "inside fastreduce.record(model)"
+        )
+    if is_number(keep_ratios):
+        return [plain(keep_ratios) ** (stage + 1) for stage in range(stages)]
+    ratios = as_tuple("keep_ratios", keep_ratios)
+    if len(ratios) != stages:
+        raise ValueError(f"keep_ratios must have one entry for each of the {stages} stages, got {len(ratios)}")
+    for ratio in ratios:
+        if not is_number(ratio):
+            raise TypeError(f"keep_ratios must hold numbers, got {ratio!r}")
+    return [plain(ratio) for ratio in ratios]
+
+
+def keep_ratio_loss(decisions: Sequence[Tensor], keep_ratios: float | Sequence[float]) -> Tensor:
     """``mean_j mean_b (mean_n decisions[j][b, n] - keep_ratios[j]) ** 2``.
 
     Args:
         decisions: (B, P) for each stage, 1 for kept tokens; ``Record.decisions`` of :func:`fastreduce.record`.
-        keep_ratios: the fraction of the P patches that each stage should keep.
+        keep_ratios: the fraction of the P patches that each stage should keep; or a rate r, for r, r ** 2, ...
 
     Returns:
         A scalar, differentiable in the decisions.
 
     Raises:
         ValueError: no decisions, or another number of ratios.
+        TypeError: ratios that are no numbers.
     """
-    if not decisions or len(decisions) != len(keep_ratios):
-        raise ValueError(f"there must be one keep ratio for each stage, got {len(keep_ratios)} for {len(decisions)}")
-    terms = [(kept.mean(1) - ratio).square().mean() for kept, ratio in zip(decisions, keep_ratios, strict=True)]
+    ratios = _ratios(keep_ratios, decisions)
+    terms = [(kept.mean(1) - ratio).square().mean() for kept, ratio in zip(decisions, ratios, strict=True)]
     return sum(terms[1:], terms[0]) / len(terms)
 
 
@@ -69,7 +90,7 @@ def token_distillation_loss(
 def dynamicvit_loss(
     base: Tensor,
     decisions: Sequence[Tensor],
-    keep_ratios: Sequence[float],
+    keep_ratios: float | Sequence[float],
     *,
     logits: Tensor | None = None,
     teacher_logits: Tensor | None = None,
@@ -99,7 +120,7 @@ def dynamicvit_loss(
     Args:
         base: the task's loss, a scalar.
         decisions: (B, P) for each stage, from ``Record.decisions``.
-        keep_ratios: the fraction of the P patches that each stage should keep.
+        keep_ratios: the fraction of the P patches that each stage should keep; or a rate r, for r, r ** 2, ...
         logits: (B, classes) of the student; with ``teacher_logits`` (B, classes), KL(teacher || student) per image at
             temperature 1.
         teacher_logits: see ``logits``; no gradient flows into them.
@@ -116,7 +137,8 @@ def dynamicvit_loss(
         A scalar.
 
     Raises:
-        ValueError: numbers or shapes that do not fit, or only one of student and teacher.
+        ValueError: no decisions, numbers or shapes that do not fit, or only one of student and teacher.
+        TypeError: ratios that are no numbers.
     """
     for name, student, teacher in (("logits", logits, teacher_logits), ("tokens", tokens, teacher_tokens)):
         if (student is None) != (teacher is None):

@@ -13,6 +13,7 @@ Both run the modules of an unpatched timm Vision Transformer and import neither 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,8 +28,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "topk": {},
     "evit": {"normalize": False},
     "dynamicvit": {},
-    "ats": {},
-    "tome": {"r": None, "rounds": "official"},
+    "ats": {"points": "official"},
+    "tome": {"r": None, "rounds": "official", "prop_attn": True},
     "kmedoids": {"iters": 3, "cost": "all", "equal_weight": False, "first": 0},
     "dpcknn": {"k_neighbors": 5, "equal_weight": False},
     "sit": {},
@@ -188,7 +189,8 @@ class PlainModel(nn.Module):
         if self.keep is not None:
             return self.keep[stage]
         rate: Any = self.keep_rate
-        return int(patches * (rate ** (stage + 1) if isinstance(rate, (int, float)) else rate[stage]))
+        # Of a small image at least one stays.
+        return max(1, int(patches * (rate ** (stage + 1) if isinstance(rate, (int, float)) else rate[stage])))
 
     def _query_key_value(self, block: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> three of (B, H, N, D)."""
@@ -200,7 +202,7 @@ class PlainModel(nn.Module):
     def _weights(self, block: Any, walk: _Walk, q: Tensor, k: Tensor) -> Tensor:
         """The attention matrix (B, H, N, N), before dropout."""
         logits = (q @ k.transpose(-2, -1)) * block.attn.scale
-        if walk.size is not None:
+        if walk.size is not None and self.options["prop_attn"]:
             logits = logits + walk.size.log()[:, None, None, :]
         if walk.valid is not None:
             seen = walk.valid[:, None, :, None] & walk.valid[:, None, None, :]
@@ -231,7 +233,8 @@ class PlainModel(nn.Module):
         q, k, v = self._query_key_value(block, normed)
         walk.matrix = None
         if self.fused and not reads and not (self.training and self.method == "dynamicvit"):
-            bias = None if walk.size is None else walk.size.log()[:, None, None, :].to(q.dtype)
+            size = walk.size if self.options.get("prop_attn") else None
+            bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
             mask = bias if walk.valid is None else walk.valid[:, None, None, :]  # no method has both
             dropout = attn.attn_drop.p if self.training else 0.0
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=attn.scale)
@@ -278,8 +281,11 @@ class PlainModel(nn.Module):
         matrix = block.attn.attn_drop(self._weights(block, walk, q, k))
         scores = (matrix[:, :, 0] * v.norm(dim=-1)).sum(dim=1)[:, prefix:]
         cumulated = (scores / (scores.sum(dim=1, keepdim=True) + 1e-6)).cumsum(dim=1)
-        points = self._count(stage, walk.patches)
-        grid = (2 * torch.arange(points, device=q.device) + 1).to(scores.dtype) / (2 * (points + 1))
+        parts = self._count(stage, walk.patches) + 1
+        start, end, step = 1 / (2 * parts), (2 * parts - 1) / (2 * parts), 2 / (2 * parts)
+        steps = torch.arange(start, end, step, dtype=torch.float32, device="cpu")
+        points = max(1, len(steps)) if self.options["points"] == "official" else parts - 1
+        grid = (2 * torch.arange(points, device=q.device) + 1).to(scores.dtype) / (2 * parts)
         nearest = (grid[None, :, None] - cumulated[:, None, :]).abs().min(dim=2).indices
         chosen = [row.unique() for row in nearest]
         longest = max(len(row) for row in chosen)
@@ -374,11 +380,15 @@ class PlainModel(nn.Module):
         centers = (density * peak).argsort(dim=1, descending=True, stable=True)[:, :keep]
         label = _rows(distance, centers).argmin(dim=1)
         label.scatter_(1, centers, torch.arange(keep, device=label.device).expand(batch, keep))
-        weights = torch.ones_like(patches[..., :1])
+        score = torch.zeros_like(patches[..., :1])
         if not self.options["equal_weight"]:
-            weights = F.linear(patches, self._layer(stage, "score.weight"), self._layer(stage, "score.bias")).exp()
+            score = F.linear(patches, self._layer(stage, "score.weight"), self._layer(stage, "score.bias"))
         flat = (label + keep * torch.arange(batch, device=label.device).unsqueeze(1)).flatten()
-        total = weights.new_zeros(batch * keep, 1).index_add(0, flat, weights.flatten(0, 1)) + 1e-6
+        # The published exp(score) overflows: over numerator and denominator, exp of the cluster's greatest, if above 0.
+        own = F.one_hot(label, keep).bool()
+        greatest = score.expand(-1, -1, keep).where(own, 0.0).amax(dim=1).clamp_min(0.0).view(-1, 1)
+        weights = (score - greatest[flat].view_as(score)).exp()
+        total = weights.new_zeros(batch * keep, 1).index_add(0, flat, weights.flatten(0, 1)) + 1e-6 * (-greatest).exp()
         share = (weights.flatten(0, 1) / total[flat]) * patches.flatten(0, 1)
         merged = patches.new_zeros(batch * keep, channels).index_add(0, flat, share)
         self._move_home(walk, label)
@@ -473,8 +483,9 @@ class PlainModel(nn.Module):
         return sums(metric * size) / total if again else metric
 
     def _radial_patterns(self, grid: tuple[int, int]) -> list[Tensor]:
-        """What each stage keeps of the tokens present: those inside its radius."""
-        y, x = torch.meshgrid(*(torch.linspace(-size // 2, size // 2, size) for size in grid), indexing="ij")
+        """What each stage keeps of the tokens present: those inside its radius, in float32 as the released code."""
+        linspace = functools.partial(torch.linspace, dtype=torch.float32, device="cpu")
+        y, x = torch.meshgrid(*(linspace(-size // 2, size // 2, size) for size in grid), indexing="ij")
         norms = {"l1": y.abs() + x.abs(), "l2": (y**2 + x**2).sqrt(), "linf": torch.maximum(y.abs(), x.abs())}
         distance = norms[self.options["norm"]]
         schedule = self.options["schedule"]
@@ -485,7 +496,7 @@ class PlainModel(nn.Module):
             smallest = float(self.options["min_radius"])
             if smallest <= 0:
                 smallest = distance[grid[0] // 2, grid[1] // 2].item()
-            points = torch.linspace(distance[0, 0].item(), smallest, last - first + 3)
+            points = linspace(distance[0, 0].item(), smallest, last - first + 3)
             limits = list(points if first == 0 else points[1:])[: last - first + 1]
             self.at = tuple(range(first, last + 1))
         else:
@@ -495,7 +506,7 @@ class PlainModel(nn.Module):
             for stage in range(len(self.at)):
                 wanted = self._count(stage, distance.numel())
                 limits.append(rings[min(range(len(rings)), key=lambda ring: abs(held[ring] - wanted))])
-        present, patterns = torch.arange(distance.numel()), []
+        present, patterns = torch.arange(distance.numel(), device="cpu"), []
         for limit in limits:
             kept = (distance.flatten()[present] <= limit).nonzero().squeeze(1)
             present = present[kept]

@@ -200,10 +200,10 @@ def _legend(result: Result) -> list[str]:
         lines.append(f"Options: {', '.join(given)}.")
     if random := dict.fromkeys(row["label"] for row in result["methods"] if row["layers"] == "random"):
         lines.append(f"Layers of their own, with random weights: {', '.join(random)}.")
-    if left_out := [f"{row['label']} {row['keep_rate']:g}" for row in result["left_out"]]:
+    if result["left_out"]:
         lines.append(
-            f"Left out, so that {result['rounds']} rounds of the others fit into the time: {', '.join(left_out)}. "
-            "Give --seconds, --methods or --keep-rate."
+            f"Left out, so that {result['rounds']} rounds of the others fit into the time: {_left_out(result)}. "
+            "Give more --seconds, or --methods and --keep-rate."
         )
     lines += [f"Not compared: {method}: {reason}." for method, reason in result["refused"].items()]
     if result["random_weights"]:
@@ -212,6 +212,16 @@ def _legend(result: Result) -> list[str]:
             "nothing about them. Give --checkpoint or --pretrained."
         )
     return lines
+
+
+def _left_out(result: Result) -> str:
+    """Name what was left out, a whole keep rate as one."""
+    words = []
+    for rate in dict.fromkeys(row["keep_rate"] for row in result["left_out"]):
+        labels = [row["label"] for row in result["left_out"] if row["keep_rate"] == rate]
+        whole = all(row["keep_rate"] != rate for row in result["methods"])
+        words.append(f"keep rate {rate:g}" if whole else f"at keep rate {rate:g} {', '.join(labels)}")
+    return "; ".join(words)
 
 
 def _given_options(row: Result) -> str:

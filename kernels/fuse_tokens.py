@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import RowTile, row_tile, whole_rows
+from ._launch import RowTile, in_parts, row_tile, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -469,6 +469,7 @@ def _launch(
     return out, normed, statistics
 
 
+@in_parts("x", "order", "scores", "residual")
 def fuse_tokens(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -482,6 +483,7 @@ def fuse_tokens(
     return _launch(x, order, scores, k, prefix, residual, residual_bias, row_tile(x.shape[2]), SUM_TILE)[0]
 
 
+@in_parts("x", "order", "scores", "residual")
 def fuse_tokens_norm(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -507,6 +509,7 @@ def fuse_tokens_norm(
     return out, normed, statistics
 
 
+@in_parts("grad", "x", "order", "scores")
 def fuse_tokens_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -547,6 +550,7 @@ def fuse_tokens_backward(
     return grad_x, grad_scores
 
 
+@in_parts("grad_normed", "grad_out", "out", "statistics", "x", "order", "scores", added=(3,))
 def fuse_tokens_norm_backward(
     grad_out: torch.Tensor | None,
     grad_normed: torch.Tensor,

@@ -52,6 +52,7 @@ def sample_tokens_kernel(
     valid,  # (B, prefix + K) bool, contiguous
     tokens,
     budget,
+    parts,
     prefix,
     scores_stride_b,
     scores_stride_n,
@@ -92,7 +93,7 @@ def sample_tokens_kernel(
 
     for start in range(0, budget, BLOCK_K):
         offsets_k = start + tl.arange(0, BLOCK_K)
-        point = tl.div_rn((2 * offsets_k + 1).to(tl.float32), (2 * budget + 2).to(tl.float32))
+        point = tl.div_rn((2 * offsets_k + 1).to(tl.float32), tl.cast(2 * parts, tl.float32))
         above = tl.zeros((BLOCK_K,), tl.int32)  # the first token whose cdf reaches the point
         end = above + tokens
         for _ in range(SEARCH_STEPS):
@@ -131,8 +132,13 @@ def sample_tokens_kernel(
         tl.store(valid + column, column < prefix + count, mask=column < prefix + budget)
 
 
-def sample_tokens(scores: torch.Tensor, budget: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; scores (B, N) of any strides -> index (B, budget) int64, valid (B, prefix + budget) bool."""
+def sample_tokens(
+    scores: torch.Tensor, budget: int, prefix: int, parts: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One launch; scores (B, N) of any strides -> index (B, budget) int64, valid (B, prefix + budget) bool.
+
+    Looked up are the points (2 i + 1) / (2 parts), i < budget; None stands for budget + 1 parts.
+    """
     batch, tokens = scores.shape
     index = torch.empty(batch, budget, dtype=torch.int64, device=scores.device)
     valid = torch.empty(batch, prefix + budget, dtype=torch.bool, device=scores.device)
@@ -147,6 +153,7 @@ def sample_tokens(scores: torch.Tensor, budget: int, prefix: int) -> tuple[torch
         valid,
         tokens,
         budget,
+        budget + 1 if parts is None else parts,
         prefix,
         *scores.stride(),
         BLOCK_N=settings.block_n,

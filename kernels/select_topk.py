@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
+from ._launch import in_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,7 @@ def rank_scores_kernel(
     tl.store(out + batch * keep + rank, i.to(tl.int64), mask=(i < tokens) & (rank < keep))
 
 
+@in_parts("scores")
 def select_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Launch; scores (B, N) of any strides -> indices (B, k) int64."""
     batch, tokens = scores.shape

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import row_tile
+from ._launch import in_parts, row_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,6 +353,7 @@ def soft_merge_backward_kernel(
         )
 
 
+@in_parts("logits", "x", "head")
 def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; logits (B, N, K) of any strides, x (B, N, C) and head with contiguous channels -> rows and logsumexp."""
     batch, tokens, channels = x.shape
@@ -389,6 +390,7 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
     return out, logsumexp
 
 
+@in_parts("grad", "logits", "x", "out", "logsumexp")
 def soft_merge_backward(
     grad: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, out: torch.Tensor, logsumexp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Files that the package writes: whole, or not there."""
 
+import dataclasses
 import errno
+import json
 import os
 import resource
 import stat
@@ -8,10 +10,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from fastreduce._files import write_atomically
+from fastreduce._files import from_json, read_json, write_atomically
 
 
 def _mode(path):
@@ -149,3 +152,49 @@ def test_readers_see_one_of_the_writers(tmp_path):
     while any(writer.is_alive() for writer in writers):
         assert path.read_text() in texts
     assert list(tmp_path.iterdir()) == [path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    losses: list[float]
+    accuracy: dict[str, float]
+    form: Literal["soft", "hard"] | None = None
+    blocks: tuple[int, ...] = ()
+    done: bool = False
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"losses": [1, 2.5, NaN], "accuracy": {"top1": 3}, "form": "hard", "blocks": [3], "done": true}', None),
+        ('{"losses": [], "accuracy": {}}', None),
+        ('{"losses": [], "accuracy": {}, "form": null}', None),
+        ('{"accuracy": {}}', "Held lacks the field 'losses'"),
+        ('{"losses": [], "accuracy": {}, "x": 1}', "Held has no field 'x'"),
+        ('{"losses": [true], "accuracy": {}}', "losses of Held must be"),
+        ('{"losses": 3, "accuracy": {}}', "losses of Held must be"),
+        ('{"losses": [], "accuracy": {"top1": "9"}}', "accuracy of Held must be"),
+        ('{"losses": [], "accuracy": []}', "accuracy of Held must be"),
+        ('{"losses": [], "accuracy": {}, "form": "firm"}', "form of Held must be"),
+        ('{"losses": [], "accuracy": {}, "blocks": [1.5]}', "blocks of Held must be"),
+        ('{"losses": [], "accuracy": {}, "done": 1}', "done of Held must be"),
+        ("[]", "Held must be an object, got a list"),
+        ('{"losses": [], "losses": [1]}', "is not JSON: 'losses' occurs twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"losses": ', "is not JSON"),
+        ("", "is not JSON"),
+        ("9" * 5000, "is not JSON"),
+    ],
+)
+def test_results_are_read_by_their_kind(tmp_path, text, words):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # the mark that Windows' editors put there
+    if words is None:
+        found, held = from_json(Held, read_json(path), path), json.loads(text)
+        assert repr(found.losses) == repr(held["losses"])
+        assert (found.accuracy, found.form, found.done) == (held["accuracy"], held.get("form"), "done" in held)
+        return
+    with pytest.raises(ValueError, match=words) as raised:
+        from_json(Held, read_json(path), path)
+    assert str(raised.value).startswith(str(path))
+    assert len(str(raised.value).splitlines()) == 1

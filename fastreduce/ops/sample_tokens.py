@@ -15,14 +15,14 @@ from ._library import register
 __all__ = ["sample_tokens"]
 
 
-def _fake_sample(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Tensor]:
+def _fake_sample(scores: Tensor, budget: int, prefix: int, parts: int | None = None) -> tuple[Tensor, Tensor]:
     batch = scores.shape[0]
     index = scores.new_empty(batch, budget, dtype=torch.int64)
     return index, scores.new_empty(batch, prefix + budget, dtype=torch.bool)
 
 
 _sample = register(
-    "sample_tokens(Tensor scores, SymInt budget, SymInt prefix) -> (Tensor, Tensor)",
+    "sample_tokens(Tensor scores, SymInt budget, SymInt prefix, SymInt? parts=None) -> (Tensor, Tensor)",
     triton="sample_tokens.sample_tokens",
     reference=reference.sample_tokens,
     fake=_fake_sample,
@@ -30,23 +30,25 @@ _sample = register(
 
 
 def sample_tokens_unchecked(
-    scores: Tensor, budget: int, *, prefix: int = 1, backend: Resolved
+    scores: Tensor, budget: int, *, prefix: int = 1, parts: int | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
     """:func:`sample_tokens` without checks, by the backend named."""
     if scores.requires_grad:
         scores = scores.detach()
     if backend == "reference":
-        return reference.sample_tokens(scores, budget, prefix)
-    return _sample(scores, budget, prefix)
+        return reference.sample_tokens(scores, budget, prefix, parts)
+    return _sample(scores, budget, prefix, parts)
 
 
-def sample_tokens(scores: Tensor, budget: int, *, prefix: int = 1, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    scores: Tensor, budget: int, *, prefix: int = 1, parts: int | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample tokens by inverse transform of their cumulated scores; an image keeps at most ``budget`` (ATS, section 3).
 
     Equivalent PyTorch, for one image::
 
         cdf = (scores / (scores.sum() + 1e-6)).cumsum(0)
-        grid = torch.arange(1, 2 * budget, 2) / (2 * budget + 2)  # asymmetric, as in the released code
+        grid = torch.arange(1, 2 * budget, 2) / (2 * parts)  # the middles of the first parts, as in the released code
         index = (grid[:, None] - cdf).abs().argmin(1).unique()  # the lowest token on ties
 
     Distances are rounded as the dtype rounds them. A token of weight 0 shares the cdf of the token before it and is
@@ -57,6 +59,7 @@ def sample_tokens(scores: Tensor, budget: int, *, prefix: int = 1, backend: str 
         scores: (B, N) of any strides. float32, float16, bfloat16 (reference: any floating dtype). Negative, NaN and
             infinite scores count as 0; an image whose scores are all 0, or overflow when summed, keeps its first token.
         budget: number of sampling points, at least 1; it may exceed N. ATS's K, which counts the class token, less one.
+        parts: into how many parts the cumulated scores are cut; None for ``budget + 1``, which leaves the last one out.
         prefix: number of leading columns of ``valid`` for the tokens that are never reduced.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
@@ -65,8 +68,8 @@ def sample_tokens(scores: Tensor, budget: int, *, prefix: int = 1, backend: str 
         the prefix and for kept tokens. No gradient flows through either.
 
     Raises:
-        ValueError: wrong shape, no token, a budget below 1 or a prefix below 0.
-        TypeError: scores not floating point, or a budget or prefix that is not an integer.
+        ValueError: wrong shape, no token, a budget below 1, a prefix below 0 or fewer parts than the budget.
+        TypeError: scores not floating point, or a budget, prefix or parts that is not an integer.
     """
     check_shape("scores", scores, "B N")
     check_floating("scores", scores)
@@ -74,4 +77,6 @@ def sample_tokens(scores: Tensor, budget: int, *, prefix: int = 1, backend: str 
         raise ValueError(f"scores must have at least one token, got shape {shape_of(scores)}")
     budget = check_count("budget", budget, 1, sys.maxsize)
     prefix = check_count("prefix", prefix, 0, sys.maxsize)
-    return sample_tokens_unchecked(scores, budget, prefix=prefix, backend=resolve(backend, scores))
+    if parts is not None:
+        parts = check_count("parts", parts, budget, sys.maxsize)
+    return sample_tokens_unchecked(scores, budget, prefix=prefix, parts=parts, backend=resolve(backend, scores))

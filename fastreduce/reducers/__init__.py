@@ -54,6 +54,28 @@ def _options(cls: type[Reducer]) -> set[str]:
     return own if "schedule" in inspect.signature(cls.make).parameters else own - {"schedule"}
 
 
+def _find_method(method: object) -> str:
+    """Return the registered name that is meant: upper and lower case, hyphens and blanks do not matter."""
+    known = ", ".join(sorted(REDUCERS))
+    if not isinstance(method, str):
+        raise TypeError(f"method must be the name of a method, got {method!r}; one of {known}")
+    plain = "".join(character for character in method.lower() if character not in "-_ ")
+    if plain in REDUCERS:
+        return plain
+    near = difflib.get_close_matches(plain, REDUCERS, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"unknown method {method!r}{hint} Known: {known}")
+
+
+def _unknown_option(method: str, name: str, allowed: set[str]) -> str:
+    """Return the message about an option that a method does not have."""
+    near = difflib.get_close_matches(name, {*allowed, "keep_rate", "keep", "at", "backend"}, n=1, cutoff=0.6)
+    if near:
+        return f"{method!r} has no option {name!r}; did you mean {near[0]!r}?"
+    known = f"its options are {', '.join(sorted(allowed))}" if allowed else "it has none"
+    return f"{method!r} has no option {name!r}; {known}"
+
+
 def make_reducer(
     method: str,
     shape: ModelShape,
@@ -65,20 +87,16 @@ def make_reducer(
     backend: str = "auto",
     **options: Any,
 ) -> Reducer:
-    """Build a reducer by name.
+    """Build a reducer by name, in any case.
 
     Raises:
         ValueError: unknown method (the nearest name is suggested), or values out of range.
         TypeError: an option that the method does not have, or a value of the wrong kind.
     """
-    if method not in REDUCERS:
-        near = difflib.get_close_matches(str(method), REDUCERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown method {method!r}{hint} Known: {', '.join(sorted(REDUCERS))}")
+    method = _find_method(method)
     cls = REDUCERS[method]
     allowed = _options(cls)
     for name in options:
         if name not in allowed:
-            known = f"its options are {', '.join(sorted(allowed))}" if allowed else "it has none"
-            raise TypeError(f"{method!r} has no option {name!r}; {known}")
+            raise TypeError(_unknown_option(method, name, allowed))
     return cls.make(shape, at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..arguments import switch
 from ..tokens import Packing, Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, early_heads, gather
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, early_heads, gather, is_captured
 from .schedule import KeepSchedule
 
-__all__ = ["ATS"]
+__all__ = ["ATS", "official_points"]
+
+
+def official_points(parts: int) -> int:
+    """Return how many points ``torch.arange(1 / (2 K), (2 K - 1) / (2 K), 2 / (2 K))`` has: K - 1, or K by rounding."""
+    start, end, step = 1 / (2 * parts), (2 * parts - 1) / (2 * parts), 2 / (2 * parts)
+    return max(1, math.ceil((end - start) / step))
 
 
 class ATS(ScheduledReducer):
@@ -24,9 +32,12 @@ class ATS(ScheduledReducer):
     Args:
         blocks: where the stages stand.
         schedule: sampling points of each stage, the most that an image can keep.
+        points: where the cumulated attention is looked up. ``"official"``, as the released code: the rounding of
+            ``torch.arange`` gives it a point more for some counts (METHODS.md has which), so that an image may keep one
+            token more; none of the paper's settings is among them. ``"exact"``: as many points as the schedule says.
         trim: cut the padding down to the longest image of the batch. That needs the number on the host: None does so
             in eager mode on the CPU, where it costs nothing; True everywhere but in a compiled graph; False never.
-            Logits do not depend on it.
+            Logits do not depend on it, but for rounding: only with False has an image the same bits in every batch.
         packed: pad nothing: as soon as images keep different numbers, the tokens of all lie in one row behind each
             other, and every layer works on those that are there and on no other. Logits do not depend on it; attention
             dropout is refused in training. Where padding is not trimmed the row has room for the most that could be
@@ -43,14 +54,15 @@ class ATS(ScheduledReducer):
         schedule: KeepSchedule,
         trim: bool | None = None,
         packed: bool = False,
+        points: Literal["official", "exact"] = "official",
         backend: str = "auto",
     ):
         super().__init__(blocks, schedule, backend)
         if trim is not None and not isinstance(trim, bool):
             raise TypeError(f"trim must be True, False or None, got {trim!r}")
-        if not isinstance(packed, bool):
-            raise TypeError(f"packed must be True or False, got {packed!r}")
-        self.trim, self.packed = trim, packed
+        if points not in ("official", "exact"):
+            raise ValueError(f"points must be 'official' or 'exact', got {points!r}")
+        self.trim, self.packed, self.points = trim, switch("packed", packed), points
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
@@ -59,10 +71,30 @@ class ATS(ScheduledReducer):
             raise ValueError("ats samples by the attention of the class token, and this model has none")
         return super().make(shape, **arguments)
 
+    def counts(self, shape: ModelShape) -> list[int]:
+        """Most patch tokens that an image can keep after each stage."""
+        counts, present = [], shape.patches
+        for stage in range(len(self.blocks)):
+            present = min(present, self._points(stage, shape.patches))
+            counts.append(present)
+        return counts
+
+    def _points(self, stage: int, patches: int) -> int:
+        """Sampling points of a stage."""
+        count = self.schedule.count(stage, patches)
+        return official_points(count + 1) if self.points == "official" else count
+
+    def _sample(self, scores: Tensor, tokens: Tokens, stage: int) -> tuple[Tensor, Tensor]:
+        """Which tokens an image keeps (B, M), and which columns are real (B, prefix + M): no more than are there."""
+        count, points = self.schedule.count(stage, tokens.patches), self._points(stage, tokens.patches)
+        prefix, most = tokens.prefix, tokens.num_patches
+        index, valid = ops.sample_tokens(scores, points, prefix=prefix, parts=count + 1, backend=self.backend)
+        return (index, valid) if points <= most else (index[:, :most], valid[:, : prefix + most])
+
     def _trims(self, index: Tensor) -> bool:
         """Whether the host may wait for numbers."""
         trim = self.trim if self.trim is not None else index.device.type == "cpu"
-        return trim and not torch.compiler.is_compiling() and index.device.type != "meta" and len(index) > 0
+        return trim and not is_captured() and index.device.type != "meta" and len(index) > 0
 
     def _without_padding(self, index: Tensor, valid: Tensor, prefix: int) -> tuple[Tensor, Tensor | None]:
         """Cut columns that are padding in every image; no ``valid`` where nothing else is left to mask."""
@@ -81,8 +113,7 @@ class ATS(ScheduledReducer):
         scores = ops.cls_scores(
             q[:, :, 0], k, prefix=prefix, scale=block.scale, value=v, valid=tokens.valid, backend=backend
         )
-        budget = self.schedule.count(stage, tokens.patches)
-        index, valid = ops.sample_tokens(scores, budget, prefix=prefix, backend=backend)
+        index, valid = self._sample(scores, tokens, stage)
         index, seen = self._without_padding(index, valid, prefix)
         if self.packed and seen is not None:
             keys, packing = tokens.packed()
@@ -112,8 +143,7 @@ class ATS(ScheduledReducer):
             longest=packing.longest,
             backend=backend,
         )
-        budget = self.schedule.count(stage, tokens.patches)
-        index, valid = ops.sample_tokens(scores, budget, prefix=prefix, backend=backend)
+        index, valid = self._sample(scores, tokens, stage)
         index, seen = self._without_padding(index, valid, prefix)
         return self._keep_packed(block, tokens, packing, normed, q, k, v, index, seen, late)
 

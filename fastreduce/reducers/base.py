@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import ops
 from ..tokens import Packing, Tokens
@@ -25,10 +28,14 @@ __all__ = [
     "early_heads",
     "fuse",
     "gather",
+    "idle_stages",
     "importance",
     "is_bare",
+    "is_captured",
     "is_unhooked",
     "merge",
+    "new_schedule",
+    "warn_once",
 ]
 
 
@@ -176,6 +183,21 @@ class ModelShape:
         return self.grid[0] * self.grid[1]
 
 
+def is_captured() -> bool:
+    """Whether tensors stand for others, under torch.compile or torch.func: nothing to wait for, nothing to keep."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+_said: set[str] = set()
+
+
+def warn_once(kind: str, message: str) -> None:
+    """Warn, but once a process for each kind."""
+    if kind not in _said:
+        _said.add(kind)
+        warnings.warn(message, stacklevel=4)  # where patch was called
+
+
 class Reducer(nn.Module, abc.ABC):
     """A token reduction method, with its schedule. One instance serves all stages of a model.
 
@@ -184,7 +206,7 @@ class Reducer(nn.Module, abc.ABC):
 
     Attributes:
         name: the method's name in :func:`fastreduce.patch`.
-        grid: the patch grid (rows, columns) that the patterns were made for, or None where any will do.
+        grid: the model's own patch grid (rows, columns) where the method's patterns follow from the grid, else None.
         generator: where the method draws its noise from, or None for torch's global generator or no noise.
         ragged: whether images keep different numbers of tokens, so that ``Tokens.valid`` and padding occur.
         packed: whether such tokens are packed in one row instead.
@@ -235,6 +257,55 @@ class Reducer(nn.Module, abc.ABC):
         return attend_all(block, tokens)
 
     @property
+    def untrained(self) -> bool:
+        """Whether the method brings layers of its own, which mean nothing until they are trained or loaded."""
+        return next(self.parameters(), None) is not None
+
+    def concerns(self, shape: ModelShape) -> dict[str, str]:
+        """Return what a user should know of this method on a model of this shape: kind of concern -> message."""
+        if not self.untrained:
+            return {}
+        return {
+            f"untrained {self.name}": f"{self.name} adds layers with random weights (model.reducers): train the model, "
+            "or load weights with fastreduce.load_official; until then its predictions mean little"
+        }
+
+    def warn(self, shape: ModelShape) -> None:
+        """Warn of every concern, once a process and kind."""
+        for kind, message in self.concerns(shape).items():
+            warn_once(kind, message)
+
+    def reschedule(
+        self,
+        shape: ModelShape,
+        *,
+        keep_rate: KeepRate = None,
+        keep: Keep = None,
+        at: int | Sequence[int] | None = None,
+    ) -> None:
+        """Take another schedule in place, and keep everything else, trained layers above all.
+
+        Args:
+            shape: the model's.
+            keep_rate: as in :func:`fastreduce.patch`.
+            keep: instead, the counts.
+            at: other blocks; None leaves the stages where they are.
+
+        Raises:
+            ValueError: values out of range, or a method whose layers or patterns were made for its own schedule; the
+                reducer is as it was.
+            TypeError: values of the wrong kind.
+        """
+        raise ValueError(f"{self.name} cannot take another schedule: call fastreduce.unpatch and patch again")
+
+    def _new_blocks(self, shape: ModelShape, at: int | Sequence[int] | None) -> tuple[int, ...]:
+        """Check ``at`` for :meth:`reschedule`: layers are made for a number of stages."""
+        blocks = self.blocks if at is None else stage_blocks(at, shape.depth)
+        if self.untrained and len(blocks) != len(self.blocks):
+            raise ValueError(f"{self.name} has layers for {len(self.blocks)} stages, got at={at!r}")
+        return blocks
+
+    @property
     def first(self) -> int:
         """The first block that the reducer has to do with: that of the first stage, or one before it."""
         return self.blocks[0]
@@ -269,16 +340,68 @@ class ScheduledReducer(Reducer):
         """Patch tokens after each stage."""
         return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
+    def concerns(self, shape: ModelShape) -> dict[str, str]:
+        """Stages that the schedule leaves nothing to do, beside what every method may be concerned about."""
+        return super().concerns(shape) | ({} if self.ragged else idle_stages(self.name, self.schedule))
+
+    def reschedule(
+        self,
+        shape: ModelShape,
+        *,
+        keep_rate: KeepRate = None,
+        keep: Keep = None,
+        at: int | Sequence[int] | None = None,
+    ) -> None:
+        """Take another schedule in place, and keep everything else."""
+        blocks = self._new_blocks(shape, at)
+        self.schedule = new_schedule(keep_rate, keep, blocks, shape)
+        self.blocks = blocks
+
+
+def new_schedule(keep_rate: KeepRate, keep: Keep, blocks: tuple[int, ...], shape: ModelShape) -> KeepSchedule:
+    """Read the schedule that :meth:`Reducer.reschedule` takes; there is no default."""
+    if keep_rate is None and keep is None:
+        raise ValueError("give a keep_rate, or counts as keep")
+    return keep_schedule(keep_rate, keep, len(blocks), shape.patches)
+
+
+def idle_stages(name: str, schedule: KeepSchedule) -> dict[str, str]:
+    """Return the concern that some stages of a method that selects keep as much as the stage before."""
+    idle = [stage + 1 for stage in schedule.idle()]
+    if not idle:
+        return {}
+    values = schedule.fractions if schedule.fractions is not None else schedule.counts
+    stages = f"stage{'s' if len(idle) > 1 else ''} {' and '.join(map(str, idle))}"
+    return {
+        "idle stages": f"{name} with {'keep_rate' if schedule.fractions is not None else 'keep'}={list(values or ())}: "
+        f"{stages} will do nothing, since the entries are fractions of all patches (or counts), not of what the stage "
+        "before left; for a rate at every stage give a single number"
+    }
+
+
+def _has_global_hooks() -> bool:
+    module = nn.modules.module
+    forward = module._global_forward_hooks or module._global_forward_pre_hooks
+    return bool(forward or module._global_backward_hooks or module._global_backward_pre_hooks)
+
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module does what its class does: no hook, forward or backward, and no forward of its own."""
+    """Whether calling a module does what its class does: no hook on it or on all modules, and no forward of its own."""
     forward = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-    return not forward and not module._backward_pre_hooks and not module._backward_hooks
+    backward = module._backward_pre_hooks or module._backward_hooks
+    return not forward and not backward and not _has_global_hooks()
+
+
+# Subclasses of Tensor that stand for one while a graph is captured; others (quantised, sharded) multiply on their own.
+_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output."""
-    return type(layer) is nn.Linear and is_unhooked(layer)
+    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output.
+
+    A subclass (parametrised, quantised, an adapter, sharded) is not, nor a weight that is a tensor of its own kind.
+    """
+    return type(layer) is nn.Linear and type(layer.weight) in _PLAIN_TENSORS and is_unhooked(layer)
 
 
 def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:

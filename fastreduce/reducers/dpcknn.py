@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import integer, switch
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, is_bare, merge
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, is_bare, is_unhooked, merge
 from .schedule import KeepSchedule
 
 __all__ = ["DPCKNN"]
 
 
 class TokenScore(nn.Module):
-    """The learned importance of a token within its cluster: the exponential of a linear function."""
+    """The learned importance of a token within its cluster: a linear function; its exponential is the weight."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -25,9 +26,18 @@ class TokenScore(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N), float32 or wider: half precision would overflow soon."""
+        """(B, N, C) -> (B, N), float32 or wider: the logarithm of the weights."""
         score = self.score(x).squeeze(-1)
-        return score.to(torch.promote_types(score.dtype, torch.float32)).exp()
+        return score.to(torch.promote_types(score.dtype, torch.float32))
+
+
+def _weights(score: Tensor, label: Tensor, clusters: int) -> Tensor:
+    """Exponentials of the scores (B, N), those of a cluster whose greatest score is above 40 divided by one number.
+
+    They would overflow; the weighted means are the same, as :func:`fastreduce.ops.merge_tokens` has them.
+    """
+    greatest = score.new_full((score.shape[0], clusters), 40.0).scatter_reduce(1, label, score.detach(), "amax")
+    return (score - (greatest - 40.0).gather(1, label)).exp()
 
 
 class DPCKNN(ScheduledReducer):
@@ -58,18 +68,12 @@ class DPCKNN(ScheduledReducer):
         backend: str = "auto",
     ):
         super().__init__(blocks, schedule, backend)
-        if isinstance(k_neighbors, bool) or not isinstance(k_neighbors, int):
-            raise TypeError(f"k_neighbors must be an integer, got {k_neighbors!r}")
-        if k_neighbors < 1:
-            raise ValueError(f"k_neighbors must be at least 1, got {k_neighbors}")
-        if not isinstance(equal_weight, bool):
-            raise TypeError(f"equal_weight must be True or False, got {equal_weight!r}")
         if noise is not None and not isinstance(noise, torch.Generator):
             raise TypeError(f"noise must be a torch.Generator or None, got {noise!r}")
-        self.k_neighbors = k_neighbors
-        self.equal_weight = equal_weight
+        self.k_neighbors = integer("k_neighbors", k_neighbors, least=1)
+        self.equal_weight = switch("equal_weight", equal_weight)
         self.generator = noise
-        if not equal_weight:
+        if not self.equal_weight:
             self.cluster_layers = nn.ModuleList(TokenScore(channels) for _ in blocks)
 
     @classmethod
@@ -93,10 +97,10 @@ class DPCKNN(ScheduledReducer):
         size = log_size = None
         if not self.equal_weight:
             layer: Any = self.cluster_layers[stage]
-            if is_bare(layer.score):
+            if type(layer) is TokenScore and is_unhooked(layer) and is_bare(layer.score):
                 log_size = layer.score.weight, layer.score.bias  # applied in the launch of the merge
             else:
-                size = layer(patches)
+                size = _weights(layer(patches), label, keep)
         x, _, normed = merge(
             block.attention_norm(patches),
             patches,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, gather
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, gather, is_bare, is_unhooked
 from .schedule import KeepSchedule
 
 __all__ = ["DynamicViT"]
@@ -47,11 +47,20 @@ class KeepPredictor(nn.Module):
             # Where nothing is left the released code divides zero by zero.
             mean = torch.einsum("bn,bnc->bc", present, patches) / present.sum(1, keepdim=True).clamp_min(0.5)
         mean = mean + 1e-6  # to the quotient, as the released code has it
+        return F.log_softmax(self._mix(hidden[..., :half], mean)[:, prefix:], dim=-1)
+
+    def _mix(self, own: Tensor, shared: Tensor) -> Tensor:
+        """What ``out_conv`` makes of (B, N, C/2) each token's own half and (B, C/2) the one that an image shares."""
         first: Any = self.out_conv[0]
-        # The mean is the same for all tokens: one product for the image instead of a concatenation.
-        shared = F.linear(mean, first.weight[:, half:], first.bias)
-        mixed = F.linear(hidden[..., :half], first.weight[:, :half]) + shared.unsqueeze(1)
-        return F.log_softmax(self.out_conv[1:](mixed)[:, prefix:], dim=-1)
+        if type(self.out_conv) is not nn.Sequential or not is_unhooked(self.out_conv) or not is_bare(first):
+            return self.out_conv(torch.cat([own, shared.unsqueeze(1).expand_as(own)], dim=-1))
+        # The same for all tokens: one product for the image instead of a concatenation.
+        half = own.shape[-1]
+        mixed = F.linear(own, first.weight[:, :half])
+        mixed = mixed + F.linear(shared, first.weight[:, half:], first.bias).unsqueeze(1)
+        for layer in list(self.out_conv)[1:]:
+            mixed = layer(mixed)
+        return mixed
 
 
 class DynamicViT(ScheduledReducer):

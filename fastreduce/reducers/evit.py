@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import ops
+from ..arguments import switch
 from ..tokens import Plan, Tokens
 from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, attend_with_importance, fuse, importance
 from .schedule import KeepSchedule
@@ -25,9 +26,7 @@ class EViT(ScheduledReducer):
 
     def __init__(self, blocks: tuple[int, ...], schedule: KeepSchedule, normalize: bool = False, backend: str = "auto"):
         super().__init__(blocks, schedule, backend)
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize must be True or False, got {normalize!r}")
-        self.normalize = normalize
+        self.normalize = switch("normalize", normalize)
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Patch tokens after each stage, the fused one included."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from .. import ops
+from ..arguments import as_tuple, integer, is_number, plain, switch
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all, gather
-from .schedule import KeepSchedule, as_tuple
+from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all, gather, new_schedule
+from .schedule import Keep, KeepRate, KeepSchedule
 
 __all__ = ["KMedoids"]
 
@@ -45,20 +46,13 @@ class KMedoids(ScheduledReducer):
         backend: str = "auto",
     ):
         super().__init__(blocks, schedule, backend)
-        if isinstance(iters, bool) or not isinstance(iters, int):
-            raise TypeError(f"iters must be an integer, got {iters!r}")
-        if iters < 0:
-            raise ValueError(f"iters must not be negative, got {iters}")
         if cost not in ("all", "members"):
             raise ValueError(f"cost must be 'all' or 'members', got {cost!r}")
-        if not isinstance(equal_weight, bool):
-            raise TypeError(f"equal_weight must be True or False, got {equal_weight!r}")
-        if blocks[0] == 0 and not equal_weight:
-            raise ValueError(
-                "kmedoids weighs tokens by the attention of the block before, and block 0 has none before it: "
-                "begin at block 1, or give equal_weight=True"
-            )
-        firsts = (first,) * len(blocks) if isinstance(first, int) else as_tuple("first", first)
+        self.iters = integer("iters", iters)
+        self.cost = cost
+        self.equal_weight = switch("equal_weight", equal_weight)
+        self._check_first_block(blocks)
+        firsts = (plain(first),) * len(blocks) if is_number(first) else as_tuple("first", first)
         if len(firsts) != len(blocks):
             raise ValueError(f"first must have one entry for each of the {len(blocks)} blocks in at, got {first!r}")
         for index in firsts:
@@ -66,21 +60,46 @@ class KMedoids(ScheduledReducer):
                 raise TypeError(f"first must hold token indices (integers), got {index!r}")
             if index < 0:
                 raise ValueError(f"first must not be negative, got {index}")
-        self.iters = iters
-        self.cost = cost
-        self.equal_weight = equal_weight
         self.starts = firsts
+
+    def _check_first_block(self, blocks: tuple[int, ...]) -> None:
+        """Raise if no attention comes before the first stage."""
+        if blocks[0] == 0 and not self.equal_weight:
+            raise ValueError(
+                "kmedoids weighs tokens by the attention of the block before, and block 0 has none before it: "
+                "begin at block 1, or give equal_weight=True"
+            )
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
         """Holds ``first`` against the number of tokens of each stage."""
         reducer = super().make(shape, **arguments)
         assert isinstance(reducer, KMedoids)
-        present = [shape.patches, *reducer.counts(shape)]
-        for first, tokens in zip(reducer.starts, present, strict=False):
+        reducer._check_starts(shape, reducer.counts(shape))
+        return reducer
+
+    def _check_starts(self, shape: ModelShape, counts: Sequence[int]) -> None:
+        """Raise if a first medoid is no token of its stage."""
+        for first, tokens in zip(self.starts, (shape.patches, *counts), strict=False):
             if first >= tokens:
                 raise ValueError(f"first must be the index of one of the {tokens} tokens of its stage, got {first}")
-        return reducer
+
+    def reschedule(
+        self,
+        shape: ModelShape,
+        *,
+        keep_rate: KeepRate = None,
+        keep: Keep = None,
+        at: int | Sequence[int] | None = None,
+    ) -> None:
+        """Take another schedule in place, if the first medoids are tokens of its stages."""
+        blocks = self._new_blocks(shape, at)
+        if len(blocks) != len(self.starts):
+            raise ValueError(f"kmedoids has a first medoid for each of {len(self.starts)} stages, got at={at!r}")
+        self._check_first_block(blocks)
+        schedule = new_schedule(keep_rate, keep, blocks, shape)
+        self._check_starts(shape, [schedule.count(stage, shape.patches) for stage in range(len(blocks))])
+        self.blocks, self.schedule = blocks, schedule
 
     @property
     def first(self) -> int:
@@ -107,7 +126,7 @@ class KMedoids(ScheduledReducer):
             keep,
             iters=self.iters,
             cost=self.cost,
-            first=self.starts[stage],
+            first=min(self.starts[stage], tokens.num_patches - 1),  # of a smaller image the last
             backend=backend,
         )
         x, normed = gather(block.attention_norm(tokens.x), tokens.x, centers, prefix=prefix, backend=backend)

@@ -2,59 +2,104 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+import struct
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..arguments import number
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, gather
+from .base import AttentionBlock, ModelShape, Reducer, gather, idle_stages, is_captured, new_schedule
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
 __all__ = ["Radial", "contiguous_radii", "radii_of_counts", "ring_radius"]
 
 Norm = Literal["l1", "l2", "linf"]
+NORMS = ("l1", "l2", "linf")
 
 
-def ring_radius(grid: tuple[int, int], norm: str) -> Tensor:
-    """(P,) float32: norm of every patch's coordinates, in the released code's own rounding (equal rings may split)."""
-    y, x = torch.meshgrid(*(torch.linspace(-size // 2, size // 2, size) for size in grid), indexing="ij")
+def _float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def _linspace(start: float, end: float, steps: int) -> list[float]:
+    """Return ``torch.linspace`` in float32 as vectorised CPUs round it: from both ends, with fused multiply-adds.
+
+    Computed without torch, so that no default dtype, device, tracing or instruction set changes which patches are kept.
+    """
+    start, end = _float32(start), _float32(end)
+    if steps == 1:
+        return [start]
+    step = _float32(_float32(end - start) / (steps - 1))
+    half = steps // 2
+    return [
+        _float32(start + step * index) if index < half else _float32(end - step * (steps - index - 1))
+        for index in range(steps)
+    ]
+
+
+def ring_radius(grid: tuple[int, int], norm: str) -> list[float]:
+    """Return the norm of every patch's coordinates, in the released code's float32 rounding (equal rings may split)."""
+    rows, columns = (_linspace(-size // 2, size // 2, size) for size in grid)
     if norm == "l1":
-        radius = y.abs() + x.abs()
-    elif norm == "l2":
-        radius = torch.sqrt(y**2 + x**2)
-    elif norm == "linf":
-        radius = torch.maximum(y.abs(), x.abs())
-    else:
-        raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
-    return radius.flatten()
+        return [_float32(abs(y) + abs(x)) for y in rows for x in columns]
+    if norm == "l2":
+        return [_float32(math.sqrt(_float32(_float32(y * y) + _float32(x * x)))) for y in rows for x in columns]
+    if norm == "linf":
+        return [max(abs(y), abs(x)) for y in rows for x in columns]
+    raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
 
 
-def contiguous_radii(radius: Tensor, grid: tuple[int, int], first: int, last: int, min_radius: float) -> Tensor:
-    """(last - first + 1,) radius of every block from ``first`` to ``last``: from the corner down towards min_radius."""
-    centre = radius.view(grid)[grid[0] // 2, grid[1] // 2].item()
-    smallest = min_radius if min_radius > 0 else centre
-    points = torch.linspace(radius[0].item(), smallest, last - first + 3)
+def contiguous_radii(
+    radius: Sequence[float], grid: tuple[int, int], first: int, last: int, min_radius: float
+) -> list[float]:
+    """Return the radius of every block from ``first`` to ``last``: from the corner down towards min_radius."""
+    centre = radius[grid[0] // 2 * grid[1] + grid[1] // 2]
+    points = _linspace(radius[0], min_radius if min_radius > 0 else centre, last - first + 3)
     offset = 0 if first == 0 else 1
     return points[offset : offset + last - first + 1]
 
 
-def radii_of_counts(radius: Tensor, counts: list[int]) -> Tensor:
-    """(stages,) the radius whose disc comes nearest to each wanted number of patches, the smaller on a tie."""
-    values = torch.unique(radius)
-    held = (radius.unsqueeze(0) <= values.unsqueeze(1)).sum(1)  # (R,)
-    nearest = (held.unsqueeze(0) - torch.tensor(counts).unsqueeze(1)).abs().argmin(1)
-    return values[nearest]
+def radii_of_counts(radius: Sequence[float], counts: Sequence[int]) -> list[float]:
+    """Return the radius whose disc comes nearest to each wanted number of patches, the smaller on a tie."""
+    values = sorted(set(radius))
+    held = [sum(one <= value for one in radius) for value in values]
+    return [values[min(range(len(values)), key=lambda ring: abs(held[ring] - count))] for count in counts]
+
+
+@functools.lru_cache(maxsize=256)
+def _patterns(
+    grid: tuple[int, int], norm: str, blocks: tuple[int, ...], schedule: KeepSchedule | None, min_radius: float
+) -> tuple[tuple[int, ...], ...]:
+    """Return what each stage keeps, as places among the patches present, ascending; the innermost ring always stays."""
+    radius = ring_radius(grid, norm)
+    if schedule is None:
+        radii = contiguous_radii(radius, grid, blocks[0], blocks[-1], min_radius)
+    else:
+        radii = radii_of_counts(radius, [schedule.count(stage, len(radius)) for stage in range(len(blocks))])
+    present, patterns = list(range(len(radius))), []
+    for limit in radii:
+        limit = max(limit, min(radius))
+        inside = [place for place, patch in enumerate(present) if radius[patch] <= limit]
+        present = [present[place] for place in inside]
+        patterns.append(tuple(inside))
+    return tuple(patterns)
 
 
 class Radial(Reducer):
     """Drop, before a block, every patch outside a radius; the same patches for every image.
 
+    The patterns follow from the patch grid of each pass. They are no buffers: nothing of them is in the state dict,
+    and a model may be patched on the meta device, moved, copied and given other image sizes.
+
     Args:
         blocks: where the stages stand (``"contiguous"``: the first and the last of them, and all between).
-        shape: the model's grid decides the patterns.
+        shape: the model's grid, for passes that do not tell theirs (``Tokens.grid``).
         schedule: wanted counts for ``"stages"``, None for ``"contiguous"``.
         norm: ``"l1"``, ``"l2"`` or ``"linf"``.
         min_radius: where a contiguous schedule shrinks to; 0 or less means the centre cell's own radius.
@@ -62,6 +107,7 @@ class Radial(Reducer):
     """
 
     name = "radial"
+    grid: tuple[int, int]
 
     def __init__(
         self,
@@ -72,27 +118,25 @@ class Radial(Reducer):
         min_radius: float = 1.0,
         backend: str = "auto",
     ):
-        if isinstance(min_radius, bool) or not isinstance(min_radius, (int, float)):
-            raise TypeError(f"min_radius must be a number, got {min_radius!r}")
-        if not math.isfinite(min_radius):
-            raise ValueError(f"min_radius must be finite, got {min_radius}")
-        radius = ring_radius(shape.grid, norm)
+        if norm not in NORMS:
+            raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
         if schedule is None:
-            radii = contiguous_radii(radius, shape.grid, blocks[0], blocks[-1], float(min_radius))
             blocks = tuple(range(blocks[0], blocks[-1] + 1))
-        else:
-            radii = radii_of_counts(radius, [schedule.count(stage, shape.patches) for stage in range(len(blocks))])
         super().__init__(blocks, backend)
-        self.norm = norm
-        present = torch.arange(shape.patches)
-        for stage, limit in enumerate(radii):
-            inside = (radius[present] <= limit).nonzero().squeeze(1)
-            if not len(inside):
-                raise ValueError(f"stage {stage} would keep no patch: no centre lies within {limit.item():.3g}")
-            present = present[inside]
-            # Not persistent: checkpoint keys stay those of the model.
-            self.register_buffer(f"kept_{stage}", inside, persistent=False)
+        self.norm, self.schedule, self.min_radius = norm, schedule, number("min_radius", min_radius)
         self.grid = shape.grid
+        self._placed: dict[str, Tensor] = {}
+        self._check_innermost()
+
+    def _check_innermost(self) -> None:
+        """Raise if a contiguous schedule ends inside the innermost ring of the model's own grid."""
+        if self.schedule is not None:
+            return
+        radius = ring_radius(self.grid, self.norm)
+        radii = contiguous_radii(radius, self.grid, self.blocks[0], self.blocks[-1], self.min_radius)
+        for stage, limit in enumerate(radii):
+            if limit < min(radius):
+                raise ValueError(f"stage {stage} would keep no patch: no centre lies within {limit:.3g}")
 
     @classmethod
     def make(
@@ -126,16 +170,63 @@ class Radial(Reducer):
         wanted = keep_schedule(keep_rate, keep, len(blocks), shape.patches)
         return cls(blocks, shape, wanted, backend=backend, **options)
 
-    def _kept(self, stage: int) -> Tensor:
-        return self.get_buffer(f"kept_{stage}")
+    @torch.compiler.assume_constant_result
+    def patterns(self, rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
+        """Return what each stage keeps on a grid: places among the patches present before it, ascending."""
+        return _patterns((int(rows), int(columns)), self.norm, self.blocks, self.schedule, self.min_radius)
+
+    def _kept(self, stage: int, grid: tuple[int, int], like: Tensor) -> Tensor:
+        """(K,) int64 pattern of a stage on the device of ``like``."""
+        rows, columns = grid
+        key = f"{rows} {columns} {stage} {like.device}"
+        captured = is_captured()
+        if not captured and type(like) is Tensor and key in self._placed:
+            return self._placed[key]
+        places = self.patterns(rows, columns)[stage]
+        if captured or type(like) is not Tensor:
+            return torch.tensor(places, dtype=torch.int64, device=like.device)
+        with torch.inference_mode(False):  # else no later pass could save it for its backward pass
+            kept = torch.tensor(places, dtype=torch.int64, device=like.device)
+        if type(kept) is Tensor:
+            self._placed[key] = kept
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the patterns that lie on devices: a copy places its own."""
+        return {**self.__dict__, "_placed": {}}
+
+    def concerns(self, shape: ModelShape) -> dict[str, str]:
+        """Stages that the schedule leaves nothing to do."""
+        return {} if self.schedule is None else idle_stages(self.name, self.schedule)
+
+    def reschedule(
+        self,
+        shape: ModelShape,
+        *,
+        keep_rate: KeepRate = None,
+        keep: Keep = None,
+        at: int | Sequence[int] | None = None,
+    ) -> None:
+        """Take other counts in place; a contiguous schedule has none."""
+        if self.schedule is None:
+            raise ValueError(
+                f"a contiguous radial schedule has no keep rate, got keep_rate={keep_rate!r} and keep={keep!r}"
+            )
+        blocks = self._new_blocks(shape, at)
+        self.schedule = new_schedule(keep_rate, keep, blocks, shape)
+        self.blocks, self._placed = blocks, {}
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Patch tokens after each stage."""
-        return [len(self._kept(stage)) for stage in range(len(self.blocks))]
+        return [len(kept) for kept in self.patterns(*shape.grid)]
 
     def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Gather the patches inside the radius, in ascending position."""
-        kept = self._kept(stage)
+        rows, columns = getattr(tokens, "grid", None) or self.grid
+        grid = operator.index(rows), operator.index(columns)  # a pattern is constant: a graph is of one grid
+        if grid[0] * grid[1] != tokens.patches:
+            raise ValueError(f"the radial patterns are for a grid of {grid}, got {tokens.patches} patches")
+        kept = self._kept(stage, grid, tokens.x)
         if len(kept) == tokens.num_patches:
             return tokens
         index = kept.expand(tokens.x.shape[0], -1)

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+
+from ..arguments import as_tuple, is_number, plain
 
 __all__ = ["Keep", "KeepRate", "KeepSchedule", "as_tuple", "keep_schedule", "stage_blocks"]
 
@@ -17,24 +18,32 @@ DEFAULT_KEEP_RATE = 0.7
 
 @dataclasses.dataclass(frozen=True)
 class KeepSchedule:
-    """Patch tokens kept at each stage, as fractions of the original patches or as absolute counts."""
+    """Patch tokens kept at each stage, as fractions of the original patches or as absolute counts.
+
+    One rule for every method and every image size: a stage keeps at least one token, and where fewer tokens are there
+    than it keeps, all stay. For the model's own image size a schedule that comes to no token is refused.
+    """
 
     fractions: tuple[float, ...] | None
     counts: tuple[int, ...] | None
 
     def count(self, stage: int, patches: int) -> int:
-        """Tokens that stage ``stage`` (from 0) keeps of ``patches`` original ones."""
+        """Tokens that stage ``stage`` (from 0) keeps of ``patches`` original ones, at least one."""
+        return max(1, self.wanted(stage, patches))
+
+    def wanted(self, stage: int, patches: int) -> int:
+        """Tokens that the schedule comes to, which can be none."""
         if self.counts is not None:
             return self.counts[stage]
         assert self.fractions is not None
         return int(self.fractions[stage] * patches)
 
-
-def as_tuple(name: str, values: object) -> tuple[Any, ...]:
-    """The entries of a sequence that a user gave, or TypeError."""
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a number or a sequence of numbers, got {values!r}")
-    return tuple(values)
+    def idle(self) -> list[int]:
+        """Stages whose fraction or count is that of the stage before, so that a method that selects does nothing."""
+        values = self.fractions if self.fractions is not None else self.counts
+        assert values is not None
+        most = 1.0 if self.fractions is not None else math.inf
+        return [stage for stage in range(1, len(values)) if values[stage] == values[stage - 1] < most]
 
 
 def stage_blocks(at: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
@@ -44,9 +53,11 @@ def stage_blocks(at: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
     """
     if at is None:
         return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-    blocks = (at,) if isinstance(at, int) else as_tuple("at", at)
+    what = "a block index or a sequence of block indices"
+    blocks = (at,) if is_number(at) else as_tuple("at", at, what)
     if not blocks:
         raise ValueError("at must name at least one block, got an empty sequence")
+    blocks = tuple(plain(block) for block in blocks)
     for block in blocks:
         if isinstance(block, bool) or not isinstance(block, int):
             raise TypeError(f"at must hold block indices (integers), got {block!r}")
@@ -58,6 +69,7 @@ def stage_blocks(at: int | Sequence[int] | None, depth: int) -> tuple[int, ...]:
 
 
 def _check_rate(rate: object) -> float:
+    rate = plain(rate)
     if isinstance(rate, bool) or not isinstance(rate, (int, float)):
         raise TypeError(f"keep_rate must be a number or a sequence of numbers, got {rate!r}")
     if math.isnan(rate) or not 0.0 < rate <= 1.0:
@@ -74,7 +86,8 @@ def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) ->
     """Read the user's ``keep_rate`` or ``keep``.
 
     A single rate r keeps ``int(patches * r ** (stage + 1))``; a sequence of rates holds absolute fractions of the
-    original patches; ``keep`` holds absolute counts. With neither, the rate is 0.7.
+    original patches; ``keep`` holds absolute counts. With neither, the rate is 0.7. Numbers may be Python's, NumPy's,
+    or tensors and arrays of no dimension.
 
     Raises:
         ValueError: both given, values out of range, a stage that would keep no token or more than the last.
@@ -85,16 +98,15 @@ def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) ->
     if keep_rate is None and keep is None:
         keep_rate = DEFAULT_KEEP_RATE
     if keep is not None:
-        counts = (keep,) * stages if isinstance(keep, int) and stages == 1 else keep
-        if isinstance(counts, int):
-            raise ValueError(f"keep must have one entry for each of the {stages} blocks in at, got {keep}")
-        counts = as_tuple("keep", counts)
+        if is_number(keep) and stages != 1:
+            raise ValueError(f"keep must have one entry for each of the {stages} blocks in at, got {plain(keep)}")
+        counts = (plain(keep),) if is_number(keep) else as_tuple("keep", keep)
         for count in counts:
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"keep must hold token counts (integers), got {count!r}")
         _check_length("keep", counts, stages)
         schedule = KeepSchedule(None, counts)
-    elif isinstance(keep_rate, (int, float)):
+    elif is_number(keep_rate):
         rate = _check_rate(keep_rate)
         schedule = KeepSchedule(tuple(rate ** (stage + 1) for stage in range(stages)), None)
     else:
@@ -104,7 +116,7 @@ def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) ->
 
     previous = patches
     for stage in range(stages):
-        count = schedule.count(stage, patches)
+        count = schedule.wanted(stage, patches)
         if count < 1:
             raise ValueError(f"stage {stage} would keep {count} of {patches} tokens; at least 1 must stay")
         if count > previous:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..arguments import integer, number, switch
 from ..tokens import Plan, SoftWeights, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, is_bare
-from .schedule import KeepSchedule
+from .base import AttentionBlock, ModelShape, Reducer, is_bare, is_unhooked
+from .schedule import Keep, KeepRate, KeepSchedule
 
 __all__ = ["PatchMerger", "SiT", "Sinkhorn"]
 
@@ -39,6 +40,20 @@ class SoftReducer(Reducer):
         """Patch tokens after each stage."""
         return list(self.clusters)
 
+    def reschedule(
+        self,
+        shape: ModelShape,
+        *,
+        keep_rate: KeepRate = None,
+        keep: Keep = None,
+        at: int | Sequence[int] | None = None,
+    ) -> None:
+        """Refuse: the layers have an output for every token."""
+        raise ValueError(
+            f"{self.name} has layers made for {list(self.clusters)} tokens, got {keep_rate=!r}, {keep=!r}: "
+            "call fastreduce.unpatch, patch with the new rate and train again"
+        )
+
     @abc.abstractmethod
     def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
         """(B, prefix + N, C) -> (B, prefix + clusters, C) and the weights.
@@ -48,8 +63,8 @@ class SoftReducer(Reducer):
         """
 
     def in_blocks(self, x: Tensor, stage: int) -> bool:
-        """Whether to do some clusters at a time: they are many, and no gradient needs their logits later."""
-        return not torch.is_grad_enabled() and x.shape[1] * self.clusters[stage] > LOGITS
+        """Whether to do some clusters at a time, with a gradient and without, so that both give the same bits."""
+        return x.shape[1] * self.clusters[stage] > LOGITS
 
     def merge_all(self, logits: Tensor, x: Tensor, head: Tensor) -> tuple[Tensor, SoftWeights]:
         """Weighted means of x (B, N, C) behind the head (B, prefix, C), by a softmax of logits (B, N, clusters)."""
@@ -66,7 +81,12 @@ class SoftReducer(Reducer):
             rows, sums = ops.soft_merge(logits(slice(start, start + size)), x, backend=self.backend)
             merged.append(rows)
             logsumexp.append(sums)
-        return torch.cat(merged, dim=1), SoftWeights(lambda: logits(slice(None)), logsumexp=torch.cat(logsumexp, dim=1))
+
+        def again() -> Tensor:
+            with torch.no_grad():
+                return logits(slice(None))
+
+        return torch.cat(merged, dim=1), SoftWeights(again, logsumexp=torch.cat(logsumexp, dim=1))
 
     def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Merge softly; the prefix stays."""
@@ -74,7 +94,8 @@ class SoftReducer(Reducer):
         if count > tokens.num_patches:
             raise ValueError(
                 f"{self.name} was made for {count} tokens after block {self.blocks[stage]}, "
-                f"but only {tokens.num_patches} come in: patch a model of this image size"
+                f"but only {tokens.num_patches} come in of {tokens.patches} patches: the image is too small, "
+                "patch a model of this image size"
             )
         x, weights = self.merge(tokens.x, prefix, stage)
         plan = Plan(self.blocks[stage], tokens.num_patches, count, weights=weights.detach())
@@ -120,9 +141,11 @@ class SiT(SoftReducer):
     def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
         """Weighted means of the tokens as they are."""
         layer: Any = self.cluster_layers[stage]
-        norm, first, activation, last = layer.weight
-        if not self.in_blocks(x, stage) or not is_bare(last):
+        sequence: Any = layer.weight if type(layer) is SliceWeights and is_unhooked(layer) else None
+        bare = type(sequence) is nn.Sequential and is_unhooked(sequence) and is_bare(sequence[-1])
+        if not self.in_blocks(x, stage) or not bare:
             return self.merge_all(layer(x)[:, prefix:], x[:, prefix:], x[:, :prefix])
+        norm, first, activation, last = sequence
         hidden = activation(first(norm(x)))
 
         def logits(clusters: slice) -> Tensor:
@@ -132,12 +155,18 @@ class SiT(SoftReducer):
 
 
 class MergerQueries(nn.Module):
-    """PatchMerger's norm and learned queries."""
+    """PatchMerger's norm and learned queries: how much each token matters to each output token."""
 
     def __init__(self, channels: int, clusters: int):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.queries = nn.Parameter(torch.randn(clusters, channels))
+
+    def forward(self, x: Tensor, factor: float = 1.0, clusters: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """(B, N, C) -> normalised (B, N, C), and logits (B, N, clusters) of some clusters, times a factor."""
+        normed = self.norm(x)
+        queries = self.queries[clusters]
+        return normed, F.linear(normed, queries if factor == 1.0 else queries * factor)
 
 
 class PatchMerger(SoftReducer):
@@ -162,23 +191,22 @@ class PatchMerger(SoftReducer):
         backend: str = "auto",
     ):
         super().__init__(blocks, schedule, shape, backend)
-        if not isinstance(scaled, bool):
-            raise TypeError(f"scaled must be True or False, got {scaled!r}")
-        self.scaled = scaled
+        self.scaled = switch("scaled", scaled)
         self.cluster_layers = nn.ModuleList(MergerQueries(shape.channels, count) for count in self.clusters)
 
     def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
         """Weighted means of the normalised tokens."""
         layer: Any = self.cluster_layers[stage]
-        normed = layer.norm(x)
-        queries = layer.queries * x.shape[-1] ** -0.5 if self.scaled else layer.queries
-
-        def logits(clusters: slice) -> Tensor:
-            return F.linear(normed, queries[clusters])[:, prefix:]
-
+        factor = x.shape[-1] ** -0.5 if self.scaled else 1.0
         if not self.in_blocks(x, stage):
-            return self.merge_all(logits(slice(None)), normed[:, prefix:], x[:, :prefix])
-        return self.merge_blocks(logits, self.clusters[stage], normed[:, prefix:], x[:, :prefix])
+            normed, logits = layer(x, factor)
+            return self.merge_all(logits[:, prefix:], normed[:, prefix:], x[:, :prefix])
+
+        def some(clusters: slice) -> Tensor:
+            return layer(x, factor, clusters)[1][:, prefix:]
+
+        normed, _ = layer(x, factor, slice(0))
+        return self.merge_blocks(some, self.clusters[stage], normed[:, prefix:], x[:, :prefix])
 
 
 class TransportCenters(nn.Module):
@@ -187,6 +215,13 @@ class TransportCenters(nn.Module):
     def __init__(self, channels: int, clusters: int):
         super().__init__()
         self.v = nn.Parameter(torch.randn(clusters, channels))
+
+    def forward(self, exact: bool) -> Tensor:
+        """(clusters, C) the centres, rows of length one; an exact gradient is the one through the normalisation."""
+        if exact or not torch.is_grad_enabled():
+            return F.normalize(self.v, dim=-1)
+        v = self.v.detach()
+        return F.normalize(v, dim=-1) + (self.v - v)  # adds zero, and hands the gradient on as it is
 
 
 class Sinkhorn(SoftReducer):
@@ -217,32 +252,19 @@ class Sinkhorn(SoftReducer):
         backend: str = "auto",
     ):
         super().__init__(blocks, schedule, shape, backend)
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-            raise TypeError(f"eps must be a number, got {eps!r}")
-        if not 0 < eps < float("inf"):
+        self.eps = number("eps", eps)
+        if self.eps <= 0:
             raise ValueError(f"eps must be positive, got {eps}")
-        if isinstance(iters, bool) or not isinstance(iters, int):
-            raise TypeError(f"iters must be an integer, got {iters!r}")
-        if iters < 1:
-            raise ValueError(f"iters must be at least 1, got {iters}")
         if gradient not in ("official", "exact"):
             raise ValueError(f"gradient must be 'official' or 'exact', got {gradient!r}")
-        self.eps = float(eps)
-        self.iters = iters
+        self.iters = integer("iters", iters, least=1)
         self.gradient = gradient
         self.cluster_layers = nn.ModuleList(TransportCenters(shape.channels, count) for count in self.clusters)
 
-    def _centers(self, stage: int) -> Tensor:
-        """(clusters, C), rows of length one."""
-        layer: Any = self.cluster_layers[stage]
-        if self.gradient == "exact" or not torch.is_grad_enabled():
-            return F.normalize(layer.v, dim=-1)
-        v = layer.v.detach()
-        return F.normalize(v, dim=-1) + (layer.v - v)  # adds zero, and hands the gradient on as it is
-
     def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
         """Sums of normalised tokens: what each token gives away adds up to one."""
-        centers, eps, patches = self._centers(stage), self.eps, x[:, prefix:]
+        centers = self.cluster_layers[stage](self.gradient == "exact")
+        eps, patches = self.eps, x[:, prefix:]
         merged, similarity, token_bias, cluster_bias = ops.sinkhorn_merge(
             patches,
             centers,
@@ -256,7 +278,8 @@ class Sinkhorn(SoftReducer):
             return merged, SoftWeights(similarity, token_bias, cluster_bias)
 
         def again() -> Tensor:
-            unit = F.normalize(patches.to(token_bias.dtype), dim=2)
-            return unit @ centers.to(token_bias.dtype).t() / eps
+            with torch.no_grad():
+                unit = F.normalize(patches.to(token_bias.dtype), dim=2)
+                return unit @ centers.to(token_bias.dtype).t() / eps
 
         return merged, SoftWeights(again, token_bias, cluster_bias)

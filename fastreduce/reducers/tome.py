@@ -8,9 +8,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .. import ops
+from ..arguments import as_tuple, is_number, plain, switch
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, attend_all, merge
-from .schedule import Keep, KeepRate, KeepSchedule, as_tuple, keep_schedule, stage_blocks
+from .base import AttentionBlock, ModelShape, Reducer, attend_all, idle_stages, merge, new_schedule
+from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
 __all__ = ["ToMe"]
 
@@ -27,6 +28,8 @@ class ToMe(Reducer):
         rounds: a matching can merge at most half of the tokens. ``"official"`` stops there and never catches up (a
             keep rate of 0.25 ends at 98, 61, 52 tokens instead of 49, 12, 3); ``"exact"`` matches again until the
             count is met.
+        prop_attn: proportional attention: a token that stands for n patches weighs n times in every later softmax.
+            ``False`` leaves it out, as for models pre-trained by masked autoencoding (MAE).
         backend: see :func:`fastreduce.backend`.
     """
 
@@ -38,9 +41,11 @@ class ToMe(Reducer):
         schedule: KeepSchedule | None,
         r: Sequence[int] | None = None,
         rounds: Rounds = "official",
+        prop_attn: bool = True,
         backend: str = "auto",
     ):
         super().__init__(blocks, backend)
+        self.prop_attn = switch("prop_attn", prop_attn)
         if rounds not in ("official", "exact"):
             raise ValueError(f"rounds must be 'official' or 'exact', got {rounds!r}")
         self.schedule = schedule
@@ -68,7 +73,10 @@ class ToMe(Reducer):
         if keep_rate is not None or keep is not None:
             raise ValueError(f"give r or a keep schedule, got r={r!r}, keep_rate={keep_rate!r} and keep={keep!r}")
         blocks = tuple(range(shape.depth)) if at is None else stage_blocks(at, shape.depth)
-        counts = (r,) * len(blocks) if isinstance(r, int) else as_tuple("r", r)
+        what = "an integer, or a sequence with one for each block"
+        if is_number(r) and not isinstance(plain(r), int):
+            raise TypeError(f"r must be {what} (tokens to merge away; a fraction is a keep_rate), got {r!r}")
+        counts = (plain(r),) * len(blocks) if is_number(r) else as_tuple("r", r, what)
         if len(counts) != len(blocks):
             raise ValueError(f"r must have one entry for each of the {len(blocks)} blocks, got {len(counts)}: {r!r}")
         for count in counts:
@@ -96,6 +104,33 @@ class ToMe(Reducer):
             if self.rounds == "official":
                 break
         return merges
+
+    def concerns(self, shape: ModelShape) -> dict[str, str]:
+        """Counts that one matching a stage does not reach, and stages without anything to do."""
+        if self.schedule is None:
+            return {}
+        concerns = idle_stages(self.name, self.schedule)
+        wanted = [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
+        reached = self.counts(shape)
+        if any(count > target + 1 for count, target in zip(reached, wanted, strict=True)):
+            concerns["tome rate"] = (
+                f"tome keeps {reached} tokens, not {wanted}: one matching merges at most half of them, and the "
+                "released code does not catch up. rounds='exact' reaches the counts"
+            )
+        return concerns
+
+    def reschedule(
+        self,
+        shape: ModelShape,
+        *,
+        keep_rate: KeepRate = None,
+        keep: Keep = None,
+        at: int | Sequence[int] | None = None,
+    ) -> None:
+        """Take a schedule in place; it ends the use of ``r``."""
+        blocks = self._new_blocks(shape, at)
+        self.schedule, self.r = new_schedule(keep_rate, keep, blocks, shape), None
+        self.blocks = blocks
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Patch tokens after each stage."""
@@ -144,4 +179,5 @@ class ToMe(Reducer):
         )
         prefix = tokens.prefix
         plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot, slot_prefix=prefix)
-        return tokens.replace(x, normed=following, sizes=size, bias=size.log(), plans=(*tokens.plans, plan))
+        bias = size.log() if self.prop_attn else None
+        return tokens.replace(x, normed=following, sizes=size, bias=bias, plans=(*tokens.plans, plan))

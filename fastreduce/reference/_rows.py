@@ -30,10 +30,10 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
     """(B, K) indices of patch tokens -> (B, prefix + K) rows of the whole sequence, prefix rows first."""
     if prefix == 0:
         return index.long()
-    rows = torch.nn.functional.pad(index.long() + prefix, (prefix, 0))
-    if prefix > 1:
-        rows[:, :prefix] = torch.arange(prefix, device=index.device)
-    return rows
+    if prefix == 1:
+        return torch.nn.functional.pad(index.long() + 1, (1, 0))
+    head = torch.arange(prefix, device=index.device).expand(index.shape[0], prefix)
+    return torch.cat([head, index.long() + prefix], dim=1)
 
 
 def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:

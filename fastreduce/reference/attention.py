@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import block_rows
+from ._images import each_image, matmul
 from ._rows import accumulator, take_rows, with_prefix
 from .gather_packed import gather_packed, gather_packed_backward
 from .gather_tokens import scatter_tokens
@@ -69,10 +70,10 @@ def _seen(bias: Tensor) -> tuple[Tensor, Tensor]:
 
 def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     dtype = accumulator(q.dtype)
-    logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-1, -2)
-    return (
-        logits if bias is None else logits + bias.to(dtype).view(bias.shape[0], *[1] * (logits.ndim - 2), bias.shape[1])
-    )
+    logits = matmul(q.to(dtype) * scale, k.to(dtype).transpose(-1, -2))
+    if bias is None:
+        return logits
+    return logits + bias.to(dtype).view(bias.shape[0], *[1] * (logits.ndim - 2), bias.shape[1])
 
 
 def _visibility(policy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -118,7 +119,7 @@ def attention_with_sums(
     logits, values = _logits(q, k, scale, bias), v.to(accumulator(v.dtype))
     if policy is None:
         logsumexp = logits.logsumexp(-1)
-        out = torch.exp(logits - logsumexp.unsqueeze(-1)) @ values
+        out = matmul(torch.exp(logits - logsumexp.unsqueeze(-1)), values)
         if seen is not None:
             out, logsumexp = out * seen, logsumexp.masked_fill(~seen.squeeze(-1), -torch.inf)
         return out.to(q.dtype), logsumexp, nothing, nothing_more
@@ -126,8 +127,22 @@ def attention_with_sums(
     weights = torch.exp(logits - maximum) * _visibility(policy, logits.dtype)
     total = weights.sum(-1, keepdim=True) + eps
     mean = values.mean(2, keepdim=True)
-    out = (weights @ values + eps * mean) / total
+    out = (matmul(weights, values) + eps * mean) / total
     return out.to(q.dtype), (maximum + total.log()).squeeze(-1), total.squeeze(-1), mean.squeeze(2)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention by PyTorch; what rounds an image by its batch there is done image by image."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    tensors = (q, k, v) if mask is None else (q, k, v, mask)
+    # A single head leaves PyTorch's loop over heads one turn for an image, whose products then use all threads; in
+    # float64 products depend on where a thread's buffer lies.
+    if q.shape[1] == 1 or q.dtype == torch.float64:
+        return each_image(attend, *tensors)
+    return attend(*tensors)
 
 
 def attention(
@@ -171,7 +186,12 @@ def attention(
     if k.shape[2] == 0:
         return q * 0.0
     mask = None if bias is None else bias.to(accumulator(q.dtype))[:, None, None, :]
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    if mask is None or not (torch.is_grad_enabled() and mask.requires_grad):
+        return _fused(q, k, v, mask, scale)
+    # A mask with a gradient would change the route, and with it the result's bits: it gets its gradient beside it.
+    detached = q.detach(), k.detach(), v.detach()
+    aside = _fused(*detached, mask, scale)
+    return _fused(q, k, v, mask.detach(), scale) + (aside - aside.detach())
 
 
 def attention_backward(
@@ -293,7 +313,7 @@ def attention_scores(
         for block in queries.split(rows, dim=1):
             weights = torch.softmax(_logits(block, keys, scale, shown), dim=-1)
             weights = weights if seen is None else weights * seen[:, 0]
-            blocks.append(weights @ values)
+            blocks.append(matmul(weights, values))
             received = received + weights.sum(1)
         outs.append(torch.cat(blocks, dim=1))
     return torch.stack(outs, dim=2).transpose(1, 2).to(q.dtype), received

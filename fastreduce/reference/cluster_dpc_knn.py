@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ._blocks import joined, row_blocks
+from ._images import pair_distances
 from ._rows import accumulator, take_rows
 from .select_topk import select_topk
 
@@ -25,7 +26,7 @@ class _Distances:
         self.kept = self._between(x, x) if len(self.blocks) == 1 else None
 
     def _between(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return torch.cdist(rows, columns).div_(math.sqrt(self.x.shape[2]))
+        return pair_distances(rows, columns).div_(math.sqrt(self.x.shape[2]))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Which rows, and their distances (B, rows, N) to all tokens."""
@@ -76,4 +77,4 @@ def cluster_dpc_knn(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> 
     centers = select_topk(density * joined(heights), k).contiguous()
     label = distances.nearest(centers)
     cluster = torch.arange(k, device=x.device).expand(batch, k)
-    return centers, label.scatter_(1, centers, cluster)
+    return centers, label.scatter(1, centers, cluster)

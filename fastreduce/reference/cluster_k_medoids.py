@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from ._blocks import block_rows, joined, row_blocks
+from ._images import is_captured, pair_distances
 from ._rows import accumulator, flat_rows, take_rows
 
 __all__ = ["cluster_k_medoids"]
 
-CHUNK = 2**17  # elements of x that a thread takes at once: the operands of the distances then stay in its cache
-
 
 def _first_nearest(rows: Tensor) -> Tensor:
-    """Place (B, N) of the first of the nearest centers; their distances rows (B, k, N) are overwritten."""
+    """Place (B, N) of the first of the nearest centers by their distances rows (B, k, N), which may be overwritten."""
+    if is_captured():
+        return rows.min(1)[1]
     count = rows.shape[1]
     # The first place of the minimum, by vectorised passes: half the time of min() with its indices.
     from_end = torch.arange(count, 0, -1, dtype=rows.dtype, device=rows.device).unsqueeze(1)
@@ -34,24 +35,29 @@ class _Stored:
     """
 
     def __init__(self, x: Tensor, weights: Tensor | None, k: int, members: bool):
-        batch, tokens, channels = x.shape
-        parts = [slice(None)]
-        if x.device.type == "cpu" and batch and not torch.compiler.is_compiling():  # that would fix the batch size
-            images = torch.get_num_threads() * max(1, CHUNK // max(1, tokens * channels))
-            parts = [slice(start, start + images) for start in range(0, batch, images)]
-        self.distance_to = x.new_empty(batch, tokens, tokens)
-        costs = []
-        for part in parts:
-            distance = torch.cdist(x[part], x[part]).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-            self.distance_to[part] = distance.mT
-            costs.append((distance if weights is None else distance.mul_(weights[part].unsqueeze(2))).sum(2))
-        self.costs = torch.cat(costs)
-        self.rows = x.new_empty(batch, k, tokens)
+        batch, tokens, _ = x.shape
+        self.captured = is_captured()
+        if self.captured or x.device.type != "cpu" or not batch:
+            distance = torch.cdist(x, x).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            self.distance_to = distance.mT.contiguous()
+            self.costs = (distance if weights is None else distance * weights.unsqueeze(2)).sum(2)
+        else:  # image by image: in the cache, and no image's bits depend on the others
+            self.distance_to = x.new_empty(batch, tokens, tokens)
+            costs = []
+            for part in (slice(image, image + 1) for image in range(batch)):
+                distance = torch.cdist(x[part], x[part]).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+                self.distance_to[part] = distance.mT
+                costs.append((distance if weights is None else distance.mul_(weights[part].unsqueeze(2))).sum(2))
+            self.costs = torch.cat(costs)
+        if not self.captured:
+            self.rows = x.new_empty(batch, k, tokens)
         if members:
             weighted = self.distance_to if weights is None else self.distance_to * weights.unsqueeze(2)
-            self.weighted = _finite(weighted)
-            self.weighted.diagonal(dim1=1, dim2=2).zero_()  # what rounding leaves there would decide between members
-            self.together = torch.empty_like(self.weighted)
+            # What rounding leaves on the diagonal would decide between members.
+            own = torch.eye(tokens, dtype=torch.bool, device=x.device)
+            self.weighted = _finite(weighted).masked_fill(own, 0.0)
+            if not self.captured:
+                self.together = torch.empty_like(self.weighted)
 
     def of(self, index: Tensor) -> Tensor:
         """Distances (B, N) to one token of each image, index (B,)."""
@@ -62,17 +68,17 @@ class _Stored:
         """Place (B, N) of the nearest of centers (B, k)."""
         tokens = self.distance_to.shape[1]
         flat = self.distance_to.view(-1, tokens)
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # vmap knows no out=
+        if self.captured:
             rows = flat.index_select(0, flat_rows(centers, tokens))
-            return _first_nearest(rows.view(centers.shape[0], -1, tokens))
+            return _first_nearest(rows.view(*centers.shape, tokens))
         torch.index_select(flat, 0, flat_rows(centers, tokens), out=self.rows.view(-1, tokens))
         return _first_nearest(self.rows)
 
     def costs_of_members(self, label: Tensor) -> Tensor:
         """Costs (B, N) over the tokens of each one's own label (B, N)."""
+        if self.captured:
+            return ((label.unsqueeze(2) == label.unsqueeze(1)) * self.weighted).sum(1)
         number = label.to(self.weighted.dtype)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return (self.weighted * (number.unsqueeze(2) == number.unsqueeze(1))).sum(1)
         torch.eq(number.unsqueeze(2), number.unsqueeze(1), out=self.together)
         return self.together.mul_(self.weighted).sum(1)
 
@@ -88,7 +94,7 @@ class _Recomputed:
             self.costs = self.costs * weights
 
     def _between(self, rows: slice, columns: Tensor) -> Tensor:
-        return torch.cdist(self.x[:, rows], columns).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        return pair_distances(self.x[:, rows], columns).nan_to_num_(nan=torch.inf, posinf=torch.inf)
 
     def of(self, index: Tensor) -> Tensor:
         """Distances (B, N) to one token of each image, index (B,)."""
@@ -122,15 +128,15 @@ def _distances(x: Tensor, weights: Tensor | None, k: int, members: bool) -> _Sto
 def _farthest_first(distances: _Stored | _Recomputed, k: int, first: int) -> Tensor:
     """Centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
     batch, _ = distances.costs.shape
-    centers = distances.costs.new_full((batch, k), first, dtype=torch.int64)
-    largest = distances.of(centers[:, 0])
+    centers = [distances.costs.new_full((batch, 1), first, dtype=torch.int64)]
+    largest = distances.of(centers[0][:, 0])
     chosen = torch.zeros_like(largest, dtype=torch.bool)
-    for j in range(1, k):
-        chosen.scatter_(1, centers[:, j - 1 : j], True)
+    for _ in range(1, k):
+        chosen = chosen.scatter(1, centers[-1], True)
         newest = largest.masked_fill(chosen, 0.0).argmax(1)
-        centers[:, j] = newest
+        centers.append(newest.unsqueeze(1))
         largest = torch.maximum(largest, distances.of(newest))
-    return centers
+    return torch.cat(centers, dim=1)
 
 
 def _first_of_each(order: Tensor, label: Tensor, k: int) -> Tensor:
@@ -138,7 +144,7 @@ def _first_of_each(order: Tensor, label: Tensor, k: int) -> Tensor:
     batch, tokens = order.shape
     place = torch.arange(tokens, device=order.device).expand(batch, tokens)
     first = order.new_full((batch, k), tokens)
-    first = first.scatter_reduce_(1, label.gather(1, order), place, "amin")
+    first = first.scatter_reduce(1, label.gather(1, order), place, "amin")
     return torch.cat([order, order.new_zeros(batch, 1)], dim=1).gather(1, first)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._images import bmm
 from ._rows import accumulator, add_residual, flat_rows, take_rows, with_prefix
 
 __all__ = ["fuse_tokens", "fuse_tokens_backward"]
@@ -33,7 +34,7 @@ def fuse_tokens(
     dtype = accumulator(x.dtype)
     kept = take_rows(x, with_prefix(order[:, :k], prefix))
     weights = _rest_weights(order, scores.to(dtype), k).unsqueeze(1)
-    fused = torch.bmm(weights, x[:, prefix:].to(dtype))  # no copy of the rest
+    fused = bmm(weights, x[:, prefix:].to(dtype))  # no copy of the rest
     if residual_bias is not None:
         fused = fused + (weights.sum(2, keepdim=True) - 1) * residual_bias.to(dtype)
     return add_residual(torch.cat([kept, fused.to(x.dtype)], dim=1), residual)

@@ -61,7 +61,8 @@ def unpack_tokens(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """``out[b, j] = x[offsets[b] + j]`` for ``j < offsets[b+1] - offsets[b]``, else 0: (1, T, C) -> (B, longest, C)."""
     rows = offsets[:-1, None] + torch.arange(longest, dtype=offsets.dtype, device=offsets.device)
     real = rows < offsets[1:, None]
-    out = x[0].index_select(0, rows.masked_fill(~real, 0).view(-1)).view(*rows.shape, x.shape[2])
+    tokens = x[0] if x.shape[1] else torch.nn.functional.pad(x[0], (0, 0, 0, 1))  # a row for those that are masked
+    out = tokens.index_select(0, rows.masked_fill(~real, 0).view(-1)).view(*rows.shape, x.shape[2])
     return out.masked_fill_(~real.unsqueeze(2), 0.0)
 
 

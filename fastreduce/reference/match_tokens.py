@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ._blocks import joined, split
+from ._images import bmm
 from ._rows import accumulator
 
 __all__ = ["match_tokens"]
@@ -17,7 +19,7 @@ def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """Largest cosine (B, A) of every token of A with those of B after the prefix, and of which, the first if tied."""
     found = []
     for rows in split(a, b.shape[1]):
-        similarity = torch.bmm(rows, b.mT).nan_to_num_(WORST)
+        similarity = bmm(rows, b.mT).nan_to_num_(WORST)
         if prefix:
             similarity[:, :, :prefix] = float("-inf")
         found.append(similarity.max(dim=-1))
@@ -42,15 +44,17 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
 
     best, destination = _nearest(unit[:, ::2], unit[:, 1::2], prefix_b)
     if prefix_a:
-        best[:, :prefix_a] = float("-inf")
+        best = pad(best[:, prefix_a:], (prefix_a, 0), value=float("-inf"))
     merged_first = torch.sort(best, dim=1, descending=True, stable=True)[1][:, :r]
     merged = torch.zeros_like(best, dtype=torch.bool).scatter_(1, merged_first, True)
 
     first_b = tokens - r - num_b  # the slot of B's first token if there is no prefix
     stays = (~merged).cumsum(1).add_(prefix - prefix_a - 1)  # the slot of a token of A that is not merged
-    slot = destination.new_empty(batch, tokens)
-    slot[:, ::2] = torch.where(merged, destination + first_b, stays)
-    slot[:, 1::2] = torch.arange(first_b, tokens - r, device=metric.device)
+    of_b = torch.arange(first_b, tokens - r, device=metric.device).expand(batch, num_b)
+    of_a = torch.where(merged, destination + first_b, stays)
+    slot = torch.stack([of_a[:, :num_b], of_b], dim=2).flatten(1)
+    if tokens % 2:  # the last token is one of A, with none of B after it
+        slot = torch.cat([slot, of_a[:, num_b:]], dim=1)
     if prefix > 1:
-        slot[:, :prefix] = torch.arange(prefix, device=metric.device)
+        slot = torch.cat([torch.arange(prefix, device=metric.device).expand(batch, prefix), slot[:, prefix:]], dim=1)
     return slot

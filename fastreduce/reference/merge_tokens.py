@@ -17,6 +17,8 @@ __all__ = [
     "unmerge_tokens",
 ]
 
+_MAX_LOG_SIZE = 40.0
+
 
 def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
     """Tokens grouped by slot, in index order within each.
@@ -60,7 +62,8 @@ def merge_tokens(
     # One slot more an image, for the tokens that belong nowhere: a mask would be one more pass over x.
     place = slot.long()
     place = torch.where(place < 0, num_out, place)
-    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)[:, :num_out]
+    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)
+    total = total[:, :num_out].contiguous()
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
     summed = torch.zeros(batch * (num_out + 1), channels, dtype=dtype, device=x.device)
     summed = add_rows(summed, flat_rows(place, num_out + 1), rows).view(batch, num_out + 1, channels)[:, :num_out]
@@ -71,13 +74,21 @@ def merge_tokens(
     return merged, total.detach()
 
 
-def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider."""
+def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor, slot: Tensor, num_out: int) -> Tensor:
+    """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider.
+
+    The exponential of 89 is beyond float32. So where the greatest logarithm of a slot is above 40, all the sizes of the
+    slot are divided by ``exp(greatest - 40)``: their mean is the same, since eps is nothing beside ``exp(40)``. Tokens
+    of slot -1 have the size 0.
+    """
     rows = x.to(accumulator(x.dtype))
-    # A product by batch takes the tokens behind a prefix as they lie; a linear layer would copy them. Transposed, not
-    # unsqueezed: the strides of the weight decide between two routes, one of them 7 times as fast.
-    weight = weight.to(rows.dtype).mT.expand(x.shape[0], -1, -1)
-    return torch.baddbmm(bias.to(rows.dtype), rows, weight).squeeze(-1).to(rows.dtype).exp()
+    # Row by row: a matrix product would round an image's rows by how many images there are.
+    logarithm = (rows * weight.to(rows.dtype)).sum(-1) + bias.to(rows.dtype)
+    logarithm = logarithm.masked_fill(slot < 0, float("-inf"))
+    place = slot.long().clamp_min(0)
+    greatest = logarithm.new_full((x.shape[0], num_out), _MAX_LOG_SIZE)
+    greatest = greatest.scatter_reduce(1, place, logarithm.detach(), "amax")
+    return (logarithm - (greatest - _MAX_LOG_SIZE).gather(1, place)).exp()
 
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float = 0.0) -> Tensor:
@@ -116,5 +127,7 @@ def _divisor(total: Tensor, eps: float) -> Tensor:
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
     """X (B, M, C), slot (B, N) -> (B, N, C): the row of every token's slot, zeros where the slot is -1."""
+    if x.shape[1] == 0:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 1))  # a row for the tokens that are masked
     rows = take_rows(x, slot.long().clamp_min(0))
     return rows.masked_fill((slot < 0).unsqueeze(-1), 0.0)

@@ -10,9 +10,13 @@ from ._rows import accumulator
 __all__ = ["nearest_tokens", "sample_tokens", "sampling_grid"]
 
 
-def sampling_grid(budget: int, device: torch.device | None = None) -> Tensor:
-    """The points ``(2 i + 1) / (2 budget + 2)``, i < budget, in float64: the symmetric grid without its last one."""
-    return torch.arange(1, 2 * budget, 2, dtype=torch.float64, device=device) / (2 * budget + 2)
+def sampling_grid(budget: int, parts: int | None = None, device: torch.device | None = None) -> Tensor:
+    """The points ``(2 i + 1) / (2 parts)``, i < budget, in float64.
+
+    With ``parts = budget + 1``, which None stands for, this is the symmetric grid without its last point.
+    """
+    parts = budget + 1 if parts is None else parts
+    return torch.arange(1, 2 * budget, 2, dtype=torch.float64, device=device) / (2 * parts)
 
 
 def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
@@ -32,7 +36,7 @@ def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
     return torch.searchsorted(cdf, lowest)
 
 
-def sample_tokens(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Tensor]:
+def sample_tokens(scores: Tensor, budget: int, prefix: int, parts: int | None = None) -> tuple[Tensor, Tensor]:
     """``unique(argmin_n |grid_i - cumsum(scores / (sum(scores) + 1e-6))_n|)``, ascending and padded with 0.
 
     scores (B, N) -> index (B, budget) int64 and valid (B, prefix + budget) bool.
@@ -42,10 +46,10 @@ def sample_tokens(scores: Tensor, budget: int, prefix: int) -> tuple[Tensor, Ten
     # Sums in float64: in any order the same, and tokens of weight 0 repeat the cdf before them exactly.
     weights = scores / (scores.sum(1, keepdim=True, dtype=torch.float64).to(scores.dtype) + 1e-6)
     cdf = weights.cumsum(1, dtype=torch.float64).to(scores.dtype)
-    grid = sampling_grid(budget, scores.device).to(scores.dtype).expand(batch, -1).contiguous()
+    grid = sampling_grid(budget, parts, scores.device).to(scores.dtype).expand(batch, -1).contiguous()
     kept = scores.new_zeros(batch, tokens, dtype=torch.bool)
     rank = kept.scatter_(1, nearest_tokens(cdf, grid), True).cumsum(1)  # (B, N)
     place = torch.arange(1 - prefix, budget + 1, device=scores.device).expand(batch, -1).contiguous()
     valid = place <= rank[:, -1:]
     index = torch.searchsorted(rank, place[:, prefix:].contiguous())
-    return index.masked_fill_(~valid[:, prefix:], 0), valid
+    return index.masked_fill(~valid[:, prefix:], 0), valid

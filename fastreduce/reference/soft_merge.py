@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import joined, split
+from ._images import bmm, each_image
 from ._rows import accumulator
 
 __all__ = ["soft_merge", "soft_merge_backward"]
@@ -19,12 +20,16 @@ def soft_merge(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, 
     """
     dtype = accumulator(torch.promote_types(logits.dtype, x.dtype))
     x_wide, parts = x.to(dtype), []
+
+    def softmax(logits: Tensor) -> Tensor:
+        return torch.softmax(logits, dim=1, dtype=dtype)
+
     for some in split(logits, x.shape[1], dim=2):  # clusters do not depend on one another
-        weight = torch.softmax(some, dim=1, dtype=dtype)
+        weight = each_image(softmax, some)  # along a dimension that is not the last, rounded by the share of a thread
         # From the largest entry of each column: torch.logsumexp would take all the exponentials again (measured 3 : 1).
         largest = some.detach().amax(1).to(dtype)
         logsumexp = largest - weight.detach().amax(1).log_()
-        parts.append((torch.bmm(weight.transpose(1, 2), x_wide), logsumexp))
+        parts.append((bmm(weight.transpose(1, 2), x_wide), logsumexp))
     merged, logsumexp = map(joined, zip(*parts, strict=True))
     if head is None:
         return merged.to(x.dtype), logsumexp

@@ -84,6 +84,97 @@ def test_empty_dimensions(name, empty):
         torch.testing.assert_close(kernels, reference, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+def _nothing():
+    """Calls in which something other than a whole dimension is empty."""
+    x, heads, scores = torch.randn(2, 6, 4), torch.randn(2, 3, 6, 4), torch.rand(2, 5)
+    none, slot = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.int64)
+    order = torch.arange(5).expand(2, -1)
+    zeros, ones = torch.zeros(3, dtype=torch.int32), torch.ones(2, 6)
+    packed = torch.randn(1, 0, 4)
+    whole = torch.arange(3, dtype=torch.int32) * 6
+    return {
+        "select_topk of none": lambda **o: ops.select_topk(scores, 0, **o),
+        "select_topk of all": lambda **o: ops.select_topk(scores, 5, **o),
+        "gather_tokens of the prefix": lambda **o: ops.gather_tokens(x, none, **o),
+        "gather_tokens of nothing": lambda **o: ops.gather_tokens(x, none, prefix=0, **o),
+        "gather_tokens_norm of nothing": lambda **o: ops.gather_tokens_norm(x, none, prefix=0, **o),
+        "gather_tokens behind all": lambda **o: ops.gather_tokens(x, slot, prefix=6, **o),
+        "fuse_tokens of all": lambda **o: ops.fuse_tokens(x, order, scores, 0, **o),
+        "fuse_tokens of none": lambda **o: ops.fuse_tokens(x, order, scores, 5, **o),
+        "fuse_tokens of a prefix only": lambda **o: ops.fuse_tokens(x, none, scores[:, :0], 0, prefix=6, **o),
+        "match_tokens of none": lambda **o: ops.match_tokens(x, 0, **o),
+        "match_tokens of a prefix only": lambda **o: ops.match_tokens(x, 0, prefix=6, **o),
+        "merge_tokens without a head": lambda **o: ops.merge_tokens(x, slot, 3, head=x[:, :0], **o),
+        "merge_tokens of no token": lambda **o: ops.merge_tokens(x[:, :0], none, 3, **o),
+        "merge_tokens_norm of no token": lambda **o: ops.merge_tokens_norm(x[:, :0], none, 3, **o),
+        "unmerge_tokens to none": lambda **o: ops.unmerge_tokens(x, none, **o),
+        "unmerge_tokens of no slot": lambda **o: ops.unmerge_tokens(x[:, :0], slot - 1, **o),
+        "group_slots of none": lambda **o: ops.group_slots(none, 3, **o),
+        "soft_merge to none": lambda **o: ops.soft_merge(torch.randn(2, 6, 0), x, **o),
+        "soft_merge without a head": lambda **o: ops.soft_merge(x, x, head=x[:, :0], **o),
+        "sinkhorn_merge without a head": lambda **o: ops.sinkhorn_merge(x, x[0, :2], head=x[:, :0], **o),
+        "attention of no query": lambda **o: ops.attention(heads[:, :, :0], heads, heads, **o),
+        "attention of no chosen query": lambda **o: ops.attention(heads, heads, heads, index=none, prefix=0, **o),
+        "attention of a prefix only": lambda **o: ops.attention(heads, heads, heads, index=none, prefix=6, **o),
+        "attention behind all": lambda **o: ops.attention(heads, heads, heads, index=slot, prefix=6, **o),
+        "attention hidden from all": lambda **o: ops.attention(
+            heads, heads, heads, bias=torch.full((2, 6), -torch.inf), **o
+        ),
+        "attention_scores of a prefix only": lambda **o: ops.attention_scores(
+            heads, heads, heads, kind="class", prefix=6, **o
+        ),
+        "attention_scores of no query": lambda **o: ops.attention_scores(
+            heads[:, :, :0], heads, heads, kind="received", **o
+        ),
+        "received_scores of no query": lambda **o: ops.received_scores(heads[:, :, :0], heads, **o),
+        "cls_scores of a prefix only": lambda **o: ops.cls_scores(heads[:, :, 0], heads, prefix=6, **o),
+        "cluster_k_medoids without a step": lambda **o: ops.cluster_k_medoids(x, ones, 2, iters=0, **o),
+        "cluster_k_medoids of all": lambda **o: ops.cluster_k_medoids(x, ones, 6, **o),
+        "cluster_dpc_knn of all": lambda **o: ops.cluster_dpc_knn(x, 6, neighbors=99, **o),
+        "sample_tokens of one": lambda **o: ops.sample_tokens(scores, 1, prefix=0, **o),
+        "sample_tokens without weight": lambda **o: ops.sample_tokens(scores * 0, 3, **o),
+        "token_offsets of none": lambda **o: ops.token_offsets(ones > 1, **o),
+        "gather_packed of no token": lambda **o: ops.gather_packed(
+            packed, slot, (zeros, zeros), num_out=2, prefix=0, **o
+        ),
+        "gather_packed to no row": lambda **o: ops.gather_packed(
+            packed, none, (zeros, zeros), num_out=0, prefix=0, **o
+        ),
+        "unpack_tokens of no token": lambda **o: ops.unpack_tokens(packed, zeros, longest=1, **o),
+        "unpack_tokens to none": lambda **o: ops.unpack_tokens(packed, zeros, longest=0, **o),
+        "unpack_tokens of no image": lambda **o: ops.unpack_tokens(packed, zeros[:1], longest=2, **o),
+        "attention of packed images without keys": lambda **o: ops.attention(
+            heads.new_zeros(1, 3, 12, 4),
+            heads[:1, :, :0],
+            heads[:1, :, :0],
+            offsets=(whole, zeros),
+            longest=(6, 0),
+            **o,
+        ),
+        "linear_packed of no token": lambda **o: ops.linear_packed(packed, torch.randn(3, 4), None, zeros, **o),
+        "linear_packed to none": lambda **o: ops.linear_packed(x[:1], torch.randn(0, 4), None, zeros[:2], **o),
+        "linear_packed from none": lambda **o: ops.linear_packed(x[:1, :, :0], torch.zeros(3, 0), None, whole[:2], **o),
+    }
+
+
+@pytest.mark.parametrize("name", _nothing())
+def test_nothing_to_do(name):
+    """The reference's result, or a ValueError with the reason from both."""
+    answers = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        try:
+            answers.append(flat(_nothing()[name](backend=backend)))
+        except ValueError as error:
+            answers.append(str(error))
+    if isinstance(answers[0], str) or isinstance(answers[1], str):
+        assert answers[0] == answers[1]
+        return
+    for reference, kernels in zip(*answers, strict=True):
+        assert reference.shape == kernels.shape
+        torch.testing.assert_close(kernels, reference, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("sizes", ["none", "given", "by a layer"])
 def test_tokens_of_no_slot_take_no_part(sizes, norm):

@@ -442,11 +442,11 @@ class ReducedBlock(vit.Block):
     ) -> tuple[Tensor, Tensor]:
         """:meth:`attention`, and (B, N) what every key got, from the same pass where that is cheaper."""
         options: dict[str, Any] = {"scale": self.scale, "backend": self._reducer.backend}
-        # Without a gradient the CPU computes the matrix once, a head at a time; with one SDPA does not keep it.
-        on_cpu = not q.is_cuda and not torch.is_grad_enabled() and self._is_plain(keys)
+        # The CPU computes the matrix once, a head at a time, with a gradient as without; for long inputs not at all.
+        on_cpu = not q.is_cuda and k.shape[2] <= MOST_KEYS_BY_OURS and self._is_plain(keys)
         if on_cpu or self._has_kernel(q, keys):
             out, received = ops.attention_scores(q, k, v, kind="received", bias=keys.bias, **options)
-            return self._attended(out, normed), received
+            return self._attended(out, normed), received if differentiable else received.detach()
         assert keys.bias is None  # received_scores has none
         scored = (q, k) if differentiable else (q.detach(), k.detach())
         return self.attention(q, k, v, normed, keys), ops.received_scores(*scored, **options)

@@ -105,10 +105,10 @@ def patch(
         at: blocks at which the stages stand, from 0; the default is a quarter, half and three quarters of the depth.
         backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
         **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
-            ``packed`` (no padding between images). ``tome``: ``r``, ``rounds``. ``kmedoids``: ``iters``, ``cost``,
-            ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``, ``equal_weight``, ``noise``. ``patchmerger``:
-            ``scaled``. ``sinkhorn``: ``eps``, ``iters``, ``gradient``. ``radial``: ``norm``, ``schedule``,
-            ``min_radius``. See the classes in :mod:`fastreduce.reducers`.
+            ``packed`` (no padding between images), ``points``. ``tome``: ``r``, ``rounds``, ``prop_attn``.
+            ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``,
+            ``equal_weight``, ``noise``. ``patchmerger``: ``scaled``. ``sinkhorn``: ``eps``, ``iters``, ``gradient``.
+            ``radial``: ``norm``, ``schedule``, ``min_radius``. See the classes in :mod:`fastreduce.reducers`.
 
     Returns:
         The model itself.
@@ -131,6 +131,7 @@ def patch(
     _check_model(model)
     shape = shape_of(model)
     reducer = make_reducer(method, shape, at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
+    method = reducer.name
     host: Any = model
     if reducer.grid is not None and not isinstance(host.patch_drop, nn.Identity):
         raise ValueError(f"{method} patterns need every patch in its place, but the model has a patch_drop_rate")
@@ -142,6 +143,7 @@ def patch(
             check_block(blocks[index], index, type(model).__name__, opened=reducer.opens(index))
     reducer.config = {"method": method, "keep_rate": keep_rate, "keep": keep, "at": at, "backend": backend, **options}
     _place_layers(reducer, blocks)
+    reducer.warn(shape)
     host.reducers = reducer.train(model.training)
     for index in range(reducer.first, shape.depth):
         stage = reducer.blocks.index(index) if index in reducer.blocks else None
