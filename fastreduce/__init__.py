@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from . import ops
     from .backends import backend
     from .checkpoints import load_official
-    from .integrations.timm import config_of, patch, reduced_counts, unpatch
+    from .integrations.timm import config_of, patch, reduced_counts, set_keep_rate, unpatch
     from .losses import dynamicvit_loss
     from .recording import Record, Stage, is_patched, record
     from .reducers import REDUCERS
@@ -39,6 +39,7 @@ _HOMES = {
     "patch": "integrations.timm",
     "record": "recording",
     "reduced_counts": "integrations.timm",
+    "set_keep_rate": "integrations.timm",
     "unpatch": "integrations.timm",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "patch",
     "record",
     "reduced_counts",
+    "set_keep_rate",
     "unpatch",
 ]
 

@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
     "ats": Method(
         "none",
         "images differ in what they need: easy ones keep fewer tokens than the keep rate allows",
-        {"trim": Option(None, bool), "packed": Option(False)},
+        {"trim": Option(None, bool), "packed": Option(False), "points": Option("official", ("official", "exact"))},
     ),
     "tome": Method(
         "none",
@@ -93,6 +93,7 @@ METHODS: dict[str, Method] = {
         {
             "r": Option(None, "ints", instead="it takes the place of the keep rate: give it to fastreduce.patch"),
             "rounds": Option("official", ("official", "exact")),
+            "prop_attn": Option(True),
         },
     ),
     "kmedoids": Method(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .backends import Resolved
 
 __all__ = ["Packing", "Plan", "SoftWeights", "Tokens", "compose_kept", "compose_slots", "compose_sources", "unmerge"]
 
@@ -205,6 +206,7 @@ class _Fields(NamedTuple):
     x: Tensor
     prefix: int
     patches: int
+    backend: Resolved = "reference"
     normed: Tensor | None = None
     sizes: Tensor | None = None
     bias: Tensor | None = None
@@ -227,6 +229,7 @@ class Tokens(_Fields):
         x: (B, N, C) tokens, prefix first; packed (1, T, C), of which only the rows of images mean something.
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         patches: number of patch tokens before any reduction.
+        backend: what runs, kernels or references: decided once a pass.
         normed: (B, N, C) what the norm that comes next makes of ``x``, where a reduction has applied it, else None. It
             does not outlive ``x``.
         sizes: (B, N) float32, how many patches each token stands for, or None while all are one.
@@ -269,18 +272,18 @@ class Tokens(_Fields):
         packing = Packing(starts, tokens)
         return self.replace(self.x.reshape(1, batch * tokens, channels), packing=packing), packing
 
-    def unpacked(self, *, backend: str | None = None) -> Tokens:
+    def unpacked(self) -> Tokens:
         """The same with a row of tokens for every image, zeros behind the shorter ones."""
         if self.packing is None:
             return self
-        x = ops.unpack_tokens(self.x, self.packing.offsets, longest=self.packing.longest, backend=backend)
+        x = ops.unpack_tokens(self.x, self.packing.offsets, longest=self.packing.longest, backend=self.backend)
         return self.replace(x, packing=None)
 
-    def dense(self, *, backend: str | None = None) -> Tensor:
+    def dense(self) -> Tensor:
         """(B, prefix + patches, C): ``x`` on the full grid, zeros where a patch was dropped."""
         if self.packing is not None:
-            return self.unpacked(backend=backend).dense(backend=backend)
-        return unmerge(self.x, self.plans, self.prefix, backend=backend) if self.plans else self.x
+            return self.unpacked().dense()
+        return unmerge(self.x, self.plans, self.prefix, backend=self.backend) if self.plans else self.x
 
     def __getattr__(self, name: str) -> Any:
         """Look at ``x`` as at a tensor; what would change it without what belongs to it explains itself."""

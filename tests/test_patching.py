@@ -354,3 +354,44 @@ def test_warnings_are_not_needed():
         warnings.simplefilter("error")
         run(fastreduce.patch(tiny.build(), "topk", **SCHEDULE), torch.zeros(1, 3, 64, 64))
         assert reducer_of(patched()).name == "topk"
+
+
+class TestSetKeepRate:
+    def test_trained_layers_stay(self):
+        model = patched("dynamicvit")
+        weights = {name: value.clone() for name, value in model.reducers.state_dict().items()}
+        assert fastreduce.set_keep_rate(model, 0.75) is model
+        assert fastreduce.reduced_counts(model) == [12, 9, 6]
+        assert fastreduce.config_of(model)["keep_rate"] == 0.75
+        assert all(torch.equal(value, weights[name]) for name, value in model.reducers.state_dict().items())
+        fresh = fastreduce.patch(tiny.build(), "dynamicvit", keep_rate=0.75, at=(1, 2, 3))
+        fresh.reducers.load_state_dict(weights)
+        assert torch.equal(run(model, tiny.images(model)), run(fresh, tiny.images(model)))
+
+    @pytest.mark.parametrize("method", ["topk", "evit", "tome", "kmedoids", "ats", "dpcknn", "radial"])
+    def test_other_blocks(self, method):
+        model = patched(method)
+        fastreduce.set_keep_rate(model, keep=[10, 7, 4], at=[0, 2, 3] if method != "kmedoids" else [1, 2, 3])
+        fresh = fastreduce.patch(tiny.build(), **fastreduce.config_of(model))
+        fresh.reducers.load_state_dict(model.reducers.state_dict())
+        assert [type(block).__name__ for block in model.blocks] == [type(block).__name__ for block in fresh.blocks]
+        assert torch.equal(run(model, tiny.images(model)), run(fresh, tiny.images(model)))
+        fastreduce.unpatch(model)
+        assert torch.equal(run(model, tiny.images(model)), run(tiny.build(), tiny.images(model)))
+
+    def test_refusals_leave_the_model(self):
+        model = patched("sit")
+        expected = run(model, tiny.images(model))
+        with pytest.raises(ValueError, match="layers made for"):
+            fastreduce.set_keep_rate(model, 0.25)
+        assert torch.equal(run(model, tiny.images(model)), expected)
+        model = patched("tome")
+        expected = run(model, tiny.images(model))
+        model.blocks[0].forward = lambda x: x
+        for arguments in ({"keep_rate": 1.5}, {"keep_rate": 0.5, "at": (0, 1)}, {}):
+            with pytest.raises(ValueError, match=r"keep|forward"):
+                fastreduce.set_keep_rate(model, **arguments)
+        assert fastreduce.config_of(model)["keep_rate"] == 0.5
+        assert fastreduce.reduced_counts(model) == [8, 4, 2]
+        del model.blocks[0].forward
+        assert torch.equal(run(model, tiny.images(model)), expected)

@@ -70,7 +70,7 @@ def test_workers_end_with_their_parent(tmp_path, how):
     process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     pids = [int(line) for line in _lines(process, 2)]
     process.send_signal(getattr(signal, how))  # to this process alone
-    assert process.wait(20) != 0
+    assert process.wait(60) != 0
     assert _gone(pids)
     told = process.stderr.read()
     assert told.count("Traceback") == (how == "SIGINT")  # the parent's own; none of a worker
@@ -83,20 +83,22 @@ def test_ctrl_c_reaches_all_and_only_the_parent_answers(tmp_path):
     )
     pids = [int(line) for line in _lines(process, 2)]
     os.killpg(process.pid, signal.SIGINT)
-    process.wait(20)
+    process.wait(60)
     assert _gone(pids)
     assert process.stderr.read().count("KeyboardInterrupt") == 1
 
 
-def test_a_worker_that_is_killed_is_said(tmp_path):
+@pytest.mark.parametrize("which", [min, max])
+def test_a_worker_that_is_killed_is_said(tmp_path, which):
+    """The one that was started last too, which the pool itself may not be watching yet."""
     text = WORKERS.replace("{root!r}", repr(ROOT))
     process = subprocess.Popen(
         [sys.executable, _script(tmp_path, text)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    first, other = (int(line) for line in _lines(process, 2))
-    os.kill(first, signal.SIGKILL)
-    process.wait(20)
-    assert _gone([other])
+    pids = [int(line) for line in _lines(process, 2)]
+    os.kill(which(pids), signal.SIGKILL)
+    process.wait(60)
+    assert _gone(pids)
     assert "WorkerLost: a process that trains was killed" in process.stderr.read()
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..arguments import switch
+from ..ops import unchecked as ops
 from ..tokens import Packing, Plan, Tokens
 from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, early_heads, gather, is_captured
 from .schedule import KeepSchedule
@@ -88,7 +88,7 @@ class ATS(ScheduledReducer):
         """Which tokens an image keeps (B, M), and which columns are real (B, prefix + M): no more than are there."""
         count, points = self.schedule.count(stage, tokens.patches), self._points(stage, tokens.patches)
         prefix, most = tokens.prefix, tokens.num_patches
-        index, valid = ops.sample_tokens(scores, points, prefix=prefix, parts=count + 1, backend=self.backend)
+        index, valid = ops.sample_tokens(scores, points, prefix=prefix, parts=count + 1, backend=tokens.backend)
         return (index, valid) if points <= most else (index[:, :most], valid[:, : prefix + most])
 
     def _trims(self, index: Tensor) -> bool:
@@ -108,7 +108,7 @@ class ATS(ScheduledReducer):
         """Attention half with sampling; the kept tokens come out in ascending position, padding behind them."""
         if tokens.packing is not None:
             return self._attend_packed(block, tokens, tokens.packing, stage)
-        prefix, backend = tokens.prefix, self.backend
+        prefix, backend = tokens.prefix, tokens.backend
         tokens, normed, (q, k, v), late = early_heads(block, tokens)
         scores = ops.cls_scores(
             q[:, :, 0], k, prefix=prefix, scale=block.scale, value=v, valid=tokens.valid, backend=backend
@@ -122,7 +122,7 @@ class ATS(ScheduledReducer):
             return self._keep_packed(block, keys, packing, rows, row_q, row_k, row_v, index, seen, late)
         residual = block.branch(block.attend_kept(q, k, v, normed, index, tokens)) if late else None
         x, following = gather(
-            block.mlp_norm(tokens.x), tokens.x, index, prefix=prefix, residual=residual, backend=backend
+            block.mlp_norm(tokens), tokens.x, index, prefix=prefix, residual=residual, backend=backend
         )
         bias = None if seen is None else seen.log()  # 0 and -inf
         plans = (*tokens.plans, _plan(block, tokens, index, seen))
@@ -130,7 +130,7 @@ class ATS(ScheduledReducer):
 
     def _attend_packed(self, block: AttentionBlock, tokens: Tokens, packing: Packing, stage: int) -> Tokens:
         """The same on tokens of all images in one row, from which one comes out."""
-        prefix, backend = tokens.prefix, self.backend
+        prefix, backend = tokens.prefix, tokens.backend
         tokens, normed, (q, k, v), late = early_heads(block, tokens)
         class_rows = q[0] if q.shape[2] < normed.shape[1] else q[0].index_select(1, packing.offsets[:-1])
         scores = ops.cls_scores(
@@ -163,7 +163,7 @@ class ATS(ScheduledReducer):
         """Attention of the kept tokens over packed keys, and their sum with what they were."""
         longest = keys.prefix + index.shape[1]
         valid = index.new_ones(len(index), longest, dtype=torch.bool) if seen is None else seen
-        offsets = ops.token_offsets(valid, backend=self.backend)
+        offsets = ops.token_offsets(valid, backend=keys.backend)
         queries = Packing(offsets, longest)
         rows = int(offsets[-1]) if self._trims(index) else len(index) * longest
         if block.rowwise:
@@ -180,7 +180,7 @@ class ATS(ScheduledReducer):
             num_out=rows,
             prefix=keys.prefix,
             residual=residual,
-            backend=self.backend,
+            backend=keys.backend,
         )
         plans = (*keys.plans, _plan(block, keys, index, seen))
         return keys.replace(x, valid=seen, plans=plans, packing=queries)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .. import ops
+from ..backends import Resolved
+from ..ops import unchecked as ops
 from ..tokens import Packing, Tokens
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
@@ -96,11 +97,11 @@ class AttentionBlock(Protocol):
         """(B, N, C) -> (B, N, C), the norm before attention."""
         ...
 
-    def attention_norm(self, x: Tensor) -> Norm | None:
-        """The norm before attention, where the kernel that reduces ``x`` may apply it: see ``Tokens.normed``."""
+    def attention_norm(self, tokens: Tokens) -> Norm | None:
+        """The norm before attention, where the kernel that reduces the tokens may apply it: see ``Tokens.normed``."""
         ...
 
-    def mlp_norm(self, x: Tensor) -> Norm | None:
+    def mlp_norm(self, tokens: Tokens) -> Norm | None:
         """The norm before the MLP, likewise."""
         ...
 
@@ -108,7 +109,7 @@ class AttentionBlock(Protocol):
         """(B, N, C) -> three of (B, H, N, D)."""
         ...
 
-    def early_query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def early_query_key_value(self, normed: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> q (B, H, 1 or N, D), k and v (B, H, N, D), for methods that decide before they attend.
 
         q may hold the class token's row alone (packed, those of all images), which is what their scores need.
@@ -418,7 +419,7 @@ def early_heads(block: AttentionBlock, tokens: Tokens) -> tuple[Tokens, Tensor, 
     """
     normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
     if block.rowwise:
-        return tokens, normed, block.early_query_key_value(normed, tokens.packing), True
+        return tokens, normed, block.early_query_key_value(normed, tokens), True
     heads, branch = block.heads_and_branch(normed, tokens)
     return tokens.replace(tokens.x + branch), normed, heads, False
 
@@ -448,7 +449,7 @@ def merge(
     return ops.merge_tokens_norm(x, slot, num_out, **norm._asdict(), **options)
 
 
-def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, backend: str) -> Tensor:
+def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, backend: Resolved) -> Tensor:
     """Score of every patch token, (B, N - prefix): class attention, or what it receives where there is no class token.
 
     Both are averages over heads of softmax weights, the second also over queries; each sums to at most one per image.

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..arguments import integer, switch
+from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, is_bare, is_unhooked, merge
 from .schedule import KeepSchedule
@@ -86,7 +86,7 @@ class DPCKNN(ScheduledReducer):
         keep = self.schedule.count(stage, tokens.patches)
         if keep >= tokens.num_patches:
             return tokens
-        prefix, backend = tokens.prefix, self.backend
+        prefix, backend = tokens.prefix, tokens.backend
         patches = tokens.x[:, prefix:]
         noise = None
         if self.generator is not None:
@@ -102,7 +102,7 @@ class DPCKNN(ScheduledReducer):
             else:
                 size = _weights(layer(patches), label, keep)
         x, _, normed = merge(
-            block.attention_norm(patches),
+            block.attention_norm(tokens),
             patches,
             label,
             keep,

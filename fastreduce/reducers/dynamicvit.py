@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, gather, is_bare, is_unhooked
 from .schedule import KeepSchedule
@@ -118,8 +118,8 @@ class DynamicViT(ScheduledReducer):
             return tokens
         prefix = tokens.prefix
         scores = self.score_predictor[stage](tokens.x, prefix=prefix)[..., 0]
-        kept = ops.select_topk(scores, keep, backend=self.backend)
-        x, normed = gather(block.attention_norm(tokens.x), tokens.x, kept, prefix=prefix, backend=self.backend)
+        kept = ops.select_topk(scores, keep, backend=tokens.backend)
+        x, normed = gather(block.attention_norm(tokens), tokens.x, kept, prefix=prefix, backend=tokens.backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=kept)
         return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .. import ops
 from ..arguments import switch
+from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, attend_with_importance, fuse, importance
 from .schedule import KeepSchedule
@@ -41,7 +41,7 @@ class EViT(ScheduledReducer):
         keep = self.schedule.count(stage, tokens.patches)
         if keep >= tokens.num_patches:
             return attend_all(block, tokens)
-        prefix, backend = tokens.prefix, self.backend
+        prefix, backend = tokens.prefix, tokens.backend
         normed = block.norm(tokens.x)
         late = block.commutes and (self.normalize or not block.drops_paths)
         if late:
@@ -60,6 +60,6 @@ class EViT(ScheduledReducer):
             x, added = tokens.x, {"residual": residual, "residual_bias": bias}
         else:
             x, added = tokens.x + branch, {}
-        x, following = fuse(block.mlp_norm(x), x, order, scores, keep, prefix=prefix, **added, backend=backend)
+        x, following = fuse(block.mlp_norm(tokens), x, order, scores, keep, prefix=prefix, **added, backend=backend)
         plan = Plan(block.index, tokens.num_patches, keep + 1, kept=order[:, :keep], fused=True)
         return tokens.replace(x, normed=following, plans=(*tokens.plans, plan))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from .. import ops
 from ..arguments import as_tuple, integer, is_number, plain, switch
+from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all, gather, new_schedule
 from .schedule import Keep, KeepRate, KeepSchedule
@@ -115,7 +115,7 @@ class KMedoids(ScheduledReducer):
         keep = self.schedule.count(stage, tokens.patches)
         if keep >= tokens.num_patches:
             return tokens
-        prefix, backend = tokens.prefix, self.backend
+        prefix, backend = tokens.prefix, tokens.backend
         weights = None
         if not self.equal_weight:
             assert tokens.received is not None
@@ -129,7 +129,7 @@ class KMedoids(ScheduledReducer):
             first=min(self.starts[stage], tokens.num_patches - 1),  # of a smaller image the last
             backend=backend,
         )
-        x, normed = gather(block.attention_norm(tokens.x), tokens.x, centers, prefix=prefix, backend=backend)
+        x, normed = gather(block.attention_norm(tokens), tokens.x, centers, prefix=prefix, backend=backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=centers, slot=label)
         return tokens.replace(x, normed=normed, received=None, plans=(*tokens.plans, plan))
 
@@ -144,7 +144,7 @@ class KMedoids(ScheduledReducer):
         normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
         if block.hooked:
             (q, k, _), branch = block.heads_and_branch(normed, tokens)
-            received = ops.received_scores(q.detach(), k.detach(), scale=block.scale, backend=self.backend)
+            received = ops.received_scores(q.detach(), k.detach(), scale=block.scale, backend=tokens.backend)
         else:
             q, k, v = block.query_key_value(normed)
             attended, received = block.attention_and_received(q, k, v, normed, tokens, differentiable=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import struct
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..arguments import number
 from ..tokens import Plan, Tokens
@@ -30,7 +30,8 @@ def _float32(value: float) -> float:
 def _linspace(start: float, end: float, steps: int) -> list[float]:
     """Return ``torch.linspace`` in float32 as vectorised CPUs round it: from both ends, with fused multiply-adds.
 
-    Computed without torch, so that no default dtype, device, tracing or instruction set changes which patches are kept.
+    Computed without torch, but for a square root, so that no default dtype, device or tracing changes which patches are
+    kept.
     """
     start, end = _float32(start), _float32(end)
     if steps == 1:
@@ -43,13 +44,19 @@ def _linspace(start: float, end: float, steps: int) -> list[float]:
     ]
 
 
+def _square_roots(values: list[float]) -> list[float]:
+    """Return the square roots as torch's float32 has them, which are not always the nearest floats."""
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        return torch.sqrt(torch.tensor(values, dtype=torch.float32, device="cpu")).tolist()
+
+
 def ring_radius(grid: tuple[int, int], norm: str) -> list[float]:
     """Return the norm of every patch's coordinates, in the released code's float32 rounding (equal rings may split)."""
     rows, columns = (_linspace(-size // 2, size // 2, size) for size in grid)
     if norm == "l1":
         return [_float32(abs(y) + abs(x)) for y in rows for x in columns]
     if norm == "l2":
-        return [_float32(math.sqrt(_float32(_float32(y * y) + _float32(x * x)))) for y in rows for x in columns]
+        return _square_roots([_float32(_float32(y * y) + _float32(x * x)) for y in rows for x in columns])
     if norm == "linf":
         return [max(abs(y), abs(x)) for y in rows for x in columns]
     raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
@@ -230,6 +237,6 @@ class Radial(Reducer):
         if len(kept) == tokens.num_patches:
             return tokens
         index = kept.expand(tokens.x.shape[0], -1)
-        x, normed = gather(block.attention_norm(tokens.x), tokens.x, index, prefix=tokens.prefix, backend=self.backend)
+        x, normed = gather(block.attention_norm(tokens), tokens.x, index, prefix=tokens.prefix, backend=tokens.backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, len(kept), kept=kept)
         return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
 from ..arguments import integer, number, switch
+from ..backends import Resolved
+from ..ops import unchecked as ops
 from ..tokens import Plan, SoftWeights, Tokens
 from .base import AttentionBlock, ModelShape, Reducer, is_bare, is_unhooked
 from .schedule import Keep, KeepRate, KeepSchedule
@@ -55,8 +56,8 @@ class SoftReducer(Reducer):
         )
 
     @abc.abstractmethod
-    def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
-        """(B, prefix + N, C) -> (B, prefix + clusters, C) and the weights.
+    def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
+        """Tokens (B, prefix + N, C) -> (B, prefix + clusters, C) and the weights.
 
         Layers are applied to the prefix too, whose rows are left out afterwards: cut off before, the rest would be
         copied.
@@ -66,19 +67,19 @@ class SoftReducer(Reducer):
         """Whether to do some clusters at a time, with a gradient and without, so that both give the same bits."""
         return x.shape[1] * self.clusters[stage] > LOGITS
 
-    def merge_all(self, logits: Tensor, x: Tensor, head: Tensor) -> tuple[Tensor, SoftWeights]:
+    def merge_all(self, logits: Tensor, x: Tensor, head: Tensor, backend: Resolved) -> tuple[Tensor, SoftWeights]:
         """Weighted means of x (B, N, C) behind the head (B, prefix, C), by a softmax of logits (B, N, clusters)."""
-        merged, logsumexp = ops.soft_merge(logits, x, head=head, backend=self.backend)
+        merged, logsumexp = ops.soft_merge(logits, x, head=head, backend=backend)
         return merged, SoftWeights(logits, logsumexp=logsumexp)
 
     def merge_blocks(
-        self, logits: Callable[[slice], Tensor], count: int, x: Tensor, head: Tensor
+        self, logits: Callable[[slice], Tensor], count: int, x: Tensor, head: Tensor, backend: Resolved
     ) -> tuple[Tensor, SoftWeights]:
         """The same for some clusters after the others, which do not depend on one another; no logits are kept."""
         size = max(1, LOGITS // x.shape[1])
         merged, logsumexp = [head], []
         for start in range(0, count, size):
-            rows, sums = ops.soft_merge(logits(slice(start, start + size)), x, backend=self.backend)
+            rows, sums = ops.soft_merge(logits(slice(start, start + size)), x, backend=backend)
             merged.append(rows)
             logsumexp.append(sums)
 
@@ -90,14 +91,14 @@ class SoftReducer(Reducer):
 
     def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Merge softly; the prefix stays."""
-        prefix, count = tokens.prefix, self.clusters[stage]
+        count = self.clusters[stage]
         if count > tokens.num_patches:
             raise ValueError(
                 f"{self.name} was made for {count} tokens after block {self.blocks[stage]}, "
                 f"but only {tokens.num_patches} come in of {tokens.patches} patches: the image is too small, "
                 "patch a model of this image size"
             )
-        x, weights = self.merge(tokens.x, prefix, stage)
+        x, weights = self.merge(tokens, stage)
         plan = Plan(self.blocks[stage], tokens.num_patches, count, weights=weights.detach())
         return tokens.replace(x, plans=(*tokens.plans, plan))
 
@@ -138,20 +139,21 @@ class SiT(SoftReducer):
         super().__init__(blocks, schedule, shape, backend)
         self.cluster_layers = nn.ModuleList(SliceWeights(shape.channels, count) for count in self.clusters)
 
-    def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
+    def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
         """Weighted means of the tokens as they are."""
+        x, prefix = tokens.x, tokens.prefix
         layer: Any = self.cluster_layers[stage]
         sequence: Any = layer.weight if type(layer) is SliceWeights and is_unhooked(layer) else None
         bare = type(sequence) is nn.Sequential and is_unhooked(sequence) and is_bare(sequence[-1])
         if not self.in_blocks(x, stage) or not bare:
-            return self.merge_all(layer(x)[:, prefix:], x[:, prefix:], x[:, :prefix])
+            return self.merge_all(layer(x)[:, prefix:], x[:, prefix:], x[:, :prefix], tokens.backend)
         norm, first, activation, last = sequence
         hidden = activation(first(norm(x)))
 
         def logits(clusters: slice) -> Tensor:
             return (layer.scale * F.linear(hidden, last.weight[clusters], last.bias[clusters]))[:, prefix:]
 
-        return self.merge_blocks(logits, self.clusters[stage], x[:, prefix:], x[:, :prefix])
+        return self.merge_blocks(logits, self.clusters[stage], x[:, prefix:], x[:, :prefix], tokens.backend)
 
 
 class MergerQueries(nn.Module):
@@ -194,19 +196,20 @@ class PatchMerger(SoftReducer):
         self.scaled = switch("scaled", scaled)
         self.cluster_layers = nn.ModuleList(MergerQueries(shape.channels, count) for count in self.clusters)
 
-    def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
+    def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
         """Weighted means of the normalised tokens."""
+        x, prefix = tokens.x, tokens.prefix
         layer: Any = self.cluster_layers[stage]
         factor = x.shape[-1] ** -0.5 if self.scaled else 1.0
         if not self.in_blocks(x, stage):
             normed, logits = layer(x, factor)
-            return self.merge_all(logits[:, prefix:], normed[:, prefix:], x[:, :prefix])
+            return self.merge_all(logits[:, prefix:], normed[:, prefix:], x[:, :prefix], tokens.backend)
 
         def some(clusters: slice) -> Tensor:
             return layer(x, factor, clusters)[1][:, prefix:]
 
         normed, _ = layer(x, factor, slice(0))
-        return self.merge_blocks(some, self.clusters[stage], normed[:, prefix:], x[:, :prefix])
+        return self.merge_blocks(some, self.clusters[stage], normed[:, prefix:], x[:, :prefix], tokens.backend)
 
 
 class TransportCenters(nn.Module):
@@ -261,8 +264,9 @@ class Sinkhorn(SoftReducer):
         self.gradient = gradient
         self.cluster_layers = nn.ModuleList(TransportCenters(shape.channels, count) for count in self.clusters)
 
-    def merge(self, x: Tensor, prefix: int, stage: int) -> tuple[Tensor, SoftWeights]:
+    def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
         """Sums of normalised tokens: what each token gives away adds up to one."""
+        x, prefix = tokens.x, tokens.prefix
         centers = self.cluster_layers[stage](self.gradient == "exact")
         eps, patches = self.eps, x[:, prefix:]
         merged, similarity, token_bias, cluster_bias = ops.sinkhorn_merge(
@@ -272,7 +276,7 @@ class Sinkhorn(SoftReducer):
             iters=self.iters,
             head=x[:, :prefix],
             similarity=not self.in_blocks(x, stage),
-            backend=self.backend,
+            backend=tokens.backend,
         )
         if similarity is not None:
             return merged, SoftWeights(similarity, token_bias, cluster_bias)

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .. import ops
 from ..arguments import as_tuple, is_number, plain, switch
+from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import AttentionBlock, ModelShape, Reducer, attend_all, idle_stages, merge, new_schedule
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
@@ -145,15 +145,17 @@ class ToMe(Reducer):
 
         Later rounds compare the mean keys of what was merged.
         """
-        slot, groups = ops.match_tokens_groups(keys, merges[0], prefix=tokens.prefix, backend=self.backend)
+        slot, groups = ops.match_tokens_groups(keys, merges[0], prefix=tokens.prefix, backend=tokens.backend)
         present = keys.shape[2] - merges[0]
         metric = keys.mean(1) if len(merges) > 1 else keys
         for count in merges[1:]:
-            merged, _ = ops.merge_tokens(metric, slot, present, size=tokens.sizes, groups=groups, backend=self.backend)
-            following = ops.match_tokens(merged, count, prefix=tokens.prefix, backend=self.backend)
+            merged, _ = ops.merge_tokens(
+                metric, slot, present, size=tokens.sizes, groups=groups, backend=tokens.backend
+            )
+            following = ops.match_tokens(merged, count, prefix=tokens.prefix, backend=tokens.backend)
             slot = following.gather(1, slot)
             present -= count
-            groups = ops.prepare_merge(slot, present, backend=self.backend)
+            groups = ops.prepare_merge(slot, present, backend=tokens.backend)
         return slot, groups
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
@@ -161,7 +163,7 @@ class ToMe(Reducer):
         merges = self._merges(stage, tokens.patches, tokens.num_patches)
         if not merges:
             return attend_all(block, tokens)
-        backend = self.backend
+        backend = tokens.backend
         normed = block.norm(tokens.x)
         num_out = tokens.x.shape[1] - sum(merges)
         if block.commutes:
@@ -175,7 +177,14 @@ class ToMe(Reducer):
             slot, groups = self._match(k.detach(), tokens, merges)
             x, residual = tokens.x + branch, None
         x, size, following = merge(
-            block.mlp_norm(x), x, slot, num_out, size=tokens.sizes, residual=residual, groups=groups, backend=backend
+            block.mlp_norm(tokens),
+            x,
+            slot,
+            num_out,
+            size=tokens.sizes,
+            residual=residual,
+            groups=groups,
+            backend=backend,
         )
         prefix = tokens.prefix
         plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot, slot_prefix=prefix)

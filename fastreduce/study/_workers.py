@@ -22,15 +22,18 @@ __all__ = ["WorkerLost", "Workers"]
 class WorkerLost(RuntimeError):
     """A process that died in the middle of its task."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "a process that trains was killed, as the system does when memory runs out; fewer --jobs need less"
+        )
+
 
 @contextlib.contextmanager
 def _loss_is_said() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        raise WorkerLost(
-            "a process that trains was killed, as the system does when memory runs out; fewer --jobs need less"
-        ) from error
+        raise WorkerLost from error
 
 
 def _end_with(stop: Connection) -> None:
@@ -79,11 +82,17 @@ class Workers:
         self._stop, self._stopper = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(count, context, _start, (self._stop, initializer, arguments))
         self._running: dict[Future[Any], str] = {}
+        self._others = {*multiprocessing.active_children()}
+        self._started: set[Any] = set()
 
     def submit(self, name: str, task: Callable[..., Any], *arguments: Any) -> None:
         """Queue a task."""
         with _without_interrupts(), _loss_is_said():
             self._running[self._pool.submit(task, *arguments)] = name
+            self._started |= self._alive()
+
+    def _alive(self) -> set[Any]:
+        return {*multiprocessing.active_children()} - self._others
 
     def finished(self, timeout: float) -> list[tuple[str, Any]]:
         """Wait for a task to end, at most ``timeout`` seconds -> names and results of those that did.
@@ -93,7 +102,11 @@ class Workers:
             Exception: whatever a task raised.
         """
         results = []
-        for task in wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done:
+        done = wait(self._running, timeout=timeout, return_when=FIRST_COMPLETED).done
+        # The pool watches only those that had started when it last looked.
+        if self._started - self._alive():
+            raise WorkerLost
+        for task in done:
             name = self._running.pop(task)
             with _loss_is_said():
                 results.append((name, task.result()))

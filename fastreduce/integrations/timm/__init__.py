@@ -2,7 +2,7 @@
 
 from ...recording import Record, Stage, is_patched, record, reducer_of
 from .models import create_model, input_config, model_names
-from .patching import config_of, patch, reduced_counts, unpatch
+from .patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
 
 __all__ = [
     "Record",
@@ -16,5 +16,6 @@ __all__ = [
     "record",
     "reduced_counts",
     "reducer_of",
+    "set_keep_rate",
     "unpatch",
 ]

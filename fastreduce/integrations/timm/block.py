@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
-from ... import ops
 from ...backends import resolve
+from ...ops import unchecked as ops
 from ...ops.attention import MAX_HEAD_DIM
 from ...recording import note
 from ...reducers import ModelShape, Reducer
@@ -231,22 +231,22 @@ class ReducedBlock(vit.Block):
         """The norm before attention."""
         return self.norm1(x)
 
-    def _fusible(self, norm: Any, x: Tensor) -> Norm | None:
+    def _fusible(self, norm: Any, tokens: Tokens) -> Norm | None:
         """A norm whose work a kernel can do as it is; half-precision autocast would have it in float32."""
-        if resolve(self._reducer.backend, x) == "reference" or torch.is_autocast_enabled(x.device.type):
+        if tokens.backend == "reference" or torch.is_autocast_enabled(tokens.x.device.type):
             return None
         known = type(norm) in (nn.LayerNorm, timm.layers.LayerNorm) and len(norm.normalized_shape) == 1
         if not known or not is_unhooked(norm):
             return None
         return Norm(norm.weight, norm.bias, norm.eps)
 
-    def attention_norm(self, x: Tensor) -> Norm | None:
-        """The norm before attention, where a kernel may apply it to what it makes of x."""
-        return self._fusible(self.norm1, x)
+    def attention_norm(self, tokens: Tokens) -> Norm | None:
+        """The norm before attention, where a kernel may apply it to what it makes of the tokens."""
+        return self._fusible(self.norm1, tokens)
 
-    def mlp_norm(self, x: Tensor) -> Norm | None:
+    def mlp_norm(self, tokens: Tokens) -> Norm | None:
         """The norm before the MLP, likewise."""
-        return self._fusible(self.norm2, x)
+        return self._fusible(self.norm2, tokens)
 
     # ---- queries, keys, values
 
@@ -272,7 +272,7 @@ class ReducedBlock(vit.Block):
         if weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
             return layer(x)
         bias: Any = layer.bias
-        return ops.linear_packed(x, weight, bias, packing.offsets, backend=self._reducer.backend)
+        return ops.linear_packed(x, weight, bias, packing.offsets, backend="triton")
 
     def query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> three of (B, H, N, D)."""
@@ -287,11 +287,11 @@ class ReducedBlock(vit.Block):
         """(B, M, C) -> (B, H, M, D)."""
         return self.attn.q_norm(self._project(normed, 0, 1)[0])
 
-    def early_query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def early_query_key_value(self, normed: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """All three from one product where a launch costs more than a few rows of it, else no query without need."""
         self._check_attention()
         attn = self.attn
-        fewer_launches = resolve(self._reducer.backend, normed) == "triton"
+        packing, fewer_launches = tokens.packing, tokens.backend == "triton"
         splits = is_bare(attn.qkv) and _is_row_by_row(attn.q_norm)
         if fewer_launches or not self.has_class_token or not splits:
             return self.query_key_value(normed, packing)
@@ -328,7 +328,7 @@ class ReducedBlock(vit.Block):
 
     def attend_kept(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens) -> Tensor:
         """Attention of the prefix and of the kept patch tokens -> (B, prefix + M, H * D)."""
-        backend, rows = self._reducer.backend, None
+        backend, rows = keys.backend, None
         late = q.shape[2] < normed.shape[1]
         if late or getattr(self.attn, "gate", None) is not None:
             rows = ops.gather_tokens(normed, kept, prefix=keys.prefix, backend=backend)
@@ -354,9 +354,7 @@ class ReducedBlock(vit.Block):
         picked, offsets = None, (keys.packing.offsets, queries.offsets)
         late = q.shape[2] < normed.shape[1]
         if late or getattr(self.attn, "gate", None) is not None:
-            picked = ops.gather_packed(
-                normed, kept, offsets, num_out=rows, prefix=keys.prefix, backend=self._reducer.backend
-            )
+            picked = ops.gather_packed(normed, kept, offsets, num_out=rows, prefix=keys.prefix, backend=keys.backend)
         if late:
             assert picked is not None
             return self.attention(self.query(picked), k, v, picked, keys, queries)
@@ -369,7 +367,7 @@ class ReducedBlock(vit.Block):
 
     def _has_kernel(self, q: Tensor, keys: Tokens) -> bool:
         """Whether plain attention can run on our own kernel."""
-        fits = resolve(self._reducer.backend, q) == "triton" and q.shape[3] <= MAX_HEAD_DIM
+        fits = keys.backend == "triton" and q.shape[3] <= MAX_HEAD_DIM
         return fits and self._is_plain(keys)
 
     def _bias(self, q: Tensor, keys: Tokens) -> Tensor | None:
@@ -392,7 +390,7 @@ class ReducedBlock(vit.Block):
             offsets=(queries.offsets, keys.offsets.view(-1)),
             longest=(queries.longest, keys.longest),
             scale=self.scale,
-            backend=self._reducer.backend,
+            backend=resolve(self._reducer.backend, q),
             **chosen,
         )
 
@@ -412,9 +410,9 @@ class ReducedBlock(vit.Block):
                     f"{self._reducer.name} masks attention in training, whose weights the attn_drop of block "
                     f"{self.index} ({type(attn.attn_drop).__name__}) would not see"
                 )
-            out = ops.attention(q, k, v, policy=keys.policy, scale=attn.scale, backend=self._reducer.backend)
+            out = ops.attention(q, k, v, policy=keys.policy, scale=attn.scale, backend=keys.backend)
         elif keys.bias is not None and self._has_kernel(q, keys):  # SDPA's fastest kernels take no bias
-            out = ops.attention(q, k, v, bias=keys.bias, scale=attn.scale, backend=self._reducer.backend)
+            out = ops.attention(q, k, v, bias=keys.bias, scale=attn.scale, backend=keys.backend)
         elif attn.fused_attn:
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=self._bias(q, keys), dropout_p=self.weight_dropout or 0.0, scale=attn.scale
@@ -430,7 +428,7 @@ class ReducedBlock(vit.Block):
         self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens
     ) -> tuple[Tensor, Tensor]:
         """:meth:`attention`, and (B, N - prefix) the class token's, from the same pass where that is cheaper."""
-        options: dict[str, Any] = {"prefix": keys.prefix, "scale": self.scale, "backend": self._reducer.backend}
+        options: dict[str, Any] = {"prefix": keys.prefix, "scale": self.scale, "backend": keys.backend}
         if self._has_kernel(q, keys) and k.shape[2] <= MOST_KEYS_BY_OURS:
             out, scores = ops.attention_scores(q, k, v, kind="class", bias=keys.bias, **options)
             return self._attended(out, normed), scores
@@ -441,7 +439,7 @@ class ReducedBlock(vit.Block):
         self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens, *, differentiable: bool
     ) -> tuple[Tensor, Tensor]:
         """:meth:`attention`, and (B, N) what every key got, from the same pass where that is cheaper."""
-        options: dict[str, Any] = {"scale": self.scale, "backend": self._reducer.backend}
+        options: dict[str, Any] = {"scale": self.scale, "backend": keys.backend}
         # The CPU computes the matrix once, a head at a time, with a gradient as without; for long inputs not at all.
         on_cpu = not q.is_cuda and k.shape[2] <= MOST_KEYS_BY_OURS and self._is_plain(keys)
         if on_cpu or self._has_kernel(q, keys):
@@ -518,7 +516,8 @@ class ReducedBlock(vit.Block):
                 f"got {type(x).__name__}"
             )
         prefix = model.num_prefix_tokens
-        tokens = Tokens(x, prefix=prefix, patches=x.shape[1] - prefix, whole=whole)
+        backend = resolve(self._reducer.backend, x)
+        tokens = Tokens(x, prefix=prefix, patches=x.shape[1] - prefix, backend=backend, whole=whole)
         if self._reducer.grid is not None:
             tokens = tokens.replace(x, grid=grid_of(model, x.shape[1] - prefix))
         note(model, tokens)
@@ -567,11 +566,11 @@ class ReducedBlock(vit.Block):
     def finish(self, tokens: Tokens) -> Tensor:
         """What ``model.norm`` and the pooling get. Where pooling looks at patches, each patch counts once."""
         model, reducer = self._site.model, self._reducer
-        tokens = tokens.unpacked(backend=reducer.backend)
+        tokens = tokens.unpacked()
         if model.global_pool in ("", "token"):
             return tokens.x
         if any(plan.slot is not None for plan in tokens.plans):
-            return tokens.dense(backend=reducer.backend)
+            return tokens.dense()
         present = tokens.valid if tokens.policy is None else tokens.policy
         if present is None:
             return tokens.x

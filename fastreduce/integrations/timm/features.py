@@ -37,7 +37,7 @@ def _forward_intermediates(
         len(model.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
     )
     height, width = x.shape[-2:]
-    prefix, backend = model.num_prefix_tokens, model.reducers.backend
+    prefix = model.num_prefix_tokens
     state: Tensor | Tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     spatial: list[Tensor] = []
     heads: list[Tensor] = []
@@ -58,7 +58,7 @@ def _forward_intermediates(
         if index in take:
             if isinstance(state, Tokens):
                 normed = state.replace(model.norm(state.x)) if norm else state
-                full = normed.dense(backend=backend)
+                full = normed.dense()
             else:
                 full = model.norm(state) if norm else state
             heads.append(full[:, :prefix])

@@ -17,7 +17,7 @@ from .block import ReducedBlock, Site, check_block, check_pooling, reduced_block
 from .features import ForwardIntermediates
 from .grid import forget_grid, watch_grid
 
-__all__ = ["config_of", "patch", "reduced_counts", "unpatch"]
+__all__ = ["config_of", "patch", "reduced_counts", "set_keep_rate", "unpatch"]
 
 _REASONS = {
     "Eva": "its attention uses rotary positions, which would be attached to the wrong tokens",
@@ -137,22 +137,31 @@ def patch(
         raise ValueError(f"{method} patterns need every patch in its place, but the model has a patch_drop_rate")
     if reducer.ragged and host.global_pool not in ("", "token"):
         check_pooling(host, method)
-    blocks = host.blocks
-    for index in range(shape.depth):
-        if index >= reducer.first:
-            check_block(blocks[index], index, type(model).__name__, opened=reducer.opens(index))
+    _check_blocks(host.blocks, reducer, type(model).__name__)
     reducer.config = {"method": method, "keep_rate": keep_rate, "keep": keep, "at": at, "backend": backend, **options}
-    _place_layers(reducer, blocks)
+    _place_layers(reducer, host.blocks)
     reducer.warn(shape)
     host.reducers = reducer.train(model.training)
-    for index in range(reducer.first, shape.depth):
-        stage = reducer.blocks.index(index) if index in reducer.blocks else None
-        blocks[index] = ReducedBlock(blocks[index], Site(index, stage, host, blocks[index]))
+    _reduce_blocks(host)
     if reducer.grid is not None:
         watch_grid(host)
     object.__setattr__(host, "forward_intermediates", ForwardIntermediates(host))
     host.register_forward_pre_hook(_Replicas())
     return model
+
+
+def _check_blocks(blocks: Sequence[nn.Module], reducer: Reducer, model: str) -> None:
+    """Raise unless every block from the reducer's first on can be reduced."""
+    for index in range(reducer.first, len(blocks)):
+        check_block(blocks[index], index, model, opened=reducer.opens(index))
+
+
+def _reduce_blocks(host: Any) -> None:
+    """Put reduced blocks in the place of the others, from the reducer's first on."""
+    reducer, blocks = host.reducers, host.blocks
+    for index in range(reducer.first, len(blocks)):
+        stage = reducer.blocks.index(index) if index in reducer.blocks else None
+        blocks[index] = ReducedBlock(blocks[index], Site(index, stage, host, blocks[index]))
 
 
 class _Replicas:
@@ -190,6 +199,15 @@ def _check_wrappers(block: nn.Module, index: int) -> None:
             return
 
 
+def _restore_blocks(blocks: nn.Sequential) -> None:
+    """Put the original blocks back, all or none."""
+    standing = {key: block for key, block in blocks._modules.items() if reduced_block(block) is not None}
+    for key, block in standing.items():
+        _check_wrappers(block, int(key))
+    for key, block in standing.items():
+        blocks._modules[key] = _unwrapped(block, int(key))
+
+
 def unpatch(model: Model) -> Model:
     """Undo :func:`patch`: the model gets its very own blocks back, with what was set on them since.
 
@@ -203,17 +221,61 @@ def unpatch(model: Model) -> Model:
         ValueError: if the model is not patched, or its blocks are sharded (FSDP); the model is as it was.
     """
     host = patched_model(model)
-    standing = {key: block for key, block in host.blocks._modules.items() if reduced_block(block) is not None}
-    for key, block in standing.items():
-        _check_wrappers(block, int(key))
-    for key, block in standing.items():
-        host.blocks._modules[key] = _unwrapped(block, int(key))
+    _restore_blocks(host.blocks)
     forget_grid(host)
     hooks = host._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Replicas)]:
         del hooks[key]
     object.__delattr__(host, "forward_intermediates")
     del host.reducers
+    return model
+
+
+def set_keep_rate(
+    model: Model, keep_rate: KeepRate = None, *, keep: Keep = None, at: int | Sequence[int] | None = None
+) -> Model:
+    """Give a patched model another keep rate, or another schedule; everything else stays, trained layers above all.
+
+    Args:
+        model: patched.
+        keep_rate: as in :func:`patch`.
+        keep: instead, the numbers of patch tokens kept, one for each stage.
+        at: other blocks for the stages; None leaves them where they are.
+
+    Returns:
+        The model itself. One that is compiled is compiled again.
+
+    Raises:
+        ValueError: if the model is not patched; values out of range; a method whose layers are made for fixed counts
+            (SiT, PatchMerger, Sinkhorn); with ``at``, blocks in wrappers.
+        TypeError: values of the wrong kind. Whatever is raised, the model is as it was.
+    """
+    host = patched_model(model)
+    reducer, shape = host.reducers, shape_of(host)
+    if at is None:
+        reducer.reschedule(shape, keep_rate=keep_rate, keep=keep)
+    else:
+        if wrapped := [
+            index
+            for index, block in enumerate(host.blocks)
+            if reduced_block(block) is not None and type(block) is not ReducedBlock
+        ]:
+            raise ValueError(f"stages cannot move while blocks {wrapped} are in wrappers: take these off first")
+        before = dict(reducer.__dict__)
+        reducer.reschedule(shape, keep_rate=keep_rate, keep=keep, at=at)
+        originals = [block._site.original if isinstance(block, ReducedBlock) else block for block in host.blocks]
+        try:
+            _check_blocks(originals, reducer, type(host).__name__)
+        except (TypeError, ValueError):
+            reducer.__dict__.update(before)
+            raise
+        _restore_blocks(host.blocks)
+        _place_layers(reducer, host.blocks)
+        _reduce_blocks(host)
+        reducer.config["at"] = at
+    reducer.config.update(keep_rate=keep_rate, keep=keep)
+    reducer.config.pop("r", None)
+    reducer.warn(shape)
     return model
 
 
