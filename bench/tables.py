@@ -1,0 +1,137 @@
+"""The tables of README.md and docs/speed.md, out of the results that are committed.
+
+python -m bench.tables            # prints them, to be pasted where they belong; a test compares
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TABLES"]
+
+RESULTS = Path(__file__).parent / "results"
+COMPARED = "compare-cpu-2threads-2026-11-23"  # one day's run on one machine: what the ratios hold for
+COMPARED_ALONE = "compare-cpu-1thread-2026-11-23"
+FORWARD, TRAINING = "models-cpu-forward-2026-11-23", "models-cpu-training-2026-11-23"
+PRIMITIVES = "micro-cpu-2026-11-23"
+RATES = (0.7, 0.5)
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _by_label(methods: Iterable[Any], rate: float | None = None) -> dict[str, Any]:
+    return {row["label"]: row for row in methods if rate is None or row["keep_rate"] == rate}
+
+
+def first_figures() -> list[str]:
+    """Return the README's six rows."""
+    result = _read(COMPARED)
+    kept = [_by_label(result["methods"], rate) for rate in RATES]
+    rows = [["unreduced", f"{result['unreduced']['images_per_second']:.1f}", "1.00", "", "1.00", ""]]
+    for label in ("topk", "evit", "ats", "tome", "kmedoids"):
+        cells = [f"`{label}`", f"{kept[0][label]['images_per_second']:.1f}"]
+        for methods in kept:
+            cells += [f"{methods[label][key]:.2f}" for key in ("speedup", "speedup_over_official")]
+        rows.append(cells)
+    head = ["", "images/s, 0.7", "÷ unreduced, 0.7", "÷ plain, 0.7", "÷ unreduced, 0.5", "÷ plain, 0.5"]
+    return _table(head, rows)
+
+
+def compared(rate: float) -> list[str]:
+    """Return all that ``fastreduce compare`` measured at one keep rate."""
+    result = _read(COMPARED)
+    unreduced, methods = result["unreduced"], _by_label(result["methods"], rate)
+    free = next(row for row in result["free_slices"] if row["counts"] == methods["topk"]["counts"])
+
+    def cells(name: str, tokens: str, row: Any) -> list[str]:
+        ratios = [row.get(key) for key in ("speedup", "share_of_free_slice", "speedup_over_official")]
+        deviation = row.get("relative_difference")
+        return [
+            *(name, tokens, f"{row['gmacs']:.2f}", f"{row['images_per_second']:.1f}"),
+            *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            "" if deviation is None else f"{deviation:.0e}",
+        ]
+
+    rows = [cells("unreduced", "196", {**unreduced, "speedup": 1.0})]
+    rows.append(cells("free slice", " ".join(map(str, free["counts"])), {**free, "share_of_free_slice": 1.0}))
+    rows += [cells(label, " ".join(map(str, row["counts"])), row) for label, row in methods.items()]
+    return _table(
+        ["method", "tokens", "GMACs", "images/s", "÷ unreduced", "÷ free slice", "÷ plain", "deviation"], rows
+    )
+
+
+def compared_alone() -> list[str]:
+    """Return the ratios of ``fastreduce compare`` with one thread."""
+    kept = [_by_label(_read(COMPARED_ALONE)["methods"], rate) for rate in RATES]
+    keys = {"speedup": "÷ unreduced", "share_of_free_slice": "÷ free slice", "speedup_over_official": "÷ plain"}
+    rows = [[label, *(f"{methods[label][key]:.2f}" for methods in kept for key in keys)] for label in kept[0]]
+    return _table(["method", *(f"{rate} {words}" for rate in RATES for words in keys.values())], rows)
+
+
+def forward() -> list[str]:
+    """Return images per second and the share of the free slice over keep rates, of ``bench.models``."""
+    groups = _read(FORWARD)["groups"]
+    kept = [_by_label(group["methods"]) for group in groups]
+    pairs = [[(row["images_per_second"], row["share_of_free_slice"]) for row in methods.values()] for methods in kept]
+    rows = [
+        ["unreduced", *(text for group in groups for text in (f"{group['unreduced']['images_per_second']:.1f}", ""))]
+    ]
+    for label, *values in zip(kept[0], *pairs, strict=True):
+        rows.append([label, *(text for speed, share in values for text in (f"{speed:.1f}", f"{share:.2f}"))])
+    head = [words for group in groups for words in (f"images/s, {group['keep_rate']}", "÷ slice")]
+    return _table(["method", *head], rows)
+
+
+def training() -> list[str]:
+    """Return what a training step at a keep rate of 0.5 takes, of ``bench.models``."""
+    (group,) = _read(TRAINING)["groups"]
+    rows = [["unreduced", f"{group['unreduced']['images_per_second']:.1f}", "1.00", "", ""]]
+    for row in group["methods"]:
+        ratios = (row[key] for key in ("speedup", "share_of_free_slice", "speedup_over_official"))
+        rows.append([row["label"], f"{row['images_per_second']:.1f}", *(f"{ratio:.2f}" for ratio in ratios)])
+    return _table(["method", "images/s", "÷ unreduced", "÷ free slice", "÷ plain"], rows)
+
+
+def primitives() -> list[str]:
+    """Return milliseconds of every primitive's reference beside the plain algorithm, of ``bench/micro``."""
+    times: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    for row in _read(PRIMITIVES)["benchmarks"]:
+        name, direction, shape = row["group"].split()
+        batch = shape.split("-")[2]
+        times.setdefault((name, direction), {})[batch, row["params"]["contender"]] = 1e3 * row["stats"]["median"]
+    rows = []
+    for (name, direction), found in times.items():
+        cells = [f"`{name}`", direction]
+        for batch in ("1", "64"):
+            ours, plain = found[batch, "fastreduce"], found[batch, "plain"]
+            cells += [f"{ours:.2f}", f"{plain:.2f}", f"{plain / ours:.2f}"]
+        rows.append(cells)
+    head = ["primitive", "", *(words for batch in (1, 64) for words in (f"ours, batch {batch}", "plain", "ratio"))]
+    return _table(head, rows)
+
+
+TABLES = {
+    "README.md": [first_figures()],
+    "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],
+}
+
+
+def main() -> None:
+    """Print every table under the file that it belongs to."""
+    for page, tables in TABLES.items():
+        print(f"# {page}\n")
+        for table in tables:
+            print("\n".join(table), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()

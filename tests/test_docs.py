@@ -1,0 +1,74 @@
+"""README and docs/: figures are those of committed results, names exist, links lead somewhere, lines stay short."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fastreduce
+from bench.tables import TABLES
+from fastreduce.reducers import REDUCERS, _options
+
+ROOT = Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *DOCS]
+
+
+def _heading_ids(text):
+    """Anchors of a page's headings, as GitHub and mkdocs make them of plain words."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", TABLES)
+def test_tables_are_those_of_the_results(page):
+    text = (ROOT / page).read_text()
+    for table in TABLES[page]:
+        assert "\n".join(table) + "\n" in text, f"{page} lacks a table: python -m bench.tables\n" + "\n".join(table)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_are_short_and_name_no_machine(page):
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        assert len(line) <= 120, f"{page.name}:{number} has {len(line)} characters"
+        assert not re.search(r"(?<![\w./:-])/(?!data/)\w+/", line), f"{page.name}:{number} names a machine's path"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        goal = page.parent / path if path else page
+        assert goal.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in _heading_ids(goal.read_text()), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"fastreduce\.([A-Za-z_]+)\(", text):
+        assert hasattr(fastreduce, name), f"{page.name} names fastreduce.{name}"
+    for path in re.findall(r"`((?:bench|tests|examples|fastreduce|kernels)/[\w./-]+)`", text):
+        assert (ROOT / path).exists() or path == "bench/proof/emulator", f"{page.name} names {path}"
+    for module in re.findall(r"python -m (bench\.\w+)", text):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), f"{page.name} names {module}"
+
+
+def test_each_method_and_option_is_described():
+    page, readme = (ROOT / "docs" / "methods.md").read_text(), (ROOT / "README.md").read_text()
+    for name, reducer in REDUCERS.items():
+        assert f"`{name}`" in readme
+        for option in _options(reducer):
+            assert f"`{option}" in page, f"methods.md lacks {option} of {name}"
+
+
+def test_navigation_has_every_page():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert set(re.findall(r": ([\w-]+\.md)$", navigation, re.MULTILINE)) == {page.name for page in DOCS}

@@ -1,0 +1,40 @@
+"""Every script of examples/ runs as it stands, and prints what it promises."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+# What makes it short, what it must print, and what it must write.
+RUNS = {
+    "patch_and_time": (["--batch", "2", "--rounds", "2"], r"\[137, 96, 67\]\n\d+\.\d\d times as fast", None),
+    "finetune_dynamicvit": (["--steps", "3"], r"loss \d+\.\d+, kept \[(0\.\d+(, )?){3}\]", None),
+    "dense_features": ([], r"^67 tokens became a grid of \(2, 192, 14, 14\), by hand \(2, 196, 192\)\n.* 0\.\d", None),
+    "draw_what_stays": (["--out", "kept.png"], r"^written: kept\.png", "kept.png"),
+    "export_model": (
+        ["--out", "reduced.pt2"],
+        r"^written: reduced\.pt2; .*(\d\.\de-0[5-9]|0\.0e\+00)\n",
+        "reduced.pt2",
+    ),
+}
+
+
+def test_each_example_is_run():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example(name, monkeypatch, tmp_path, capsys):
+    arguments, printed, written = RUNS[name]
+    path = EXAMPLES / f"{name}.py"
+    assert len(path.read_text().splitlines()) <= 40
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    with torch.random.fork_rng():
+        runpy.run_path(str(path), run_name="__main__")
+    assert re.search(printed, capsys.readouterr().out)
+    assert written is None or (tmp_path / written).stat().st_size > 10_000
