@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 import fastreduce
 from fastreduce import ops
-from fastreduce.integrations.timm import _shape_of
+from fastreduce.integrations.timm.block import shape_of as _shape_of
 from fastreduce.reducers import REDUCERS, make_reducer
 from fastreduce.reducers import base as reducer_base
 from fastreduce.reducers.ats import official_points
