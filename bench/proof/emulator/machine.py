@@ -96,7 +96,8 @@ class Groups:
                     if (now := work.threads & ready).any():
                         work.threads = work.threads & ~ready
                         work.finish(now)
-        left = [(taking & ~ready, group) for (taking, group), (ready, _) in zip(self._committed, reversed(due), strict=True)]
+        groups = zip(self._committed, reversed(due), strict=True)
+        left = [(taking & ~ready, group) for (taking, group), (ready, _) in groups]
         self._committed = [(taking, group) for taking, group in left if taking.any()]
 
 
@@ -198,9 +199,10 @@ class Batch:
         found = {"%tid.x": thread, "%laneid": thread % 32, "%warpid": thread // 32}
         found |= {"%tid.y": 0 * thread, "%tid.z": 0 * thread}
         found |= {"%ntid.x": 0 * thread + self.program_threads, "%ntid.y": 0 * thread + 1, "%ntid.z": 0 * thread + 1}
-        for axis, (own, size) in enumerate(zip((programs % x, programs // x % y, programs // (x * y)), (x, y, z), strict=True)):
-            found[f"%ctaid.{'xyz'[axis]}"] = np.repeat(own, self.program_threads)
-            found[f"%nctaid.{'xyz'[axis]}"] = np.full(self.threads, size)
+        own = (programs % x, programs // x % y, programs // (x * y))
+        for axis, place, size in zip("xyz", own, (x, y, z), strict=True):
+            found[f"%ctaid.{axis}"] = np.repeat(place, self.program_threads)
+            found[f"%nctaid.{axis}"] = np.full(self.threads, size)
         return {name: values.astype(np.uint32) for name, values in found.items()}
 
     def epochs(self, threads: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""PTX as text: one entry's parameters, registers, labels and instructions, each with the line of Python it came from."""
+"""PTX as text: one entry's parameters, registers, labels and instructions, each with its line of Python."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Two accesses of different warps of a program are ordered if a barrier stands between them. Nothing orders accesses of
 different programs. A copy in flight (``cp.async``) owns the bytes that it fills, and a product in flight (``wgmma``)
-the bytes that it reads, until the wait; nobody may touch these meanwhile. This does not depend on the order in which the
-emulator happens to run.
+the bytes that it reads, until the wait; nobody may touch these meanwhile. This does not depend on the order in which
+the emulator happens to run.
 """
 
 from __future__ import annotations

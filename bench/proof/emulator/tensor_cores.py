@@ -1,4 +1,4 @@
-"""Products of matrices: ``mma.sync`` of a warp, and ``wgmma`` of four warps that reads shared memory in its own time."""
+"""Products of matrices: ``mma.sync`` of a warp, and ``wgmma`` of four warps, which reads shared memory later."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ def _store_global(batch: Batch, addresses: Addresses, bits: int, values: Values,
     _scatter(batch, batch.memory.typed[bits], offsets // size, values, threads)
 
 
-def _gather(
-    memory: Bits, places: Addresses, count: int, size: int, threads: NDArray[np.int64], mask: Mask
-) -> Values:
+def _gather(memory: Bits, places: Addresses, count: int, size: int, threads: NDArray[np.int64], mask: Mask) -> Values:
     if mask is None:
         return [memory[places + place] for place in range(count)]
     found = []
@@ -51,13 +49,23 @@ def _gather(
 
 
 def _scatter(batch: Batch, memory: Bits, places: Addresses, values: Values, threads: NDArray[np.int64]) -> None:
-    """Store; two threads that store different values to one address in one instruction are a finding."""
+    """Store; two warps that store different values to one address in one instruction are a finding."""
     everyone = threads.size == batch.threads
     for place, value in enumerate(values):
         own = value if value.ndim == 0 or everyone else value[threads]
         memory[places + place] = own
-        if batch.schedule.races and (memory[places + place] != own).any():
-            batch.launch.tell("two threads store different values to one address at once")
+        if batch.schedule.races and (lost := memory[places + place] != own).any():
+            _check_warps(batch, places, lost, threads)
+
+
+def _check_warps(batch: Batch, places: Addresses, lost: NDArray[np.bool_], threads: NDArray[np.int64]) -> None:
+    """Tell of it where the stores that were overwritten at once, and those that stand, are of different warps."""
+    contested = np.isin(places, places[lost])
+    first: dict[int, int] = {}
+    for place, warp in zip(places[contested].tolist(), batch.warp[threads[contested]].tolist(), strict=True):
+        if first.setdefault(place, warp) != warp:
+            batch.launch.tell("two warps store different values to one address at once")
+            return
 
 
 def load_shared(batch: Batch, addresses: Addresses, bits: int, count: int, mask: Mask) -> Values:
