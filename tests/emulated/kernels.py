@@ -44,9 +44,10 @@ def copy_kernel(x, out, size, N: tl.constexpr, MASKED: tl.constexpr):
 def shifted_kernel(x, out, start, N: tl.constexpr, LIE: tl.constexpr):
     """Copy from ``start`` on, which may be said to be a multiple of 16."""
     offsets = tl.arange(0, N)
+    source = start + offsets
     if LIE:
-        start = tl.multiple_of(start, 16)
-    tl.store(out + offsets, tl.load(x + start + offsets))
+        source = tl.max_contiguous(tl.multiple_of(source, 16), N)
+    tl.store(out + offsets, tl.load(x + source))
 
 
 @triton.jit
@@ -92,3 +93,10 @@ def exponentials_kernel(x, out, N: tl.constexpr):
 def sum_kernel(x, out, N: tl.constexpr):
     """Add N numbers up, through shared memory."""
     tl.store(out, tl.sum(tl.load(x + tl.arange(0, N)), 0))
+
+
+@triton.jit
+def quotients_kernel(x, y, out, N: tl.constexpr):
+    """Divide N numbers by N others."""
+    offsets = tl.arange(0, N)
+    tl.store(out + offsets, tl.load(x + offsets) / tl.load(y + offsets))

@@ -15,10 +15,11 @@ __all__ = ["DECODERS"]
 
 Function = Callable[..., np.ndarray]
 
-# The largest relative error of each approximation by the PTX manual. Of a division it is two units in the last place.
+# The largest relative error of each approximation by the PTX manual. A division's is two units in the last place.
 _ERRORS = {"ex2": 2.0**-22.5, "lg2": 2.0**-22, "rsqrt": 2.0**-22.4, "sqrt": 2.0**-23, "rcp": 2.0**-23}
 _ERRORS |= {"sin": 2.0**-20.5, "cos": 2.0**-20.5, "tanh": 2.0**-11}
-_UNITS = {"div": 2}
+_ROUNDING = 2.0**-24  # of the result to float32, which is part of the error
+_UNITS = 2.0
 
 
 def _in_double(function: Function) -> Function:
@@ -26,24 +27,29 @@ def _in_double(function: Function) -> Function:
     return lambda *values: function(*(value.astype(np.float64) for value in values)).astype(np.float32)
 
 
+_APPROXIMATED: dict[str, Function] = {
+    "rsqrt": lambda a: 1.0 / np.sqrt(a),
+    "sqrt": np.sqrt,
+    "rcp": np.reciprocal,
+    "ex2": np.exp2,
+    "lg2": np.log2,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tanh": np.tanh,
+    "div": np.divide,
+}
 _FLOAT: dict[str, Function] = {
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
-    "div": np.divide,
     "fma": _in_double(lambda a, b, c: a * b + c),
     "min": np.fmin,
     "max": np.fmax,
     "neg": np.negative,
     "abs": np.abs,
+    **{name: _in_double(function) for name, function in _APPROXIMATED.items()},
+    "div": np.divide,
     "sqrt": np.sqrt,
-    "rsqrt": _in_double(lambda a: 1.0 / np.sqrt(a)),
-    "rcp": _in_double(np.reciprocal),
-    "ex2": _in_double(np.exp2),
-    "lg2": _in_double(np.log2),
-    "sin": _in_double(np.sin),
-    "cos": _in_double(np.cos),
-    "tanh": _in_double(np.tanh),
 }
 
 
@@ -52,17 +58,18 @@ def _flushed(values: Floats) -> Floats:
     return np.where(np.abs(values) < np.float32(2.0**-126), np.copysign(np.float32(0), values), values)
 
 
-def _worst(name: str, values: Floats, operands: list[Floats]) -> Floats:
-    """Move values by the whole error, up or down as a fixed function of the operands' bits says."""
+def _worst(name: str, operands: list[Floats]) -> Floats:
+    """Compute with the whole error that is allowed, up or down as a fixed function of the operands' bits says."""
     mixed = np.zeros((), np.uint32)
     for operand in operands:
         mixed = (mixed ^ np.asarray(operand, np.float32).view(np.uint32)) * np.uint32(0x9E3779B1)
-    up = (mixed >> np.uint32(31)).astype(bool)
-    if name in _UNITS:
-        tiny = (np.abs(values) < np.float32(2.0**-120)) | ~np.isfinite(values)
-        bits, units = np.asarray(values, np.float32).view(np.uint32), np.uint32(_UNITS[name])
-        return np.where(tiny, bits, np.where(up, bits + units, bits - units)).astype(np.uint32).view(np.float32)
-    return (values.astype(np.float64) * np.where(up, 1.0 + _ERRORS[name], 1.0 - _ERRORS[name])).astype(np.float32)
+    sign = np.where(mixed >> np.uint32(31), 1.0, -1.0)
+    exact = _APPROXIMATED[name](*(operand.astype(np.float64) for operand in operands))
+    if name == "div":
+        unit = np.spacing(np.abs(exact).astype(np.float32)).astype(np.float64)
+        moved = exact + sign * (_UNITS - 0.5) * np.where(np.isfinite(unit), unit, 0.0)
+        return np.where(exact == 0.0, exact, moved).astype(np.float32)
+    return (exact * (1.0 + sign * (_ERRORS[name] - _ROUNDING))).astype(np.float32)
 
 
 def _float(instruction: Instruction, operands: Operands) -> Step:
@@ -79,9 +86,8 @@ def _float(instruction: Instruction, operands: Operands) -> Step:
         values = [convert(np.asarray(reader(batch))) for reader in readers]
         if flush:
             values = [_flushed(value) for value in values]
-        result = function(*values)
-        if approximate and batch.schedule.worst:
-            result = _worst(words[0], result, values)
+        approximated = approximate and batch.schedule.worst
+        result = _worst(words[0], values) if approximated else function(*values)
         write(batch, back(_flushed(result) if flush else result), mask)
 
     return step

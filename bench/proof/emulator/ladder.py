@@ -100,6 +100,8 @@ def climb(task: Task) -> Iterator[Climb]:
         benchmark.contenders["triton"] = ours
         for arch in task.arches:
             for name, schedule in SCHEDULES.items():
+                if task.group == "edge":  # exact zeros among the results: no room for approximations
+                    schedule = dataclasses.replace(schedule, worst=False)
                 start = time.perf_counter()
                 wrong = _emulate(benchmark, arch, schedule)
                 yield Climb(task, arch, direction, name, wrong, time.perf_counter() - start)
