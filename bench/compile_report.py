@@ -42,6 +42,7 @@ from fastreduce import backends
 from fastreduce.measure import environment
 from fastreduce.ops import _library
 
+from .buffers import overwritten
 from .gates import Gate, Known, check_words, choose_primitives, table
 from .micro import bench_attention
 from .primitive import MODELS, TOKENS, Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
@@ -68,6 +69,7 @@ class KernelReport:
         load_bytes: width of a thread's global load in bytes -> how many such instructions.
         store_bytes: the same of stores.
         warpgroup_ops: of ``mma_ops``, those of four warps together (sm_90).
+        overwrites: writes to a shared buffer that an asynchronous dot may still be reading (``bench.buffers``).
     """
 
     name: str
@@ -84,6 +86,7 @@ class KernelReport:
     occupancy: float
     tensor_dots: bool
     warpgroup_ops: int = 0
+    overwrites: int = 0
 
 
 def _occupancy_nvidia(arch: int, num_warps: int, registers: int, shared_bytes: int) -> float:
@@ -179,6 +182,7 @@ def _nvidia_report(compiled: Any, arch: int) -> KernelReport:
         occupancy=occupancy(arch, num_warps, registers, shared),
         tensor_dots=_tensor_dots(compiled.asm["ttir"]),
         warpgroup_ops=opcodes["HGMMA"],
+        overwrites=len(overwritten(compiled.asm["ttgir"])),
     )
 
 
@@ -332,6 +336,7 @@ class _Gates:
         self.shared = Gate("share of the shared memory", 1)
         self.loads = Gate("widest load", 16, KNOWN["loads"], at_least=True)
         self.stores = Gate("widest store", 16, KNOWN["stores"], at_least=True)
+        self.overwrites = Gate("buffers overwritten under an asynchronous dot", 0)
         self.tensor = Gate("tensor-core instructions", 1, KNOWN["tensor cores"], at_least=True)
 
     def all(self) -> list[Gate]:
@@ -344,6 +349,7 @@ class _Gates:
             self.atomics.check(key, report.atomics),
             self.float64.check(key, report.float64_ops),
             self.shared.check(key, report.shared_bytes / SHARED_LIMIT[report.arch]),
+            self.overwrites.check(key, report.overwrites),
         ]
         if wide:
             verdicts.append(self.loads.check(key, max(report.load_bytes, default=0)))
@@ -395,6 +401,7 @@ def _row(report: KernelReport, arch: str, primitive: str, shape: str, dtype: tor
         "store": max(report.store_bytes, default=0),
         "tensor": report.mma_ops,
         "tensor_dots": report.tensor_dots,
+        "overwrites": report.overwrites,
         "load_bytes": report.load_bytes,
         "store_bytes": report.store_bytes,
     }

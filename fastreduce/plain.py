@@ -374,11 +374,15 @@ class PlainModel(nn.Module):
         centers = (density * peak).argsort(dim=1, descending=True, stable=True)[:, :keep]
         label = _rows(distance, centers).argmin(dim=1)
         label.scatter_(1, centers, torch.arange(keep, device=label.device).expand(batch, keep))
-        weights = torch.ones_like(patches[..., :1])
+        score = torch.zeros_like(patches[..., :1])
         if not self.options["equal_weight"]:
-            weights = F.linear(patches, self._layer(stage, "score.weight"), self._layer(stage, "score.bias")).exp()
+            score = F.linear(patches, self._layer(stage, "score.weight"), self._layer(stage, "score.bias"))
         flat = (label + keep * torch.arange(batch, device=label.device).unsqueeze(1)).flatten()
-        total = weights.new_zeros(batch * keep, 1).index_add(0, flat, weights.flatten(0, 1)) + 1e-6
+        # The published exp(score) overflows: over numerator and denominator, exp of the cluster's greatest, if above 0.
+        own = F.one_hot(label, keep).bool()
+        greatest = score.expand(-1, -1, keep).where(own, 0.0).amax(dim=1).clamp_min(0.0).view(-1, 1)
+        weights = (score - greatest[flat].view_as(score)).exp()
+        total = weights.new_zeros(batch * keep, 1).index_add(0, flat, weights.flatten(0, 1)) + 1e-6 * (-greatest).exp()
         share = (weights.flatten(0, 1) / total[flat]) * patches.flatten(0, 1)
         merged = patches.new_zeros(batch * keep, channels).index_add(0, flat, share)
         self._move_home(walk, label)

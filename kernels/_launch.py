@@ -1,10 +1,22 @@
-"""Launch settings: frozen data chosen by pure functions of the shape."""
+"""Launch settings: frozen data chosen by pure functions of the shape.
+
+The JIT compiles a kernel apart for pointers and strides that are not multiples of 16 bytes: another layout, and sums in
+another order. So an image gives the same bits in any batch whose tensors begin on 16 bytes and have the same strides:
+all that PyTorch allocates do, and a view such as ``x[1:]`` wherever an image is a multiple of 16 bytes long.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import torch
 import triton
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +43,49 @@ def whole_rows(channels: int) -> RowTile:
 def row_warps(block_c: int) -> int:
     """Warps for one row: 8 channels a thread, one 16-byte load of half precision."""
     return min(32, max(1, block_c // 256))
+
+
+MOST_IMAGES = 65_535  # all that the second and third axis of a grid take, where kernels find their image
+
+
+def parts_of_images(images: int) -> list[slice]:
+    """Images of one launch each."""
+    return [slice(first, min(first + MOST_IMAGES, images)) for first in range(0, images, MOST_IMAGES)]
+
+
+def in_parts(*per_image: str, bounds: str = "", added: tuple[int, ...] = ()) -> Callable[[Launcher], Launcher]:
+    """Let a launcher take any number of images: more than MOST_IMAGES in several calls.
+
+    ``per_image`` names its arguments that have an image an entry, or are None; the first is never None. ``bounds`` is
+    the one with an entry more. Results are put one behind the other, but ``added`` up where all images share them.
+    """
+
+    def decorate(launcher: Launcher) -> Launcher:
+        signature = inspect.signature(launcher)
+        place = list(signature.parameters).index(per_image[0])
+
+        @functools.wraps(launcher)
+        def call(*args, **kwargs):
+            if len(args) <= place or args[place].shape[0] <= MOST_IMAGES:
+                return launcher(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            results = []
+            for part in parts_of_images(args[place].shape[0]):
+                own = {name: given[name][part] for name in per_image if given.get(name) is not None}
+                if bounds:
+                    own[bounds] = given[bounds][part.start : part.stop + 1]
+                results.append(launcher(**{**given, **own}))
+            if isinstance(results[0], torch.Tensor) or results[0] is None:
+                return _together(results, add=False)
+            return tuple(_together(result, add=i in added) for i, result in enumerate(zip(*results, strict=True)))
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _together(results: Sequence[torch.Tensor | None], *, add: bool) -> torch.Tensor | None:
+    tensors = [result for result in results if result is not None]
+    if not tensors:
+        return None
+    return torch.stack(tensors).sum(0) if add else torch.cat(tensors)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts, parts_of_images
 from ._rows import head_of, steps, unit_of
 
 LOG2_E = 1.4426950408889634
@@ -747,10 +748,29 @@ def class_kernel(
     tl.store(scores + batch * (keys - prefix) + offsets_n - prefix, acc / heads, mask=in_n)
 
 
+_SAVED = ("out", "logsumexp", "total", "mean")  # by the forward pass
+
+
+def _launches(images, index, offsets):
+    """Number, index and offsets of the images of each launch: several for more packed ones than a grid takes."""
+    parts = parts_of_images(images)
+    if len(parts) == 1:
+        return [(images, index, offsets or (None, None))]
+    return [
+        (
+            part.stop - part.start,
+            None if index is None else index[part],
+            tuple(bounds[part.start : part.stop + 1] for bounds in offsets),
+        )
+        for part in parts
+    ]
+
+
 def _strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
     return (0, 0) if tensor is None else tensor.stride()
 
 
+@in_parts("q", "k", "v", "policy", "bias", "index")
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -804,42 +824,44 @@ def attention(
     unit = unit_of(q, k, v)
     used = any(option is not None for option in (bias, index, offsets))
     tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used).forward
-    attention_kernel[(triton.cdiv(most, tile.own), heads, images)](
-        q,
-        k,
-        v,
-        policy,
-        bias,
-        index,
-        *(offsets or (None, None)),
-        mean if hidden else None,
-        out,
-        logsumexp,
-        total if hidden else None,
-        scale * LOG2_E,
-        LOG2_E,
-        eps,
-        heads,
-        queries,
-        keys,
-        prefix,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *_strides(policy),
-        *_strides(bias),
-        *_strides(index),
-        D=head_dim,
-        UNIT=unit,
-        POLICY=hidden,
-        BLOCK_M=tile.own,
-        BLOCK_N=tile.step,
-        BLOCK_D=padded_head_dim(head_dim),
-        **_settings(tile),
-    )
+    for count, chosen, bounds in _launches(images, index, offsets):
+        attention_kernel[(triton.cdiv(most, tile.own), heads, count)](
+            q,
+            k,
+            v,
+            policy,
+            bias,
+            chosen,
+            *bounds,
+            mean if hidden else None,
+            out,
+            logsumexp,
+            total if hidden else None,
+            scale * LOG2_E,
+            LOG2_E,
+            eps,
+            heads,
+            queries,
+            keys,
+            prefix,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *_strides(policy),
+            *_strides(bias),
+            *_strides(index),
+            D=head_dim,
+            UNIT=unit,
+            POLICY=hidden,
+            BLOCK_M=tile.own,
+            BLOCK_N=tile.step,
+            BLOCK_D=padded_head_dim(head_dim),
+            **_settings(tile),
+        )
     return out.transpose(1, 2), logsumexp, total, mean
 
 
+@in_parts("q", "k", "logsumexp", "bias")
 def key_scores(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -912,6 +934,7 @@ def _sum_heads(parts: torch.Tensor, summed: torch.Tensor, offsets: torch.Tensor 
     )
 
 
+@in_parts("grad", "q", "k", "v", *_SAVED, "policy", "bias", "index", "grad_logsumexp", "grad_scores")
 def attention_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -962,7 +985,6 @@ def attention_backward(
     peak_grad = torch.empty_like(logsumexp) if hidden else None
     peak = torch.empty(logsumexp.shape, dtype=torch.int32, device=q.device) if hidden else None
     parts = None if of_keys is None else torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
-    options = (policy, bias, index, *(offsets or (None, None)))
     numbers = (scale, scale * LOG2_E, LOG2_E, eps, heads, queries, keys, prefix)
     strides = (
         *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
@@ -979,53 +1001,61 @@ def attention_backward(
         "BLOCK_D": padded_head_dim(head_dim),
     }
     tile = tiles.grad_queries
-    grad_queries_kernel[(triton.cdiv(rows, tile.own), heads, images)](
-        grad,
-        q,
-        k,
-        v,
-        *options,
-        None if grad_logsumexp is None else grad_logsumexp.contiguous(),
-        grad_scores,
-        out,
-        logsumexp,
-        total if hidden else None,
-        mean if hidden else None,
-        grad_q,
-        delta,
-        peak,
-        peak_grad,
-        *numbers,
-        *strides,
-        *out.stride()[:3],
-        BLOCK_M=tile.own,
-        BLOCK_N=tile.step,
-        **settings,
-        **_settings(tile),
-    )
+    for count, chosen, bounds in _launches(images, index, offsets):
+        grad_queries_kernel[(triton.cdiv(rows, tile.own), heads, count)](
+            grad,
+            q,
+            k,
+            v,
+            policy,
+            bias,
+            chosen,
+            *bounds,
+            None if grad_logsumexp is None else grad_logsumexp.contiguous(),
+            grad_scores,
+            out,
+            logsumexp,
+            total if hidden else None,
+            mean if hidden else None,
+            grad_q,
+            delta,
+            peak,
+            peak_grad,
+            *numbers,
+            *strides,
+            *out.stride()[:3],
+            BLOCK_M=tile.own,
+            BLOCK_N=tile.step,
+            **settings,
+            **_settings(tile),
+        )
     tile = tiles.grad_keys
-    grad_keys_kernel[(triton.cdiv(columns, tile.own), heads, images)](
-        grad,
-        q,
-        k,
-        v,
-        *options,
-        grad_scores,
-        logsumexp,
-        total if hidden else None,
-        delta,
-        peak,
-        peak_grad,
-        grad_k,
-        grad_v,
-        parts,
-        *numbers,
-        *strides,
-        BLOCK_M=tile.step,
-        BLOCK_N=tile.own,
-        **settings,
-        **_settings(tile),
-    )
+    for count, chosen, bounds in _launches(images, index, offsets):
+        grad_keys_kernel[(triton.cdiv(columns, tile.own), heads, count)](
+            grad,
+            q,
+            k,
+            v,
+            policy,
+            bias,
+            chosen,
+            *bounds,
+            grad_scores,
+            logsumexp,
+            total if hidden else None,
+            delta,
+            peak,
+            peak_grad,
+            grad_k,
+            grad_v,
+            parts,
+            *numbers,
+            *strides,
+            BLOCK_M=tile.step,
+            BLOCK_N=tile.own,
+            **settings,
+            **_settings(tile),
+        )
     if parts is not None:
         _sum_heads(parts, grad_of_keys, None if offsets is None else offsets[1])
     return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_of_keys

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
 from ._rows import head_of, steps, unit_of
 
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
@@ -303,6 +304,7 @@ def _forward(
     return scores, logits, logsumexp
 
 
+@in_parts("q", "k", "valid")
 def cls_scores(
     q: torch.Tensor, k: torch.Tensor, prefix: int, scale: float, valid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -310,6 +312,7 @@ def cls_scores(
     return _forward(q, k, None, valid, prefix, scale)
 
 
+@in_parts("q", "k", "value", "valid")
 def cls_value_scores(
     q: torch.Tensor, k: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, prefix: int, scale: float
 ) -> torch.Tensor:
@@ -317,6 +320,7 @@ def cls_value_scores(
     return _forward(q, k, value, valid, prefix, scale)[0]
 
 
+@in_parts("q", bounds="offsets")
 def cls_value_scores_packed(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -330,6 +334,7 @@ def cls_value_scores_packed(
     return _forward(q, k, value, None, prefix, scale, offsets, longest)[0]
 
 
+@in_parts("grad", "q", "k", "logits", "logsumexp")
 def cls_scores_backward(
     grad: torch.Tensor,
     q: torch.Tensor,

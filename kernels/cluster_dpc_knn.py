@@ -1,6 +1,6 @@
-"""Density-peak clustering in two launches: densities, then all the rest of an image; no N x N matrix in memory.
+"""Density-peak clustering in three launches: squared lengths, densities, all the rest; no N x N matrix in memory.
 
-Images of more than ``most_tokens`` take five: densities, scores, the best of them, labels, groups.
+Images of more than ``most_tokens`` take six: squared lengths, densities, scores, the best of them, labels, groups.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
+from ._squares import squared_lengths
 from .merge_tokens import _group, group_slots
 from .select_topk import _packed_keys, select_topk
 
 # Nearest tokens that stay in registers: 16 spill. More are found in as many sweeps over the image as it takes.
 MAX_NEAREST = 8
+
+
+GROUP_I, GROUP_J = 64, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +59,25 @@ def image_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
 
 
 @triton.jit
-def _squares(pointers, channels, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Squared length of every row."""
-    offsets_c = tl.arange(0, BLOCK_C)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start_c in range(0, channels, BLOCK_C):
-        row = tl.load(pointers + start_c, mask=(start_c + offsets_c < channels)[None, :], other=0.0).to(tl.float32)
-        squares += tl.sum(row * row, 1)
-    return squares
-
-
-@triton.jit
 def _squared_distances(
-    pointers_i, pointers_j, squares_i, channels, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr
+    pointers_i,
+    pointers_j,
+    squares_i,  # (BLOCK_I,)
+    squares_j,  # (BLOCK_J,) pointers: loaded late, they cost no registers in the loop
+    channels,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """``|i|^2 + |j|^2 - 2ij``, not below zero; NaN stays."""
+    """``|i|^2 + |j|^2 - 2ij``, not below zero; NaN stays. Squares are not summed in the loop: see ``_squares``."""
     offsets_c = tl.arange(0, BLOCK_C)
     dots = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    squares_j = tl.zeros((BLOCK_J,), tl.float32)
     for start_c in range(0, channels, BLOCK_C):
         in_c = (start_c + offsets_c < channels)[None, :]
         row_i = tl.load(pointers_i + start_c, mask=in_c, other=0.0)
         row_j = tl.load(pointers_j + start_c, mask=in_c, other=0.0)
-        squares_j += tl.sum(row_j.to(tl.float32) * row_j.to(tl.float32), 1)
         dots = tl.dot(row_i, tl.trans(row_j), dots, input_precision="ieee")
-    squared = squares_i[:, None] + squares_j[None, :] - 2.0 * dots
+    squared = squares_i[:, None] + tl.load(squares_j)[None, :] - 2.0 * dots
     return tl.where(squared < 0.0, 0.0, squared)
 
 
@@ -91,6 +90,7 @@ def _ordered_bits(squared):
 @triton.jit
 def density_kernel(
     x,  # (B, N, C)
+    squares,  # (B, N) float32
     noise,  # (B, N) or None
     density,  # (B, N) float32
     farthest,  # (B, N) float32: every token's largest squared distance
@@ -110,9 +110,11 @@ def density_kernel(
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    squares += batch * tokens
     # Rows past the end repeat the last one: a mask of their own costs registers.
-    pointers_i = rows + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * stride_n
-    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
+    row_i = tl.minimum(i, tokens - 1)
+    pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
+    squares_i = tl.load(squares + row_i)
     beyond = 0x7FFFFFFFFFFFFFFF
     place = tl.arange(0, NEAREST).to(tl.int64)
 
@@ -126,13 +128,18 @@ def density_kernel(
         nearest = tl.zeros((BLOCK_I, NEAREST), tl.int64) + vacant[None, :]
         for start_j in range(0, tokens, BLOCK_J):
             j = start_j + tl.arange(0, BLOCK_J)
-            pointers_j = rows + tl.minimum(j, tokens - 1).to(tl.int64)[:, None] * stride_n
-            squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+            in_j = (j < tokens)[None, :]
+            row_j = tl.minimum(j, tokens - 1)
+            pointers_j = rows + row_j.to(tl.int64)[:, None] * stride_n
+            squares_j = squares + row_j
+            squared = _squared_distances(
+                pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C
+            )
             squared = tl.where(i[:, None] == j[None, :], squared - squared, squared)  # zero, unless it is NaN
             bits = _ordered_bits(squared)
-            farthest_bits = tl.maximum(farthest_bits, tl.max(bits, 1))
+            farthest_bits = tl.maximum(farthest_bits, tl.max(tl.where(in_j, bits, 0), 1))
             keys = (bits.to(tl.int64) << 32) | j.to(tl.int64)[None, :]
-            keys = tl.where((j < tokens)[None, :] & (keys > taken[:, None]), keys, beyond)
+            keys = tl.where(in_j & (keys > taken[:, None]), keys, beyond)
             for _ in range(wanted):
                 smallest, greatest = tl.min(keys, 1), tl.max(nearest, 1)
                 replaced = (nearest == greatest[:, None]) & (smallest < greatest)[:, None]
@@ -153,7 +160,8 @@ def density_kernel(
 @triton.jit
 def _scores(
     rows,  # rows of the image, from the first channels on
-    density,  # of the image: (N,) float32
+    squares,  # of the image: (N,) float32
+    density,  # (N,) float32
     farthest,  # (N,) float32
     score,  # (N,) float32
     start_i,
@@ -168,16 +176,20 @@ def _scores(
     i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
     pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
-    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
+    squares_i = tl.load(squares + row_i)
     density_i = tl.load(density + row_i)
 
     nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
     farthest_bits = tl.zeros((BLOCK_J,), tl.int32)
     for start_j in range(0, tokens, BLOCK_J):
-        j = tl.minimum(start_j + tl.arange(0, BLOCK_J), tokens - 1)
+        column = start_j + tl.arange(0, BLOCK_J)
+        j = tl.minimum(column, tokens - 1)
         pointers_j = rows + j.to(tl.int64)[:, None] * stride_n
-        squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
-        denser = tl.load(density + j)[None, :] > density_i[:, None]
+        squares_j = squares + j
+        squared = _squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+        # Columns past the end are denser than none: the last token's dot may round otherwise when it is repeated.
+        density_j = tl.load(density + column, mask=column < tokens, other=float("-inf"))
+        denser = density_j[None, :] > density_i[:, None]
         nearest = tl.minimum(nearest, tl.min(tl.where(denser, squared, float("inf")), 1))
         farthest_bits = tl.maximum(farthest_bits, _ordered_bits(tl.load(farthest + j)))
     largest = tl.max(farthest_bits, 0).to(tl.float32, bitcast=True)
@@ -188,6 +200,7 @@ def _scores(
 @triton.jit
 def score_kernel(
     x,  # (B, N, C)
+    squares,  # (B, N) float32
     density,  # (B, N) float32
     farthest,  # (B, N) float32
     score,  # (B, N) float32
@@ -202,17 +215,19 @@ def score_kernel(
     """One program scores BLOCK_I tokens of one image."""
     batch = tl.program_id(1).to(tl.int64)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    squares += batch * tokens
     density += batch * tokens
     farthest += batch * tokens
     score += batch * tokens
     start_i = tl.program_id(0) * BLOCK_I
-    _scores(rows, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+    _scores(rows, squares, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
 
 
 @triton.jit
 def _labels(
     rows,  # rows of the image, from the first channels on
-    centers,  # of the image: (K,) int64
+    squares,  # of the image: (N,) float32
+    centers,  # (K,) int64
     label,  # (N,) int64
     start_i,
     tokens,
@@ -225,18 +240,22 @@ def _labels(
 ):
     """The nearest centre of BLOCK_I tokens, the first if tied; a centre's is itself."""
     i = start_i + tl.arange(0, BLOCK_I)
-    pointers_i = rows + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * stride_n
-    squares_i = _squares(pointers_i, channels, BLOCK_I, BLOCK_C)
+    row_i = tl.minimum(i, tokens - 1)
+    pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
+    squares_i = tl.load(squares + row_i)
 
     nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
     label_i = tl.zeros((BLOCK_I,), tl.int32)
     for start_j in range(0, num_centers, BLOCK_J):
-        j = tl.minimum(start_j + tl.arange(0, BLOCK_J), num_centers - 1)
-        center = tl.load(centers + j)
+        j = start_j + tl.arange(0, BLOCK_J)
+        center = tl.load(centers + tl.minimum(j, num_centers - 1))
         pointers_j = rows + center[:, None] * stride_n
-        squared = _squared_distances(pointers_i, pointers_j, squares_i, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+        squares_j = squares + center
+        squared = _squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         squared = tl.where(squared == squared, squared, -1.0)  # as torch orders NaN: before every number
         squared = tl.where(center[None, :] == i[:, None], -2.0, squared)
+        # Columns past the end repeat the last centre, whose dot may round otherwise there: they never win.
+        squared = tl.where((j < num_centers)[None, :], squared, float("inf"))
         tile_nearest, tile_label = tl.min(squared, 1, return_indices=True, return_indices_tie_break_left=True)
         closer = tile_nearest < nearest  # strict: the earlier tile wins ties
         nearest = tl.where(closer, tile_nearest, nearest)
@@ -247,6 +266,7 @@ def _labels(
 @triton.jit
 def label_kernel(
     x,  # (B, N, C)
+    squares,  # (B, N) float32
     centers,  # (B, K) int64, contiguous
     label,  # (B, N) int64, contiguous
     tokens,
@@ -261,15 +281,17 @@ def label_kernel(
     """One program compares BLOCK_I tokens with every centre."""
     batch = tl.program_id(1).to(tl.int64)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    squares += batch * tokens
     centers += batch * num_centers
     label += batch * tokens
     start_i = tl.program_id(0) * BLOCK_I
-    _labels(rows, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+    _labels(rows, squares, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
 
 
 @triton.jit(do_not_specialize=["tokens", "num_centers"])  # one centre, as a constant, spilled
 def cluster_kernel(
     x,  # (B, N, C), N up to BLOCK_N
+    squares,  # (B, N) float32
     density,  # (B, N) float32
     farthest,  # (B, N) float32
     score,  # (B, N) float32
@@ -286,10 +308,13 @@ def cluster_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    GROUP_I: tl.constexpr,
+    GROUP_J: tl.constexpr,
 ):
     """One program an image: scores, centres, labels, groups; each step loads behind a barrier what others stored."""
     batch = tl.program_id(0).to(tl.int64)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    squares += batch * tokens
     density += batch * tokens
     farthest += batch * tokens
     score += batch * tokens
@@ -298,17 +323,19 @@ def cluster_kernel(
     order += batch * tokens
     offsets += batch * (num_centers + 1)
     for start_i in range(0, tokens, BLOCK_I):
-        _scores(rows, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+        _scores(rows, squares, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
     tl.debug_barrier()
     n = tl.arange(0, BLOCK_N)
     keys = tl.sort(_packed_keys(score + n, n, n < tokens), descending=True)
     tl.store(centers + n, 0x7FFFFFFF - (keys & 0xFFFFFFFF), mask=n < num_centers)
     tl.debug_barrier()
     for start_i in range(0, tokens, BLOCK_I):
-        _labels(rows, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+        _labels(
+            rows, squares, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C
+        )
     tl.debug_barrier()
-    for start_i in range(0, tokens + 1, BLOCK_I):
-        _group(label, order, offsets, start_i, tokens, num_centers, 1, BLOCK_I, BLOCK_J)
+    for start_i in range(0, tokens + 1, GROUP_I):
+        _group(label, order, offsets, start_i, tokens, num_centers, 1, GROUP_I, GROUP_J)
 
 
 def _settings(tile: DistanceTile) -> dict[str, int]:
@@ -321,10 +348,11 @@ def _settings(tile: DistanceTile) -> dict[str, int]:
     }
 
 
+@in_parts("x", "noise")
 def cluster_dpc_knn(
     x: torch.Tensor, k: int, neighbors: int, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches, or five; x (B, N, C) with contiguous channels.
+    """Three launches, or six; x (B, N, C) with contiguous channels.
 
     Returns centers (B, k) and label (B, N), int64, and the tokens grouped by label: order (B, N) and offsets
     (B, k + 1), int32.
@@ -339,8 +367,10 @@ def cluster_dpc_knn(
     tile = distance_tile(channels, x.dtype)
     settings = _settings(tile)
     grid = (triton.cdiv(tokens, tile.block_i), batch)
+    squares = squared_lengths(x)
     density_kernel[grid](
         x,
+        squares,
         noise,
         density,
         farthest,
@@ -353,12 +383,13 @@ def cluster_dpc_knn(
         **settings,
     )
     if tokens > most_tokens(x.dtype):
-        score_kernel[grid](x, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
+        score_kernel[grid](x, squares, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
         centers = select_topk(score, k)
-        label_kernel[grid](x, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
+        label_kernel[grid](x, squares, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
         return centers, label, *group_slots(label, k)
     cluster_kernel[(batch,)](
         x,
+        squares,
         density,
         farthest,
         score,
@@ -371,6 +402,8 @@ def cluster_dpc_knn(
         k,
         *x.stride()[:2],
         BLOCK_N=most_tokens(x.dtype),
+        GROUP_I=GROUP_I,
+        GROUP_J=GROUP_J,
         **_settings(image_tile(channels, x.dtype)),
     )
     return centers, label, order, offsets

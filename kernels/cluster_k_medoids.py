@@ -1,7 +1,7 @@
-"""K-Medoids in two launches: all distances with the cost and rank of every token, then all iterations of an image.
+"""K-Medoids in three launches: squared lengths; all distances, the cost and rank of every token; all iterations.
 
-Without weights a third one between them chooses the first centers. Of many tokens the distances are not stored but
-computed again for every labelling, in two launches an iteration, three with the members' costs.
+Without weights a fourth one, before the iterations, chooses the first centers. Of many tokens the distances are not
+stored but computed again for every labelling, in two launches an iteration, three with the members' costs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
+from ._squares import squared_lengths
 from .select_topk import _packed_keys
 
 STORED = 1024  # tokens whose distances are stored: 4 MiB an image; from there on memory is to grow as the tokens do
@@ -62,29 +64,27 @@ def cluster_tile(tokens: int) -> ClusterTile:
 
 
 @triton.jit
-def _squared_norms(rows, channels, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Rows (BLOCK, BLOCK_C) of pointers to the first channels -> (BLOCK,) float32."""
-    offsets_c = tl.arange(0, BLOCK_C)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start_c in range(0, channels, BLOCK_C):
-        a = tl.load(rows + start_c, mask=(start_c + offsets_c < channels)[None, :], other=0.0).to(tl.float32)
-        squares += tl.sum(a * a, 1)
-    return squares
-
-
-@triton.jit
 def _distances(
-    rows_i, squares_i, rows_n, in_n, channels, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    rows_i,
+    squares_i,
+    rows_n,
+    squares_n,
+    in_n,
+    channels,
+    BLOCK_I: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Distances (BLOCK_I, BLOCK_N) float32 between rows of pointers; infinite for columns not in_n and for NaN."""
+    """Distances (BLOCK_I, BLOCK_N) float32 between rows of pointers; infinite for columns not in_n and for NaN.
+
+    Squares are not summed in the loop: see ``_squares``.
+    """
     offsets_c = tl.arange(0, BLOCK_C)
     dots = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
-    squares_n = tl.zeros((BLOCK_N,), tl.float32)
     for start_c in range(0, channels, BLOCK_C):
         in_c = (start_c + offsets_c < channels)[None, :]
         a = tl.load(rows_i + start_c, mask=in_c, other=0.0)
         b = tl.load(rows_n + start_c, mask=in_c, other=0.0)
-        squares_n += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
         dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
     squared = squares_i[:, None] + squares_n[None, :] - 2.0 * dots
     number = (squared == squared) & in_n[None, :]
@@ -111,6 +111,7 @@ def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weig
 @triton.jit
 def token_distances_kernel(
     x,  # (B, N, C)
+    squares,  # (B, N) float32
     weights,  # (B, N) or None
     distance,  # (B, N, row_stride) float32, contiguous; columns from N on are infinite
     cost,  # (B, N) float32: weight times the sum of the distances
@@ -132,14 +133,18 @@ def token_distances_kernel(
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
-    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
-    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
+    row_i = tl.minimum(i, tokens - 1)
+    rows_i = image + row_i.to(tl.int64)[:, None] * x_stride_n
+    squares += batch * tokens
+    squares_i = tl.load(squares + row_i)
     out = distance + (batch * tokens + i)[:, None] * row_stride
     total = tl.zeros((BLOCK_I,), tl.float32)
     for start_n in range(0, row_stride, BLOCK_N):
         n = start_n + tl.arange(0, BLOCK_N)
-        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n
-        value = _distances(rows_i, squares_i, rows_n, n < tokens, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        row_n = tl.minimum(n, tokens - 1)
+        rows_n = image + row_n.to(tl.int64)[:, None] * x_stride_n
+        squares_n = tl.load(squares + row_n)
+        value = _distances(rows_i, squares_i, rows_n, squares_n, n < tokens, channels, BLOCK_I, BLOCK_N, BLOCK_C)
         total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
         tl.store(out + n[None, :], value, mask=(i < tokens)[:, None] & (n < row_stride)[None, :])
     _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
@@ -148,6 +153,7 @@ def token_distances_kernel(
 @triton.jit
 def token_costs_kernel(
     x,  # (B, N, C)
+    squares,  # (B, N) float32
     weights,  # (B, N) or None
     cost,  # (B, N) float32: weight times the sum of the distances
     centers,  # (B, K) int64, contiguous: the K tokens of most weight, in order; untouched without weights
@@ -166,13 +172,17 @@ def token_costs_kernel(
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
-    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
-    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
+    row_i = tl.minimum(i, tokens - 1)
+    rows_i = image + row_i.to(tl.int64)[:, None] * x_stride_n
+    squares += batch * tokens
+    squares_i = tl.load(squares + row_i)
     total = tl.zeros((BLOCK_I,), tl.float32)
     for start_n in range(0, tokens, BLOCK_N):
         n = start_n + tl.arange(0, BLOCK_N)
-        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n
-        value = _distances(rows_i, squares_i, rows_n, n < tokens, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        row_n = tl.minimum(n, tokens - 1)
+        rows_n = image + row_n.to(tl.int64)[:, None] * x_stride_n
+        squares_n = tl.load(squares + row_n)
+        value = _distances(rows_i, squares_i, rows_n, squares_n, n < tokens, channels, BLOCK_I, BLOCK_N, BLOCK_C)
         total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
     _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
 
@@ -350,6 +360,7 @@ def farthest_first_again_kernel(
             value = tl.where(squared == squared, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
             before = tl.load(largest + n, mask=in_n & (j > 1), other=0.0)
             value = tl.where((before < 0.0) | (n == newest), -1.0, tl.maximum(before, value))
+            tl.debug_barrier()  # every warp has loaded what one of them stores
             tl.store(largest + n, value, mask=in_n)
             bits = tl.maximum(value, 0.0).to(tl.int32, bitcast=True).to(tl.int64)
             best = tl.maximum(best, tl.max(tl.where(in_n, (bits << 32) | (0x7FFFFFFF - n).to(tl.int64), -1), 0))
@@ -361,6 +372,7 @@ def farthest_first_again_kernel(
 @triton.jit
 def assign_again_kernel(
     x,  # (B, N, C)
+    squares,  # (B, N) float32
     centers,  # (B, K) int64
     label,  # (B, N) int64
     tokens,
@@ -377,15 +389,18 @@ def assign_again_kernel(
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     centers += batch * clusters
     image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
-    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
-    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
+    row_i = tl.minimum(i, tokens - 1)
+    rows_i = image + row_i.to(tl.int64)[:, None] * x_stride_n
+    squares += batch * tokens
+    squares_i = tl.load(squares + row_i)
     nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
     place = tl.zeros((BLOCK_I,), tl.int32)
     for start_j in range(0, clusters, BLOCK_N):
         j = start_j + tl.arange(0, BLOCK_N)
         center = tl.load(centers + j, mask=j < clusters, other=0)
         rows_j = image + center[:, None] * x_stride_n
-        value = _distances(rows_i, squares_i, rows_j, j < clusters, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        squares_j = tl.load(squares + center)
+        value = _distances(rows_i, squares_i, rows_j, squares_j, j < clusters, channels, BLOCK_I, BLOCK_N, BLOCK_C)
         least = tl.min(value, 1)
         first = tl.min(tl.where(value == least[:, None], j[None, :], 0x7FFFFFFF), 1)
         place = tl.where(least < nearest, first, place)  # strict: the earlier center wins ties
@@ -396,6 +411,7 @@ def assign_again_kernel(
 @triton.jit
 def cost_of_members_again_kernel(
     x,  # (B, N, C)
+    squares,  # (B, N) float32
     weights,  # (B, N)
     label,  # (B, N) int64
     cost,  # (B, N) float32: sum of weights[i] * d(n, i) over the others of n's own cluster
@@ -415,15 +431,19 @@ def cost_of_members_again_kernel(
     image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
     weights += batch * weights_stride_b
     label += batch * tokens
-    rows_i = image + tl.minimum(i, tokens - 1).to(tl.int64)[:, None] * x_stride_n
-    squares_i = _squared_norms(rows_i, channels, BLOCK_I, BLOCK_C)
+    row_i = tl.minimum(i, tokens - 1)
+    rows_i = image + row_i.to(tl.int64)[:, None] * x_stride_n
+    squares += batch * tokens
+    squares_i = tl.load(squares + row_i)
     label_i = tl.load(label + i, mask=i < tokens, other=-1).to(tl.int32)
     total = tl.zeros((BLOCK_I,), tl.float32)
     for start_n in range(0, tokens, BLOCK_N):
         n = start_n + tl.arange(0, BLOCK_N)
         in_n = n < tokens
-        rows_n = image + tl.minimum(n, tokens - 1).to(tl.int64)[:, None] * x_stride_n
-        value = _distances(rows_i, squares_i, rows_n, in_n, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        row_n = tl.minimum(n, tokens - 1)
+        rows_n = image + row_n.to(tl.int64)[:, None] * x_stride_n
+        squares_n = tl.load(squares + row_n)
+        value = _distances(rows_i, squares_i, rows_n, squares_n, in_n, channels, BLOCK_I, BLOCK_N, BLOCK_C)
         value *= tl.load(weights + n.to(tl.int64) * weights_stride_n, mask=in_n, other=1.0).to(tl.float32)[None, :]
         value = tl.where(value < 3.4028234663852886e38, value, 3.4028234663852886e38)
         label_n = tl.load(label + n, mask=in_n, other=-2).to(tl.int32)
@@ -451,11 +471,16 @@ def cheapest_of_each_kernel(
 
 
 def token_distances(
-    x: torch.Tensor, weights: torch.Tensor | None, cost: torch.Tensor, centers: torch.Tensor
+    x: torch.Tensor,
+    squares: torch.Tensor,
+    weights: torch.Tensor | None,
+    cost: torch.Tensor,
+    centers: torch.Tensor,
 ) -> torch.Tensor | None:
     """Launch; x (B, N, C) with contiguous channels -> distance (B, N, N rounded up to 16), None of many tokens.
 
-    Fills cost (B, N) and centers (B, k). Without weights every token weighs 1 and the centers are left as they are.
+    Takes the squares (B, N) of the rows. Fills cost (B, N) and centers (B, k). Without weights every token weighs 1 and
+    the centers are left as they are.
     """
     batch, tokens, channels = x.shape
     distance = None
@@ -470,10 +495,13 @@ def token_distances(
     strides = (*x.stride()[:2], *((0, 0) if weights is None else weights.stride()))
     clusters = centers.shape[1]
     if distance is None:
-        token_costs_kernel[grid](x, weights, cost, centers, tokens, channels, clusters, *strides, **tile.settings())
+        token_costs_kernel[grid](
+            x, squares, weights, cost, centers, tokens, channels, clusters, *strides, **tile.settings()
+        )
     else:
         token_distances_kernel[grid](
             x,
+            squares,
             weights,
             distance,
             cost,
@@ -532,6 +560,7 @@ def _iterate(
 
 def _iterate_again(
     x: torch.Tensor,
+    squares: torch.Tensor,
     weights: torch.Tensor | None,
     cost: torch.Tensor,
     centers: torch.Tensor,
@@ -559,28 +588,30 @@ def _iterate_again(
             num_warps=8,
         )
     for _ in range(iters):
-        assign_again_kernel[blocks](x, centers, label, tokens, channels, clusters, *strides, **tile.settings())
+        assign_again_kernel[blocks](x, squares, centers, label, tokens, channels, clusters, *strides, **tile.settings())
         if weights is not None:
             cost_of_members_again_kernel[blocks](
-                x, weights, label, cost, tokens, channels, *strides, *weights.stride(), **tile.settings()
+                x, squares, weights, label, cost, tokens, channels, *strides, *weights.stride(), **tile.settings()
             )
         cheapest_of_each_kernel[(triton.cdiv(clusters, one.block_j), batch)](
             cost, label, centers, tokens, clusters, BLOCK_N=one.block_n, BLOCK_J=one.block_j, num_warps=4
         )
-    assign_again_kernel[blocks](x, centers, label, tokens, channels, clusters, *strides, **tile.settings())
+    assign_again_kernel[blocks](x, squares, centers, label, tokens, channels, clusters, *strides, **tile.settings())
 
 
+@in_parts("x", "weights")
 def cluster_k_medoids(
     x: torch.Tensor, weights: torch.Tensor | None, k: int, iters: int, members: bool, first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two launches, three without weights, more above STORED tokens; see the module.
+    """Three launches, four without weights, more above STORED tokens; see the module.
 
     x (B, N, C) with contiguous channels -> centers (B, k), label (B, N).
     """
     batch, tokens, _ = x.shape
     cost = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
     centers = torch.empty(batch, k, dtype=torch.int64, device=x.device)
-    distance = token_distances(x, weights, cost, centers)
+    squares = squared_lengths(x)
+    distance = token_distances(x, squares, weights, cost, centers)
     label = torch.empty(batch, tokens, dtype=torch.int64, device=x.device)
     if batch:
         start = first if weights is None else None
@@ -588,7 +619,7 @@ def cluster_k_medoids(
         if members:
             summed = torch.ones_like(cost) if weights is None else weights
         if distance is None:
-            _iterate_again(x, summed, cost, centers, label, iters, start)
+            _iterate_again(x, squares, summed, cost, centers, label, iters, start)
         else:
             _iterate(distance, summed, cost, centers, label, iters, start)
     return centers, label

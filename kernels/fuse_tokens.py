@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import RowTile, row_tile, whole_rows
+from ._launch import RowTile, in_parts, row_tile, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -465,6 +465,7 @@ def _launch(
     return out, normed, statistics
 
 
+@in_parts("x", "order", "scores", "residual")
 def fuse_tokens(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -478,6 +479,7 @@ def fuse_tokens(
     return _launch(x, order, scores, k, prefix, residual, residual_bias, row_tile(x.shape[2]), SUM_TILE)[0]
 
 
+@in_parts("x", "order", "scores", "residual")
 def fuse_tokens_norm(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -503,6 +505,7 @@ def fuse_tokens_norm(
     return out, normed, statistics
 
 
+@in_parts("grad", "x", "order", "scores")
 def fuse_tokens_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -543,6 +546,7 @@ def fuse_tokens_backward(
     return grad_x, grad_scores
 
 
+@in_parts("grad_normed", "grad_out", "out", "statistics", "x", "order", "scores", added=(3,))
 def fuse_tokens_norm_backward(
     grad_out: torch.Tensor | None,
     grad_normed: torch.Tensor,

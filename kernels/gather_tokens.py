@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import RowTile, row_tile, whole_rows
+from ._launch import RowTile, in_parts, row_tile, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -181,11 +181,13 @@ def _launch(
     return out, normed, statistics
 
 
+@in_parts("x", "index", "residual")
 def gather_tokens(x: torch.Tensor, index: torch.Tensor, prefix: int, residual: torch.Tensor | None) -> torch.Tensor:
     """Launch; x (B, N, C) and residual with contiguous channels, index (B, K) of any strides."""
     return _launch(x, index, prefix, residual, row_tile(x.shape[2]))[0]
 
 
+@in_parts("x", "index", "residual")
 def gather_tokens_norm(
     x: torch.Tensor,
     index: torch.Tensor,
@@ -202,6 +204,7 @@ def gather_tokens_norm(
     return out, normed, statistics
 
 
+@in_parts("grad_normed", "grad_out", "out", "statistics", "order", "offsets", added=(2,))
 def gather_tokens_norm_backward(
     grad_out: torch.Tensor | None,
     grad_normed: torch.Tensor,

@@ -128,8 +128,8 @@ def packed_weight_kernel(
     grad,  # (T, O)
     x,  # (T, I)
     offsets,  # (B + 1,) int32
-    grad_weight,  # (P, O, I), contiguous
-    grad_bias,  # (P, O), contiguous
+    grad_weight,  # (P, O, I), contiguous, or None
+    grad_bias,  # (P, O), contiguous, or None
     outs,
     ins,
     batch,
@@ -140,33 +140,45 @@ def packed_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of ``grad.T @ x`` over one of P parts of the rows; the first tile of a row also sums ``grad``."""
+    """One tile of ``grad.T @ x`` over one of P parts of the rows; if wanted, the first programs sum ``grad`` instead.
+
+    Not those that multiply: what feeds a dot must not feed a sum, see ``_squares``.
+    """
     part = tl.program_id(1).to(tl.int64)
-    blocks_n = tl.cdiv(ins, BLOCK_N)
-    block_n = tl.program_id(0) % blocks_n
-    offsets_m = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_m, in_n = offsets_m < outs, offsets_n < ins
+    tile = tl.program_id(0)
     total = tl.load(offsets + batch)
     share = tl.cdiv(tl.cdiv(total, BLOCK_K), tl.num_programs(1)) * BLOCK_K
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, total)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sums = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(begin, end, BLOCK_K):
-        rows = start + tl.arange(0, BLOCK_K)
-        real, rows = rows < end, rows.to(tl.int64)
-        slope = grad + rows[:, None] * grad_stride_t + offsets_m[None, :]
-        slope = tl.load(slope, mask=real[:, None] & in_m[None, :], other=0.0)
-        token = x + rows[:, None] * x_stride_t + offsets_n[None, :]
-        token = tl.load(token, mask=real[:, None] & in_n[None, :], other=0.0)
-        acc = tl.dot(tl.trans(slope), token, acc, input_precision=PRECISION)
-        if block_n == 0:
-            sums += tl.sum(slope.to(tl.float32), 0)
-    target = grad_weight + part * outs * ins + offsets_m.to(tl.int64)[:, None] * ins + offsets_n[None, :]
-    tl.store(target, acc.to(grad_weight.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
-    if block_n == 0:
-        tl.store(grad_bias + part * outs + offsets_m, sums.to(grad_bias.dtype.element_ty), mask=in_m)
+    if grad_bias is not None:
+        tile -= tl.cdiv(outs, BLOCK_M)
+        if tile < 0:
+            offsets_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+            in_m = offsets_m < outs
+            sums = tl.zeros((BLOCK_M,), tl.float32)
+            for start in range(begin, end, BLOCK_K):
+                rows = start + tl.arange(0, BLOCK_K)
+                real, rows = rows < end, rows.to(tl.int64)
+                slope = grad + rows[:, None] * grad_stride_t + offsets_m[None, :]
+                sums += tl.sum(tl.load(slope, mask=real[:, None] & in_m[None, :], other=0.0).to(tl.float32), 0)
+            tl.store(grad_bias + part * outs + offsets_m, sums.to(grad_bias.dtype.element_ty), mask=in_m)
+            return
+    if grad_weight is not None:
+        blocks_n = tl.cdiv(ins, BLOCK_N)
+        offsets_m = tile // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+        offsets_n = tile % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_m, in_n = offsets_m < outs, offsets_n < ins
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(begin, end, BLOCK_K):
+            rows = start + tl.arange(0, BLOCK_K)
+            real, rows = rows < end, rows.to(tl.int64)
+            slope = grad + rows[:, None] * grad_stride_t + offsets_m[None, :]
+            slope = tl.load(slope, mask=real[:, None] & in_m[None, :], other=0.0)
+            token = x + rows[:, None] * x_stride_t + offsets_n[None, :]
+            token = tl.load(token, mask=real[:, None] & in_n[None, :], other=0.0)
+            acc = tl.dot(tl.trans(slope), token, acc, input_precision=PRECISION)
+        target = grad_weight + part * outs * ins + offsets_m.to(tl.int64)[:, None] * ins + offsets_n[None, :]
+        tl.store(target, acc.to(grad_weight.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
@@ -207,11 +219,11 @@ def linear_packed(
     return _product(x, weight.t(), bias, offsets)
 
 
-def _summed(parts: torch.Tensor, wanted: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Over the parts; empty if it is not wanted."""
-    if not wanted:
-        return parts.new_empty(0, dtype=dtype)
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+def _summed(parts: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """Over the parts, in the weight's dtype; empty if there are none."""
+    if parts is None:
+        return weight.new_empty(0)
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(weight.dtype)
 
 
 def linear_packed_backward(
@@ -228,14 +240,14 @@ def linear_packed_backward(
     grad_x = _product(grad, weight, None, offsets) if wanted[0] else x.new_empty(0)
     if not (wanted[1] or wanted[2]):
         return grad_x, weight.new_empty(0), weight.new_empty(0)
-    outs = weight.shape[0]
-    ins = weight.shape[1] if wanted[1] else 1  # the programs of the first columns are those that sum the bias
+    outs, ins = weight.shape
     parts = grad_weight_parts(ins, outs, x.shape[1], x.dtype)
     dtype = weight.dtype if parts == 1 else torch.float32
-    grad_weight = torch.empty(parts, outs, ins, dtype=dtype, device=x.device)
-    grad_bias = torch.empty(parts, outs, dtype=dtype, device=x.device)
+    grad_weight = torch.empty(parts, outs, ins, dtype=dtype, device=x.device) if wanted[1] else None
+    grad_bias = torch.empty(parts, outs, dtype=dtype, device=x.device) if wanted[2] else None
     tile = grad_weight_tile(ins, outs, x.dtype)
-    packed_weight_kernel[(triton.cdiv(outs, tile.block_m) * triton.cdiv(ins, tile.block_n), parts)](
+    column_blocks = (triton.cdiv(ins, tile.block_n) if wanted[1] else 0) + wanted[2]
+    packed_weight_kernel[(triton.cdiv(outs, tile.block_m) * column_blocks, parts)](
         grad,
         x,
         offsets,
@@ -253,4 +265,4 @@ def linear_packed_backward(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return grad_x, _summed(grad_weight, wanted[1], weight.dtype), _summed(grad_bias, wanted[2], weight.dtype)
+    return grad_x, _summed(grad_weight, weight), _summed(grad_bias, weight)

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import row_tile
+from ._launch import in_parts, row_tile
 from ._rows import steps, unit_of
+from ._squares import squared_lengths
 from .merge_tokens import _group, group_slots
 
 # Up to 8,192 tokens the keys stay in registers, 16 a thread; longer sequences read them again at every step.
@@ -129,6 +130,7 @@ def mean_keys_kernel(
 def best_match_kernel(
     keys,  # (B, H, N, D): their mean over the heads is the metric
     kept,  # (B, A, D), contiguous, or None: means of even tokens that later steps need
+    squares,  # (B, N) float32, contiguous, or None: squared lengths of the metric
     best,  # (B, A) float32, not written for prefix tokens
     destination,  # (B, A) int32, likewise
     tokens,
@@ -144,7 +146,11 @@ def best_match_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program compares BLOCK_A even tokens with every odd one; similarities never leave the registers."""
+    """One program compares BLOCK_A even tokens with every odd one; similarities never leave the registers.
+
+    Of channels in chunks, squares are summed in the loop only where heads are averaged, so that the dot does not read
+    what was loaded: see ``_squares``.
+    """
     batch = tl.program_id(1).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
     channels = channels // UNIT * UNIT
@@ -156,6 +162,9 @@ def best_match_kernel(
     if ONE_CHUNK:
         a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
         squares_a = tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
+    if squares is not None:
+        squares += batch * tokens
+        squares_a = tl.load(squares + 2 * position_a, mask=position_a < num_a, other=0.0)
     if kept is not None:
         kept_a = kept + steps(batch * num_a + position_a, channels, UNIT) + offsets_d[None, :]
 
@@ -171,6 +180,13 @@ def best_match_kernel(
             b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
             squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+        elif squares is not None:
+            squares_b += tl.load(squares + 2 * position_b + 1, mask=position_b < num_b, other=0.0)
+            for start_d in range(0, channels, BLOCK_D):
+                in_d = (start_d + offsets_d < channels)[None, :]
+                a_chunk = tl.load(pointers_a + start_d, mask=in_a & in_d, other=0.0)
+                b = tl.load(pointers_b + start_d, mask=in_b & in_d, other=0.0)
+                dots = tl.dot(a_chunk, tl.trans(b), dots, input_precision="ieee")
         else:
             squares_a = tl.zeros((BLOCK_A,), tl.float32)  # again at every step, instead of a pass of their own
             for start_d in range(0, channels, BLOCK_D):
@@ -305,7 +321,7 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
 
 
 def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch or two; keys (B, H, N, D) -> similarity (B, A) float32 and place among the odd tokens (B, A) int32.
+    """One launch to three; keys (B, H, N, D) -> similarity (B, A) float32 and place among the odd tokens (B, A) int32.
 
     Of the A even tokens, those of the prefix are left out.
     """
@@ -322,9 +338,11 @@ def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
     tile = match_tile(searching, channels, keys.dtype, heads, aligned=unit > 1)
     one_chunk, one_step = channels <= tile.block_d, num_b - prefix // 2 <= tile.block_b
     keeps = heads > 1 and not one_chunk and not one_step
+    squares = squared_lengths(keys.squeeze(1)) if heads == 1 and not one_chunk else None
     best_match_kernel[(triton.cdiv(searching, tile.block_a), batch)](
         keys,
         keys.new_empty(batch, num_a, channels) if keeps else None,
+        squares,
         best,
         destination,
         tokens,
@@ -343,8 +361,9 @@ def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
     return best, destination
 
 
+@in_parts("metric")
 def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches to four; metric (B, N, D), or keys (B, H, N, D), with contiguous channels. Any N from 2, any D.
+    """Two launches to five; metric (B, N, D), or keys (B, H, N, D), with contiguous channels. Any N from 2, any D.
 
     Returns slot (B, N) int64, and the tokens grouped by it: order (B, N) and offsets (B, N - r + 1), int32.
     """

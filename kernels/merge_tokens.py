@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import row_warps
+from ._launch import in_parts, row_warps
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -23,6 +23,9 @@ from ._norm import (
 # at a tenth of the traffic, more would wait for the largest. With wider rows two of them spill on sm_80.
 SHARING_SLOTS = 4
 SHARING_CHANNELS = 1024
+# The greatest logarithm of a size. A slot that has a greater one has all its sizes divided alike, so that it becomes
+# this: the mean is the same in float32, as eps is nothing beside e^40, and no exponential overflows.
+MAX_LOG_SIZE = tl.constexpr(40.0)
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def reduce_slots_kernel(
     size,  # (B, N) or None
     residual,  # (B, M, C) or None
     head,  # (B, P, C) or None: rows to put in front
-    log_weight,  # (1, C) or None: the sizes are exp(log_weight . x + log_bias)
+    log_weight,  # (1, C) or None: the sizes are exp(log_weight . x + log_bias), see MAX_LOG_SIZE
     log_bias,  # (1,) or None
     order,  # (B, N) int32
     offsets,  # (B, M + 1) int32
@@ -126,6 +129,7 @@ def reduce_slots_kernel(
     if log_weight is not None:
         direction = tl.load(log_weight + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
         constant = tl.load(log_bias).to(tl.float32)
+        shift = tl.zeros((SLOTS,), tl.float32)  # of the logarithms of a slot, where their exponentials would overflow
     acc = tl.zeros((SLOTS, BLOCK_C), tl.float32)
     size_sum = tl.zeros((SLOTS,), tl.float32)
     for step in range(tl.max(count, 0)):
@@ -137,10 +141,25 @@ def reduce_slots_kernel(
         if size is not None:
             size_n = tl.load(size + batch * size_stride_b + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
         if log_weight is not None:
-            size_n = tl.where(active, tl.exp(tl.sum(row * direction[None, :], 1) + constant), 0.0)
+            score = tl.sum(row * direction[None, :], 1) + constant
+            new_shift = tl.where(active, tl.maximum(shift, score - MAX_LOG_SIZE), shift)
+            rescale = tl.exp(shift - new_shift)
+            acc *= rescale[:, None]
+            size_sum *= rescale
+            shift = new_shift
+            size_n = tl.where(active, tl.exp(score - shift), 0.0)
             tl.store(learned + batch * tokens + n, size_n, mask=active)
         acc += size_n[:, None] * row
         size_sum += size_n
+    if log_weight is not None:  # noqa: SIM102 - only a condition of constants leaves the branch out
+        if tl.max(shift, 0) > 0.0:  # sizes stored before the greatest one of their slot was known
+            for step in range(tl.max(count, 0)):
+                active = step < count
+                n = tl.load(order + batch * tokens + start + step, mask=active, other=0).to(tl.int64)
+                source = x + batch * x_stride_b + n[:, None] * x_stride_n + offsets_c[None, :]
+                row = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
+                score = tl.sum(row * direction[None, :], 1) + constant
+                tl.store(learned + batch * tokens + n, tl.exp(score - shift), mask=active)
     if total is not None:
         acc = acc / tl.maximum(size_sum + EPS if EPS > 0.0 else size_sum, 1e-30)[:, None]
         tl.store(total + batch * num_out + m, size_sum, mask=in_slots)
@@ -432,6 +451,7 @@ def merge_tokens_norm_backward_kernel(
         _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
 
 
+@in_parts("slot")
 def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; slot (B, N) -> order (B, N) and offsets (B, num_out + 1), both int32."""
     batch, tokens = slot.shape
@@ -497,16 +517,19 @@ def _reduce(
     return out, total, learned, normed, statistics
 
 
+@in_parts("x", "order", "offsets")
 def sum_grouped(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Launch; x (B, N, C) grouped by order and offsets -> (B, M, C), in x's dtype."""
     return _reduce(x, None, None, order, offsets, mean=False)[0]
 
 
+@in_parts("x", "slot")
 def sum_slots(x: torch.Tensor, slot: torch.Tensor, num_out: int) -> torch.Tensor:
     """Two launches; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
     return sum_grouped(x, *group_slots(slot, num_out))
 
 
+@in_parts("x", "order", "offsets", "size", "residual", "head")
 def merge_tokens(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -520,6 +543,7 @@ def merge_tokens(
     return _reduce(x, size, residual, order, offsets, mean=True, eps=eps, head=head)[:2]
 
 
+@in_parts("x", "order", "offsets", "residual", "head")
 def merge_tokens_learned(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -534,6 +558,7 @@ def merge_tokens_learned(
     return _reduce(x, None, residual, order, offsets, mean=True, eps=eps, head=head, log_size=(weight, bias))[:3]
 
 
+@in_parts("x", "order", "offsets", "size", "residual", "head")
 def merge_tokens_norm(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -593,6 +618,7 @@ def _launch_spread(x, order, offsets, size=None, total=None, eps=0.0, partner=No
     return out, grad_size
 
 
+@in_parts("x", "order", "offsets", "size", "total")
 def spread_slots(
     x: torch.Tensor,
     order: torch.Tensor,
@@ -605,6 +631,7 @@ def spread_slots(
     return _launch_spread(x, order, offsets, size, total, eps)[0]
 
 
+@in_parts("grad", "x", "order", "offsets", "size", "total")
 def merge_tokens_size_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -622,6 +649,7 @@ def merge_tokens_size_backward(
     return _launch_spread(grad, order, offsets, size, total, eps, x, weight)
 
 
+@in_parts("grad_normed", "grad_out", "merged", "statistics", "x", "order", "offsets", "size", "total", added=(4,))
 def merge_tokens_norm_backward(
     grad_out: torch.Tensor | None,
     grad_normed: torch.Tensor,

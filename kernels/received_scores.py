@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
 from ._rows import head_of, steps, unit_of
 
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
@@ -353,6 +354,7 @@ def grad_k_kernel(
     tl.store(grad_k + target, (acc * scale).to(grad_k.dtype.element_ty), mask=mask)
 
 
+@in_parts("q", "k")
 def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Two launches; q (B, H, M, D), k (B, H, N, D), dense last axes -> scores (B, N), logsumexp (B, H, M)."""
     batch, heads, keys, head_dim = k.shape
@@ -416,6 +418,7 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
     return scores, logsumexp
 
 
+@in_parts("grad", "q", "k", "logsumexp")
 def received_scores_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, logsumexp: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,7 +87,7 @@ def sample_tokens_kernel(
 
     for start in range(0, budget, BLOCK_K):
         offsets_k = start + tl.arange(0, BLOCK_K)
-        point = tl.div_rn((2 * offsets_k + 1).to(tl.float32), (2 * budget + 2).to(tl.float32))
+        point = tl.div_rn((2 * offsets_k + 1).to(tl.float32), tl.cast(2 * budget + 2, tl.float32))
         above = tl.zeros((BLOCK_K,), tl.int32)  # the first token whose cdf reaches the point
         end = above + tokens
         for _ in range(SEARCH_STEPS):

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import in_parts
+
 
 @dataclasses.dataclass(frozen=True)
 class SortSettings:
@@ -82,6 +84,7 @@ def rank_scores_kernel(
     tl.store(out + batch * keep + rank, i.to(tl.int64), mask=(i < tokens) & (rank < keep))
 
 
+@in_parts("scores")
 def select_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     """Launch; scores (B, N) of any strides -> indices (B, k) int64."""
     batch, tokens = scores.shape

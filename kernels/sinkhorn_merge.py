@@ -1,6 +1,6 @@
-"""Sinkhorn merging: three launches forward, four and a fixed-order sum backward.
+"""Sinkhorn merging: four launches forward, four and a fixed-order sum backward.
 
-Forward: similarities and norms; the iterations; the plan times the tokens. Backward: the gradient of the plan's
+Forward: norms; similarities; the iterations; the plan times the tokens. Backward: the gradient of the plan's
 logarithm; the iterations in reverse, of which only vectors are kept; the gradient of the similarities, put together
 from them; the gradients of tokens and centres. Neither the plan nor the normalised tokens are ever written.
 
@@ -20,6 +20,9 @@ import functools
 import torch
 import triton
 import triton.language as tl
+
+from ._launch import in_parts
+from ._squares import squared_lengths
 
 LOWEST = tl.constexpr(-3.0e38)  # where a row of -inf needs a finite maximum
 PADDING = 16
@@ -141,7 +144,10 @@ def similarity_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: a tile of similarities, and the maximum and sum of exponentials of each of its columns."""
+    """One program: a tile of similarities, and the maximum and sum of exponentials of each of its columns.
+
+    Norms are not summed in the loop: see ``_squares``.
+    """
     batch = tl.program_id(1).to(tl.int64)
     k_blocks = tl.cdiv(padded, BLOCK_K)
     k_block = tl.program_id(0) % k_blocks
@@ -156,16 +162,12 @@ def similarity_kernel(
     pointers_x = x + batch * x_stride_b + row_n[:, None] * x_stride_n + offsets_c[None, :]
     pointers_centers = centers + row_k[:, None] * centers_stride_k + offsets_c[None, :]
     dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, channels, BLOCK_C):
         in_c = (start + offsets_c < channels)[None, :]
         token = tl.load(pointers_x + start, mask=in_c, other=0.0)
         center = tl.load(pointers_centers + start, mask=in_c, other=0.0)
-        squares += tl.sum(token.to(tl.float32) * token.to(tl.float32), 1)
         dots = _dot(token, tl.trans(center), dots, PRECISION)
-    inverse = 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
-    if k_block == 0:
-        tl.store(inverse_norm + batch * tokens + offsets_n, inverse, mask=in_n)
+    inverse = tl.load(inverse_norm + batch * tokens + row_n)
     score = dots * (inverse * inverse_eps)[:, None]
     score = tl.where((offsets_k < clusters)[None, :], score, float("-inf"))
     in_k = offsets_k < padded
@@ -353,10 +355,9 @@ def first_biases_again_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: the first biases of BLOCK_K clusters; those of the first clusters store the norms too."""
+    """One program: the first biases of BLOCK_K clusters."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    offsets_c = tl.arange(0, BLOCK_C)[None, :]
     rows_k = _first_channels(centers, offsets_k, clusters, centers_stride_k)
     x += batch * x_stride_b
     maximum = tl.full((BLOCK_K,), LOWEST, tl.float32)
@@ -365,17 +366,8 @@ def first_biases_again_kernel(
         offsets_n = start_n + tl.arange(0, BLOCK_N)
         in_n = offsets_n < tokens
         rows_n = _first_channels(x, offsets_n, tokens, x_stride_n)
-        dots = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-        squares = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, channels, BLOCK_C):
-            in_c = start + offsets_c < channels
-            center = tl.load(rows_k + start + offsets_c, mask=in_c, other=0.0)
-            token = tl.load(rows_n + start + offsets_c, mask=in_c, other=0.0)
-            squares += tl.sum(token.to(tl.float32) * token.to(tl.float32), 1)
-            dots = _dot(center, tl.trans(token), dots, "ieee")
-        inverse = 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
-        if tl.program_id(0) == 0:
-            tl.store(inverse_norm + batch * tokens + offsets_n, inverse, mask=in_n)
+        dots = _dots(rows_k, rows_n, channels, BLOCK_K, BLOCK_N, BLOCK_C)
+        inverse = tl.load(inverse_norm + batch * tokens + offsets_n, mask=in_n, other=0.0)
         score = tl.where(in_n[None, :], dots * (inverse * inverse_eps)[None, :], float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(score, 1))
         total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(score - new_maximum[:, None]), 1)
@@ -970,10 +962,14 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+_SAVED = ("similarity", "inverse_norm", "token_shifts", "token_scales", "cluster_biases", "cluster_scales")
+
+
+@in_parts("x", "head")
 def sinkhorn_merge(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Three launches; x (B, N, C), centers (K, C) and head (B, P, C) or None with contiguous channels.
+    """Four launches; x (B, N, C), centers (K, C) and head (B, P, C) or None with contiguous channels.
 
     Returns merged (B, P + K, C), similarity (B, N, padded), token_bias (B, N), inverse_norm (B, N), token_shifts and
     token_scales (B, iters, N), cluster_biases (B, iters + 1, padded), the first of which is minus the maximum of each
@@ -987,7 +983,7 @@ def sinkhorn_merge(
     numbers = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     merged = torch.empty(batch, num_head + clusters, channels, dtype=dtype, device=x.device)
     similarity = numbers(batch, tokens, padded)
-    inverse_norm = numbers(batch, tokens)
+    inverse_norm = squared_lengths(x, reciprocal=True)
     token_bias = numbers(batch, tokens)
     token_shifts = numbers(batch, iters, tokens)
     token_scales = numbers(batch, iters, tokens)
@@ -1021,6 +1017,7 @@ def sinkhorn_merge(
         BLOCK_C=tile.step,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=MOST_REGISTERS if exact else None,
     )
     walk = plan_tile(tokens, padded)
     plan_biases_kernel[(batch,)](
@@ -1071,17 +1068,19 @@ def sinkhorn_merge(
     return merged, similarity, token_bias, *saved
 
 
+@in_parts("x", "head")
 def sinkhorn_merge_blocks(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """2 iters + 1 launches; the same merged rows, token_bias (B, N) and cluster_bias (B, K), with vectors only."""
+    """2 iters + 2 launches; the same merged rows, token_bias (B, N) and cluster_bias (B, K), with vectors only."""
     batch, tokens, channels = x.shape
     clusters = centers.shape[0]
     num_head = 0 if head is None else head.shape[1]
     dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
     merged = torch.empty(batch, num_head + clusters, channels, dtype=dtype, device=x.device)
     numbers = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    inverse_norm, token_bias, token_shift, token_scale = (numbers(batch, tokens) for _ in range(4))
+    inverse_norm = squared_lengths(x, reciprocal=True)
+    token_bias, token_shift, token_scale = (numbers(batch, tokens) for _ in range(3))
     cluster_bias = numbers(batch, clusters)
     if batch == 0:
         return merged, token_bias, cluster_bias
@@ -1140,6 +1139,7 @@ def sinkhorn_merge_blocks(
     return merged, token_bias, cluster_bias
 
 
+@in_parts("grad", "x", *_SAVED, added=(1,))
 def sinkhorn_merge_backward(
     grad: torch.Tensor,
     x: torch.Tensor,

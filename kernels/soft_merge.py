@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import row_tile
+from ._launch import in_parts, row_tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +346,7 @@ def soft_merge_backward_kernel(
         )
 
 
+@in_parts("logits", "x", "head")
 def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; logits (B, N, K) of any strides, x (B, N, C) and head with contiguous channels -> rows and logsumexp."""
     batch, tokens, channels = x.shape
@@ -382,6 +383,7 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
     return out, logsumexp
 
 
+@in_parts("grad", "logits", "x", "out", "logsumexp")
 def soft_merge_backward(
     grad: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, out: torch.Tensor, logsumexp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

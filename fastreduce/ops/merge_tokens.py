@@ -89,7 +89,7 @@ def _reference_merge_learned(
     eps: float,
     head: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = reference.learned_sizes(x, weight, bias)
+    size = reference.learned_sizes(x, weight, bias, slot, offsets.shape[1] - 1)
     return *_reference_merge(x, slot, order, offsets, size, residual, eps, head), size
 
 
@@ -131,7 +131,7 @@ def _reference_merge_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     learned = x.new_empty(x.shape[0], 0, dtype=reference.accumulator(x.dtype))
     if log_weight is not None and log_bias is not None:
-        size = learned = reference.learned_sizes(x, log_weight, log_bias)
+        size = learned = reference.learned_sizes(x, log_weight, log_bias, slot, offsets.shape[1] - 1)
     merged, total = _reference_merge(x, slot, order, offsets, size, residual, eps, head)
     merged, normed, statistics = reference.with_norm(merged, *norm)
     return merged, total, learned, normed, statistics
@@ -602,7 +602,9 @@ def merge_tokens(
 
     Returns:
         merged (B, P + num_out, C), differentiable in x, size, log_size, residual and head, and the new sizes
-        (B, num_out), float32 (float64 for float64 x), which carry no gradient.
+        (B, num_out), float32 (float64 for float64 x), which carry no gradient: the sums of the sizes. Of a slot whose
+        greatest logarithm by log_size is above 40 it is the sum divided by ``exp(greatest - 40)``, as the sum itself
+        may be beyond float32; the merged row is the mean all the same.
 
     Raises:
         ValueError: wrong shapes, devices that differ, ``num_out < 1``, an eps that is negative or not finite, both size
@@ -613,7 +615,7 @@ def merge_tokens(
     tensors = _check_merge(x, slot, num_out, size, log_size, residual, eps, head)
     if resolve(backend, *tensors) == "reference":
         if log_size is not None:
-            size = reference.learned_sizes(x, *log_size)
+            size = reference.learned_sizes(x, *log_size, slot, num_out)
         return reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
     order, offsets = _group(slot, num_out) if groups is None else groups
     return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head, *(log_size or ()))
@@ -670,7 +672,7 @@ def merge_tokens_norm(
     tensors += check_norm(x, weight, bias, norm_eps)
     if resolve(backend, *tensors) == "reference":
         if log_size is not None:
-            size = reference.learned_sizes(x, *log_size)
+            size = reference.learned_sizes(x, *log_size, slot, num_out)
         merged, total = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
         return merged, total, reference.layer_norm(merged, weight, bias, norm_eps)
     order, offsets = _group(slot, num_out) if groups is None else groups

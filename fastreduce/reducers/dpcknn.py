@@ -16,7 +16,7 @@ __all__ = ["DPCKNN"]
 
 
 class TokenScore(nn.Module):
-    """The learned importance of a token within its cluster: the exponential of a linear function."""
+    """The learned importance of a token within its cluster: a linear function; its exponential is the weight."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -25,9 +25,18 @@ class TokenScore(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N), float32 or wider: half precision would overflow soon."""
+        """(B, N, C) -> (B, N), float32 or wider: the logarithm of the weights."""
         score = self.score(x).squeeze(-1)
-        return score.to(torch.promote_types(score.dtype, torch.float32)).exp()
+        return score.to(torch.promote_types(score.dtype, torch.float32))
+
+
+def _weights(score: Tensor, label: Tensor, clusters: int) -> Tensor:
+    """Exponentials of the scores (B, N), those of a cluster whose greatest score is above 40 divided by one number.
+
+    They would overflow; the weighted means are the same, as :func:`fastreduce.ops.merge_tokens` has them.
+    """
+    greatest = score.new_full((score.shape[0], clusters), 40.0).scatter_reduce(1, label, score.detach(), "amax")
+    return (score - (greatest - 40.0).gather(1, label)).exp()
 
 
 class DPCKNN(ScheduledReducer):
@@ -96,7 +105,7 @@ class DPCKNN(ScheduledReducer):
             if is_bare(layer.score):
                 log_size = layer.score.weight, layer.score.bias  # applied in the launch of the merge
             else:
-                size = layer(patches)
+                size = _weights(layer(patches), label, keep)
         x, _, normed = merge(
             block.attention_norm(patches),
             patches,

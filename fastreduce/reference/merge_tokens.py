@@ -17,6 +17,8 @@ __all__ = [
     "unmerge_tokens",
 ]
 
+_MAX_LOG_SIZE = 40.0
+
 
 def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
     """Tokens grouped by slot, in index order within each.
@@ -68,13 +70,20 @@ def merge_tokens(
     return merged, total.detach()
 
 
-def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider."""
+def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor, slot: Tensor, num_out: int) -> Tensor:
+    """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider.
+
+    The exponential of 89 is beyond float32. So where the greatest logarithm of a slot is above 40, all the sizes of the
+    slot are divided by ``exp(greatest - 40)``: their mean is the same, since eps is nothing beside ``exp(40)``.
+    """
     rows = x.to(accumulator(x.dtype))
     # A product by batch takes the tokens behind a prefix as they lie; a linear layer would copy them. Transposed, not
     # unsqueezed: the strides of the weight decide between two routes, one of them 7 times as fast.
     weight = weight.to(rows.dtype).mT.expand(x.shape[0], -1, -1)
-    return torch.baddbmm(bias.to(rows.dtype), rows, weight).squeeze(-1).to(rows.dtype).exp()
+    logarithm = torch.baddbmm(bias.to(rows.dtype), rows, weight).squeeze(-1).to(rows.dtype)
+    greatest = logarithm.new_full((x.shape[0], num_out), _MAX_LOG_SIZE)
+    greatest = greatest.scatter_reduce(1, slot.long(), logarithm.detach(), "amax")
+    return (logarithm - (greatest - _MAX_LOG_SIZE).gather(1, slot.long())).exp()
 
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float = 0.0) -> Tensor:

@@ -7,14 +7,20 @@ from fastreduce.kernels import cluster_dpc_knn as kernels
 from tests.compiled.gates import ARCHES, check_gates
 from tests.inputs import DTYPES
 
-OTHERS = ("sort_scores_kernel", "rank_scores_kernel", "group_slots_kernel")  # tested with their own primitives
+# Tested with their own primitives.
+OTHERS = (
+    "squared_lengths_kernel",
+    "sort_scores_kernel",
+    "rank_scores_kernel",
+    "group_slots_kernel",
+)
 
 
 def reports_for(arch, x, k, *, neighbors=5, noise=None):
     reports = check_gates(arch, lambda: kernels.cluster_dpc_knn(x, k, neighbors, noise), wide=False)
     computing = [report for report in reports if report.name not in OTHERS]
     several = x.shape[1] > kernels.most_tokens(x.dtype)
-    assert len(reports) == (5 if several else 2)
+    assert len(reports) == (6 if several else 3)
     assert [report.name for report in computing] == [
         "density_kernel",
         *(["score_kernel", "label_kernel"] if several else ["cluster_kernel"]),

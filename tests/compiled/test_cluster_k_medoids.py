@@ -10,12 +10,14 @@ from tests.inputs import DTYPES
 
 def reports_for(arch, x, weights, *, k=None, members=False):
     k = x.shape[1] // 2 if k is None else k
-    return check_gates(arch, lambda: kernels.cluster_k_medoids(x, weights, k, 3, members, 0), wide=False)
+    lengths, *reports = check_gates(arch, lambda: kernels.cluster_k_medoids(x, weights, k, 3, members, 0), wide=False)
+    assert lengths.name == "squared_lengths_kernel"
+    return reports
 
 
 def distances_of(x, weights):
     cost, centers = torch.zeros(x.shape[:2]), torch.zeros(2, 98, dtype=torch.int64)
-    return lambda: kernels.token_distances(x, weights, cost, centers)
+    return lambda: kernels.token_distances(x, torch.zeros(x.shape[:2]), weights, cost, centers)
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -7,7 +7,19 @@ from fastreduce.kernels import sample_tokens as kernels
 from tests.compiled.gates import ARCHES, check_gates
 from tests.inputs import DTYPES
 
-CLASSES = [(16, 4), (196, 98), (137, 96), (576, 288), (1024, 922), (4096, 2048), (4097, 4096), (196, 4096), (9000, 100)]
+CLASSES = [
+    (1, 1),
+    (196, 1),
+    (16, 4),
+    (196, 98),
+    (137, 96),
+    (576, 288),
+    (1024, 922),
+    (4096, 2048),
+    (4097, 4096),
+    (196, 4096),
+    (9000, 100),
+]
 
 
 @pytest.mark.parametrize("arch", ARCHES)

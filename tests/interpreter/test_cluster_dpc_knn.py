@@ -131,8 +131,8 @@ def test_launches(dtype, most, launched):
     """Up to the limit one program does all that follows the densities."""
     for num_tokens in (17, most, most + 1):
         check(on_a_line(1, num_tokens, dtype=dtype, seed=3), 40 if num_tokens > 40 else 5)
-    several = ["density", "score", "sort_scores", "label", "group_slots"]
-    assert launched == [*["density", "cluster"] * 2, *several]
+    several = ["squared_lengths", "density", "score", "sort_scores", "label", "group_slots"]
+    assert launched == [*["squared_lengths", "density", "cluster"] * 2, *several]
 
 
 @pytest.mark.parametrize("equal_weight", [False, True])
@@ -142,7 +142,7 @@ def test_launches_of_a_stage(equal_weight, launched):
     fastreduce.patch(model, "dpcknn", at=2, keep=[8], equal_weight=equal_weight, backend="triton")
     with torch.no_grad():
         model(tiny.images(model))
-    assert launched == ["density", "cluster", "reduce_slots"]
+    assert launched == ["squared_lengths", "density", "cluster", "reduce_slots"]
 
 
 @pytest.mark.parametrize("more", [0, 1])

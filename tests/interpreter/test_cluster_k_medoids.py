@@ -5,6 +5,7 @@ import torch
 
 from fastreduce import ops
 from fastreduce.kernels import cluster_k_medoids as kernels
+from fastreduce.kernels._squares import squared_lengths
 from tests.budget import EPS, assert_within_budget
 from tests.inputs import DTYPES, seeded, tokens
 
@@ -168,7 +169,7 @@ def test_any_strides(dtype):
 def test_distances(num_tokens, channels, dtype):
     x, weights = tokens(1, num_tokens, channels, dtype=dtype), torch.rand(1, num_tokens, generator=seeded(3))
     cost, centers = torch.empty(1, num_tokens), torch.empty(1, num_tokens, dtype=torch.int64)
-    distance = kernels.token_distances(x, weights, cost, centers)
+    distance = kernels.token_distances(x, squared_lengths(x), weights, cost, centers)
     assert torch.isinf(distance[:, :, num_tokens:]).all()
     distance = distance[:, :, :num_tokens]
     # |a|^2 + |b|^2 - 2ab leaves the rounding of |a|^2 on the diagonal, in the released code too; its root is large.

@@ -311,13 +311,14 @@ def test_a_layer_of_constants_still_moves_the_tokens():
     assert not torch.allclose(torch.autograd.grad(merged, with_sizes, grad)[0], gradients[0])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
-def test_a_layer_that_overflows_spoils_its_slot_only():
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_score_that_is_no_number_spoils_its_slot_only():
     x, slot = tokens(1, 6, 8), torch.tensor([[0, 1, 1, 2, 0, 2]])
-    x[0, 1] = 100.0
-    merged, total = ops.merge_tokens(x, slot, 3, log_size=(torch.ones(1, 8), torch.zeros(1)), backend="triton")
-    assert total.isinf().tolist() == [[False, True, False]]
-    assert merged.isnan().any(2).tolist() == [[False, True, False]]
+    x[0, 1, 0] = float("inf")
+    for backend in ("triton", "reference"):
+        merged, total = ops.merge_tokens(x, slot, 3, log_size=(torch.ones(1, 8), torch.zeros(1)), backend=backend)
+        assert total.isnan().tolist() == [[False, True, False]]
+        assert merged.isnan().any(2).tolist() == [[False, True, False]]
 
 
 def test_eps_is_added_to_the_divisor_only():
@@ -457,3 +458,40 @@ def test_rows_are_summed_in_index_order():
         for n in range(offset, offset + 8):
             expected = expected + x[0, n]
         assert torch.equal(sums[0, 0], expected)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("scale", [0.1, 12.0, 1000.0])
+def test_learned_sizes_that_would_overflow(scale, norm):
+    """Against a softmax in float64, whatever the scores: the greatest first, last, or in the middle of its slot."""
+    x = tokens(2, 23, 24)
+    slot = torch.randint(0, 6, (2, 23), generator=seeded(3))
+    weight, bias = scale * tokens(1, 24, seed=4), tokens(1, seed=5)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    grad = tokens(2, 6, 24, seed=6)
+
+    def run(backend):
+        log_size = leaves[1], leaves[2]
+        if norm:
+            merged, size, _ = ops.merge_tokens_norm(x, slot, 6, log_size=log_size, eps=1e-6, backend=backend)
+        else:
+            merged, size = ops.merge_tokens(x, slot, 6, log_size=log_size, eps=1e-6, backend=backend)
+        return [merged, *torch.autograd.grad(merged, leaves, grad), size]
+
+    double = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    score = (double[0] @ double[1][0] + double[2]).unsqueeze(1)
+    own = torch.arange(6)[None, :, None] == slot[:, None, :]
+    greatest = score.where(own, -torch.inf).amax(2, keepdim=True).clamp_min(0.0)
+    exponential = (score - greatest).masked_fill(~own, -torch.inf).exp()
+    share = exponential / (exponential.sum(2, keepdim=True) + 1e-6 * (-greatest).exp())
+    exact = share @ double[0]
+    exact = [exact, *torch.autograd.grad(exact, double, grad.double())]
+    size = (exponential.sum(2) * greatest.squeeze(2).clamp_max(40.0).exp()).float()
+    for backend in ("triton", "reference"):
+        *ours, ours_size = run(backend)
+        for result, expected in zip(ours, exact, strict=True):
+            assert result.isfinite().all()
+            # A score of float32 is rounded, and its exponential with it.
+            bound = 1e-4 * (1 + scale) * max(1.0, expected.abs().max().item())
+            assert (result - expected).abs().max() <= bound
+        torch.testing.assert_close(ours_size, size, rtol=1e-3 * (1 + scale / 10), atol=1e-6)

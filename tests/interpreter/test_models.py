@@ -36,11 +36,11 @@ USES |= {
     "dynamicvit": ["sort_scores", "gather_tokens"],
     "dynamicvit in training": ["attention", "mean_values"],
     "ats": ["class_logits", "sample_tokens", "attention", "gather_tokens"],
-    "kmedoids": ["attention", "received", "token_distances", "iterate_clusters", "gather_tokens"],
-    "dpcknn": ["density", "cluster", "reduce_slots"],
+    "kmedoids": ["attention", "received", "squared_lengths", "token_distances", "iterate_clusters", "gather_tokens"],
+    "dpcknn": ["squared_lengths", "density", "cluster", "reduce_slots"],
     "sit": ["soft_merge"],
     "patchmerger": ["soft_merge"],
-    "sinkhorn": ["similarity", "plan_biases", "plan_sums"],
+    "sinkhorn": ["squared_lengths", "similarity", "plan_biases", "plan_sums"],
 }
 
 
