@@ -89,6 +89,7 @@ def _matches(draw: _Draw) -> list[Primitive]:
     return [
         _case("match_tokens 300", call, metric=keys, r=100),
         _case("match_tokens one metric", call, metric=keys[:, 0], r=60),
+        _case("match_tokens 1024 channels", call, metric=draw.tokens(1, 66, 1024), r=16),
         _case("match_tokens 700", call, metric=draw.tokens(1, 1, 700, 32), r=200),
         _case("match_tokens 1100", call, metric=draw.tokens(1, 2, 1100, 16), r=200),
     ]
