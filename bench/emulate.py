@@ -17,7 +17,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
@@ -66,21 +66,27 @@ def _run(task: Task) -> list[Climb]:
     return list(climb(task))
 
 
+def _results(found: list[Task], jobs: int) -> Iterator[list[Climb]]:
+    """Run the tasks, in as many processes; results come as they are ready."""
+    if jobs == 1:
+        yield from map(_run, found)
+        return
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(found))) as pool:
+        yield from pool.imap_unordered(_run, found)
+
+
 def _climb_all(found: list[Task], jobs: int) -> int:
     """Run and print; return how many are red."""
     start, red, total = time.perf_counter(), 0, 0
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(jobs, len(found))) as pool:
-        for climbs in pool.imap_unordered(_run, found):
-            for one in climbs:
-                total += 1
-                if one.wrong is not None:
-                    red += 1
-                    print(f"RED  {one}", flush=True)
-            seconds = sum(one.seconds for one in climbs)
-            task = climbs[0].task
-            dtype = str(task.shape.dtype).removeprefix("torch.")
-            print(f"{task.name} {dtype}: {len(climbs)} runs, {seconds:.1f} s", file=sys.stderr, flush=True)
+    for climbs in _results(found, jobs):
+        total += len(climbs)
+        for one in climbs:
+            if one.wrong is not None:
+                red += 1
+                print(f"RED  {one}", flush=True)
+        task, seconds = climbs[0].task, sum(one.seconds for one in climbs)
+        dtype = str(task.shape.dtype).removeprefix("torch.")
+        print(f"{task.name} {dtype}: {len(climbs)} runs, {seconds:.1f} s", file=sys.stderr, flush=True)
     print(f"{total} runs, {red} red, {time.perf_counter() - start:.0f} s")
     return red
 

@@ -63,8 +63,7 @@ class Climb:
     def __str__(self) -> str:
         shape = self.task.shape
         point = str(shape) if self.task.group == "primitives" else str(shape.dtype).removeprefix("torch.")
-        verdict = f"RED {self.wrong}" if self.wrong else "ok"
-        return f"{self.task.name} {point} {self.arch} {self.direction}, {self.schedule}: {verdict}"
+        return f"{self.task.name} {point} {self.arch} {self.direction}, {self.schedule}: {self.wrong or 'ok'}"
 
 
 def choices(group: str, dtype: torch.dtype) -> Mapping[str, Primitive]:
