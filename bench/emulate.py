@@ -93,7 +93,7 @@ def _climb_all(found: list[Task], jobs: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.emulate", description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every dtype, more shapes: half an hour on two cores")
+    parser.add_argument("--all", action="store_true", help="every dtype, more shapes")
     parser.add_argument("--arch", help=f"of {', '.join(ARCHES)}, comma separated (default: both)")
     parser.add_argument("--primitives", help="names, comma separated (default: all)")
     parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}, comma separated")

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.micro.bench_match_tokens import MATCH_TOKENS
+from bench.micro.bench_sample_tokens import SAMPLE_TOKENS
 from bench.primitive import Inputs, Outputs, Primitive, Shape
 from fastreduce import ops
 
@@ -23,6 +25,17 @@ __all__ = ["edge_cases", "special_cases"]
 def _tensors(found: Any) -> Outputs:
     """Turn what an operator returns into a tuple of tensors."""
     return tuple(one for one in (found if isinstance(found, tuple) else (found,)) if isinstance(one, Tensor))
+
+
+def _compare_matches(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
+    """Judge slots as the primitive's description does, whether or not the metric has heads."""
+    metric = inputs["metric"] if inputs["metric"].dim() == 4 else inputs["metric"].unsqueeze(1)
+    assert MATCH_TOKENS.compare is not None
+    return MATCH_TOKENS.compare({**inputs, "metric": metric}, outputs, exact)
+
+
+# Decisions that near-ties may change are judged by their values; all others must be equal.
+_COMPARED = {ops.match_tokens: _compare_matches, ops.sample_tokens: SAMPLE_TOKENS.compare}
 
 
 def _case(name: str, call: Callable[..., Any], gradients: str = "", **inputs: Any) -> Primitive:
@@ -37,7 +50,9 @@ def _case(name: str, call: Callable[..., Any], gradients: str = "", **inputs: An
     def make(shape: Shape, generator: torch.Generator) -> Inputs:
         return dict(inputs)
 
-    return Primitive(name, make, ours, plain, lambda *_: 0, tuple(gradients.split()))
+    names = tuple(gradients.split())
+    compare = None if inputs.get("prefix") == 0 else _COMPARED.get(call)  # they take one prefix token for granted
+    return Primitive(name, make, ours, plain, lambda *_: 0, names, compare=compare)
 
 
 class _Draw:

@@ -101,27 +101,37 @@ class SharedLog(_Log):
         cells, warps, epochs = _flat(cells, warps, epochs)
         self._check_owned(cells)
         self._check_write(cells, warps, epochs)
-        np.add.at(self.filling, cells, 1)
+        self.filling[cells] += 1  # once, even if several threads fill it with the same
 
     def end_copy(self, cells: Numbers, warps: Numbers, epochs: Numbers) -> None:
         """Note that the warps that issued the copies waited for them: from here on they wrote."""
         cells, warps, epochs = _flat(cells, warps, epochs)
-        np.subtract.at(self.filling, cells, 1)
+        self.filling[cells] = np.maximum(self.filling[cells] - 1, 0)
         self._note_write(cells, warps, epochs)
 
-    def begin_product(self, cells: Numbers, epochs: Numbers) -> None:
-        """Note that products that read (n, k) granules begin; every warp's earlier writes need a barrier."""
+    def begin_product(self, cells: Numbers, turns: Numbers, epochs: Numbers) -> None:
+        """Note that products that read (n, k) granules begin; every warp's earlier writes need a barrier.
+
+        Args:
+            cells: no granule twice in a row.
+            turns: (n,) numbers of the warp groups within their programs: only different ones share a granule.
+            epochs: (n,) of the programs.
+        """
+        self._feed(cells, turns, 1)
         cells, _, epochs = _flat(cells, epochs, epochs)
         if self.filling[cells].any():
             self.tell("multiplies what an asynchronous copy still fills")
         if ((self.writer[cells] != _NOBODY) & (self.written[cells] == epochs)).any():
             self.tell("multiplies what a warp writes, without a barrier between them")
-        np.add.at(self.feeding, cells, 1)
 
-    def end_product(self, cells: Numbers, warps: Numbers, epochs: Numbers) -> None:
-        """Note that warp groups, each named by its first warp, waited for their products."""
-        cells, warps, epochs = _flat(cells, warps, epochs)
-        np.subtract.at(self.feeding, cells, 1)
+    def _feed(self, cells: Numbers, turns: Numbers, by: int) -> None:
+        for turn in range(int(turns.max(initial=-1)) + 1):
+            self.feeding[cells[turns == turn]] += by
+
+    def end_product(self, cells: Numbers, turns: Numbers, epochs: Numbers) -> None:
+        """Note that the warp groups waited for their products: from here on they have read."""
+        self._feed(cells, turns, -1)
+        cells, _, epochs = _flat(cells, epochs, epochs)
         self.reader[cells] = _SEVERAL
         self.read[cells] = epochs
 

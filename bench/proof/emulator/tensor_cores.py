@@ -234,10 +234,8 @@ class _Multiply:
         matrices = [self.right] if self.left is None else [self.right, self.left]
         for matrix, offsets in zip(matrices, sources, strict=True):
             cells = log.granules(offsets[on].ravel(), matrix.bytes).reshape(first.size, -1)
-            if begins:
-                log.begin_product(cells, batch.epochs(first))
-            else:
-                log.end_product(cells, batch.warp[first], batch.epochs(first))
+            note = log.begin_product if begins else log.end_product
+            note(cells, first // _GROUP % (batch.program_threads // _GROUP), batch.epochs(first))
 
     def _multiply(
         self, batch: Batch, sources: list[Index], held: list[Bits], keeps: NDArray[np.bool_], threads: NDArray[np.bool_]
