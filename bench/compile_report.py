@@ -316,6 +316,7 @@ KNOWN: dict[str, dict[str, Known]] = {
         "sample_tokens_kernel": Known(8, _INDICES),
         "score_kernel": Known(4, _SCORES),
         "sort_scores_kernel": Known(8, _INDICES),
+        "squared_lengths_kernel": Known(4, _SCORES),
         "sum_heads_kernel": Known(2, _SCORES),
         "sum_parts_kernel": Known(4, _SCORES),
         "token_biases_again_kernel": Known(4, _SCORES),

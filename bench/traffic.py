@@ -49,7 +49,8 @@ HARD = ("topk", "evit", "ats", "dynamicvit", "tome", "kmedoids", "dpcknn", "radi
 
 # Primitive, direction and, where only one is meant, model and tokens.
 _PAST_THE_END = "rows of a tile past the end repeat the last row, since a mask of their own costs registers"
-_OWN_NORMS = "norms of a tile's own rows read them once more"
+_OWN_NORMS = "norms are a pass of their own"
+_NORMS_APART = "norms are a pass of their own: a load that feeds a product and a sum races on sm_90 (Triton issue 6691)"
 KNOWN_TRAFFIC = {
     "attention forward deit_tiny-50": Known(1.19, "the mean of V is a pass of its own, where one tile holds all else"),
     "attention backward deit_tiny-50": Known(
@@ -62,6 +63,8 @@ KNOWN_TRAFFIC = {
     "received_scores forward": Known(1.36, _PAST_THE_END),
     "received_scores forward deit_tiny-50": Known(1.47, "as above, with tiles of 64 of which 50 rows are tokens"),
     "received_scores backward": Known(1.81, f"{_PAST_THE_END}; a step loads its rows for each of its two products"),
+    "sinkhorn_merge forward": Known(1.25, _NORMS_APART),
+    "sinkhorn_merge forward deit_tiny-50": Known(1.4, "as above, where one tile holds all clusters"),
     "sample_tokens forward": Known(7.5, "one program an image searches a table of a few KiB that it has just written"),
 }
 KNOWN_CALLS = {

@@ -20,9 +20,6 @@ from .select_topk import _packed_keys, select_topk
 MAX_NEAREST = 8
 
 
-GROUP_I, GROUP_J = 64, 64
-
-
 @dataclasses.dataclass(frozen=True)
 class DistanceTile:
     """Tokens, other tokens (or centres) and channels of one step."""
@@ -51,11 +48,16 @@ def most_tokens(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 256
 
 
-def image_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
-    """Of the one program that has an image to itself: found by compiling too."""
+def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> DistanceTile:
+    """Of the one program that has an image to itself: found by compiling too.
+
+    16 warps, which take all registers of a multiprocessor as two programs of 8 would, and half the barriers. Rows that
+    are not aligned take an address for every element, and with so wide a tile they spill.
+    """
     if dtype == torch.float32:  # 2 stages or 64 by 64 tokens spill; 16 warps would load two channels a thread
         return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=3)
-    return distance_tile(channels, dtype)
+    tile = distance_tile(channels, dtype)
+    return dataclasses.replace(tile, block_j=128, num_warps=16) if aligned else tile
 
 
 @triton.jit
@@ -387,6 +389,8 @@ def cluster_dpc_knn(
         centers = select_topk(score, k)
         label_kernel[grid](x, squares, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
         return centers, label, *group_slots(label, k)
+    aligned = all(number % 16 == 0 for number in (x.data_ptr(), *x.stride()[:2]))  # as the JIT sees it
+    image = image_tile(channels, x.dtype, aligned)
     cluster_kernel[(batch,)](
         x,
         squares,
@@ -402,8 +406,8 @@ def cluster_dpc_knn(
         k,
         *x.stride()[:2],
         BLOCK_N=most_tokens(x.dtype),
-        GROUP_I=GROUP_I,
-        GROUP_J=GROUP_J,
-        **_settings(image_tile(channels, x.dtype)),
+        GROUP_I=8 * image.num_warps,  # 8 pairs a thread
+        GROUP_J=512 // image.num_warps,
+        **_settings(image),
     )
     return centers, label, order, offsets

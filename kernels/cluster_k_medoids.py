@@ -228,12 +228,16 @@ def _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N: tl.
         n = start_n + tl.arange(0, BLOCK_N)
         nearest = tl.full((BLOCK_J, BLOCK_N), float("inf"), tl.float32)
         place = tl.zeros((BLOCK_J, BLOCK_N), tl.int32)
+        center = tl.load(centers + tl.arange(0, BLOCK_J), mask=tl.arange(0, BLOCK_J) < clusters, other=0)
         for start_j in range(0, clusters, BLOCK_J):
             j = start_j + tl.arange(0, BLOCK_J)
-            center = tl.load(centers + j, mask=j < clusters, other=0)
             # Up to the row's end, not to the last token: its length is a multiple of 16, which keeps the loads wide.
             mask = (j < clusters)[:, None] & (n < row_stride)[None, :]
-            rows = tl.load(distance + center[:, None] * row_stride + n[None, :], mask=mask, other=float("inf"))
+            pointers = distance + center[:, None] * row_stride + n[None, :]
+            following, more = centers + j + BLOCK_J, j + BLOCK_J < clusters
+            # The next centers are on the way with these distances: a step waits for memory once, not twice.
+            center = tl.load(following, mask=more, other=0)
+            rows = tl.load(pointers, mask=mask, other=float("inf"))
             place = tl.where(rows < nearest, j[:, None], place)  # strict: the earlier center wins ties
             nearest = tl.minimum(rows, nearest)
         first = tl.where(nearest == tl.min(nearest, 0)[None, :], place, clusters)
@@ -263,18 +267,34 @@ def _cost_of_members(
 
 
 @triton.jit
+def _cost_keys(cost, label, n, tokens):
+    """Keys of tokens n in the order of cost, then index, NaN last; and their labels, -1 past the end."""
+    value = tl.load(cost + n, mask=n < tokens, other=0.0)
+    label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(value == value, ordered, 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) | n.to(tl.int64), label_n
+
+
+@triton.jit
+def _cheapest_of_all(cost, label, centers, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The same of all clusters, where all tokens are one block: they are loaded once."""
+    none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    key, label_n = _cost_keys(cost, label, tl.arange(0, BLOCK_N), tokens)
+    for start_j in range(0, clusters, BLOCK_J):
+        j = start_j + tl.arange(0, BLOCK_J)
+        best = tl.min(tl.where(label_n[None, :] == j[:, None], key[None, :], none), 1)
+        tl.store(centers + j, tl.where(best == none, 0, best & 0xFFFFFFFF), mask=j < clusters)
+
+
+@triton.jit
 def _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
     """Centers of the clusters j (BLOCK_J,): the first of each one's cheapest tokens, token 0 where it has none."""
     none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     best = tl.full((BLOCK_J,), 0, tl.int64) + none
     for start_n in range(0, tokens, BLOCK_N):
-        n = start_n + tl.arange(0, BLOCK_N)
-        value = tl.load(cost + n, mask=n < tokens, other=0.0)
-        label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
-        bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-        ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        ordered = tl.where(value == value, ordered, 0x7FFFFFFF)
-        key = (ordered.to(tl.int64) << 32) | n.to(tl.int64)
+        key, label_n = _cost_keys(cost, label, start_n + tl.arange(0, BLOCK_N), tokens)
         best = tl.minimum(best, tl.min(tl.where(label_n[None, :] == j[:, None], key[None, :], none), 1))
     tl.store(centers + j, tl.where(best == none, 0, best & 0xFFFFFFFF), mask=j < clusters)
 
@@ -292,6 +312,7 @@ def iterate_clusters_kernel(
     row_stride,
     weights_stride_b,
     weights_stride_n,
+    ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -311,9 +332,12 @@ def iterate_clusters_kernel(
                 distance, weights, label, cost, tokens, row_stride, weights_stride_n, BLOCK_N, BLOCK_J // 2
             )
             tl.debug_barrier()
-        for start_j in range(0, clusters, BLOCK_J):
-            j = start_j + tl.arange(0, BLOCK_J)
-            _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N, BLOCK_J)
+        if ONE_BLOCK:
+            _cheapest_of_all(cost, label, centers, tokens, clusters, BLOCK_N, BLOCK_J)
+        else:
+            for start_j in range(0, clusters, BLOCK_J):
+                j = start_j + tl.arange(0, BLOCK_J)
+                _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N, BLOCK_J)
         tl.debug_barrier()
     _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N, BLOCK_J)
 
@@ -551,6 +575,7 @@ def _iterate(
         iters,
         row_stride,
         *((0, 0) if weights is None else weights.stride()),
+        ONE_BLOCK=tokens <= tile.block_n,
         BLOCK_N=tile.block_n,
         BLOCK_J=tile.block_j,
         num_warps=tile.num_warps,

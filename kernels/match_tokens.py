@@ -17,8 +17,8 @@ from ._rows import steps, unit_of
 from ._squares import squared_lengths
 from .merge_tokens import _group, group_slots
 
-# Up to 8,192 tokens the keys stay in registers, 16 a thread; longer sequences read them again at every step.
-MAX_KEYS = 4096
+# Up to 512 tokens the keys stay in registers, each against 16 candidates; more are read again in every round.
+MAX_KEYS = 256
 # Tokens that the one program of an image also groups, comparing each with each.
 MAX_GROUPED = 640
 # Tiles of even tokens up to which keys are averaged as the matching loads them. Each reads all odd tokens of all heads:
@@ -243,7 +243,7 @@ def assign_slots_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """One program an image. The r best of set A are a set, not a ranking: bit by bit, no sort."""
+    """One program an image. The r best of set A are a set, not a ranking: four bits at a time, no sort."""
     batch = tl.program_id(0).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
     best += batch * num_a
@@ -253,32 +253,40 @@ def assign_slots_kernel(
     if ONE_BLOCK:
         keys = _load_keys(best, block, num_a, PREFIX)
 
-    threshold = tl.full((), 0, tl.uint32)  # the greatest value that r keys reach
-    num_above = tl.full((), 0, tl.int32)  # keys beyond it: how many reached the last candidate that failed
-    for step in range(32):
-        candidate = threshold | (tl.full((), 0x80000000, tl.uint32) >> step)
-        count = tl.full((), 0, tl.int32)
+    # The greatest value that r keys reach: four bits a round, whose candidates are counted together.
+    threshold = tl.full((), 0, tl.uint32)
+    digit = tl.arange(0, 16)
+    for step in range(8):
+        shift = 28 - 4 * step
+        candidates = threshold | (digit.to(tl.uint32) << shift)
         if ONE_BLOCK:
-            count += tl.sum((keys >= candidate).to(tl.int32), 0)
+            reached = (keys[:, None] >= candidates[None, :]).to(tl.int32)
         else:
+            reached = tl.zeros((BLOCK, 16), tl.int32)
             for start in range(0, num_a, BLOCK):
-                count += tl.sum((_load_keys(best, start + block, num_a, PREFIX) >= candidate).to(tl.int32), 0)
-        enough = count >= r
-        threshold = tl.where(enough, candidate, threshold)
-        num_above = tl.where(enough, num_above, count)
+                keys_n = _load_keys(best, start + block, num_a, PREFIX)
+                reached += (keys_n[:, None] >= candidates[None, :]).to(tl.int32)
+        enough = (digit > 0) & (tl.sum(reached, 0) >= r)
+        threshold = threshold | (tl.sum(enough.to(tl.int32), 0).to(tl.uint32) << shift)
 
-    ties_to_merge = r - num_above
-    above_before = tl.full((), 0, tl.int32)
-    tied_before = tl.full((), 0, tl.int32)
+    if ONE_BLOCK:
+        beyond = (keys > threshold).to(tl.int32)
+    else:
+        beyond = tl.zeros((BLOCK,), tl.int32)
+        for start in range(0, num_a, BLOCK):
+            beyond += (_load_keys(best, start + block, num_a, PREFIX) > threshold).to(tl.int32)
+    ties_to_merge = r - tl.sum(beyond, 0)
+    counted = tl.full((), 0, tl.int64)  # keys above the threshold before this block, and keys at it in the lower half
     for start in range(0, num_a, SCAN_BLOCK):
         position = start + tl.arange(0, SCAN_BLOCK)
         scanned = _load_keys(best, position, num_a, PREFIX)
-        above, tied = (scanned > threshold).to(tl.int32), (scanned == threshold).to(tl.int32)
-        above_through = above_before + tl.cumsum(above, 0)
-        tied_through = tied_before + tl.cumsum(tied, 0)
-        above_before += tl.sum(above, 0)
-        tied_before += tl.sum(tied, 0)
-        merged = (above > 0) | ((tied > 0) & (tied_through <= ties_to_merge))
+        above, tied = scanned > threshold, scanned == threshold
+        both = (above.to(tl.int64) << 32) | tied.to(tl.int64)
+        through = counted + tl.cumsum(both, 0)
+        if num_a > SCAN_BLOCK:
+            counted += tl.sum(both, 0)
+        above_through, tied_through = (through >> 32).to(tl.int32), (through & 0xFFFFFFFF).to(tl.int32)
+        merged = above | (tied & (tied_through <= ties_to_merge))
         merged_before = above_through + tl.minimum(tied_through, ties_to_merge)  # where not merged itself
 
         searching = (position >= (PREFIX + 1) // 2) & (position < num_a)
@@ -376,9 +384,9 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tenso
     if batch == 0:
         return slot, order, offsets
     best, destination = best_matches(metric if metric.ndim == 4 else metric.unsqueeze(1), prefix)
-    block = min(triton.next_power_of_2(num_a), MAX_KEYS)
+    block = min(max(triton.next_power_of_2(num_a), 32), MAX_KEYS)
     groups_too = tokens <= MAX_GROUPED
-    num_warps = 4 if groups_too else min(max(1, block // 128), 8)  # grouping on one warp spills
+    num_warps = 8
     assign_slots_kernel[(batch,)](
         best,
         destination,
@@ -391,8 +399,8 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tenso
         ONE_BLOCK=num_a <= block,
         BLOCK=block,
         SCAN_BLOCK=min(block, 32 * num_warps),  # one a thread: the scans and slots of more spill here and there
-        BLOCK_I=32,
-        BLOCK_J=32,
+        BLOCK_I=256,  # tokens grouped together: a sum over warps costs barriers, whatever its length
+        BLOCK_J=8,
         num_warps=num_warps,
     )
     return (slot, order, offsets) if groups_too else (slot, *group_slots(slot, tokens - r))
