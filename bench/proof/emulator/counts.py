@@ -1,0 +1,94 @@
+"""Counts of what one program executes: instructions, barriers, and how often it waits for global memory."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.compile_report import dispatch_to_triton, every_launch
+from bench.primitive import load_primitives
+
+from .kernel import Kernel
+from .launch import emulated_for
+from .machine import Schedule
+from .ptx import Instruction, Listing
+
+__all__ = ["count_kernels", "count_visits"]
+
+_REGISTER = re.compile(r"%[a-z]+\d+")
+Visits = list[tuple[int, int]]
+
+
+def _executed(listing: Listing, visits: Visits) -> Iterator[Instruction]:
+    for first, last in visits:
+        yield from listing.instructions[first:last]
+
+
+def _waits(instructions: Iterator[Instruction]) -> int:
+    """Count the waits for global memory.
+
+    A wait is an instruction that needs what a load brings that has not come yet, or a wait for asynchronous copies; all
+    loads that are on their way come with it.
+    """
+    coming: set[str] = set()
+    waits, copies = 0, False
+    for instruction in instructions:
+        loading = instruction.kind == "ld.global"
+        names = _REGISTER.findall(" ".join(instruction.operands[1:] if loading else instruction.operands))
+        if instruction.guard is not None:
+            names.append(instruction.guard.register)
+        if coming.intersection(names) or (copies and instruction.kind == "cp.async.wait_group"):
+            waits, copies = waits + 1, False
+            coming.clear()
+        if loading:
+            coming.update(_REGISTER.findall(instruction.operands[0]))
+        copies = copies or instruction.kind == "cp.async"
+    return waits
+
+
+def count_visits(listing: Listing, visits: Visits) -> dict[str, int]:
+    """Count what the first thread of a launch executed.
+
+    Returns:
+        ``instructions``, ``barriers``, ``waits`` for global memory one after another, ``loads``, ``stores`` and
+        ``copies`` of global memory, ``shared`` accesses, ``shuffles``, ``products`` of tensor cores.
+    """
+    kinds = collections.Counter(instruction.kind for instruction in _executed(listing, visits))
+    return {
+        "instructions": sum(kinds.values()),
+        "barriers": kinds["bar"] + kinds["barrier"],
+        "waits": _waits(_executed(listing, visits)),
+        "loads": kinds["ld.global"],
+        "stores": kinds["st.global"],
+        "copies": kinds["cp.async"],
+        "shared": kinds["ld.shared"] + kinds["st.shared"] + kinds["ldmatrix"] + kinds["stmatrix"],
+        "shuffles": kinds["shfl"] + kinds["redux"],
+        "products": kinds["mma"] + kinds["wgmma.mma_async"],
+    }
+
+
+def count_kernels(task: Any) -> list[dict[str, Any]]:
+    """Run the kernels of a task and count; one row for each kernel, direction and architecture.
+
+    Args:
+        task: a task of the ladder's primitives.
+    """
+    primitive = load_primitives()[task.name]
+    inputs = primitive.make(task.shape, torch.Generator().manual_seed(0))
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for arch in task.arches:
+
+        def watch(kernel: Kernel, visits: Visits, arch: str = arch) -> None:
+            name = kernel.listing.name
+            head = {"kernel": name, "arch": arch, "primitive": task.name, "shape": str(task.shape)}
+            rows.setdefault((name, arch), head | {"warps": kernel.threads // 32} | count_visits(kernel.listing, visits))
+
+        schedule = Schedule(copies_early=False, products_early=True, worst=False, races=False)
+        with dispatch_to_triton(), emulated_for(int(arch.removeprefix("sm_")), schedule) as emulation:
+            emulation.watch = watch
+            every_launch(primitive, inputs)
+    return list(rows.values())
