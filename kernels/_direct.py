@@ -15,7 +15,6 @@ from triton.runtime.jit import JITFunction
 __all__ = ["cdiv", "direct", "next_power_of_2"]
 
 _MOST_KEPT = 4096  # argument lists of a kernel
-_run = JITFunction.run
 
 
 def direct(kernel: Any) -> Any:
@@ -88,7 +87,7 @@ def _watched(kernel: JITFunction) -> bool:
     """Whether somebody wants to see launches, or has them compiled in another way: then Triton launches."""
     runtime = knobs.runtime
     return (
-        JITFunction.run is not _run
+        JITFunction.run.__module__ != JITFunction.__module__  # a harness runs the kernels itself
         or bool(getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook))
         or bool(getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook))
         or bool(runtime.debug or knobs.compilation.instrumentation_mode or kernel.pre_run_hooks)
