@@ -12,7 +12,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["cdiv", "direct", "next_power_of_2"]
+__all__ = ["cdiv", "direct", "is_compiled", "next_power_of_2"]
 
 _MOST_KEPT = 4096  # argument lists of a kernel
 
@@ -23,6 +23,11 @@ def direct(kernel: Any) -> Any:
     Triton's own launch takes 12 µs, this one 4. Interpreted kernels stay as they are.
     """
     return _Direct(kernel) if isinstance(kernel, JITFunction) else kernel
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Whether a kernel is compiled; the interpreter's have no target and take no settings of one."""
+    return isinstance(kernel, (_Direct, JITFunction))
 
 
 class _Direct:
