@@ -57,7 +57,7 @@ def reducer_of(model: nn.Module) -> Reducer:
 
 
 class Stage:
-    """What one stage did with one batch. Indices never count the prefix tokens (class, distillation, registers).
+    """The work of one stage on one batch. Indices never count the prefix tokens (class, distillation, registers).
 
     Attributes:
         block: index of the transformer block.
@@ -117,7 +117,7 @@ class Stage:
 
 
 class Record:
-    """What the latest forward pass inside :func:`record` did.
+    """The work of the latest forward pass inside :func:`record`.
 
     Attributes:
         stages: every stage that reduced something, in order.

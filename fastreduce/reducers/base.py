@@ -86,11 +86,11 @@ class AttentionBlock(Protocol):
         ...
 
     def heads_and_branch(self, normed: Tensor, tokens: Tokens) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Query, key and value of every token, three of (B, H, N, D), and what attention adds to every token."""
+        """Return query, key and value of every token, three of (B, H, N, D), and what attention adds to each."""
         ...
 
     def whole_branch(self, normed: Tensor, tokens: Tokens) -> Tensor:
-        """What attention adds to every token, (B, N, C): the block's own attention is called wherever it can be."""
+        """Return what attention adds to every token, (B, N, C), by calling the block's own wherever that gives it."""
         ...
 
     def norm(self, x: Tensor) -> Tensor:

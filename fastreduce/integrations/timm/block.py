@@ -172,7 +172,7 @@ class ReducedBlock(vit.Block):
         return self.attn.scale
 
     def extra_repr(self) -> str:
-        """What reduces here."""
+        """Say what reduces here."""
         site, reducer = self._site, self._reducer
         if site.stage is None:
             return f"tokens of {reducer.name}"
@@ -212,7 +212,7 @@ class ReducedBlock(vit.Block):
 
     @property
     def branch_bias(self) -> Tensor | None:
-        """What becomes of the projection's bias where the branch commutes."""
+        """Return what becomes of the projection's bias where the branch commutes."""
         bias = self.attn.proj.bias
         return None if bias is None else self.drop_path1(self.ls1(self.attn.proj_drop(bias)))
 
@@ -302,13 +302,13 @@ class ReducedBlock(vit.Block):
     # ---- attention
 
     def whole_branch(self, normed: Tensor, tokens: Tokens) -> Tensor:
-        """What attention adds to every token, (B, N, C): the module itself, called, wherever it gives that."""
+        """Return what attention adds to every token, (B, N, C), by calling the module itself wherever that gives it."""
         if tokens.packing is None and tokens.policy is None and tokens.bias is None:
             return self.drop_path1(self.ls1(self.attn(normed)))
         return self.heads_and_branch(normed, tokens)[1]
 
     def heads_and_branch(self, normed: Tensor, tokens: Tokens) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Query, key and value of every token, three of (B, H, N, D), and what attention adds to every token."""
+        """Return query, key and value of every token, three of (B, H, N, D), and what attention adds to each."""
         if not self.hooked:
             heads = self.query_key_value(normed, tokens.packing)
             return heads, self.branch(self.attention(*heads, normed, tokens), tokens.packing)
@@ -564,7 +564,7 @@ class ReducedBlock(vit.Block):
         return next((block for block in reduced if block is not None), self) is self
 
     def finish(self, tokens: Tokens) -> Tensor:
-        """What ``model.norm`` and the pooling get. Where pooling looks at patches, each patch counts once."""
+        """Return what ``model.norm`` and the pooling get. Where pooling looks at patches, each patch counts once."""
         model, reducer = self._site.model, self._reducer
         tokens = tokens.unpacked()
         if model.global_pool in ("", "token"):
