@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct, is_compiled, next_power_of_2
 from ._launch import in_parts, parts_of_images
 from ._rows import head_of, steps, unit_of
 
@@ -92,8 +92,8 @@ def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_op
 
 def _settings(tile: AttentionTile) -> dict[str, int]:
     settings = {"num_warps": tile.num_warps, "num_stages": 2}
-    compiles = isinstance(attention_kernel, triton.JITFunction)  # the interpreter has no target
-    if tile.all_registers and compiles and triton.runtime.driver.active.get_current_target().backend == "cuda":
+    compiles = tile.all_registers and is_compiled(attention_kernel)
+    if compiles and triton.runtime.driver.active.get_current_target().backend == "cuda":
         settings["maxnreg"] = 255
     return settings
 

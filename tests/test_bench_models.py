@@ -21,6 +21,7 @@ import fastreduce
 from bench import models
 from bench.model_plots import _spread_out
 from fastreduce import compare
+from fastreduce.ops import unchecked
 from fastreduce.plain import FreeSlice
 
 METHODS = ("topk", "ats", "patchmerger", "radial-l2")
@@ -160,8 +161,8 @@ def assert_only_these_are_missing(group, *names):
 
 
 def test_a_wrong_method_gets_no_time(monkeypatch, capsys):
-    select_topk = fastreduce.ops.select_topk
-    monkeypatch.setattr(fastreduce.ops, "select_topk", lambda scores, *a, **k: select_topk(-scores, *a, **k))
+    select_topk = unchecked.select_topk
+    monkeypatch.setattr(unchecked, "select_topk", lambda scores, *a, **k: select_topk(-scores, *a, **k))
     arguments = ["--quick", "--methods", "topk,tome", "--keep-rates", "0.5", "--steps", "forward", "--device", "cpu"]
     assert models.main([*arguments, "--threads", "1"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -177,8 +178,8 @@ def test_a_wrong_method_gets_no_time(monkeypatch, capsys):
 
 
 def test_a_wrong_gradient_gets_no_time_in_training(monkeypatch):
-    gather_tokens = fastreduce.ops.gather_tokens
-    monkeypatch.setattr(fastreduce.ops, "gather_tokens", lambda x, *a, **k: gather_tokens(x.detach(), *a, **k))
+    gather_tokens = unchecked.gather_tokens
+    monkeypatch.setattr(unchecked, "gather_tokens", lambda x, *a, **k: gather_tokens(x.detach(), *a, **k))
     forward, training = measure()
     assert_only_these_are_missing(forward)
     assert_only_these_are_missing(training, "topk", "topk official")

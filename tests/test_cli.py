@@ -18,6 +18,7 @@ import fastreduce
 from fastreduce import compare
 from fastreduce.commands import app
 from fastreduce.integrations.timm import create_model
+from fastreduce.ops import unchecked
 
 from . import tiny
 
@@ -380,10 +381,8 @@ def test_mistakes_in_the_code_are_not_hidden(monkeypatch):
 
 
 def test_wrong_logits_are_told(monkeypatch):
-    select_topk = fastreduce.ops.select_topk
-    monkeypatch.setattr(
-        fastreduce.ops, "select_topk", lambda scores, *rest, **more: select_topk(-scores, *rest, **more)
-    )
+    select_topk = unchecked.select_topk
+    monkeypatch.setattr(unchecked, "select_topk", lambda scores, *rest, **more: select_topk(-scores, *rest, **more))
     done = run(*QUICK, "--methods", "topk,tome", "--keep-rate", "0.5")
     assert done.exit_code == 1
     lines = done.stdout.splitlines()

@@ -168,18 +168,22 @@ def test_images_of_another_size(arguments):
     assert seen.stages[0].num_in == 20
 
 
-def test_radial_patterns_belong_to_one_grid():
-    model = fastreduce.patch(tiny.build(img_size=(32, 64)), "radial", **SCHEDULE)
-    model.set_input_size((64, 32))  # as many patches, in other places
-    with pytest.raises(ValueError, match=r"made for a grid of \(\d+, \d+\), got"):
-        model(torch.zeros(1, 3, 64, 32))
+def test_radial_patterns_follow_the_grid_of_the_pass():
+    """As many patches in other places, by ``set_input_size`` or by other images, before a copy and after."""
+    wide, high = torch.randn(1, 3, 32, 128), torch.randn(1, 3, 64, 64)
     model = fastreduce.patch(tiny.build(img_size=64, dynamic_img_size=True), "radial", **SCHEDULE)
-    other = torch.zeros(1, 3, 32, 128)
-    for reduced in (model, copy.deepcopy(model)):
-        reduced(torch.zeros(1, 3, 64, 64))
-        with pytest.raises(ValueError, match=r"made for a grid of \(\d+, \d+\), got"):
-            reduced(other)
-        fastreduce.unpatch(reduced)(other)
+    kept = {}
+    for size in ((32, 128), (64, 64)):
+        with fastreduce.record(fastreduce.patch(tiny.build(img_size=size), "radial", **SCHEDULE)) as seen:
+            seen._model(torch.zeros(1, 3, *size))
+        kept[size] = seen.stages[0].kept_patches.sort(1).values
+    assert not torch.equal(kept[32, 128], kept[64, 64])
+    fixed = fastreduce.patch(tiny.build(img_size=(32, 128)), "radial", **SCHEDULE)
+    fixed.set_input_size((64, 64))
+    for reduced, images in ((model, wide), (copy.deepcopy(model), high), (model, high), (fixed, high)):
+        with fastreduce.record(reduced) as seen:
+            reduced(images)
+        assert torch.equal(seen.stages[0].kept_patches.sort(1).values, kept[tuple(images.shape[2:])])
 
 
 @pytest.mark.parametrize("arguments", RUNS)

@@ -15,6 +15,7 @@ import fastreduce
 from fastreduce import draw, plan
 from fastreduce.commands import app
 from fastreduce.integrations.timm import create_model
+from fastreduce.ops import unchecked
 
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["plan", "--model", MODEL, "--batch", "2", "--rounds", "5", "--keep-rate", "0.5", "--no-pictures"]
@@ -320,10 +321,8 @@ def test_ats_says_what_its_speed_depends_on(tmp_path):
 
 
 def test_wrong_logits_get_no_times(monkeypatch, tmp_path):
-    select_topk = fastreduce.ops.select_topk
-    monkeypatch.setattr(
-        fastreduce.ops, "select_topk", lambda scores, *rest, **more: select_topk(-scores, *rest, **more)
-    )
+    select_topk = unchecked.select_topk
+    monkeypatch.setattr(unchecked, "select_topk", lambda scores, *rest, **more: select_topk(-scores, *rest, **more))
     monkeypatch.setattr(plan, "take_turns", lambda *_: pytest.fail("something was timed"))
     done = run(*QUICK[:-1], "--out", tmp_path, "--json", tmp_path / "result.json")
     assert done.exit_code == 1, done.output

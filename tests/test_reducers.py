@@ -79,9 +79,8 @@ class TestRadial:
         assert reducer.patterns(2, 8) != reducer.patterns(8, 2)
         other = make_reducer("radial", _shape_of(tiny.build(img_size=(32, 128))), keep_rate=0.5, at=AT)
         assert reducer.patterns(2, 8) == other.patterns(2, 8)
-        tokens = fastreduce.Tokens(torch.randn(1, 17, 48), prefix=1, patches=16)
+        tokens = fastreduce.Tokens(torch.randn(1, 17, 48), prefix=1, patches=16, grid=(2, 8))
         block = _patched("radial").blocks[1]
-        object.__setattr__(tokens, "grid", (2, 8))
         kept = reducer.before(block, tokens, 0).plans[0].kept
         assert kept.tolist() == list(other.patterns(2, 8)[0])
         with pytest.raises(ValueError, match=r"grid of \(4, 4\), got 20 patches"):

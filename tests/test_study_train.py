@@ -409,7 +409,8 @@ def test_evaluation():
             with fastreduce.record(model) as seen:
                 model(images)
             tokens = [(stage.kept >= 0).sum(1).double().mean().item() for stage in seen.stages]
-            assert all(0 < mean <= most for mean, most in zip(tokens, (8, 4, 2), strict=True))
+            most = fastreduce.reduced_counts(model)
+            assert all(0 < mean <= count for mean, count in zip(tokens, most, strict=True))
         assert reduced.tokens == pytest.approx(tokens)
         fastreduce.unpatch(model)
 

@@ -1173,6 +1173,6 @@ def test_plain_is_independent():
     imports = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imports |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert {name.split(".")[0] for name in imports} <= {
-        *("__future__", "collections", "dataclasses", "math", "torch", "typing")
+        *("__future__", "collections", "dataclasses", "functools", "math", "torch", "typing")
     }
     assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))

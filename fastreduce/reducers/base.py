@@ -380,17 +380,15 @@ def idle_stages(name: str, schedule: KeepSchedule) -> dict[str, str]:
     }
 
 
-def _has_global_hooks() -> bool:
-    module = nn.modules.module
-    forward = module._global_forward_hooks or module._global_forward_pre_hooks
-    return bool(forward or module._global_backward_hooks or module._global_backward_pre_hooks)
-
-
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module does what its class does: no hook on it or on all modules, and no forward of its own."""
+    """Whether calling a module does what its class does: no hook on it, and no forward of its own.
+
+    Hooks on all modules (``register_module_forward_hook``) do not count: counters of operations use them, and are to
+    count what is done without them.
+    """
     forward = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
     backward = module._backward_pre_hooks or module._backward_hooks
-    return not forward and not backward and not _has_global_hooks()
+    return not forward and not backward
 
 
 # Subclasses of Tensor that stand for one while a graph is captured; others (quantised, sharded) multiply on their own.

@@ -188,10 +188,9 @@ def attention(
     mask = None if bias is None else bias.to(accumulator(q.dtype))[:, None, None, :]
     if mask is None or not (torch.is_grad_enabled() and mask.requires_grad):
         return _fused(q, k, v, mask, scale)
-    # A mask with a gradient would change the route, and with it the result's bits: it gets its gradient beside it.
-    detached = q.detach(), k.detach(), v.detach()
-    aside = _fused(*detached, mask, scale)
-    return _fused(q, k, v, mask.detach(), scale) + (aside - aside.detach())
+    # A mask with a gradient takes another route, of other bits: it gives the gradients, and the usual one the values.
+    aside = _fused(q, k, v, mask, scale)
+    return _fused(q.detach(), k.detach(), v.detach(), mask.detach(), scale) + (aside - aside.detach())
 
 
 def attention_backward(

@@ -249,8 +249,9 @@ class TestSimilaritiesComputedAgain:
 
 
 def test_few_similarities_or_a_gradient_keep_them(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("fastreduce.ops.sinkhorn_merge"), "KEPT", 20)
-    monkeypatch.setattr(kernels, "sinkhorn_merge_blocks", None)
+    operator = importlib.import_module("fastreduce.ops.sinkhorn_merge")
+    monkeypatch.setattr(operator, "KEPT", 20)
+    monkeypatch.setattr(operator, "_blocks", None)
     x, centers, head, _ = inputs(1, 5, 4, 8, 1)
     without_similarities(x, centers, head, "triton")
     more = torch.cat([x, x], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,15 +56,25 @@ def _scatter(batch: Batch, memory: Bits, places: Addresses, values: Values, thre
         own = value if value.ndim == 0 or everyone else value[threads]
         memory[places + place] = own
         if batch.schedule.races and (lost := memory[places + place] != own).any():
-            _check_warps(batch, places, lost, threads)
+            _check_warps(batch, places, np.broadcast_to(own, places.shape), lost, threads)
 
 
-def _check_warps(batch: Batch, places: Addresses, lost: NDArray[np.bool_], threads: NDArray[np.int64]) -> None:
-    """Tell of it where the stores that were overwritten at once, and those that stand, are of different warps."""
+def _check_warps(
+    batch: Batch, places: Addresses, values: NDArray[Any], lost: NDArray[np.bool_], threads: NDArray[np.int64]
+) -> None:
+    """Tell of it where warps store different values to one address.
+
+    Warps that store the same values lane by lane are copies of one another: then it is a matter of lanes, which is not
+    modelled. A sum of products may differ by a rounding between the lanes of a warp, as each fuses its own product.
+    """
     contested = np.isin(places, places[lost])
-    first: dict[int, int] = {}
-    for place, warp in zip(places[contested].tolist(), batch.warp[threads[contested]].tolist(), strict=True):
-        if first.setdefault(place, warp) != warp:
+    stored: dict[int, dict[int, list[Any]]] = {}
+    warps = batch.warp[threads[contested]].tolist()
+    for place, warp, value in zip(places[contested].tolist(), warps, values[contested].tolist(), strict=True):
+        stored.setdefault(place, {}).setdefault(warp, []).append(value)
+    for of_warps in stored.values():
+        first, *others = of_warps.values()
+        if any(other != first for other in others):
             batch.launch.tell("two warps store different values to one address at once")
             return
 
