@@ -143,6 +143,28 @@ def test_a_child_goes_on_after_an_error():
     assert done.returncode == 0
 
 
+def test_the_command_does_every_phase(tmp_path, monkeypatch, capsys):
+    """In one process, from parity to the tables."""
+    parts, kept = gpu._quick_parts("cpu", 1), {"cls_scores", None}
+
+    def fewer(items):
+        return lambda *a: [[item for item in part if item.get("primitive") in kept] for part in items(*a)]
+
+    few = [part if part.phase == "racecheck" else dataclasses.replace(part, items=fewer(part.items)) for part in parts]
+    monkeypatch.setattr(gpu, "_quick_parts", lambda device, workers: few)
+    assert gpu.main(["--device", "cpu", "--quick", "--workers", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert [part["name"] for part in result["parts"]] == [part.name for part in parts]
+    assert {part["left_out"] for part in result["parts"]} == {0}
+    for phase in gpu._PHASES:
+        assert result[phase]
+        assert not any(row.get("failed") or row.get("reason") for row in result[phase])
+    assert [(group["model"], group["batch"]) for group in result["models"]] == [("test_vit", 2), ("test_vit", 1)]
+    assert path.with_suffix(".md").read_text() == markdown(result)
+    assert "parity in float32: 2 results, 0 of 2 left out" in capsys.readouterr().out
+
+
 def _runs(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
