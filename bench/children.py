@@ -46,7 +46,7 @@ def _listen(waiting: queue.SimpleQueue[Item | None]) -> None:
 
 
 def _items() -> Iterator[Item]:
-    """Items from stdin until a null, which a thread of its own watches while they are done."""
+    """Give items from stdin until a null; a thread of its own goes on reading while they are done."""
     waiting: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(waiting,), daemon=True).start()
     while (item := waiting.get()) is not None:

@@ -97,7 +97,7 @@ class Part:
 
 
 def _dealt(groups: Sequence[Sequence[Item]], workers: int) -> Lists:
-    """The items of every worker: whole groups, but the first shapes of all of them before the others."""
+    """Deal items to workers: whole groups, but the first shapes of all of them before the others."""
     dealt = []
     for worker in range(min(workers, len(groups))):
         items = [item for group in groups[worker::workers] for item in group]
@@ -111,7 +111,7 @@ def _ways(primitive: Primitive) -> Sequence[str]:
 
 
 def _checks(points: Sequence[tuple[str, Sequence[Point]]], **more: Any) -> list[list[Item]]:
-    """A list for each primitive and dtype of the points, so that no two processes compile the same kernels."""
+    """Return a list for each primitive and dtype of the points, so that no two processes compile the same kernels."""
     return [
         [
             {"primitive": name, "shape": [*shape, dtype], "direction": way, **more}
@@ -124,7 +124,7 @@ def _checks(points: Sequence[tuple[str, Sequence[Point]]], **more: Any) -> list[
 
 
 def _contenders(primitive: Primitive, kind: str, device: str, way: str) -> list[str]:
-    """Those of a kind: ``"first"`` (ours, and others that need not be compiled), ``"flex"``, or a contender's name."""
+    """Return contenders of a kind: ``"first"`` (ours, and others without a compiler), ``"flex"``, or one's name."""
     others = {name: other for name, other in primitive.others.items() if other.serves(device, way)}
     if kind == "first":
         return ["fastreduce", *(name for name, other in others.items() if not other.compiles)]
@@ -146,7 +146,7 @@ def _wrong_kernels(result: Result) -> set[tuple[str, str, str]]:
 def _timings(
     kinds: Sequence[str], shapes: Sequence[Point], device: str, dtype: str, names: Sequence[str], result: Result
 ) -> Lists:
-    """Without kernels that are wrong in this dtype. Contenders that are held against each other stand together."""
+    """Return items, without kernels that are wrong in this dtype; what is held against each other stands together."""
     wrong, primitives = _wrong_kernels(result), load_primitives()
     return [
         [
@@ -162,20 +162,20 @@ def _timings(
 
 
 def _again(groups: Sequence[Sequence[Item]], workers: int, result: Result) -> Lists:
-    """What came to an end in the first check."""
+    """Return the checks of kernels that came to an end in the first one."""
     ended = {(row["primitive"], row["direction"]) for row in result["parity"] if "failed" in row}
     left = [[item for item in group if (item["primitive"], item["direction"]) not in ended] for group in groups]
     return _dealt([group for group in left if group], workers)
 
 
 def _models_in(seconds: float, settings: Sequence[dict[str, Any]], device: str) -> Lists:
-    """Settings of ``bench.models``, which share the seconds alike."""
+    """Return settings of ``bench.models``, which share the seconds alike."""
     each = {"steps": ["forward"], "rounds": 10, "device": device, "seconds": 0.9 * seconds / max(1, len(settings))}
     return [[{**each, "keep_rates": [0.5], **one} for one in settings]]
 
 
 def _warm_items(models: Sequence[dict[str, Any]], methods: Sequence[str], device: str, workers: int) -> Lists:
-    """Every method a process; the models in the order in which they are timed."""
+    """Deal methods to processes; the models stay in the order in which they are timed."""
     parts: Lists = [[] for _ in range(min(workers, len(methods)))]
     for model in models:
         for number, method in enumerate(methods):
@@ -196,31 +196,31 @@ class _Makers:
         self.device, self.workers, self.dtype = device, workers, dtype
 
     def checks(self, *points: tuple[str, Sequence[Point]]) -> Callable[[Result, float], Lists]:
-        """Parity."""
+        """Make checks of parity."""
         return lambda result, left: _dealt(_checks(points), self.workers)
 
     def again(self, shapes: Sequence[Point]) -> Callable[[Result, float], Lists]:
-        """Equal bits."""
+        """Make checks for equal bits."""
         groups = _checks([(self.dtype, shapes)], calls=_CALLS)
         return lambda result, left: _again(groups, self.workers, result)
 
     def times(
         self, kinds: Sequence[str], shapes: Sequence[Point], names: Sequence[str] = ()
     ) -> Callable[[Result, float], Lists]:
-        """Microbenchmarks, of all primitives if none is named."""
+        """Make microbenchmarks, of all primitives if none is named."""
         chosen = names or list(load_primitives())
         return lambda result, left: _timings(kinds, shapes, self.device, self.dtype, chosen, result)
 
     def models(self, *settings: dict[str, Any]) -> Callable[[Result, float], Lists]:
-        """Whole models."""
+        """Make measurements of whole models."""
         return lambda result, left: _models_in(left, settings, self.device)
 
     def warm(self, *models: dict[str, Any], methods: Sequence[str]) -> Callable[[Result, float], Lists]:
-        """Forward passes that compile kernels."""
+        """Make forward passes that compile kernels."""
         return lambda result, left: _warm_items(models, methods, self.device, self.workers)
 
     def racecheck(self) -> Callable[[Result, float], Lists]:
-        """One launch."""
+        """Make the one launch that the tool watches."""
         return lambda result, left: [[_RACECHECK]]
 
 
@@ -260,7 +260,7 @@ def _full_parts(device: str, workers: int) -> list[Part]:
 
 
 def _quick_parts(device: str, workers: int) -> list[Part]:
-    """Every phase on small shapes, in the same order."""
+    """Return every phase on small shapes, in the same order."""
     make = _Makers(device, workers, "float32")
     tiny: dict[str, Any] = {"models": ["test_vit"], "methods": ["topk", "tome"], "batches": [2], "rounds": 2}
     return [
@@ -300,13 +300,13 @@ def _repeat(item: Item, device: torch.device) -> Iterator[Row]:
 
 
 def _launch(item: Item, device: torch.device) -> Iterator[Row]:
-    """One call, and little else that runs on the device."""
+    """Call once, and run little else on the device."""
     _bench(item, device).once("fastreduce")
     yield item
 
 
 def _racecheck(item: Item, device: torch.device) -> Iterator[Row]:
-    """The launch in a process of its own, which the tool watches."""
+    """Launch in a process of its own, which the tool watches."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or device.type != "cuda":
         yield {**item, "skipped": "compute-sanitizer is not installed" if tool is None else "there is no CUDA device"}
@@ -318,7 +318,7 @@ def _racecheck(item: Item, device: torch.device) -> Iterator[Row]:
 
 
 def _racecheck_verdict(output: str) -> Row:
-    """What the tool said at its end, and whether that is wrong; it warns of more than races."""
+    """Return what the tool said at its end, and whether that is wrong: errors are, its warnings are not."""
     summary = re.search(r"RACECHECK SUMMARY: .*\((\d+) errors?, \d+ warnings?\)", output)
     if summary is None or '"failed"' in output:
         last = [line for line in output.splitlines() if line.strip()][-1:]
@@ -338,7 +338,7 @@ def _settings(item: Item) -> Any:
 
 @functools.cache
 def _contests() -> Any:
-    """Models stay built as long as the process lives."""
+    """Return the room of built models, which lives as long as the process."""
     from .models import Contests
 
     return Contests(most=8)
@@ -474,7 +474,7 @@ class _Session:
         return len(items)
 
     def _child(self, place: int) -> Child:
-        """The child of this place, a new one if the last is no more."""
+        """Return the child of this place, a new one if the last is no more."""
         child = self.children[place]
         if child is None or not child.lives:
             if child is not None:

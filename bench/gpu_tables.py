@@ -15,18 +15,18 @@ RULE_PRIMITIVES = ("attention_index", "attention_scores_class")  # where "auto" 
 
 
 def reason_of(row: Row) -> str | None:
-    """What is wrong with a check, or why it came to no end; None if neither."""
+    """Return what is wrong with a check, or why it came to no end; None if neither."""
     reason = row.get("wrong") or row.get("failed")
     return None if reason is None else str(reason)
 
 
 def is_wrong(row: Row) -> bool:
-    """Whether a check found something or came to no end."""
+    """Tell whether a check found something or came to no end."""
     return reason_of(row) is not None
 
 
 def place(row: Row) -> str:
-    """What was checked, in a word or three."""
+    """Name what was checked."""
     return f"**{row['primitive']}** {row['direction']}, {'-'.join(map(str, row['shape']))}"
 
 
@@ -113,7 +113,7 @@ def _rule_points(result: dict[str, Any]) -> list[Row]:
 
 
 def _rule_lines(result: dict[str, Any]) -> list[str]:
-    """Where the limit stands, and on which side of it every measured point is faster."""
+    """Say where the limit stands, and which side is faster at every measured point."""
     if not (points := _rule_points(result)):
         return []
     lines = [
@@ -167,7 +167,7 @@ def _model_lines(result: dict[str, Any]) -> list[str]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The tables."""
+    """Return all tables."""
     where = result["environment"]
     head = [
         f"# {where['device_name']}",
