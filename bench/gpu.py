@@ -1,34 +1,39 @@
-"""Everything that needs a GPU, in one command of at most eight minutes: parity first, then kernels, then whole models.
+"""Everything that needs a GPU, in one command of at most eight minutes, what matters most first.
 
 python -m bench.gpu [--seconds 480] [--out bench/results]
 python -m bench.gpu --device cpu --quick        # the same without a GPU, to see that it works
 
 It writes ``<out>/<device>-<date>.json`` after every result and the tables of the same name at the end, so that it can
-be cut short (Ctrl-C, or the time is up) and still leaves what it has. Every part runs in child processes: a kernel that
-crashes, hangs or breaks CUDA for its process is written down, and the rest goes on in a new one.
+be cut short (Ctrl-C, or the time is up) and still leaves what it has. Everything is done in child processes, see
+``bench.children``: a kernel that crashes, hangs or breaks CUDA there is written down, and the rest goes on.
 
-1. Parity of every kernel, forward and backward, on random inputs against float64, in three dtypes and several shapes;
-   in many processes at once, which also fills Triton's cache for the rest. What is wrong is not timed.
-2. Microbenchmarks: see ``bench.microbenchmark``. CUDA graphs over rotating buffers.
-3. Whole models: see ``bench.models``.
+Its parts, in this order, each with its share of the time; what a part leaves goes to those after it:
 
-Exit code 0 if all kernels agree with float64, else 1.
+1. Parity in bfloat16 of every kernel, forward and backward, against float64, at DeiT-S's 197 tokens.
+2. The same call 20 times: every result has the same bits, or two programs or warps race.
+3. Every reduced model once, in many processes as the checks before, to fill Triton's cache for what follows.
+4. Kernels at batch 256, ours and PyTorch's, see ``bench.microbenchmark``; whole models, see ``bench.models``: DeiT-S
+   at batch 256 as a CUDA graph, then at 1, 8 and 32; both sides of the rule of ``auto``; DeiT-B.
+5. Parity in float32 and float16 and at other shapes; one small launch under ``compute-sanitizer --tool racecheck``.
+6. Other keep rates, eager and training; the plain algorithms and the references; what has to be compiled, last.
+
+What is wrong in a dtype is not timed in it. Exit code 0 if all kernels agree with float64 and with themselves, else 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
+import dataclasses
 import datetime
-import itertools
+import functools
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,137 +44,325 @@ import torch
 
 from fastreduce.measure import environment
 
+from .children import Child, Item, Row, serve
+from .gpu_tables import RULE_PRIMITIVES, is_wrong, markdown, reason_of
 from .microbenchmark import DIRECTIONS, Microbenchmark
-from .primitive import DTYPES, Shape, load_primitives
+from .primitive import DTYPES, Primitive, Shape, load_primitives
 
-__all__ = ["main", "markdown"]
+__all__ = ["main"]
 
-Row = dict[str, Any]
-Item = dict[str, Any]
+Point = tuple[str, int, int]  # model, tokens, images
+Lists = list[list[Item]]  # a list of items for each process
+Result = dict[str, Any]
 
-# Shares of the time, and what is the most important first within each. What a phase leaves goes to the next.
-_SHARES = {"parity": 0.25, "micro": 0.35, "models": 0.4}
-_PATIENCE = {"parity": 90.0, "micro": 60.0, "models": math.inf}  # seconds for one item, before it counts as hanging
+_CHECKS = ("parity", "repeat", "racecheck")
+# Seconds for one item, before it counts as hanging.
+_PATIENCE = {"parity": 90.0, "repeat": 60.0, "racecheck": 120.0, "warm": 120.0, "micro": 60.0, "models": math.inf}
+_GRACE = 10.0  # seconds past the end of its part, until an item is killed: a new process would take as long
 _CUPTI = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}  # the profiler beside CUDA graphs has crashed
-_BROKEN = 3  # exit code of a child whose device answers no more; the item was told
-_PARITY_SHAPES = [
-    ("deit_small", 197, 4),
+_CALLS = 20
+_TIMED = "bfloat16"
+_FIRST_SHAPES: list[Point] = [("deit_small", 197, 4)]
+_OTHER_SHAPES: list[Point] = [
     ("deit_base", 197, 2),
     ("deit_tiny", 50, 3),
     ("deit_base", 577, 2),
     ("vit_large", 1025, 1),
 ]
-_MICRO_SHAPES = [("deit_small", 197, 256), ("deit_small", 197, 1), ("deit_base", 197, 256), ("deit_base", 197, 1)]
+_FULL: list[Point] = [("deit_small", 197, 256)]
+_SINGLE: list[Point] = [("deit_small", 197, 1)]
+_BASE_SHAPES: list[Point] = [("deit_base", 197, 256), ("deit_base", 197, 1)]
 # Where the rule of "auto" goes from our attention to PyTorch's (MOST_KEYS_BY_OURS): from these it can be measured.
-_RULE_SHAPES = [("deit_small", 577, 64), ("deit_small", 1025, 32), ("deit_small", 2049, 16)]
-_RULE_PRIMITIVES = ("attention_index", "attention_scores_class")
-_QUICK_SHAPES = [("deit_tiny", 26, 2)]
+_RULE_SHAPES: list[Point] = [("deit_small", 577, 64), ("deit_small", 1025, 32), ("deit_small", 2049, 16)]
+_QUICK_SHAPES: list[Point] = [("deit_tiny", 26, 2)]
+_RACECHECK = {"primitive": "cluster_dpc_knn", "shape": ["deit_tiny", 50, 2, _TIMED], "direction": "forward"}
 _SMALL, _BASE = "deit_small_patch16_224", "deit_base_patch16_224"
-# Settings of bench.models, each with its share of the phase. Compiling takes long: few methods, and last.
-_MODELS: list[tuple[float, dict[str, Any]]] = [
-    (0.25, {"models": [_SMALL], "batches": [256], "keep_rates": [0.5], "modes": ["graphed", "eager"]}),
-    (0.15, {"models": [_SMALL], "batches": [1], "keep_rates": [0.5], "modes": ["graphed", "eager"]}),
-    (0.15, {"models": [_BASE], "batches": [256], "keep_rates": [0.5], "modes": ["graphed"]}),
-    (0.1, {"models": [_SMALL], "batches": [256], "keep_rates": [0.7], "modes": ["graphed"]}),
-    (0.1, {"models": [_BASE], "batches": [1], "keep_rates": [0.5], "modes": ["graphed"]}),
-    (0.1, {"models": [_SMALL], "batches": [256], "keep_rates": [0.5], "modes": ["eager"], "steps": ["training"]}),
-    (
-        0.15,
-        {
-            "models": [_SMALL],
-            "methods": ["topk"],
-            "batches": [256],
-            "keep_rates": [0.5],
-            "modes": ["compiled", "compiled-graphed"],
-        },
-    ),
-]
-_QUICK_MODELS: list[tuple[float, dict[str, Any]]] = [
-    (1.0, {"models": ["test_vit"], "methods": ["topk", "tome"], "batches": [2], "keep_rates": [0.5], "rounds": 2})
-]
 
 
-def _parity_items(quick: bool) -> list[list[Item]]:
-    """A list for each primitive and dtype, so that no two processes compile the same kernels."""
-    return [
-        [
-            {"primitive": name, "shape": [*shape, dtype], "direction": direction}
-            for shape in (_QUICK_SHAPES if quick else _PARITY_SHAPES)
-            for direction in DIRECTIONS
-            if direction == "forward" or primitive.gradients
-        ]
-        for dtype in (["float32"] if quick else ["bfloat16", "float32", "float16"])
-        for name, primitive in load_primitives().items()
-    ]
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the run.
+
+    Attributes:
+        name: in a few words.
+        phase: what is done with its items, and under which name its rows are kept.
+        share: of the whole time.
+        items: (results so far, seconds left for the part) -> a list for each process.
+    """
+
+    name: str
+    phase: str
+    share: float
+    items: Callable[[Result, float], Lists]
 
 
-def _dealt(groups: Sequence[Sequence[Item]], workers: int) -> list[list[Item]]:
-    """The items of every worker: whole groups, but the first shapes of all of them before the others."""
+def _dealt(groups: Sequence[Sequence[Item]], workers: int) -> Lists:
+    """Deal items to workers: whole groups, but the first shapes of all of them before the others."""
     dealt = []
-    for worker in range(workers):
-        mine = groups[worker::workers]
-        shapes = list(dict.fromkeys(tuple(item["shape"][:3]) for group in mine for item in group))
-        items = [item for group in mine for item in group]
+    for worker in range(min(workers, len(groups))):
+        items = [item for group in groups[worker::workers] for item in group]
+        shapes = list(dict.fromkeys(tuple(item["shape"][:3]) for item in items))
         dealt.append(sorted(items, key=lambda item: shapes.index(tuple(item["shape"][:3]))))
     return dealt
 
 
-def _wrong_kernels(result: dict[str, Any]) -> set[tuple[str, str, str]]:
+def _ways(primitive: Primitive) -> Sequence[str]:
+    return DIRECTIONS if primitive.gradients else DIRECTIONS[:1]
+
+
+def _checks(points: Sequence[tuple[str, Sequence[Point]]], **more: Any) -> list[list[Item]]:
+    """Return a list for each primitive and dtype of the points, so that no two processes compile the same kernels."""
+    return [
+        [
+            {"primitive": name, "shape": [*shape, dtype], "direction": way, **more}
+            for shape in shapes
+            for way in _ways(primitive)
+        ]
+        for dtype, shapes in points
+        for name, primitive in load_primitives().items()
+    ]
+
+
+def _contenders(primitive: Primitive, kind: str, device: str, way: str) -> list[str]:
+    """Return contenders of a kind: ``"first"`` (ours, and others without a compiler), ``"flex"``, or one's name."""
+    others = {name: other for name, other in primitive.others.items() if other.serves(device, way)}
+    if kind == "first":
+        return ["fastreduce", *(name for name, other in others.items() if not other.compiles)]
+    if kind == "flex":
+        return [name for name, other in others.items() if other.compiles]
+    return [kind]
+
+
+def _absent() -> list[str]:
+    others = {name: other for primitive in load_primitives().values() for name, other in primitive.others.items()}
+    return sorted(name for name, other in others.items() if not other.installed)
+
+
+def _wrong_kernels(result: Result) -> set[tuple[str, str, str]]:
     """Return primitive, direction and dtype of the kernels that are wrong somewhere."""
     return {(row["primitive"], row["direction"], row["shape"][-1]) for row in _wrong(result)}
 
 
-def _micro_items(quick: bool, wrong: set[tuple[str, str, str]]) -> list[Item]:
-    """Without kernels that are wrong in this dtype. Ours, the official algorithm and others first, at every shape."""
-    dtype = "float32" if quick else "bfloat16"
-    shapes = _QUICK_SHAPES if quick else _MICRO_SHAPES
-    primitives, ours = load_primitives(), ("fastreduce", "plain")
-    rounds: list[tuple[tuple[str, ...], list[tuple[str, int, int]], Sequence[str]]]
-    rounds = [(ours, shapes[:1], [*primitives])]
-    if not quick:
-        rounds += [(("fastreduce",), _RULE_SHAPES, _RULE_PRIMITIVES), (ours, shapes[1:], [*primitives])]
-        rounds += [(("reference",), shapes, [*primitives]), (("compiled",), shapes[:1], [*primitives])]
+def _timings(
+    kinds: Sequence[str], shapes: Sequence[Point], device: str, dtype: str, names: Sequence[str], result: Result
+) -> Lists:
+    """Return items, without kernels that are wrong in this dtype; what is held against each other stands together."""
+    wrong, primitives = _wrong_kernels(result), load_primitives()
     return [
-        {"primitive": name, "shape": [*shape, dtype], "direction": way, "contender": who}
-        for contenders, points, names in rounds
-        for shape in points
-        for name in names
-        for way in DIRECTIONS
-        if way == "forward" or primitives[name].gradients
-        for who in (*contenders, *(primitives[name].others if "fastreduce" in contenders else ()))
-        if not (who == "fastreduce" and (name, way, dtype) in wrong)
+        [
+            {"primitive": name, "shape": [*shape, dtype], "direction": way, "contender": who}
+            for kind in kinds
+            for shape in shapes
+            for name in names
+            for way in _ways(primitives[name])
+            for who in _contenders(primitives[name], kind, device, way)
+            if not (who == "fastreduce" and (name, way, dtype) in wrong)
+        ]
     ]
 
 
-def _model_items(quick: bool, seconds: float, device: str) -> list[Item]:
-    chosen = _QUICK_MODELS if quick else _MODELS
-    each = {"steps": ["forward"], "rounds": 10, "device": device}
-    return [{**each, "seconds": share * seconds, **settings} for share, settings in chosen]
+def _again(groups: Sequence[Sequence[Item]], workers: int, result: Result) -> Lists:
+    """Return the checks of kernels that came to an end in the first one."""
+    ended = {(row["primitive"], row["direction"]) for row in result["parity"] if "failed" in row}
+    left = [[item for item in group if (item["primitive"], item["direction"]) not in ended] for group in groups]
+    return _dealt([group for group in left if group], workers)
+
+
+def _models_in(seconds: float, settings: Sequence[dict[str, Any]], device: str) -> Lists:
+    """Return settings of ``bench.models``, which share the seconds alike."""
+    each = {"steps": ["forward"], "rounds": 10, "device": device, "seconds": 0.9 * seconds / max(1, len(settings))}
+    return [[{**each, "keep_rates": [0.5], **one} for one in settings]]
+
+
+def _warm_items(models: Sequence[dict[str, Any]], methods: Sequence[str], device: str, workers: int) -> Lists:
+    """Deal methods to processes; the models stay in the order in which they are timed."""
+    parts: Lists = [[] for _ in range(min(workers, len(methods)))]
+    for model in models:
+        for number, method in enumerate(methods):
+            parts[number % len(parts)].append({**model, "methods": [method], "keep_rates": [0.5], "device": device})
+    return parts
+
+
+def _methods() -> list[str]:
+    from fastreduce import REDUCERS
+
+    return list(REDUCERS)
+
+
+class _Makers:
+    """Items of a part, for one device and number of processes."""
+
+    def __init__(self, device: str, workers: int, dtype: str):
+        self.device, self.workers, self.dtype = device, workers, dtype
+
+    def checks(self, *points: tuple[str, Sequence[Point]]) -> Callable[[Result, float], Lists]:
+        """Make checks of parity."""
+        return lambda result, left: _dealt(_checks(points), self.workers)
+
+    def again(self, shapes: Sequence[Point]) -> Callable[[Result, float], Lists]:
+        """Make checks for equal bits."""
+        groups = _checks([(self.dtype, shapes)], calls=_CALLS)
+        return lambda result, left: _again(groups, self.workers, result)
+
+    def times(
+        self, kinds: Sequence[str], shapes: Sequence[Point], names: Sequence[str] = ()
+    ) -> Callable[[Result, float], Lists]:
+        """Make microbenchmarks, of all primitives if none is named."""
+        chosen = names or list(load_primitives())
+        return lambda result, left: _timings(kinds, shapes, self.device, self.dtype, chosen, result)
+
+    def models(self, *settings: dict[str, Any]) -> Callable[[Result, float], Lists]:
+        """Make measurements of whole models."""
+        return lambda result, left: _models_in(left, settings, self.device)
+
+    def warm(self, *models: dict[str, Any], methods: Sequence[str]) -> Callable[[Result, float], Lists]:
+        """Make forward passes that compile kernels."""
+        return lambda result, left: _warm_items(models, methods, self.device, self.workers)
+
+    def racecheck(self) -> Callable[[Result, float], Lists]:
+        """Make the one launch that the tool watches."""
+        return lambda result, left: [[_RACECHECK]]
+
+
+def _full_parts(device: str, workers: int) -> list[Part]:
+    make = _Makers(device, workers, _TIMED)
+    small: dict[str, Any] = {"models": [_SMALL], "batches": [256], "modes": ["graphed"]}
+    base = {**small, "models": [_BASE]}
+    single, few = ["graphed", "eager"], {**small, "methods": ["topk"]}
+    warm = [{"models": [name], "batches": batches} for name, batches in ((_SMALL, [256, 1, 8]), (_BASE, [256, 1]))]
+    others = [(dtype, [*_FIRST_SHAPES, *_OTHER_SHAPES]) for dtype in ("float32", "float16")]
+    return [
+        Part("parity in bfloat16", "parity", 0.13, make.checks((_TIMED, _FIRST_SHAPES))),
+        Part("repeated calls", "repeat", 0.06, make.again(_FULL)),
+        Part("first passes", "warm", 0.06, make.warm(*warm, methods=_methods())),
+        Part("kernels of DeiT-S", "micro", 0.11, make.times(["first"], _FULL)),
+        Part("DeiT-S", "models", 0.12, make.models(small)),
+        Part("DeiT-S, small batches", "models", 0.12, make.models({**small, "batches": [1, 8, 32], "modes": single})),
+        Part("kernels of DeiT-S, batch 1", "micro", 0.03, make.times(["first"], _SINGLE)),
+        Part("rule of auto", "micro", 0.02, make.times(["first"], _RULE_SHAPES, RULE_PRIMITIVES)),
+        Part("DeiT-B", "models", 0.07, make.models({**base, "batches": [256, 1]})),
+        Part("kernels of DeiT-B", "micro", 0.04, make.times(["first"], _BASE_SHAPES)),
+        Part("parity in other dtypes", "parity", 0.07, make.checks(*others, (_TIMED, _OTHER_SHAPES))),
+        Part("racecheck", "racecheck", 0.03, make.racecheck()),
+        Part(
+            "DeiT-S, eager, training, 0.7",
+            "models",
+            0.05,
+            make.models(
+                {**small, "modes": ["eager"], "steps": ["forward", "training"]}, {**small, "keep_rates": [0.7]}
+            ),
+        ),
+        Part("plain and reference", "micro", 0.04, make.times(["plain", "reference"], [*_FULL, *_SINGLE])),
+        Part("FlexAttention", "micro", 0.01, make.times(["flex"], _FULL)),
+        Part("compiled references", "micro", 0.02, make.times(["compiled"], _FULL)),
+        Part("compiled DeiT-S", "models", 0.02, make.models({**few, "modes": ["compiled", "compiled-graphed"]})),
+    ]
+
+
+def _quick_parts(device: str, workers: int) -> list[Part]:
+    """Return every phase on small shapes, in the same order."""
+    make = _Makers(device, workers, "float32")
+    tiny: dict[str, Any] = {"models": ["test_vit"], "methods": ["topk", "tome"], "batches": [2], "rounds": 2}
+    return [
+        Part("parity in float32", "parity", 0.2, make.checks(("float32", _QUICK_SHAPES))),
+        Part("repeated calls", "repeat", 0.1, make.again(_QUICK_SHAPES)),
+        Part("first passes", "warm", 0.1, make.warm({"models": ["test_vit"], "batches": [2]}, methods=tiny["methods"])),
+        Part("kernels", "micro", 0.2, make.times(["first"], _QUICK_SHAPES)),
+        Part("models", "models", 0.1, make.models(tiny)),
+        Part("models, small batches", "models", 0.1, make.models({**tiny, "batches": [1]})),
+        Part("racecheck", "racecheck", 0.1, make.racecheck()),
+        Part("plain", "micro", 0.1, make.times(["plain"], _QUICK_SHAPES)),
+    ]
+
+
+@functools.lru_cache(maxsize=1)  # its truth is shared by the contenders, which follow one another
+def _prepared(name: str, shape: Shape, device: torch.device, direction: str) -> Microbenchmark:
+    return Microbenchmark(load_primitives()[name], shape, device, direction)
 
 
 def _bench(item: Item, device: torch.device) -> Microbenchmark:
     *point, dtype = item["shape"]
-    primitive = load_primitives()[item["primitive"]]
-    return Microbenchmark(primitive, Shape(*point, DTYPES[dtype]), device, item["direction"])
+    return _prepared(item["primitive"], Shape(*point, DTYPES[dtype]), device, item["direction"])
 
 
 def _parity(item: Item, device: torch.device) -> Iterator[Row]:
     yield {**item, "wrong": _bench(item, device).parity("fastreduce")}
 
 
+def _repeat(item: Item, device: torch.device) -> Iterator[Row]:
+    differing = _bench(item, device).differing("fastreduce", item["calls"])
+    words = [
+        f"output {one['output']}: {one['elements']} of {one['of']} elements differ, "
+        f"in {one['calls']} of {item['calls'] - 1} calls"
+        for one in differing
+    ]
+    yield {**item, "differing": differing, "wrong": "; ".join(words) or None}
+
+
+def _launch(item: Item, device: torch.device) -> Iterator[Row]:
+    """Call once, and run little else on the device."""
+    _bench(item, device).once("fastreduce")
+    yield item
+
+
+def _racecheck(item: Item, device: torch.device) -> Iterator[Row]:
+    """Launch in a process of its own, which the tool watches."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or device.type != "cuda":
+        yield {**item, "skipped": "compute-sanitizer is not installed" if tool is None else "there is no CUDA device"}
+        return
+    command = [tool, "--tool", "racecheck", "--error-exitcode", "1", *_child_command(device.type)]
+    asked = f"{json.dumps({'phase': 'launch', 'item': item})}\nnull\n"
+    done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
+    yield {**item, **_racecheck_verdict(done.stdout + done.stderr)}
+
+
+def _racecheck_verdict(output: str) -> Row:
+    """Return what the tool said at its end, and whether that is wrong: errors are, its warnings are not."""
+    summary = re.search(r"RACECHECK SUMMARY: .*\((\d+) errors?, \d+ warnings?\)", output)
+    if summary is None or '"failed"' in output:
+        last = [line for line in output.splitlines() if line.strip()][-1:]
+        return {"skipped": f"compute-sanitizer came to no verdict: {' '.join(last)[:300]}"}
+    return {"said": summary[0], "wrong": summary[0] if int(summary[1]) else None}
+
+
 def _micro(item: Item, device: torch.device) -> Iterator[Row]:
     yield _bench(item, device).measure(item["contender"])
 
 
-def _models(item: Item, device: torch.device) -> Iterator[Row]:
-    from .models import Settings, measure_models
+def _settings(item: Item) -> Any:
+    from .models import Settings
 
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in item.items()}
-    yield from measure_models(Settings(**settings))
+    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in item.items()})
+
+
+@functools.cache
+def _contests() -> Any:
+    """Return the room of built models, which lives as long as the process."""
+    from .models import Contests
+
+    return Contests(most=8)
+
+
+def _models(item: Item, device: torch.device) -> Iterator[Row]:
+    from .models import measure_models
+
+    yield from measure_models(_settings(item), contests=_contests())
+
+
+def _warm(item: Item, device: torch.device) -> Iterator[Row]:
+    from .models import fill_kernel_cache
+
+    started = time.perf_counter()
+    fill_kernel_cache(_settings(item))
+    yield {**item, "seconds": time.perf_counter() - started}
 
 
 _PHASES: dict[str, Callable[[Item, torch.device], Iterator[Row]]] = {
     "parity": _parity,
+    "repeat": _repeat,
+    "racecheck": _racecheck,
+    "warm": _warm,
     "micro": _micro,
     "models": _models,
 }
@@ -186,38 +379,34 @@ def _answers(device: torch.device) -> bool:
     return True
 
 
-def _child(phase: str, device: torch.device) -> None:
-    """Do the items that come on stdin, and tell each beginning and each result in a line on what was stdout."""
-    told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # others print too, from C as well
-    for index, item in enumerate(json.load(sys.stdin)):
-        print(json.dumps({"begins": index}), file=told, flush=True)
-        try:
-            for row in _PHASES[phase](item, device):
-                print(json.dumps({"row": row}), file=told, flush=True)
-        except Exception as error:  # the next item may do better
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            print(json.dumps({"row": {**item, "failed": reason[:300]}}), file=told, flush=True)
-        if not _answers(device):
-            os._exit(_BROKEN)
+def _child_command(device: str) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu", "--device", device, "--child"]
+
+
+def _child(device: torch.device) -> None:
+    def work(asked: Item) -> Iterator[Row]:
+        return {**_PHASES, "launch": _launch}[asked["phase"]](asked["item"], device)
+
+    serve(work, lambda: _answers(device))
 
 
 class _Session:
-    """The results so far, kept on disk."""
+    """The results so far, kept on disk, and the processes that make them."""
 
     def __init__(self, path: Path, device: str, seconds: float):
         self.path = path
         self.patience = _PATIENCE
-        self.command = [sys.executable, "-m", "bench.gpu", "--device", device, "--child"]
+        self.grace = _GRACE
+        self.command = _child_command(device)
+        self.children: list[Child | None] = []
         self.started = time.perf_counter()
         self.end = self.started + seconds
         self.lock = threading.Lock()
-        self.result: dict[str, Any] = {
+        self.result: Result = {
             "environment": environment(torch.device(device)),
-            "parity": [],
-            "micro": [],
-            "models": [],
-            "left_out": {},
+            "parts": [],
+            "absent": _absent() if device == "cuda" else [],
+            **{phase: [] for phase in _PHASES},
             "seconds": 0.0,
         }
 
@@ -234,224 +423,98 @@ class _Session:
         part.write_text(json.dumps(self.result, indent=1) + "\n")
         part.replace(self.path)
 
-    def run(self, phase: str, parts: Sequence[Sequence[Item]], end: float) -> None:
-        """Do the items of every part in a child process of its own, until the time is up."""
-        count = sum(map(len, parts))
-        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-            done = sum(pool.map(lambda part: self._work(phase, part, end), parts))
-        self.result["left_out"][phase] = count - done
-        self.save()
-        print(f"{phase}: {len(self.result[phase])} results, {count - done} of {count} left out", flush=True)
+    def run_all(self, parts: Sequence[Part]) -> None:
+        """Do one part after the other; each ends when the shares of all before it and its own are used up."""
+        seconds, shares = self.end - self.started, 0.0
+        for part in parts:
+            shares += part.share
+            end = self.started + shares * seconds
+            lists = part.items(self.result, max(end - time.perf_counter(), 0.0))
+            self.run(part.name, part.phase, lists, end)
 
-    def _work(self, phase: str, items: Sequence[Item], end: float) -> int:
-        """One child after the other, until all items were begun; returns how many were finished or failed."""
-        done = 0
-        while done < len(items) and time.perf_counter() < end:
-            count, failure = self._one_child(phase, items[done:], end)
-            if failure is not None and count:
-                self.add(phase, {**items[done + count - 1], "failed": failure})
-            if count == 0 and time.perf_counter() < end:  # it cannot even start
-                self.add(phase, {**items[done], "failed": failure or "the process did nothing"})
-                count = 1
-            done += count
-        return done
-
-    def _one_child(self, phase: str, items: Sequence[Item], end: float) -> tuple[int, str | None]:
-        """How many items were begun or, at the end of the time, finished; and why the last one has no result."""
-        begun, told = 0, 0
-        with tempfile.TemporaryFile("w+") as errors:
-            child = subprocess.Popen(
-                [*self.command, phase],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-                env={**os.environ, **_CUPTI},
-            )
-            assert child.stdin is not None
-            assert child.stdout is not None
-            watch = _Watch(child, end, self.patience[phase])
+    def run(self, name: str, phase: str, lists: Lists, end: float) -> None:
+        """Do the items of every list in a child process of its own, until the time is up."""
+        started, before, count = time.perf_counter(), len(self.result[phase]), sum(map(len, lists))
+        self._keep_children(len(lists))
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(lists))) as pool:
+            working = [pool.submit(self._work, place, phase, items, end) for place, items in enumerate(lists)]
             try:
-                with contextlib.suppress(BrokenPipeError):
-                    child.stdin.write(json.dumps(items))
-                    child.stdin.close()
-                for line in child.stdout:
-                    said = json.loads(line)
-                    if "row" in said:
-                        self.add(phase, said["row"])
-                        told = begun
-                    else:
-                        begun = said["begins"] + 1
-                        watch.begins()
-                code = child.wait()
-            finally:
-                watch.stop()
-                _kill(child)
-            if code == 0:
-                return len(items), None
-            if time.perf_counter() >= end:
-                return told, None
-            if code == _BROKEN and told == begun:
-                return begun, None
-            if watch.hung:
-                return begun, f"no result within {self.patience[phase]:g} s"
-            errors.seek(0)
-            last = [line for line in errors.read().splitlines() if line.strip()][-1:]
-            return begun, f"the process ended with {code}: {' '.join(last)[:300]}"
+                left_out = count - sum(one.result() for one in working)
+            except BaseException:  # the threads would wait for the rest
+                self.stop()
+                raise
+        made, seconds = len(self.result[phase]) - before, time.perf_counter() - started
+        with self.lock:
+            self.result["parts"].append({"name": name, "results": made, "left_out": left_out, "seconds": seconds})
+            self.save()
+        print(f"{name}: {made} results, {left_out} of {count} left out, {seconds:.0f} s", flush=True)
 
+    def _keep_children(self, count: int) -> None:
+        """End those that have nothing to do: nothing shall run beside what is timed."""
+        for child in filter(None, self.children[count:]):
+            child.end()
+        self.children = [*self.children[:count], *[None] * (count - len(self.children))]
 
-class _Watch:
-    """Kills a child at the end of the time, or when one item takes too long."""
+    def _work(self, place: int, phase: str, items: Sequence[Item], end: float) -> int:
+        """Do one item after the other; returns how many were finished or failed before the time was up."""
+        for done, item in enumerate(items):
+            now = time.perf_counter()
+            if now >= min(end, self.end):
+                return done
+            patience, left = self.patience[phase], min(end + self.grace, self.end) - now
+            asked, child = {"phase": phase, "item": item}, self._child(place)
+            failure = child.do(asked, min(patience, left), functools.partial(self.add, phase))
+            spent = time.perf_counter() - now
+            if failure is None:
+                continue
+            if spent >= left or now + spent >= self.end:
+                return done
+            reason = f"no result within {patience:g} s" if spent >= patience else failure
+            self.add(phase, {**item, "failed": reason})
+        return len(items)
 
-    def __init__(self, child: subprocess.Popen[str], end: float, patience: float):
-        self.child, self.end, self.patience = child, end, patience
-        self.hung = False
-        self.timer = threading.Timer(0.0, _kill)
-        self.begins()
+    def _child(self, place: int) -> Child:
+        """Return the child of this place, a new one if the last is no more."""
+        child = self.children[place]
+        if child is None or not child.lives:
+            if child is not None:
+                child.end()
+            child = self.children[place] = Child(self.command, _CUPTI)
+        return child
 
-    def begins(self) -> None:
-        """A new item."""
-        self.timer.cancel()
-        left = self.end - time.perf_counter()
-        self.timer = threading.Timer(max(min(left, self.patience), 0.0), self._end, [self.patience < left])
-        self.timer.daemon = True
-        self.timer.start()
-
-    def _end(self, hung: bool) -> None:
-        self.hung = hung
-        _kill(self.child)
+    def finish(self) -> None:
+        """End all processes, and write what there is."""
+        self._keep_children(0)
+        self.save()
 
     def stop(self) -> None:
-        """No more."""
-        self.timer.cancel()
+        """Kill what is at work; nothing more is begun."""
+        self.end = -math.inf
+        for child in filter(None, list(self.children)):
+            child.kill()
 
 
-def _kill(child: subprocess.Popen[str]) -> None:
-    """The child and whatever it started."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, 9)
-
-
-def _wrong(result: dict[str, Any]) -> list[Row]:
-    return [row for row in result["parity"] if row.get("wrong") or row.get("failed")]
-
-
-def _parity_lines(result: dict[str, Any]) -> list[str]:
-    rows, wrong = result["parity"], _wrong(result)
-    lines = ["## Parity", "", f"{len(rows) - len(wrong)} of {len(rows)} checks against float64 agree."]
-    if left := result["left_out"].get("parity"):
-        lines.append(f"{left} more were not reached in the time.")
-    lines += [
-        f"- **{row['primitive']}** {row['direction']}, {'-'.join(map(str, row['shape']))}: "
-        f"{row.get('wrong') or row['failed']}"
-        for row in wrong
-    ]
-    return [*lines, ""]
-
-
-def _micro_lines(result: dict[str, Any]) -> list[str]:
-    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in result["micro"]:
-        if "model" in row:
-            shape = f"{row['model']}-{row['tokens']}-{row['batch']}"
-            groups.setdefault((row["primitive"], row["direction"], shape), {})[row["contender"]] = row
-    heads = [
-        "primitive",
-        "",
-        "shape",
-        "µs",
-        "GB/s of the floor",
-        "share of copy",
-        "launches (CPU: operators)",
-        "peak MB",
-    ]
-    others = ["reference", "compiled", "plain"]
-    others += sorted({who for rows in groups.values() for who in rows} - {"fastreduce", *others})
-    lines = ["## Kernels", "", "| " + " | ".join([*heads, *(f"{other} ÷ ours" for other in others)]) + " |"]
-    lines.append("|" + "---|" * (len(heads) + len(others)))
-    for (name, direction, shape), rows in groups.items():
-        ours = rows.get("fastreduce", {})
-        if "seconds" not in ours:
-            cells = [str(ours.get("parity") or ours.get("failed") or "not measured"), *[""] * 7]
-        else:
-            cells = [
-                f"{ours['seconds'] * 1e6:.1f}",
-                f"{ours['gigabytes_per_second']:.0f}",
-                f"{ours['share_of_copy_bandwidth']:.2f}",
-                str(ours.get("launches", ours.get("operators", ""))),
-                f"{ours['peak_bytes'] / 1e6:.1f}",
-                *(
-                    f"{rows[other]['seconds'] / ours['seconds']:.2f}" if "seconds" in rows.get(other, {}) else ""
-                    for other in others
-                ),
-            ]
-        lines.append("| " + " | ".join([name, direction, shape, *cells]) + " |")
-    lines.append("")
-    for row in result["micro"]:
-        if reason := row.get("failed") or row.get("parity"):
-            lines.append(f"- {row['primitive']} {row['direction']} {row['contender']}: {reason}")
-    return [*lines, ""]
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def _model_lines(result: dict[str, Any]) -> list[str]:
-    lines = ["## Whole models", ""]
-    for group in result["models"]:
-        where = ", ".join(
-            f"{name} {group[name]}" for name in ("model", "batch", "keep_rate", "step", "mode") if name in group
-        )
-        if reason := group.get("failed") or group.get("reason"):
-            lines += [f"{where}: {reason}", ""]
-            continue
-        lines += [f"### {where}", "", "| | images/s | unreduced ÷ | slice ÷ | official ÷ | ideal |", "|" + "---|" * 6]
-        lines.append(f"| unreduced | {_number(group['unreduced']['images_per_second'], 1)} | 1.00 | | | |")
-        for row in group["methods"]:
-            cells = [
-                _number(row["images_per_second"], 1) or str(row["reason"] or row["parity"]["verdict"]),
-                *(_number(row[name]) for name in ("speedup", "share_of_free_slice", "speedup_over_official")),
-                _number(row.get("ideal_speedup")),
-            ]
-            lines.append("| " + " | ".join([row["label"], *cells]) + " |")
-        lines.append("")
-    return lines
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The tables."""
-    where = result["environment"]
-    head = [
-        f"# {where['device_name']}",
-        "",
-        f"fastreduce {where['fastreduce']}, commit {where['commit']}, torch {where['torch']}, "
-        f"triton {where['triton']}, timm {where['timm']}, CUDA {where['cuda']}; `python -m bench.gpu`, "
-        f"{result['seconds']:.0f} s. Times are medians; in ratios, more than 1 means that fastreduce is the faster.",
-        "",
-    ]
-    return "\n".join([*head, *_parity_lines(result), *_micro_lines(result), *_model_lines(result)])
+def _wrong(result: Result) -> list[Row]:
+    return [row for phase in _CHECKS for row in result[phase] if is_wrong(row)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 0 if every kernel that was checked agrees with float64."""
+    """Run; 0 if every kernel that was checked agrees with float64 and with itself."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=480.0, help="of all of it")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--quick", action="store_true", help="tiny shapes and models, to see that it works")
     parser.add_argument(
-        "--workers", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 1)), help="processes that check parity"
+        "--workers", type=int, default=max(1, min(14, (os.cpu_count() or 1) - 1)), help="processes that check"
     )
-    parser.add_argument("--child", choices=list(_PHASES), help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench.gpu: torch sees no CUDA device here", file=sys.stderr)
         return 2
     if options.child:
-        _child(options.child, torch.device(options.device))
+        _child(torch.device(options.device))
         return 0
 
     options.out.mkdir(parents=True, exist_ok=True)
@@ -459,23 +522,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     path = options.out / f"{slug}-{datetime.date.today().isoformat()}.json"
     session = _Session(path, options.device, options.seconds)
-    end = {}
-    for phase, share in zip(_SHARES, itertools.accumulate(_SHARES.values()), strict=True):
-        end[phase] = session.started + share * options.seconds
+    parts = _quick_parts if options.quick else _full_parts
     try:
-        session.run("parity", _dealt(_parity_items(options.quick), options.workers), end["parity"])
-        session.run("micro", [_micro_items(options.quick, _wrong_kernels(session.result))], end["micro"])
-        left = session.end - time.perf_counter()
-        session.run("models", [_model_items(options.quick, 0.95 * left, options.device)], session.end)
+        session.run_all(parts(options.device, options.workers))
     except KeyboardInterrupt:
         print("cut short", file=sys.stderr)
     finally:
-        session.save()
+        session.finish()
         path.with_suffix(".md").write_text(markdown(session.result))
         print(f"{path} and {path.with_suffix('.md').name}")
     bad = _wrong(session.result)
     for row in bad:
-        print(f"WRONG: {row['primitive']} {row['direction']} {row['shape']}: {row.get('wrong') or row['failed']}")
+        print(f"WRONG: {row['primitive']} {row['direction']} {row['shape']}: {reason_of(row)}")
     return 1 if bad or not session.result["parity"] else 0
 
 

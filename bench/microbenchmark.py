@@ -100,6 +100,22 @@ def device_clock(device: torch.device) -> float:
     return total
 
 
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """The values as integers of the same size: NaN is equal to itself, and 0 is not -0."""
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.detach().contiguous().view(kinds[values.element_size()])
+
+
+def _is_counted(contender: str, device: torch.device) -> bool:
+    return contender == "fastreduce" if device.type == "cuda" else contender != "compiled"
+
+
+def _fill_caches(device: torch.device) -> None:
+    """Write more than the caches of a GPU hold, so that the next call meets its data elsewhere and runs otherwise."""
+    if device.type == "cuda":
+        torch.full((1 << 24,), math.nan, device=device)
+
+
 @dataclasses.dataclass
 class Run:
     """What is timed: ``call`` does the work ``repeats`` times, on CUDA over rotating buffers.
@@ -110,7 +126,8 @@ class Run:
         rotated: bytes of all inputs and results that take turns; three times the L2 cache unless the work is made of
             so many launches that no graph should hold more of it.
         graphed: whether ``call`` replays a CUDA graph; if not, the host's launches are in the time.
-        compiled: whether operators are hidden in compiled code.
+        counted: whether its launches are: on CUDA only of ours, since the profiler takes its time, on the CPU of all
+            whose operators no compiler hides.
     """
 
     call: Callable[[], object]
@@ -119,7 +136,7 @@ class Run:
     floor: int
     rotated: int
     graphed: bool
-    compiled: bool
+    counted: bool
 
 
 class Microbenchmark:
@@ -152,7 +169,7 @@ class Microbenchmark:
         self.contenders["compiled"] = torch.compile(own_code(reference), dynamic=False)
         self.contenders["plain"] = primitive.plain
         for name, other in primitive.others.items():
-            if other.on_cpu or device.type == "cuda":
+            if other.serves(device.type, direction):
                 self.contenders[name] = other.call
 
     def _inputs(self, batch: int, seed: int) -> Inputs:
@@ -192,6 +209,35 @@ class Microbenchmark:
             return disagreement(outputs, exact, (), steps)
         return disagreement(outputs, exact, others, 4 * torch.finfo(self.shape.dtype).eps + more)
 
+    def once(self, contender: str) -> Outputs:
+        """Return the results of a single piece of work, on the whole batch."""
+        work, _ = self._work(self.contenders[contender], self._inputs(self.shape.batch, seed=0))
+        return work()
+
+    def differing(self, contender: str, calls: int) -> list[dict[str, int]]:
+        """Call again and again with the same arguments, and say which outputs had other bits than after the first call.
+
+        Returns:
+            A dict for each output that differed: ``output`` (its place), ``elements`` that differed at least once,
+            ``of`` how many, and in how many ``calls``.
+        """
+        work, _ = self._work(self.contenders[contender], self._inputs(self.shape.batch, seed=0))
+        first = [_bits(output).clone() for output in work()]
+        changed = [torch.zeros_like(bits, dtype=torch.bool) for bits in first]
+        times = [0] * len(first)
+        for call in range(1, calls):
+            if call % 2:
+                _fill_caches(self.device)
+            for place, output in enumerate(work()):
+                differs = _bits(output) != first[place] if output.shape == first[place].shape else True
+                changed[place] |= differs
+                times[place] += int(torch.as_tensor(differs).any())
+        return [
+            {"output": place, "elements": int(where.sum()), "of": where.numel(), "calls": times[place]}
+            for place, where in enumerate(changed)
+            if times[place]
+        ]
+
     def floor(self, inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
         """Bytes at least."""
         if self.direction == "forward":
@@ -202,10 +248,11 @@ class Microbenchmark:
     def prepare(self, contender: str) -> Run:
         """Buffers, warm-up and, on CUDA, a graph."""
         call = self.contenders[contender]
+        counted = _is_counted(contender, self.device)
         if self.device.type != "cuda":
             inputs = self._inputs(self.shape.batch, seed=0)
             work, outputs = self._work(call, inputs)
-            return Run(work, work, 1, self.floor(inputs, outputs, work()), 0, False, contender == "compiled")
+            return Run(work, work, 1, self.floor(inputs, outputs, work()), 0, False, counted)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -236,12 +283,11 @@ class Microbenchmark:
                 all_sets()
             torch.cuda.current_stream().wait_stream(stream)
 
-        compiled = contender == "compiled"
         try:
-            return Run(capture(all_sets, 1, stream), work, repeats, floor, rotated, True, compiled)
+            return Run(capture(all_sets, 1, stream), work, repeats, floor, rotated, True, counted)
         except CaptureError:
             torch.cuda.synchronize()
-            return Run(on_stream, work, repeats, floor, rotated, False, compiled)
+            return Run(on_stream, work, repeats, floor, rotated, False, counted)
 
     def facts(self, run: Run, seconds: float) -> dict[str, Any]:
         """Everything but the time: floor, bandwidth, operators or launches, peak memory."""
@@ -251,7 +297,7 @@ class Microbenchmark:
             "gigabytes_per_second": run.floor / seconds / 1e9,
             "copy_gigabytes_per_second": bandwidth / 1e9,
             "share_of_copy_bandwidth": run.floor / seconds / bandwidth,
-            **(self._launches(run.once) if self.device.type == "cuda" or not run.compiled else {}),
+            **(self._launches(run.once) if run.counted else {}),
             "peak_bytes": self._peak(run.once),
             "rotated_bytes": run.rotated,
             "graphed": run.graphed,

@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -51,7 +52,17 @@ from fastreduce.measure import capture, environment, own_code, quartiles, ratio,
 
 from .model_plots import save_plots
 
-__all__ = ["MODES", "STEPS", "Settings", "main", "measure_models", "print_group", "save_plots"]
+__all__ = [
+    "MODES",
+    "STEPS",
+    "Contests",
+    "Settings",
+    "fill_kernel_cache",
+    "main",
+    "measure_models",
+    "print_group",
+    "save_plots",
+]
 
 STEPS = ("forward", "training")
 MODES = {  # whether the model is compiled, and whether it is captured
@@ -213,6 +224,11 @@ class _Contest:
         self.settings = settings
         self.comparison = comparison
         self.device = self.comparison.device
+        self.pool: Any = None
+        self.stream: Any = None
+        self._check(progress)
+
+    def _check(self, progress: Progress) -> None:
         self.comparison.check(progress)
         self.candidates = self.comparison.candidates()
         self.entries = {entry.slug: entry for entry in self.comparison.entries}
@@ -223,8 +239,18 @@ class _Contest:
         self.labels = torch.randint(classes, (len(self.images),), generator=generator).to(self.device)
         self.parities: dict[str, dict[str, Parity]] = {}
         self.compiled: dict[tuple[str, Any], Function] = {}
-        self.pool: Any = None
-        self.stream: Any = None
+
+    def go_on(self, settings: Settings, batch: int, progress: Progress) -> None:
+        """Serve other steps, modes, rounds and another batch, at which everything is checked again."""
+        self.settings = settings
+        if batch == len(self.images):
+            return
+        self.comparison.settings = dataclasses.replace(self.comparison.settings, batch=batch)
+        for entry in self.comparison.entries:
+            entry.changed = None
+        for model in self.candidates.values():
+            model.eval()
+        self._check(progress)
 
     def _set_step(self, step: str, progress: Progress) -> None:
         for model in self.candidates.values():
@@ -492,11 +518,59 @@ class _Contest:
         }
 
 
-def measure_models(settings: Settings, progress: Progress = lambda *_: None) -> Iterator[Group]:
+class Contests:
+    """Contests that were built, for whoever measures the same models again with other steps, modes or batches.
+
+    Args:
+        most: how many to keep; each holds its models, which share their weights.
+    """
+
+    def __init__(self, most: int = 1):
+        self.most = most
+        self.kept: dict[Settings, _Contest] = {}
+        self.built: tuple[Settings, Comparison] | None = None
+
+    def build(self, settings: Settings, model: str, batch: int, keep_rate: float) -> None:
+        """Build the models of what comes next, unless they are kept."""
+        key = self._key(settings, model, keep_rate)
+        if key not in self.kept and (self.built is None or self.built[0] != key):
+            while len(self.kept) >= self.most:
+                self.kept.pop(next(iter(self.kept)))
+            self.built = key, _build(settings, model=model, batch=batch, keep_rate=keep_rate)
+
+    def get(self, settings: Settings, model: str, batch: int, keep_rate: float, progress: Progress) -> _Contest:
+        """Return the contest, checked at this batch."""
+        self.build(settings, model, batch, keep_rate)
+        key = self._key(settings, model, keep_rate)
+        if key in self.kept:
+            contest = self.kept.pop(key)
+            contest.go_on(settings, batch, progress)
+        else:
+            assert self.built is not None
+            comparison, self.built = self.built[1], None
+            contest = _Contest(settings, comparison, progress)
+        self.kept[key] = contest  # the last that is dropped; one that failed is not kept
+        return contest
+
+    @staticmethod
+    def _key(settings: Settings, model: str, keep_rate: float) -> Settings:
+        """Everything that a built model depends on."""
+        alike = {"batches": (), "steps": (), "modes": (), "rounds": 1, "seconds": 1.0}
+        return dataclasses.replace(settings, models=(model,), keep_rates=(keep_rate,), **alike)
+
+
+def measure_models(
+    settings: Settings, progress: Progress = lambda *_: None, contests: Contests | None = None
+) -> Iterator[Group]:
     """Measure, and give one group after the other as soon as it is finished.
 
     Every group has ``model``, ``batch``, ``keep_rate``, ``step``, ``mode`` and ``reason``: None, or why it was left
     out; then it has nothing else.
+
+    Args:
+        settings: what to measure.
+        progress: (what is done, how much of it, out of how much).
+        contests: where built models are kept between calls; by default nowhere.
 
     Raises:
         ValueError, TypeError, OSError: settings that cannot be met; at once, not with the first group.
@@ -509,19 +583,27 @@ def measure_models(settings: Settings, progress: Progress = lambda *_: None) -> 
         for batch in settings.batches
         for rate in dict.fromkeys(settings.keep_rates)
     ]
-    return _groups(settings, keys, _build(settings, **keys[0]), end, progress)
+    contests = contests or Contests()
+    contests.build(settings, **keys[0])
+    return _groups(settings, keys, contests, end, progress)
 
 
-def _contest(settings: Settings, comparison: Comparison, progress: Progress) -> tuple[_Contest | None, str | None]:
+def _contest(
+    contests: Contests, settings: Settings, key: dict[str, Any], progress: Progress
+) -> tuple[_Contest | None, str | None]:
     """The contest, or why it cannot be held."""
     try:
-        return _Contest(settings, comparison, progress), None
+        contests.build(settings, **key)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return None, _reason(error)
+    try:
+        return contests.get(settings, **key, progress=progress), None
     except RuntimeError as error:
         return None, _reason(error)
 
 
 def _groups(
-    settings: Settings, keys: Sequence[dict[str, Any]], first: Comparison | None, end: float, progress: Progress
+    settings: Settings, keys: Sequence[dict[str, Any]], contests: Contests, end: float, progress: Progress
 ) -> Iterator[Group]:
     parts = [(step, mode) for step in settings.steps for mode in settings.modes]
     left = len(keys) * len(parts)
@@ -532,13 +614,7 @@ def _groups(
             if now > end and left < len(keys) * len(parts):
                 reason = "the time was up"
             elif contest is None and reason is None:
-                try:
-                    comparison = first or _build(settings, **key)
-                except (ValueError, TypeError, RuntimeError) as error:
-                    reason = _reason(error)
-                else:
-                    contest, reason = _contest(settings, comparison, progress)
-                first = comparison = None
+                contest, reason = _contest(contests, settings, key, progress)
             group: Group = {**key, "step": step, "mode": mode, "reason": reason}
             if contest is not None and reason is None:
                 try:
@@ -548,9 +624,22 @@ def _groups(
             left -= 1
             yield group
         if contest is not None:
+            contest.compiled.clear()
             contest.free()
             contest = None
             torch._dynamo.reset()
+
+
+def fill_kernel_cache(settings: Settings) -> None:
+    """Run every reduced model once at every batch, so that its kernels are compiled before anything is timed."""
+    settings = settings.resolve()
+    for model, rate in itertools.product(settings.models, settings.keep_rates):
+        comparison = _build(settings, model, settings.batches[0], rate)
+        with torch.inference_mode():
+            for batch, entry in itertools.product(settings.batches, comparison.entries):
+                entry.model(comparison.views(batch))
+        if comparison.device.type == "cuda":
+            torch.cuda.synchronize(comparison.device)
 
 
 def _wide(value: float | None, digits: int = 2) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,10 +101,25 @@ class Other:
     Attributes:
         call: (arguments) -> the same tensors.
         on_cpu: whether it is one on the CPU too.
+        backward: whether it has a backward pass.
+        compiles: whether it goes through ``torch.compile``, which takes long.
+        module: what must be installed for it, or None.
     """
 
     call: Callable[[Inputs], Outputs]
     on_cpu: bool = True
+    backward: bool = True
+    compiles: bool = False
+    module: str | None = None
+
+    @property
+    def installed(self) -> bool:
+        """Whether its module can be imported."""
+        return self.module is None or importlib.util.find_spec(self.module) is not None
+
+    def serves(self, device: str, direction: str) -> bool:
+        """Whether it can be called on this kind of device (``"cpu"``, ``"cuda"``) in this direction."""
+        return (self.on_cpu or device == "cuda") and (self.backward or direction == "forward") and self.installed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -556,12 +556,16 @@ class Comparison:
             entry.changed = self.changed_decisions(entry, seen, exact_model, self.checked)
 
     def _count_work(self) -> None:
+        """Count what was not counted yet: the work on one image does not depend on the batch."""
         hollow, image = _empty_copy(self.model), self.images[:1].to("meta")
-        self.gmacs["unreduced"] = count_gmacs(hollow, image)
+        if "unreduced" not in self.gmacs:
+            self.gmacs["unreduced"] = count_gmacs(hollow, image)
         for counts in self.slices:
-            self.gmacs[counts] = count_gmacs(FreeSlice(hollow, counts, self.blocks), image)
+            if counts not in self.gmacs:
+                self.gmacs[counts] = count_gmacs(FreeSlice(hollow, counts, self.blocks), image)
         for entry in self.entries:
-            self.gmacs[entry.slug] = count_gmacs(self._reference(hollow, entry), image)
+            if entry.slug not in self.gmacs:
+                self.gmacs[entry.slug] = count_gmacs(self._reference(hollow, entry), image)
 
     @torch.inference_mode()
     def check(self, progress: Progress) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import resource
+import statistics
 import subprocess
 import sys
 
@@ -274,6 +275,52 @@ def test_groups_come_one_by_one(monkeypatch):
     groups = models.measure_models(models.dataclasses.replace(QUICK, keep_rates=(0.7, 0.5), steps=("forward",)))
     assert next(groups)["keep_rate"] == 0.7
     assert built == [0.7]
+
+
+def test_one_model_is_built_once(monkeypatch):
+    """Other steps, rounds and batches meet the models that were built, and are checked at every batch."""
+    built, checked, contests = [], [], models.Contests(most=2)
+    build, check = models._build, models.Comparison.check
+    monkeypatch.setattr(models, "_build", lambda *a, **k: built.append(k["model"]) or build(*a, **k))
+    monkeypatch.setattr(
+        models.Comparison, "check", lambda self, *a: checked.append(self.settings.batch) or check(self, *a)
+    )
+
+    def groups(**changes):
+        settings = models.dataclasses.replace(QUICK, methods=("topk", "ats"), **{"steps": ("forward",), **changes})
+        return list(models.measure_models(settings, contests=contests))
+
+    found = groups(batches=(2,)) + groups(steps=("training",), rounds=1) + groups(batches=(3, 2), rounds=1)
+    assert [(group["batch"], group["step"], group["rounds"]) for group in found] == [
+        (2, "forward", 2),
+        (2, "training", 1),
+        (3, "forward", 1),
+        (2, "forward", 1),
+    ]
+    assert len(built) == 1
+    assert checked == [2, 3, 2]
+    for group in found:
+        assert group["reason"] is None
+        for row in group["methods"]:
+            assert row["parity"]["verdict"] == "green"
+            assert row["gmacs"] == found[0]["methods"][group["methods"].index(row)]["gmacs"]
+            assert row["images_per_second"] == pytest.approx(group["batch"] / statistics.median(row["seconds"]))
+    groups(keep_rates=(0.7,))
+    groups()
+    assert len(built) == 2
+    groups(keep_rates=(0.6,))
+    assert (len(built), len(contests.kept)) == (3, 2)
+
+
+def test_kernels_are_run_before_they_are_timed(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(FreeSlice, "forward", None)
+    select_topk = fastreduce.ops.unchecked.select_topk
+    monkeypatch.setattr(
+        fastreduce.ops.unchecked, "select_topk", lambda s, *a, **k: sizes.append(len(s)) or select_topk(s, *a, **k)
+    )
+    models.fill_kernel_cache(models.dataclasses.replace(QUICK, batches=(3, 1)))
+    assert set(sizes) == {3, 1}
 
 
 def test_a_later_group_that_cannot_be_built_is_left_out():

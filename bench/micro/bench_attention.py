@@ -287,7 +287,7 @@ ATTENTION_BIAS = Primitive(
     **_COMMON,
     tiled=_tiled,
     backward_tiled=_backward_tiled,
-    others={"sdpa": Other(_sdpa_bias), "flex": Other(_flex_bias, on_cpu=False)},
+    others={"sdpa": Other(_sdpa_bias), "flex": Other(_flex_bias, on_cpu=False, compiles=True)},
 )
 ATTENTION_INDEX = Primitive(
     "attention_index",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.primitive import Inputs, Outputs, Primitive, Shape, nbytes, packed_qkv
+from bench.primitive import Inputs, Other, Outputs, Primitive, Shape, nbytes, packed_qkv
 from fastreduce import ops
 
 
@@ -22,6 +22,13 @@ def _plain(inputs: Inputs) -> Outputs:
     q, k = inputs["q"], inputs["k"]
     attention = ((q @ k.transpose(2, 3)) * k.shape[-1] ** -0.5).softmax(dim=-1)
     return (attention.sum(dim=(1, 2)),)
+
+
+def _flash_colreduce(inputs: Inputs) -> Outputs:
+    """A kernel that gives what every key gets of each head, by another hand: https://pypi.org/project/flash-colreduce."""
+    from flash_colreduce import flash_colreduce
+
+    return (flash_colreduce(inputs["q"], inputs["k"], reduction="sum").sum(1),)
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
@@ -82,6 +89,7 @@ RECEIVED_SCORES = Primitive(
     backward_floor=_backward_floor,
     tiled=_tiled,
     backward_tiled=_backward_tiled,
+    others={"flash-colreduce": Other(_flash_colreduce, on_cpu=False, backward=False, module="flash_colreduce")},
 )
 
 

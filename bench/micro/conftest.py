@@ -56,7 +56,12 @@ def _contenders(wanted: str | None, primitives: Iterable[Primitive]) -> list[str
     for name in names:
         if name not in (*_CONTENDERS, *others):
             raise pytest.UsageError(f"--contenders takes {', '.join((*_CONTENDERS, *others))}, got {name!r}")
-    mine = {name for primitive in primitives for name, other in primitive.others.items() if on_cuda or other.on_cpu}
+    mine = {
+        name
+        for primitive in primitives
+        for name, other in primitive.others.items()
+        if other.serves(_device().type, "forward")
+    }
     # On the CPU fastreduce is the reference.
     return [name for name in names if name in mine or (name in _CONTENDERS and (on_cuda or name != "reference"))]
 
@@ -87,6 +92,8 @@ def speed(request: pytest.FixtureRequest, shape: Shape, direction: str, contende
     """Check, then time; a red parity fails the test and reports no time."""
     primitive: Primitive = request.function.primitive
     bench = _prepared(primitive.name, primitive, shape, direction)
+    if contender not in bench.contenders:
+        pytest.skip(f"{contender} has no {direction} pass")
     try:
         wrong = bench.parity(contender)
         run = None if wrong is not None else bench.prepare(contender)
