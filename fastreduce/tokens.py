@@ -259,8 +259,11 @@ class Tokens(_Fields):
 
     def replace(self, x: Tensor, **changes: Any) -> Tokens:
         """The same tokens with another ``x``, and whatever else changes."""
-        changes.setdefault("normed", None)  # that of another x
-        return self._replace(x=x, **changes)
+        # Not by _replace, of which torch.compile in torch 2.11 makes an empty tuple. What was normed is another x.
+        kept: dict[str, Any] = {"prefix": self.prefix, "patches": self.patches, "backend": self.backend}
+        kept |= {"sizes": self.sizes, "bias": self.bias, "valid": self.valid, "received": self.received}
+        kept |= {"policy": self.policy, "decisions": self.decisions, "plans": self.plans, "packing": self.packing}
+        return Tokens(x, **(kept | {"grid": self.grid, "whole": self.whole} | changes))
 
     def packed(self) -> tuple[Tokens, Packing]:
         """The same in one row, and how they lie in it. If they are not packed yet, all must be real."""
