@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib.util import find_spec
 
 __all__ = ["main"]
@@ -47,6 +48,8 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    # Tables and legends say both, of every method that was asked for.
+    warnings.filterwarnings("ignore", r"\w+ (adds layers with random weights|keeps \[)", UserWarning)
     try:
         _run()
     except KeyboardInterrupt:
