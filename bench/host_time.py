@@ -45,7 +45,7 @@ Call = Callable[[], Any]
 
 
 class _Utils:
-    """What Triton asks of a driver when it loads a kernel."""
+    """The part of a driver that Triton asks for when it loads a kernel."""
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 32, 0, 1024

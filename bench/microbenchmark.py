@@ -195,7 +195,7 @@ class Microbenchmark:
         return inputs, work(), [reference(), shaken_work()]
 
     def parity(self, contender: str, more: float = 0.0) -> str | None:
-        """What is wrong with the contender's result, on up to four images, or None; to be asked before any timing.
+        """Say what is wrong with the contender's result, on up to four images, or None; ask before any timing.
 
         Our own results may be off by ``more`` of the largest value beyond their four roundings.
         """

@@ -33,7 +33,7 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def by_triton(monkeypatch):
-    """How often Triton itself launches."""
+    """Count how often Triton itself launches."""
     count = []
     first = _direct._Direct._first_launch
 

@@ -40,7 +40,7 @@ def _is_barrier(instruction: Instruction) -> bool:
 
 
 class Kernel:
-    """What Triton compiled.
+    """A kernel that Triton compiled.
 
     Args:
         ptx: its text.

@@ -39,7 +39,7 @@ def _bits(value: Any, kind: str, memory: GlobalMemory) -> int:
 
 @dataclasses.dataclass
 class Emulation:
-    """What was found within the block.
+    """The findings of one block.
 
     Attributes:
         findings: races and other undefined uses, each once.

@@ -206,7 +206,7 @@ class Batch:
         return {name: values.astype(np.uint32) for name, values in found.items()}
 
     def epochs(self, threads: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many barriers the programs of the threads have passed."""
+        """Return how many barriers the programs of the threads have passed."""
         return self.epoch[self.program[threads]]
 
     def taken(self, mask: Mask) -> NDArray[np.int64]:

@@ -59,7 +59,7 @@ class Instruction:
 
     @property
     def vector(self) -> int:
-        """How many elements a load or store moves: 1, 2, 4 or 8."""
+        """Return how many elements a load or store moves: 1, 2, 4 or 8."""
         found = [int(word[1:]) for word in self.words if re.fullmatch(r"v\d", word)]
         return found[0] if found else 1
 

@@ -142,7 +142,7 @@ class _InShared:
 
     @property
     def bytes(self) -> int:
-        """Of an element."""
+        """Return the size of an element."""
         return 4 if self.kind == "tf32" else 2
 
     def places(self, descriptors: NDArray[np.uint64]) -> Index:
