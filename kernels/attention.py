@@ -15,6 +15,7 @@ import triton.language as tl
 
 from ._attention import (
     LOG2_E,
+    AttentionTile,
     attention_tiles,
     chosen_rows,
     clear_rows,
@@ -126,7 +127,7 @@ def _step(
         if bias_row is not None:
             logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
         elif LAST:
-            logit = tl.where(in_n[None, :], logit, float("-inf"))
+            logit = tl.where((columns < last_n)[None, :], logit, float("-inf"))
         if policy_row is not None:
             row_max = tl.maximum(row_max, tl.max(logit, 1))
             visible = load_columns(policy_row, columns, in_n, policy_stride_n)
@@ -437,6 +438,23 @@ def class_kernel(
     tl.store(scores + batch * (keys - prefix) + offsets_n - prefix, acc / heads, mask=in_n)
 
 
+@functools.lru_cache(4096)
+def _forward_options(
+    queries: int, keys: int, head_dim: int, dtype: torch.dtype, unit: int, used: bool, packed: bool
+) -> tuple[AttentionTile, dict[str, int]]:
+    """Return the tile, and what the kernel is compiled by."""
+    tile = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed).forward
+    return tile, {
+        "D": head_dim,
+        "UNIT": unit,
+        "BLOCK_M": tile.own,
+        "LAST_M": tile.own if packed else last_rows(queries, tile.own) or tile.own,
+        "BLOCK_N": tile.step,
+        "LAST_N": tile.step if packed else last_rows(keys, tile.step),
+        "BLOCK_D": padded_head_dim(head_dim),
+    }
+
+
 @in_parts("q", "k", "v", "bias", "index")
 def attention(
     q: torch.Tensor,
@@ -466,6 +484,10 @@ def attention(
     images, most = (batch, queries) if query_offsets is None else (query_offsets.shape[0] - 1, max(1, longest_queries))
     if out.numel() == 0 or images == 0:
         return out.zero_().transpose(1, 2), logsumexp
+    if query_offsets is None:
+        nothing = (None, None)
+        _attend(batch, queries, q, k, v, None, bias, index, *nothing, out, logsumexp, *nothing, scale, 0.0, prefix)
+        return out.transpose(1, 2), logsumexp
     for count, chosen, bounds in launches(images, index, query_offsets, key_offsets):
         _attend(count, most, q, k, v, None, bias, chosen, *bounds, out, logsumexp, None, None, scale, 0.0, prefix)
     return out.transpose(1, 2), logsumexp
@@ -525,12 +547,13 @@ def _attend(
 ) -> None:
     """Launch for so many images with at most so many queries."""
     _, queries, heads, head_dim = out.shape
-    keys, packed = k.shape[2], query_offsets is not None
+    keys = k.shape[2]
     if scale < 0.0:
         q, scale = -q, -scale
-    unit = unit_of(q, k, v)
-    used = bias is not None or index is not None or packed
-    tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used).forward
+    used = bias is not None or index is not None
+    tile, options = _forward_options(
+        queries, keys, head_dim, q.dtype, unit_of(q, k, v), used, query_offsets is not None
+    )
     attention_kernel[(cdiv(most, tile.own), heads, images)](
         q,
         k,
@@ -557,13 +580,7 @@ def _attend(
         *strides(policy),
         *strides(bias),
         *strides(index),
-        D=head_dim,
-        UNIT=unit,
-        BLOCK_M=tile.own,
-        LAST_M=tile.own if packed else last_rows(queries, tile.own) or tile.own,
-        BLOCK_N=tile.step,
-        LAST_N=tile.step if packed else last_rows(keys, tile.step),
-        BLOCK_D=padded_head_dim(head_dim),
+        **options,
         **settings(tile),
     )
 
