@@ -43,7 +43,7 @@ from .merge_tokens import (
 from .received_scores import received_logsumexp, received_scores, received_scores_backward
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
-from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_blocks
+from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_inference
 from .soft_merge import soft_merge, soft_merge_backward
 
 __all__ = [
@@ -83,7 +83,7 @@ __all__ = [
     "select_topk",
     "sinkhorn_merge",
     "sinkhorn_merge_backward",
-    "sinkhorn_merge_blocks",
+    "sinkhorn_merge_inference",
     "soft_merge",
     "soft_merge_backward",
     "sum_slots",
