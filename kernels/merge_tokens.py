@@ -519,7 +519,7 @@ def _reduce(
             BLOCK_C=block_c,
             num_warps=slots * row_warps(block_c),
         )
-    return out, total, learned, normed, statistics
+    return out, total, normed, statistics, learned
 
 
 @in_parts("x", "order", "offsets")
@@ -543,42 +543,20 @@ def merge_tokens(
     residual: torch.Tensor | None,
     eps: float = 0.0,
     head: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; x (B, N, C) grouped by order and offsets -> merged (B, P + M, C) and sizes (B, M) float32."""
-    return _reduce(x, size, residual, order, offsets, mean=True, eps=eps, head=head)[:2]
+    log_weight: torch.Tensor | None = None,
+    log_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Launch; x (B, N, C) grouped by order and offsets -> merged (B, P + M, C) and sizes (B, M) float32.
 
-
-@in_parts("x", "order", "offsets", "residual", "head")
-def merge_tokens_learned(
-    x: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float = 0.0,
-    head: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch; weight (1, C) and bias (1,) -> as merge_tokens, and the sizes (B, N) float32 that they give."""
-    return _reduce(x, None, residual, order, offsets, mean=True, eps=eps, head=head, log_size=(weight, bias))[:3]
-
-
-@in_parts("x", "order", "offsets", "size", "residual", "head")
-def merge_tokens_norm(
-    x: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    size: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
-    head: torch.Tensor | None,
-    log_size: tuple[torch.Tensor | None, torch.Tensor | None],
-    norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch -> as merge_tokens_learned ((B, 0) without a layer), normed (B, P + M, C), statistics (B, P + M, 2)."""
-    options = {"mean": True, "eps": eps, "head": head, "log_size": log_size, "norm": norm}
-    merged, total, learned, normed, statistics = _reduce(x, size, residual, order, offsets, **options)
-    return merged, total, total.new_empty(x.shape[0], 0) if learned is None else learned, normed, statistics
+    With a norm_eps also normed (B, P + M, C) and statistics (B, P + M, 2); with log_weight (1, C) and log_bias (1,)
+    the tokens' sizes (B, N) float32 that they give.
+    """
+    options = {"mean": True, "eps": eps, "head": head, "log_size": (log_weight, log_bias)}
+    found = _reduce(x, size, residual, order, offsets, norm=(weight, bias, norm_eps), **options)
+    return tuple(one for one in found if one is not None)
 
 
 def _size_gradients(x, tokens, partner):

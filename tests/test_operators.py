@@ -276,7 +276,7 @@ class TestGroups:
         groups = changed(*ops.group_slots(self.SLOT, 3))
         for call in (
             functools.partial(ops.merge_tokens, self.X, self.SLOT, 3),
-            functools.partial(ops.merge_tokens_norm, self.X, self.SLOT, 3),
+            functools.partial(ops.merge_tokens, self.X, self.SLOT, 3, norm=(None, None, 1e-6)),
             functools.partial(ops.unmerge_tokens, self.X[:, :3], self.SLOT),
         ):
             with pytest.raises(kind, match=message):

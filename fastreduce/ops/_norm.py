@@ -12,6 +12,8 @@ from ._check import check_floating, check_number, check_same, check_shape, shape
 from ._library import dense_rows, gradients_again
 
 __all__ = [
+    "NO_NORM",
+    "Norm",
     "affine_gradients",
     "again_through_norm",
     "check_norm",
@@ -24,12 +26,21 @@ __all__ = [
 ]
 
 
-def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: Any) -> tuple[list[Tensor], float]:
-    """Raise unless weight and bias are None or (C,), and norm_eps is usable.
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight (C,), bias (C,), what is added to the variance
+NO_NORM = (None, None, None)
+
+
+def check_norm(x: Tensor, norm: Any) -> tuple[list[Tensor], Norm | None]:
+    """Raise unless norm is None, or weight and bias are None or (C,) and its eps is usable.
 
     Returns:
-        Those of weight and bias that are not None, and norm_eps as a float.
+        Those of weight and bias that are not None, and the norm with its eps as a float.
     """
+    if norm is None:
+        return [], None
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        raise TypeError(f"norm must be None or (weight, bias, eps), got {norm!r}")
+    weight, bias, eps = norm
     given = [(name, tensor) for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
     for name, tensor in given:
         check_shape(name, tensor, "C")
@@ -37,13 +48,15 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: 
         check_same("x", x, name, tensor)
         if shape_of(tensor) != shape_of(x)[2:]:
             raise ValueError(f"{name} must have shape {shape_of(x)[2:]}, got {shape_of(tensor)}")
-    return [tensor for _, tensor in given], check_number("norm_eps", norm_eps, low=0.0)
+    return [tensor for _, tensor in given], (weight, bias, check_number("eps of norm", eps, low=0.0))
 
 
-def fake_norm(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what stands for rows, normed rows and their statistics."""
+def fake_norm(out: Tensor, norm_eps: float | None) -> list[Tensor]:
+    """Return what stands for rows and, if there is an eps, normed rows and their statistics."""
+    if norm_eps is None:
+        return [out]
     statistics = out.new_empty(*out.shape[:2], 2, dtype=reference.accumulator(out.dtype))
-    return out, out.new_empty(out.shape), statistics
+    return [out, out.new_empty(out.shape), statistics]
 
 
 def fake_sums(statistics: Tensor, out: Tensor, affine: bool) -> Tensor:

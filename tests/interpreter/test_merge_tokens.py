@@ -471,11 +471,10 @@ def test_learned_sizes_that_would_overflow(scale, norm):
     grad = tokens(2, 6, 24, seed=6)
 
     def run(backend):
-        log_size = leaves[1], leaves[2]
+        options = {"log_size": (leaves[1], leaves[2]), "eps": 1e-6, "backend": backend}
         if norm:
-            merged, size, _ = ops.merge_tokens_norm(x, slot, 6, log_size=log_size, eps=1e-6, backend=backend)
-        else:
-            merged, size = ops.merge_tokens(x, slot, 6, log_size=log_size, eps=1e-6, backend=backend)
+            options["norm"] = None, None, 1e-6
+        merged, size, *_ = ops.merge_tokens(x, slot, 6, **options)
         return [merged, *torch.autograd.grad(merged, leaves, grad), size]
 
     double = [leaf.detach().double().requires_grad_() for leaf in leaves]

@@ -96,6 +96,11 @@ def in_parts(call: Callable[..., Any], workspace: int) -> Callable[..., Any]:
     return within
 
 
+def _normed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the call with the weight and bias of a norm, or neither, as arguments of their own."""
+    return lambda *, weight=None, bias=None, **arguments: call(**arguments, norm=(weight, bias, 1e-6))
+
+
 def _clusters(draw: _Draw) -> list[Primitive]:
     few, many, weights = draw.whole(2, 50, 64), draw.whole(1, 1030, 64), draw.weights(2, 50)
     medoids, peaks = ops.cluster_k_medoids, ops.cluster_dpc_knn
@@ -136,9 +141,14 @@ def _fusions(draw: _Draw) -> list[Primitive]:
     short = {"x": x[:, :300], "order": draw.order(2, 299), "scores": scores[:, :299], "k": 100}
     norm = {"weight": weight, "bias": bias}
     return [
-        _case("fuse_tokens_norm 900", ops.fuse_tokens_norm, x=x, order=order, scores=scores, k=100, **norm),
+        _case("fuse_tokens_norm 900", _normed(ops.fuse_tokens), x=x, order=order, scores=scores, k=100, **norm),
         _case(
-            "fuse_tokens_norm 300", ops.fuse_tokens_norm, residual=x[:, 600:702], residual_bias=bias, **short, **norm
+            "fuse_tokens_norm 300",
+            _normed(ops.fuse_tokens),
+            residual=x[:, 600:702],
+            residual_bias=bias,
+            **short,
+            **norm,
         ),
     ]
 
@@ -198,12 +208,18 @@ def _edge_choices(draw: _Draw) -> list[Primitive]:
 def _edge_rows(draw: _Draw, none: Tensor) -> list[Primitive]:
     one, wide, score = draw.tokens(1, 1, 1), draw.tokens(1, 1, 64), draw.weights(1, 1)
     two, head, size = draw.tokens(1, 2, 64), draw.tokens(1, 1, 64), draw.weights(1, 1) + 1
-    fuse, merge = ops.fuse_tokens_norm, ops.merge_tokens_norm
+    fuse, merge = _normed(ops.fuse_tokens), _normed(ops.merge_tokens)
     fused = {"order": none, "scores": score}
     return [
         _case("gather_tokens 1", ops.gather_tokens, x=draw.tokens(1, 2, 1), index=none),
         _case(
-            "gather_tokens_norm 1", ops.gather_tokens_norm, "x residual", x=wide, index=none, prefix=0, residual=head
+            "gather_tokens_norm 1",
+            _normed(ops.gather_tokens),
+            "x residual",
+            x=wide,
+            index=none,
+            prefix=0,
+            residual=head,
         ),
         _case("merge_tokens 1", ops.merge_tokens, x=one, slot=none, num_out=1),
         _case(
