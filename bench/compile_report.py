@@ -39,13 +39,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastreduce import backends
-from fastreduce.measure import environment
 from fastreduce.ops import _library
+from fastreduce.speed.measure import environment
 
-from .buffers import overwritten
-from .gates import Gate, Known, check_words, choose_primitives, table
-from .micro import bench_attention
-from .primitive import MODELS, TOKENS, Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
+from .primitives import MODELS, TOKENS, Inputs, Outputs, Primitive, Shape, attention, differentiate, parse_shapes
+from .proof.buffers import overwritten
+from .proof.gates import Gate, Known, check_words, choose_primitives, table
 
 __all__ = ["ARCHES", "SHARED_LIMIT", "KernelReport", "compiled_for", "dispatch_to_triton", "main", "occupancy"]
 
@@ -69,7 +68,7 @@ class KernelReport:
         load_bytes: width of a thread's global load in bytes -> how many such instructions.
         store_bytes: the same of stores.
         warpgroup_ops: of ``mma_ops``, those of four warps together (sm_90).
-        overwrites: writes to a shared buffer that an asynchronous dot may still be reading (``bench.buffers``).
+        overwrites: writes to a shared buffer that an asynchronous dot may still be reading (``bench.proof.buffers``).
     """
 
     name: str
@@ -437,7 +436,7 @@ class _Run:
     def compile_options(self) -> list[dict[str, Any]]:
         """The same of attention's options at other head dimensions, also of rows that are not aligned; for NVIDIA."""
         before, told = len(self.rows), ""
-        for name, dtype, aligned, launch in bench_attention.every_launch():
+        for name, dtype, aligned, launch in attention.every_launch():
             for arch in (arch for arch in self.arches if not isinstance(ARCHES[arch], str)):
                 self._gather("attention", name, dtype, arch, launch, wide=aligned)
             if told != (told := f"{name.split('-')[1]} {dtype}"):

@@ -42,12 +42,12 @@ from typing import Any
 
 import torch
 
-from fastreduce.measure import environment
+from fastreduce.speed.measure import environment
 
 from .children import Child, Item, Row, serve
 from .gpu_tables import RULE_PRIMITIVES, is_wrong, markdown, reason_of
 from .microbenchmark import DIRECTIONS, Microbenchmark
-from .primitive import DTYPES, Primitive, Shape, load_primitives
+from .primitives import DTYPES, Primitive, Shape, load_primitives
 
 __all__ = ["main"]
 

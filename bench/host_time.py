@@ -28,10 +28,10 @@ import torch
 from torch import nn
 
 from fastreduce import ops, reference
-from fastreduce.measure import environment
 from fastreduce.ops import unchecked
+from fastreduce.speed.measure import environment
 
-from .gates import table
+from .proof.gates import table
 
 __all__ = ["MOST_CALL", "MOST_STAGE", "Contender", "contenders", "idle_driver", "main", "ratios"]
 

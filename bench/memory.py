@@ -34,10 +34,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastreduce
 from fastreduce.integrations.timm import create_model, reduced_counts
-from fastreduce.measure import environment
+from fastreduce.speed.measure import environment
 
-from .gates import Gate, Known, check_words, choose_primitives, table
-from .primitive import Primitive, Shape
+from .primitives import Primitive, Shape
+from .proof.gates import Gate, Known, check_words, choose_primitives, table
 
 __all__ = ["allocations_only", "main", "peak_bytes"]
 

@@ -45,10 +45,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastreduce import compare
-from fastreduce.compare import Comparison, Entry, check_positive, relative_difference
 from fastreduce.integrations.timm import model_names, record
-from fastreduce.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
+from fastreduce.speed import comparison
+from fastreduce.speed.comparison import Comparison, Entry, check_positive, relative_difference
+from fastreduce.speed.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
 
 from .model_plots import save_plots
 
@@ -201,7 +201,7 @@ def _speed(seconds: Sequence[float], batch: int) -> dict[str, Any]:
 
 def _build(settings: Settings, model: str, batch: int, keep_rate: float) -> Comparison:
     return Comparison(
-        compare.Settings(
+        comparison.Settings(
             model=model,
             methods=settings.methods,
             keep_rates=(keep_rate,),
@@ -755,7 +755,9 @@ def _parser() -> _Parser:
     }
     for name, (field, kind, text) in lists.items():
         parser.add_argument(f"--{name}", dest=field, type=kind, metavar="A,B", help=text)
-    parser.add_argument("--dtype", choices=list(compare.DTYPES), help="default: float32 on the CPU, bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype", choices=list(comparison.DTYPES), help="default: float32 on the CPU, bfloat16 on CUDA"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument("--backend", help="auto, triton or reference")
     parser.add_argument("--rounds", type=int, help=f"the most of a group; default: {default.rounds}")

@@ -30,13 +30,13 @@ import triton.runtime.interpreter as interpreter
 from torch import Tensor, nn
 
 import fastreduce
-from fastreduce.measure import environment
-from tests import tiny
+from bench.proof import tiny
+from fastreduce.speed.measure import environment
 
-from .gates import Gate, Known, choose_primitives, table
-from .interpreter import install_fixes
 from .microbenchmark import DIRECTIONS, OperatorCounts
-from .primitive import Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
+from .primitives import Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
+from .proof.gates import Gate, Known, choose_primitives, table
+from .proof.interpreter import install_fixes
 
 __all__ = ["BlockCalls", "Traffic", "added_calls", "block_calls", "main", "primitive_traffic", "traffic"]
 

@@ -9,8 +9,7 @@ from bench import host_time
 from fastreduce import ops
 from fastreduce.kernels import _direct, gather_tokens
 from fastreduce.ops import unchecked
-
-from ..operators import CASES, as_arguments
+from tests.helpers.operators import CASES, as_arguments
 
 
 class _Noting(host_time._Launcher):
