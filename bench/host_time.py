@@ -88,7 +88,7 @@ def idle_driver() -> Iterator[None]:
     """Within the block ``backend="triton"`` takes CPU tensors, kernels are compiled, and their launches do nothing."""
     from triton.runtime.driver import driver
 
-    from .compile_report import dispatch_to_triton
+    from .proof.compiler import dispatch_to_triton
 
     active = driver._active
     driver.set_active(_IdleDriver())

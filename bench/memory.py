@@ -87,7 +87,7 @@ def allocations_only() -> Iterator[None]:
     """Within the block ``backend="triton"`` takes CPU tensors, and launches do nothing."""
     from triton.runtime.jit import JITFunction
 
-    from .compile_report import dispatch_to_triton
+    from .proof.compiler import dispatch_to_triton
 
     run = JITFunction.run
     JITFunction.run = lambda *args, **kwargs: None

@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.compile_report import _Gates, compiled_for
+from bench.compile_report import _Gates
 from bench.proof.buffers import overwritten
+from bench.proof.compiler import compiled_for
 
 BUFFERS = "!ttg.memdesc<{n}x64x64xf16, #shared, #smem, mutable>"
 # A loop as the pipeline leaves it: a copy two steps ahead, a product that the next step waits for.

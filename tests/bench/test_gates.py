@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bench import compile_report
-from bench.compile_report import compiled_for, dispatch_to_triton, occupancy
 from bench.primitives import Shape, parse_shapes
+from bench.proof import compiler
+from bench.proof.compiler import compiled_for, dispatch_to_triton, occupancy
 from bench.proof.gates import Gate, Known, choose_primitives, table
 from fastreduce import ops
 
@@ -149,7 +150,7 @@ def test_a_kernel_that_does_not_compile_is_reported(monkeypatch):
     def broken(self, *args, **kwargs):
         raise RuntimeError("no such instruction\nin detail")
 
-    monkeypatch.setattr(compile_report.JITFunction, "run", broken)
+    monkeypatch.setattr(compiler.JITFunction, "run", broken)
     failures = {}
     with dispatch_to_triton(), compiled_for("gfx942", failures) as reports:
         ops.gather_tokens(torch.zeros(2, 9, 16), torch.zeros(2, 3, dtype=torch.int64), backend="triton")

@@ -23,7 +23,7 @@ def grids(monkeypatch):
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from bench.compile_report import _CompileOnlyDriver, dispatch_to_triton
+    from bench.proof.compiler import CompileOnlyDriver, dispatch_to_triton
 
     seen = []
 
@@ -32,7 +32,7 @@ def grids(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", launch)
     monkeypatch.setattr(_launch, "MOST_IMAGES", MOST)
-    monkeypatch.setattr(driver, "_active", _CompileOnlyDriver(90))
+    monkeypatch.setattr(driver, "_active", CompileOnlyDriver(90))
     with dispatch_to_triton():
         yield seen
 

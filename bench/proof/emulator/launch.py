@@ -11,7 +11,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.compile_report import _CompileOnlyDriver
+from bench.proof.compiler import CompileOnlyDriver
 
 from .faults import EmulationError, Finding
 from .kernel import Kernel, float_bits
@@ -92,7 +92,7 @@ def emulated_for(arch: int, schedule: Schedule | None = None) -> Iterator[Emulat
             emulation.launch(compiled, names, bound, (*sizes, 1, 1, 1)[:3])
         return compiled
 
-    driver.set_active(_CompileOnlyDriver(arch))
+    driver.set_active(CompileOnlyDriver(arch))
     JITFunction.run = emulate
     try:
         yield emulation
