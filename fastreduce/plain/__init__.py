@@ -7,7 +7,8 @@ index and scattered into sums. Nothing of fastreduce's own operators or rewrites
 * the baseline of ``fastreduce compare``, beside :class:`FreeSlice`, the ideal whose decision costs nothing;
 * the documentation of what each method computes.
 
-Both run the modules of an unpatched timm Vision Transformer and import neither timm nor the rest of fastreduce.
+The methods stand in :mod:`.selection`, :mod:`.merging` and :mod:`.mixing`, and run on the attention of
+:mod:`.attention`. Both models run the modules of an unpatched timm Vision Transformer and import neither timm nor the rest of fastreduce.
 """
 
 from __future__ import annotations

@@ -36,9 +36,11 @@ def distances(x: Tensor) -> Tensor:
 
 
 def embed(model: Any, images: Tensor) -> Tensor:
+    """Images (B, 3, height, width) -> tokens (B, N, C) as they enter the first block."""
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
 
 def check_unpatched(model: Any) -> None:
+    """ValueError about a model that is patched."""
     if hasattr(model, "reducers"):
         raise ValueError("the plain form needs the unpatched model; call fastreduce.unpatch first, or give it a copy")
