@@ -8,7 +8,8 @@ index and scattered into sums. Nothing of fastreduce's own operators or rewrites
 * the documentation of what each method computes.
 
 The methods stand in :mod:`.selection`, :mod:`.merging` and :mod:`.mixing`, and run on the attention of
-:mod:`.attention`. Both models run the modules of an unpatched timm Vision Transformer and import neither timm nor the rest of fastreduce.
+:mod:`.attention`. Both models run the modules of an unpatched timm Vision Transformer and import neither timm nor the
+rest of fastreduce.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def test_a_file_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, monkeypa
     file = tmp_path / "result.json"
     file.write_text("of yesterday")
     monkeypatch.setattr(engine.Comparison, "result", lambda self: {"bad": object()})
-    monkeypatch.setattr("fastreduce.cli.app.doubts", lambda result: [])
+    monkeypatch.setattr("fastreduce.cli.output.doubts", lambda result: [])
     assert run(*QUICK, "--no-pictures", "--json", file).exception
     assert file.read_text() == "of yesterday"
     assert os.listdir(tmp_path) == ["result.json"]

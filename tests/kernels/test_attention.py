@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.traffic import traffic
+from bench.proof.traffic import traffic
 from fastreduce import ops, reference
 from fastreduce.kernels import attention as kernels
 from tests.helpers.budget import EPS, assert_within_budget

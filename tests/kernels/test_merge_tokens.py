@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.traffic import traffic
+from bench.proof.traffic import traffic
 from fastreduce import ops
 from fastreduce.kernels import merge_tokens as kernels
 from tests.helpers.budget import assert_within_budget

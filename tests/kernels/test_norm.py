@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.traffic import traffic
+from bench.proof.traffic import traffic
 from fastreduce import ops
 from fastreduce.kernels import fuse_tokens as fuse_kernels
 from fastreduce.kernels import merge_tokens as merge_kernels

@@ -11,6 +11,7 @@ import fastreduce
 from bench import traffic as bench
 from bench.primitives import Primitive, nbytes
 from bench.proof.gates import Known
+from bench.proof.traffic import traffic
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def copy(x, twice=False):
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2), (torch.bfloat16, 2)])
 def test_bytes_of_active_lanes_are_counted(dtype, size):
     x = torch.randn(37).to(dtype)
-    with bench.traffic() as counted:
+    with traffic() as counted:
         (out,) = copy(x)
     assert torch.equal(out, x)
     assert counted.loads == {"copy_kernel": 37 * size + 4}  # the count is one lane
@@ -42,7 +43,7 @@ def test_bytes_of_active_lanes_are_counted(dtype, size):
 
 
 def test_nothing_is_counted_outside():
-    with bench.traffic() as counted:
+    with traffic() as counted:
         copy(torch.zeros(3), twice=True)
         copy(torch.zeros(3))
     copy(torch.zeros(3))
