@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 
-from fastreduce.speed.measure import environment
+from fastreduce.measure import environment
 
 from .primitives import MODELS, TOKENS, Inputs, Primitive, Shape, attention, parse_shapes
 from .proof.compiler import SHARED_LIMIT, KernelReport, compiled_for, dispatch_to_triton, every_launch

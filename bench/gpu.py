@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 
-from fastreduce.speed.measure import environment
+from fastreduce.measure import environment
 
 from .children import Child, Item, Row, serve
 from .gpu_tables import RULE_PRIMITIVES, is_wrong, markdown, reason_of

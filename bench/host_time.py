@@ -28,8 +28,8 @@ import torch
 from torch import nn
 
 from fastreduce import ops, reference
+from fastreduce.measure import environment
 from fastreduce.ops import unchecked
-from fastreduce.speed.measure import environment
 
 from .proof.gates import table
 

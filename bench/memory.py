@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastreduce
 from fastreduce.integrations.timm import create_model, reduced_counts
-from fastreduce.speed.measure import environment
+from fastreduce.measure import environment
 
 from .primitives import Primitive, Shape
 from .proof.gates import Gate, Known, check_words, choose_primitives, table

@@ -22,7 +22,7 @@ from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastreduce.speed.measure import CaptureError, capture, own_code, quartiles, seconds_of
+from fastreduce.measure import CaptureError, capture, own_code, quartiles, seconds_of
 
 from .primitives import (
     Inputs,

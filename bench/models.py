@@ -46,9 +46,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastreduce.integrations.timm import model_names, record
+from fastreduce.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
 from fastreduce.speed import comparison
 from fastreduce.speed.comparison import Comparison, Entry, check_positive, relative_difference
-from fastreduce.speed.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
 
 from .model_plots import save_plots
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import fastreduce
 from bench.proof import tiny
-from fastreduce.speed.measure import environment
+from fastreduce.measure import environment
 
 from .microbenchmark import DIRECTIONS, OperatorCounts
 from .primitives import Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes

@@ -116,7 +116,7 @@ class Output:
 @contextmanager
 def _one_line_troubles() -> Iterator[None]:
     """Turn what can go wrong while measuring into one line: no memory, no compilation, no graph."""
-    from ..speed.measure import usual_troubles
+    from ..measure import usual_troubles
 
     try:
         yield

@@ -23,18 +23,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..backends import check_backend, resolve
 from ..checkpoints import load_official, read_checkpoint
 from ..integrations.timm import Record, Stage, create_model, input_config, model_names, patch, record, reduced_counts
-from ..names import compared_methods, nearest
-from ..pictures import open_photo as _open_photo
-from ..plain import FreeSlice, PlainModel
-from ..reducers import REDUCERS
-from ..reducers.schedule import stage_blocks
-from .measure import (
+from ..measure import (
+    count_gmacs,
     cut_to_whole_rounds,
     environment,
     free_memory,
@@ -45,10 +39,15 @@ from .measure import (
     recompile_limits,
     seconds_of,
 )
+from ..names import compared_methods, nearest
+from ..pictures import open_photo as _open_photo
+from ..plain import FreeSlice, PlainModel
+from ..reducers import REDUCERS
+from ..reducers.schedule import stage_blocks
 from .settings import DTYPES as DTYPE_NAMES
 from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name
 
-__all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "count_gmacs", "relative_difference"]
+__all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "relative_difference"]
 
 Settings = CompareSettings
 
@@ -215,14 +214,6 @@ def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) ->
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     return (pixels - mean) / std
-
-
-def count_gmacs(model: nn.Module, images: Tensor) -> float:
-    """10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
-    # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(images)
-    return counter.get_total_flops() / 2e9 / len(images)
 
 
 def relative_difference(logits: Tensor, exact: Tensor) -> float:

@@ -22,10 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.timm import record
-from . import comparison
-from .advice import advice
-from .comparison import FORMAT_VERSION, Comparison, Entry, relative_difference
-from .measure import (
+from ..measure import (
     capture,
     cut_to_whole_rounds,
     environment,
@@ -35,6 +32,9 @@ from .measure import (
     seconds_of,
     take_turns,
 )
+from . import comparison
+from .advice import advice
+from .comparison import FORMAT_VERSION, Comparison, Entry, relative_difference
 from .settings import ROUNDS_FOR_A_SPREAD, PlanSettings
 
 __all__ = ["Planner", "Settings", "judge", "round_up", "verdict"]

@@ -17,8 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..backends import backend
 from ..integrations.timm import is_patched, record, reduced_counts, reducer_of
-from ..speed.comparison import count_gmacs
-from ..speed.measure import quartiles, take_turns
+from ..measure import count_gmacs, quartiles, take_turns
 from .data import DataSet
 from .measures import mean_average_precision
 

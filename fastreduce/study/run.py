@@ -21,8 +21,8 @@ from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
 from .._files import write_atomically
+from ..measure import environment
 from ..names import FAMILIES, TITLES
-from ..speed.measure import environment
 from ._lock import hold
 from .comparison import (
     Row,

@@ -381,7 +381,7 @@ def test_graphs():
 
 FAULTS = """
 import resource, torch
-from fastreduce.speed.measure import keep_memory
+from fastreduce.measure import keep_memory
 keep_memory()
 torch.set_num_threads(1)
 layers = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)).requires_grad_(False)

@@ -174,7 +174,7 @@ def stop_after(monkeypatch, calls):
         return clock(call, device)
 
     monkeypatch.setattr(engine, "seconds_of", stopped)
-    monkeypatch.setattr("fastreduce.speed.measure.seconds_of", stopped)
+    monkeypatch.setattr("fastreduce.measure.seconds_of", stopped)
 
 
 def test_ctrl_c_leaves_the_rounds_that_were_finished(tmp_path, monkeypatch):

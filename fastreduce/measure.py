@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from .. import __version__
+from ._version import __version__
 
 __all__ = [
     "CaptureError",
     "capture",
+    "count_gmacs",
     "cut_to_whole_rounds",
     "environment",
     "free_memory",
@@ -149,7 +153,7 @@ def ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]
 
 def _git_commit() -> str | None:
     """The commit of the checkout that this file is in; of a copy without one what FASTREDUCE_COMMIT says, or None."""
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return os.environ.get("FASTREDUCE_COMMIT")
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -245,3 +249,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def count_gmacs(model: nn.Module, images: Tensor) -> float:
+    """10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
+    # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 2e9 / len(images)
