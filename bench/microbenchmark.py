@@ -18,9 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreduce.measure import CaptureError, capture, own_code, quartiles, seconds_of
 
@@ -36,8 +34,9 @@ from .primitives import (
     nbytes,
     shaken,
 )
+from .proof.operator_counts import OperatorCounts
 
-__all__ = ["DIRECTIONS", "VIEWS", "Microbenchmark", "OperatorCounts", "copy_bandwidth", "device_clock"]
+__all__ = ["DIRECTIONS", "Microbenchmark", "copy_bandwidth", "device_clock"]
 
 DIRECTIONS = ("forward", "backward")
 _CHECKED = 4  # images in the check of parity: no route depends on the batch
@@ -45,33 +44,6 @@ _FEWEST_REPEATS = 16  # calls in one CUDA graph
 _MOST_NODES = 4096  # launches in one, roughly
 _INTERVAL = 2e-3  # seconds on CUDA between two events, so that the launch of a graph does not count
 _WARM = 0.2  # seconds on CUDA before the first time is taken: clocks rise
-
-# A backward pass that is repeated needs its buffers again.
-functorch_config.donated_buffer = False
-
-# Operators that only look at their input in another way, or reserve memory.
-# fmt: off
-VIEWS = frozenset((
-    "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "is_same_size",
-    "lift_fresh", "movedim", "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze",
-    "view", "view_as", "_reshape_alias", "_unsafe_view",
-))
-# fmt: on
-
-
-class OperatorCounts(TorchDispatchMode):
-    """Operators called within the block, views left out, by name; one of ours counts once, whatever it launches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name.split("::")[1]
-        if name not in VIEWS:
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 @functools.cache

@@ -30,10 +30,11 @@ import fastreduce
 from bench.proof import tiny
 from fastreduce.measure import environment
 
-from .microbenchmark import DIRECTIONS, OperatorCounts
+from .microbenchmark import DIRECTIONS
 from .primitives import Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
 from .proof.gates import Gate, Known, choose_primitives, table
 from .proof.interpreter import install_fixes
+from .proof.operator_counts import OperatorCounts
 from .proof.traffic import traffic
 
 __all__ = ["BlockCalls", "added_calls", "block_calls", "main", "primitive_traffic"]

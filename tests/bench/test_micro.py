@@ -6,8 +6,9 @@ import functools
 import pytest
 import torch
 
-from bench.microbenchmark import DIRECTIONS, Microbenchmark, OperatorCounts, copy_bandwidth, device_clock
+from bench.microbenchmark import DIRECTIONS, Microbenchmark, copy_bandwidth, device_clock
 from bench.primitives import Shape, disagreement, load_primitives, shaken
+from bench.proof.operator_counts import OperatorCounts
 from fastreduce import ops
 
 PRIMITIVES = load_primitives()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
-from bench.microbenchmark import OperatorCounts
+from bench.proof.operator_counts import OperatorCounts
 from fastreduce import ops
 from fastreduce.ops import unchecked
 from tests.helpers.operators import CASES, DIFFERENTIABLE, as_arguments, flat, rows_of
