@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 
 from fastreduce.measure import CaptureError, capture, own_code, quartiles, seconds_of
@@ -37,6 +38,9 @@ from .primitives import (
 from .proof.operator_counts import OperatorCounts
 
 __all__ = ["DIRECTIONS", "Microbenchmark", "copy_bandwidth", "device_clock"]
+
+# A backward pass that is repeated needs its buffers again.
+functorch_config.donated_buffer = False
 
 DIRECTIONS = ("forward", "backward")
 _CHECKED = 4  # images in the check of parity: no route depends on the batch

@@ -9,9 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["VIEWS", "OperatorCounts"]
 
-# A backward pass that is repeated needs its buffers again.
-functorch_config.donated_buffer = False
-
 # Operators that only look at their input in another way, or reserve memory.
 # fmt: off
 VIEWS = frozenset((
