@@ -103,7 +103,7 @@ class _Gates:
         return list(vars(self).values())
 
     def check(self, key: str, report: KernelReport, *, wide: bool = True) -> str:
-        """The worst of ``"ok"``, ``"known"`` and ``"MISSED"``; widths are held only if inputs are aligned."""
+        """Return the worst of ``"ok"``, ``"known"`` and ``"MISSED"``; widths are held only if inputs are aligned."""
         verdicts = [
             self.spills.check(key, report.spill_ops),
             self.atomics.check(key, report.atomics),
@@ -120,7 +120,7 @@ class _Gates:
 
 
 def _worst(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a kernel and architecture."""
+    """Reduce the rows to the worst of every kernel and architecture."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["arch"]), []).append(row)
@@ -182,7 +182,7 @@ class _Run:
         return self.rows[before:]
 
     def compile_options(self) -> list[dict[str, Any]]:
-        """The same of attention's options at other head dimensions, also of rows that are not aligned; for NVIDIA."""
+        """Compile attention's options at other head dimensions, also of rows that are not aligned; for NVIDIA."""
         before, told = len(self.rows), ""
         for name, dtype, aligned, launch in attention.every_launch():
             for arch in (arch for arch in self.arches if not isinstance(ARCHES[arch], str)):

@@ -369,7 +369,7 @@ _PHASES: dict[str, Callable[[Item, torch.device], Iterator[Row]]] = {
 
 
 def _answers(device: torch.device) -> bool:
-    """Whether the device still works: after an illegal access every call of the process fails."""
+    """Return whether the device still works: after an illegal access every call of the process fails."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -85,7 +85,7 @@ def _listed(counts: collections.Counter[str]) -> str:
 
 
 def primitive_traffic(primitive: Primitive, shape: Shape, direction: str) -> dict[str, Any]:
-    """A row of the first table: bytes requested, the least possible, their ratio, launches."""
+    """Return a row of the first table: bytes requested, the least possible, their ratio, launches."""
     inputs = primitive.make(shape, torch.Generator().manual_seed(0))
 
     def call(arguments: Inputs) -> Outputs:
@@ -150,7 +150,7 @@ def block_calls(model: nn.Module, images: Tensor, block: int) -> BlockCalls:
 
 
 def added_calls(method: str) -> dict[str, Any]:
-    """A row of the second table: what a reducing block calls beyond the plain one.
+    """Return a row of the second table: what a reducing block calls beyond the plain one.
 
     K-Medoids has the block before measure how much attention tokens receive, so that one counts too.
     """

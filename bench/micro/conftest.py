@@ -49,7 +49,7 @@ def _shapes(wanted: str, dtype: torch.dtype) -> list[Shape]:
 
 
 def _contenders(wanted: str | None, primitives: Iterable[Primitive]) -> list[str]:
-    """Those of the primitives that are wanted; all of them may be."""
+    """Return the contenders that are wanted, of those that the primitives have."""
     on_cuda = _device().type == "cuda"
     others = {name: other for primitive in load_primitives().values() for name, other in primitive.others.items()}
     names = wanted.split(",") if wanted else [name for name in (*_CONTENDERS, *others) if on_cuda or name != "compiled"]

@@ -77,7 +77,7 @@ class KernelReport:
 
 
 def _occupancy_nvidia(arch: int, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """A warp's registers are given out by 256, to four schedulers alike; a block costs 1 KiB of shared memory more."""
+    """Count registers by 256 a warp, for four schedulers alike, and 1 KiB of shared memory more a block."""
     warps_by_registers = (65536 // (-(-registers * 32 // 256) * 256)) // 4 * 4
     shared = -(-shared_bytes // 128) * 128 + 1024
     blocks = min(64 // num_warps, 32, warps_by_registers // num_warps, _SHARED_OF_ALL[arch] // shared)
@@ -136,7 +136,7 @@ def _access_widths(ptx: str, kind: str) -> dict[int, int]:
 
 
 def _tensor_dots(ttir: str) -> bool:
-    """Whether a dot takes half precision, or float32 that may be rounded to tf32."""
+    """Return whether a dot takes half precision, or float32 that may be rounded to tf32."""
     dots = re.findall(r"tt\.dot\b.*", ttir)
     return any("tf32" in dot or re.search(r":.*x(?:f16|bf16)>", dot.split("->")[0]) for dot in dots)
 
@@ -252,7 +252,7 @@ def compiled_for(arch: int | str, failures: dict[str, str] | None = None) -> Ite
 
 @contextlib.contextmanager
 def dispatch_to_triton() -> Iterator[None]:
-    """Within the block ``backend="triton"`` takes CPU tensors, as in a process that interprets."""
+    """Let ``backend="triton"`` take CPU tensors within the block, as in a process that interprets."""
     modules = (backends, _library)
     before = [module.INTERPRETING for module in modules]
     for module in modules:
@@ -265,7 +265,7 @@ def dispatch_to_triton() -> Iterator[None]:
 
 
 def every_launch(primitive: Primitive, inputs: Inputs) -> None:
-    """Forward without gradients, then with them, and backward."""
+    """Run forward without gradients, then with them, and backward."""
 
     def call(arguments: Inputs) -> Outputs:
         return primitive.call(**arguments, backend="triton")

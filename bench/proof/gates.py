@@ -37,7 +37,7 @@ class Gate:
         return value >= bound if self.at_least else value <= bound
 
     def _exception(self, key: str) -> str | None:
-        """The exception that says most about the key."""
+        """Return the exception that says most about the key."""
         covering = [name for name in self.known if key == name or key.startswith(f"{name} ")]
         return max(covering, key=len, default=None)
 
@@ -51,7 +51,7 @@ class Gate:
         return "known" if exception is not None and self._holds(value, self.known[exception].limit) else "MISSED"
 
     def failures(self, stale: Literal["none", "seen", "all"] = "all") -> list[str]:
-        """What is missed, and exceptions that nothing needed.
+        """List the figures that miss their bound, and the exceptions that nothing needed.
 
         Args:
             stale: which of these: none, those of figures that were seen, or also those of which no figure was.
@@ -75,7 +75,7 @@ class Gate:
         return found
 
     def reasons(self) -> list[str]:
-        """The exceptions that were made use of, in words: those with the same reason in one line."""
+        """Return the exceptions that were made use of, in words: those with the same reason in one line."""
         used = {self._exception(key) for key, value in self.worst.items() if not self._holds(value, self.bound)}
         lines: dict[str, list[str]] = {}
         for key, known in self.known.items():
@@ -92,7 +92,7 @@ def check_words(words: Iterable[str], choices: Iterable[str], what: str) -> None
 
 
 def choose_primitives(names: str | None) -> dict[str, Primitive]:
-    """Those named, comma separated, or all."""
+    """Return the primitives named, comma separated, or all."""
     primitives = load_primitives()
     if names is None:
         return primitives
@@ -101,7 +101,7 @@ def choose_primitives(names: str | None) -> dict[str, Primitive]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """The rows as aligned text: numbers to the right."""
+    """Return the rows as aligned text: numbers to the right."""
 
     def cell(value: Any) -> str:
         return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)

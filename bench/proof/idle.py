@@ -53,7 +53,7 @@ class IdleDriver:
 
 @contextlib.contextmanager
 def idle_driver() -> Iterator[None]:
-    """Within the block ``backend="triton"`` takes CPU tensors, kernels are compiled, and their launches do nothing."""
+    """Let ``backend="triton"`` take CPU tensors: kernels are compiled, and their launches do nothing."""
     active = driver._active
     driver.set_active(IdleDriver())
     try:

@@ -77,7 +77,7 @@ def install_fixes() -> None:
 
 
 def _extents(values: tuple[Any, ...]) -> np.ndarray:
-    """(T, 2) address ranges of the tensors among the arguments: of the view, not of its storage."""
+    """Return (T, 2) address ranges of the tensors among the arguments: of the view, not of its storage."""
     ranges = set()
     for value in values:
         tensor = interpreter._unwrap_tensor(value) if hasattr(value, "data_ptr") else None
@@ -125,7 +125,7 @@ class _Launch:
 
 @contextlib.contextmanager
 def sanitized() -> Iterator[None]:
-    """Within the block every launch is checked; KernelBug is raised, or an InterpreterError that quotes it."""
+    """Check every launch within the block; raise KernelBug, or an InterpreterError that quotes it."""
     launches: list[_Launch] = []
     masked_load, masked_store = Builder.create_masked_load, Builder.create_masked_store
     start, finish = Executor._init_args_hst, Executor._restore_args_dev

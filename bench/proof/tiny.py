@@ -64,7 +64,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def reduced_and_plain(model: nn.Module, **arguments: Any) -> tuple[Any, PlainModel]:
-    """The model patched in place, and a copy with the method done plainly; both share random layers of the method."""
+    """Patch the model in place, and copy it with the method done plainly; both share random layers."""
     copied = copy.deepcopy(model)
     fastreduce.patch(model, **arguments)
     layers = {}
@@ -74,13 +74,13 @@ def reduced_and_plain(model: nn.Module, **arguments: Any) -> tuple[Any, PlainMod
 
 
 def can_sample(model: nn.Module) -> bool:
-    """Whether ATS can be used: it needs a class token, and a pooling that can leave padding out."""
+    """Return whether ATS can be used: it needs a class token, and a pooling that can leave padding out."""
     plain_mean = model.global_pool == "avg" and isinstance(model.norm, nn.Identity)
     return model.cls_token is not None and (model.global_pool in ("", "token") or plain_mean)
 
 
 def build(name: str = "vit_tiny_patch16_224", seed: int = 0, **changes: Any) -> nn.Module:
-    """A timm model by name, four blocks deep and 48 wide, in evaluation mode and float32."""
+    """Return a timm model by name, four blocks deep and 48 wide, in evaluation mode and float32."""
     return randomize(timm.create_model(name, **{**SMALL, "img_size": 64, **changes}), seed).eval()
 
 

@@ -34,7 +34,7 @@ _PLAIN = {
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the error is of where output goes: a full disk, a file that may not grow, a pipe that is closed."""
+    """Return whether the error is of the output: a full disk, a file that may not grow, a closed pipe."""
     return error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EPIPE)
 
 

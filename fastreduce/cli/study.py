@@ -210,7 +210,7 @@ def _changed(protocol: Protocol, changes: dict[str, Any]) -> Protocol:
 
 @contextmanager
 def _training_errors() -> Iterator[None]:
-    """As :func:`user_errors`, with what only a training comes to: a loss that is not finite, too little memory."""
+    """Turn users' errors, a loss that is not finite and a lack of memory into one line."""
     try:
         with user_errors():
             yield
@@ -440,7 +440,7 @@ def run(
     teacher: _Teacher = None,
     teacher_checkpoint: _TeacherCheckpoint = None,
 ) -> None:
-    """The whole study: a model of every method at every keep rate, recordings, tables, pictures, one report.
+    """Run the whole study: a model of every method at every keep rate, recordings, tables, pictures, one report.
 
     For digits it trains the backbone first; the protocol below is that of the fine-tuning after it. Results are those
     of the plain weights, not of their moving average. A study that was interrupted goes on where it was; with other
@@ -749,7 +749,7 @@ def evaluate(
     workers: _Workers = None,
     cpu: _Cpu = False,
 ) -> None:
-    """Accuracy, images per second, multiply-adds and kept tokens of one model, as JSON.
+    """Measure accuracy, images per second, multiply-adds and kept tokens of one model; print JSON.
 
     What the weights are of is read from the training.json beside them; weights from elsewhere need the options.
     """

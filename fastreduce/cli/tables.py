@@ -32,7 +32,7 @@ def title_of(method: str, options: Mapping[str, Any]) -> str:
 
 
 def is_wrong(row: Result) -> bool:
-    """Whether logits lie far from float64 although no decision was another."""
+    """Return whether logits lie far from float64 although no decision was another."""
     return row["images_with_other_decisions"] == 0
 
 

@@ -39,14 +39,14 @@ class PlainAttention(nn.Module):
         return max(1, int(patches * (rate ** (stage + 1) if isinstance(rate, (int, float)) else rate[stage])))
 
     def _query_key_value(self, block: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) -> three of (B, H, N, D)."""
+        """Project (B, N, C) to queries, keys and values, (B, H, N, D) each."""
         attn = block.attn
         batch, tokens, _ = normed.shape
         q, k, v = attn.qkv(normed).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return attn.q_norm(q), attn.k_norm(k), v
 
     def _weights(self, block: Any, walk: Walk, q: Tensor, k: Tensor) -> Tensor:
-        """The attention matrix (B, H, N, N), before dropout."""
+        """Return the attention matrix (B, H, N, N), before dropout."""
         logits = (q @ k.transpose(-2, -1)) * block.attn.scale
         if walk.size is not None and self.options["prop_attn"]:
             logits = logits + walk.size.log()[:, None, None, :]
@@ -64,7 +64,7 @@ class PlainAttention(nn.Module):
         return (grown + 1e-6 / tokens) / (grown.sum(dim=-1, keepdim=True) + 1e-6)
 
     def _project(self, block: Any, out: Tensor, normed: Tensor) -> Tensor:
-        """Attention's result (B, H, M, D) -> (B, M, C), ready to be added."""
+        """Project attention's result (B, H, M, D) to (B, M, C), ready to be added."""
         attn = block.attn
         out = out.transpose(1, 2).flatten(2)
         if getattr(attn, "norm", None) is not None:

@@ -102,7 +102,7 @@ class Merges(PlainAttention):
                 return
 
     def _match_and_merge(self, walk: Walk, metric: Tensor, r: int, again: bool) -> Tensor:
-        """The r tokens of even position closest to one of odd position join it; returns the next round's metric."""
+        """Let the r tokens of even position closest to one of odd position join it; return the next round's metric."""
         prefix = self.prefix
         even, odd = prefix % 2, 1 - prefix % 2  # positions count the prefix, which takes no part
         unit = (metric / metric.norm(dim=-1, keepdim=True))[:, prefix:]

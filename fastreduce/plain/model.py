@@ -133,7 +133,7 @@ class PlainModel(Selections, Merges, Mixtures):
             walk.x = torch.cat([walk.x[:, :outside], walk.x[:, outside:] * share.unsqueeze(-1)], dim=1)
 
     def _reads(self, index: int) -> bool:
-        """Whether anyone looks at the attention matrix of a block."""
+        """Return whether anyone looks at the attention matrix of a block."""
         if self.method in ("topk", "evit"):
             return index in self.at
         return self.method == "kmedoids" and index + 1 in self.at and not self.options["equal_weight"]

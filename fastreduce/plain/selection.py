@@ -19,7 +19,7 @@ class Selections(PlainAttention):
     """Scores of the tokens, and the tokens that stay."""
 
     def _scores(self, matrix: Tensor) -> Tensor:
-        """(B, H, N, N) -> (B, patches): what the class token, or else the average token, attends to."""
+        """Return (B, patches), the attention of the class token, or else of the average token, in (B, H, N, N)."""
         rows = matrix.mean(dim=1)
         received = rows[:, 0] if self.model.cls_token is not None else rows.mean(dim=1)
         return received[:, self.prefix :]
@@ -33,7 +33,7 @@ class Selections(PlainAttention):
             walk.x = torch.cat([head, rows_of(patches, kept)], dim=1)
 
     def _evit(self, walk: Walk, keep: int) -> None:
-        """The same, and one more token: the sum of all the others, each times its score."""
+        """Keep the same tokens, and one more: the sum of all the others, each times its score."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]
         if keep >= patches.shape[1]:
             return
@@ -48,7 +48,7 @@ class Selections(PlainAttention):
         walk.x = torch.cat([head, rows_of(patches, kept), fused], dim=1)
 
     def _ats(self, block: Any, walk: Walk, stage: int) -> None:
-        """Attention whose query rows are sampled by the class token's attention times the length of the values."""
+        """Sample the query rows of attention by the class token's attention times the length of the values."""
         prefix, normed = self.prefix, block.norm1(walk.x)
         q, k, v = self._query_key_value(block, normed)
         matrix = block.attn.attn_drop(self._weights(block, walk, q, k))
@@ -102,7 +102,7 @@ class Selections(PlainAttention):
             walk.x = torch.cat([head, rows_of(patches, kept)], dim=1)
 
     def _radial_patterns(self, grid: tuple[int, int]) -> list[Tensor]:
-        """What each stage keeps of the tokens present: those inside its radius, in float32 as the released code."""
+        """Return the tokens that each stage keeps, inside its radius, in float32 as the released code."""
         linspace = functools.partial(torch.linspace, dtype=torch.float32, device="cpu")
         y, x = torch.meshgrid(*(linspace(-size // 2, size // 2, size) for size in grid), indexing="ij")
         norms = {"l1": y.abs() + x.abs(), "l2": (y**2 + x**2).sqrt(), "linf": torch.maximum(y.abs(), x.abs())}

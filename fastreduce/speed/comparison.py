@@ -148,7 +148,7 @@ def _deciding(method: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
-    """The model, in words where its weights come from, and the layers of a method that the checkpoint has."""
+    """Return the model, in words where its weights come from, and the layers of a method that the checkpoint has."""
     name = settings.model
     torch.manual_seed(settings.seed)
     if settings.pretrained:
@@ -172,12 +172,12 @@ def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
 
 
 def _share(model: nn.Module) -> Any:
-    """A copy of the modules that shares every parameter and buffer."""
+    """Return a copy of the modules that shares every parameter and buffer."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def _empty_copy(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have shapes and no content."""
+    """Return a copy whose parameters and buffers have shapes and no content."""
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     memo |= {id(weight): nn.Parameter(weight.detach().to("meta"), False) for weight in model.parameters()}
     return copy.deepcopy(model, memo)
@@ -202,7 +202,7 @@ def _cut(
 
 
 def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) -> Tensor:
-    """(count, 3, height, width) float32: the photo as the model sees it, then random parts of that."""
+    """Return (count, 3, height, width) float32: the photo as the model sees it, then random parts of that."""
     generator = np.random.default_rng(seed)
     size = config["input_size"][1:]
     views = []
@@ -223,7 +223,7 @@ def relative_difference(logits: Tensor, exact: Tensor) -> float:
 
 
 def _partition(stage: Stage) -> Tensor:
-    """(B, P) every patch's group, named by its first patch, -1 for dropped ones: independent of the tokens' order."""
+    """Name every patch's group (B, P) by its first patch, -1 for dropped ones: the tokens' order does not matter."""
     slot = stage.patch_slot
     position = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
     first = torch.full((slot.shape[0], stage.num_out + 1), slot.shape[1], device=slot.device)
@@ -232,7 +232,7 @@ def _partition(stage: Stage) -> Tensor:
 
 
 def _changed_decisions(ours: Record, exact: Record, images: int) -> int:
-    """How many of the images end in other groups than in float64."""
+    """Return how many of the images end in other groups than in float64."""
     if not exact.stages:
         return 0
     differs = torch.zeros(images, dtype=torch.bool, device=exact.stages[0].slot.device)
@@ -242,7 +242,7 @@ def _changed_decisions(ours: Record, exact: Record, images: int) -> int:
 
 
 def _drawn(seen: Record, blocks: Sequence[int], grid: tuple[int, int]) -> list[Drawn]:
-    """The first image's stages; a stage that reduced nothing shows what was there."""
+    """Return the first image's stages; a stage that reduced nothing shows what was there."""
     kept: NDArray[np.bool_] | None = np.ones(grid, bool)
     slot: NDArray[np.int64] | None = None
     count, soft = math.prod(grid), False
@@ -360,7 +360,7 @@ class Comparison:
         return Entry(method, options, keep_rate, chosen, patched, plain, counts, layers)
 
     def _try(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry | None:
-        """The entry, or None where the method cannot serve this model and nobody asked for it by name."""
+        """Return the entry, or None where the method cannot serve this model and nobody asked for it by name."""
         try:
             return self.build_entry(method, options, keep_rate)
         except ValueError as error:
@@ -395,11 +395,11 @@ class Comparison:
         return plain.to(self.device).eval()
 
     def plain(self, model: nn.Module, entry: Entry) -> nn.Module:
-        """The plain algorithm on another copy of the unreduced model, say :meth:`exact_model`."""
+        """Return the plain algorithm on another copy of the unreduced model, say :meth:`exact_model`."""
         return self._plain(model, entry.method, entry.chosen, entry.model)
 
     def _reference(self, model: nn.Module, entry: Entry) -> nn.Module:
-        """The reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
+        """Return the reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
         chosen = _deciding(entry.method, entry.chosen)
         reduced = patch(_share(model), entry.method, at=self.settings.at, backend="reference", **chosen)
         if entry.layers is not None and not next(reduced.parameters()).is_meta:
@@ -437,13 +437,13 @@ class Comparison:
         return len(self.seconds.get("unreduced", ()))
 
     def picture(self) -> NDArray[np.uint8]:
-        """The photo as the model sees it, with a whole number of pixels for every patch."""
+        """Return the photo as the model sees it, with a whole number of pixels for every patch."""
         rows, columns = self.grid
         cell = max(8, round(448 / max(rows, columns)))
         return np.array(_cut(self.photo, self.config, (rows * cell, columns * cell)))
 
     def candidates(self) -> dict[Any, nn.Module]:
-        """Everything that takes a turn in a round; what is held against each other stands together."""
+        """Return everything that takes a turn in a round; what is held against each other stands together."""
         candidates: dict[Any, nn.Module] = {"unreduced": self.model}
         for entry in self.entries:
             candidates.setdefault(entry.counts, self.slices[entry.counts])
@@ -460,7 +460,7 @@ class Comparison:
         return statistics.median(self._time(self.model) for _ in range(3))
 
     def _choose_threads(self) -> None:
-        """One thread where that is faster: on a busy machine threads mostly wait for each other."""
+        """Take one thread where that is faster: on a busy machine threads mostly wait for each other."""
         threads = torch.get_num_threads()
         if self.settings.threads is None and self.device.type == "cpu" and threads > 1:
             together = self._probe(2)
@@ -506,22 +506,22 @@ class Comparison:
         return True
 
     def views(self, count: int) -> Tensor:
-        """(count, 3, height, width): parts of the photo, the same ones first whatever the count."""
+        """Return (count, 3, height, width): parts of the photo, the same ones first whatever the count."""
         return _views(self.photo, self.config, count, self.settings.seed).to(self.device, self.dtype)
 
     def _load_images(self, count: int) -> None:
         self.images = self.views(count)
 
     def is_far(self, difference: float) -> bool:
-        """Whether logits differ more than the unreduced model's own distance to float64 explains."""
+        """Return whether logits differ more than the unreduced model's own distance to float64 explains."""
         return not difference <= _SUSPICIOUS * self.difference
 
     def exact_model(self) -> nn.Module:
-        """The unreduced model in float64."""
+        """Return the unreduced model in float64."""
         return copy.deepcopy(self.model).double()
 
     def changed_decisions(self, entry: Entry, seen: Record, exact_model: nn.Module, images: int) -> int:
-        """For how many of the first images ``seen`` holds other decisions than float64 makes."""
+        """Count the first images of which ``seen`` holds other decisions than float64 makes."""
         reduced = self._reference(exact_model, entry)
         with record(reduced) as exact:
             reduced(self.images[:images].double())

@@ -65,7 +65,7 @@ _REDUCED = 0.75  # of the time of a whole pass, on average over the keep rates
 
 
 def round_up(counts: Sequence[int], multiple: int, prefix: int, patches: int) -> tuple[int, ...]:
-    """The next larger counts of patch tokens that make ``prefix + count`` a multiple, as far as there are tokens.
+    """Return the next larger counts that make ``prefix + count`` a multiple, as far as there are tokens.
 
     Up, not to the nearest: no stage keeps less than was asked for, so what is won is not won by dropping more.
     """
@@ -123,7 +123,7 @@ def judge(batch: int, seconds: Mapping[Any, Sequence[float]]) -> dict[str, Any]:
 
 
 def _code(entry: Entry, blocks: tuple[int, ...], backend: str) -> str:
-    """The call that reduces a model in this way."""
+    """Return the call that reduces a model in this way."""
     options = {**entry.chosen, "at": blocks}
     if backend != "auto":
         options["backend"] = backend
@@ -183,7 +183,7 @@ class Planner:
         self._compiled: dict[nn.Module, Any] = {}
 
     def _entry(self, rate: float) -> Entry | None:
-        """One keep rate; None for one that nobody asked for and that would leave no token of a small model."""
+        """Make the entry of a keep rate; None if nobody asked for it and it would leave no token of a small model."""
         try:
             entry = self.comparison.build_entry(self.method, self.options, rate)
         except ValueError as error:
@@ -194,7 +194,7 @@ class Planner:
         return entry if self.multiple is None else self._rounded(entry, self.multiple)
 
     def _rounded(self, entry: Entry, multiple: int) -> Entry:
-        """The entry with its counts rounded up; itself where they are multiples already."""
+        """Return the entry with its counts rounded up; itself where they are multiples already."""
         model = self.comparison.model
         patches = math.prod(self.comparison.grid)
         counts = round_up(entry.counts, multiple, model.num_prefix_tokens, patches)
@@ -235,7 +235,7 @@ class Planner:
         )
 
     def _ready(self, model: nn.Module, images: Tensor) -> tuple[Callable[[], object], Tensor]:
-        """What is timed, warmed up, and the logits that it gives."""
+        """Warm up the call that is timed; return it with the logits that it gives."""
         run: Any = model
         if self.settings.compile:
             run = self._compiled.setdefault(model, torch.compile(model, dynamic=False))

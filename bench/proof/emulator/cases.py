@@ -67,7 +67,7 @@ class _Draw:
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
 
     def tokens(self, *size: int) -> Tensor:
-        """Normal numbers."""
+        """Draw normal numbers."""
         return torch.randn(*size, generator=self.generator).to(self.dtype)
 
     def whole(self, *size: int) -> Tensor:

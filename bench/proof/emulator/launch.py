@@ -103,7 +103,7 @@ def emulated_for(arch: int, schedule: Schedule | None = None) -> Iterator[Emulat
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Within the block ``torch.empty`` gives NaN and the largest integers."""
+    """Let ``torch.empty`` give NaN and the largest integers within the block."""
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
