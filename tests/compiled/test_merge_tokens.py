@@ -67,7 +67,7 @@ def test_gates_of_sizes_by_a_layer(channels, dtype, arch):
     x = torch.zeros(2, 197, channels, dtype=dtype)
     learned = torch.zeros(1, channels, dtype=dtype), torch.zeros(1, dtype=dtype)
     (report,) = check_gates(
-        arch, lambda: kernels.merge_tokens_learned(x[:, 1:], *groups(196, 98), *learned, None, 1e-6, x[:, :1])
+        arch, lambda: kernels.merge_tokens(x[:, 1:], *groups(196, 98), None, None, 1e-6, x[:, :1], *learned)
     )
     assert report.registers <= 96, report
     assert report.shared_bytes <= 8192, report  # a sum over its warps, and the weights from one layout to another
@@ -86,6 +86,6 @@ def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
         lambda: kernels.spread_slots(x, *grouped),
         lambda: kernels.merge_tokens_size_backward(x, x, *grouped, size, total, 1e-6, x[0, :1]),
         lambda: kernels.merge_tokens(x, *grouped, size, None, 1e-6, x[:, :5]),
-        lambda: kernels.merge_tokens_learned(x, *grouped, x[0, :1], x[0, 0, :1], None, 1e-6, x[:, :5]),
+        lambda: kernels.merge_tokens(x, *grouped, None, None, 1e-6, x[:, :5], x[0, :1], x[0, 0, :1]),
     ):
         check_gates(arch, launch, wide=False)

@@ -15,9 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.micro.bench_match_tokens import MATCH_TOKENS
-from bench.micro.bench_sample_tokens import SAMPLE_TOKENS
-from bench.primitive import Inputs, Outputs, Primitive, Shape
+from bench.primitives import Inputs, Outputs, Primitive, Shape
+from bench.primitives.match_tokens import MATCH_TOKENS
+from bench.primitives.sample_tokens import SAMPLE_TOKENS
 from fastreduce import ops
 from fastreduce.kernels import _workspace
 
@@ -69,7 +69,7 @@ class _Draw:
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
 
     def tokens(self, *size: int) -> Tensor:
-        """Normal numbers."""
+        """Draw normal numbers."""
         return torch.randn(*size, generator=self.generator).to(self.dtype)
 
     def whole(self, *size: int) -> Tensor:
