@@ -139,13 +139,11 @@ def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Seque
 
     Those at the places of ``skip``, in descending order, it leaves out.
     """
-    if callable(place):
-        return place
-    module, function = place.split(".")
-    found: list[Callable[..., Any]] = []
+    found: list[Callable[..., Any]] = [place] if callable(place) else []
 
     def launch(*args: Any) -> Any:
         if not found:
+            module, function = str(place).split(".")
             found.append(getattr(importlib.import_module(f"..kernels.{module}", __package__), function))
         for which in dense:
             if which < len(args) and args[which] is not None:

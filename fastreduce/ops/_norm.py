@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ._check import check_floating, check_number, check_same, check_shape, shape_of
-from ._library import dense_rows, gradients_again
+from ._library import gradients_again
 
 __all__ = [
     "NO_NORM",
@@ -17,7 +17,6 @@ __all__ = [
     "affine_gradients",
     "again_through_norm",
     "check_norm",
-    "dense_gradients",
     "fake_norm",
     "fake_sums",
     "rows_if",
@@ -67,14 +66,6 @@ def fake_sums(statistics: Tensor, out: Tensor, affine: bool) -> Tensor:
 def rows_if(wanted: bool, grad: Tensor) -> Tensor:
     """Return the rows (B, N, C), or none of them (B, 0, C)."""
     return grad if wanted else grad.new_empty(grad.shape[0], 0, grad.shape[2])
-
-
-def dense_gradients(
-    grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, statistics: Tensor, weight: Tensor | None
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the operands of a norm's gradient, as the kernels take them."""
-    grad_out, weight = (None if rows is None else dense_rows(rows) for rows in (grad_out, weight))
-    return grad_out, dense_rows(grad_normed), out, statistics, weight
 
 
 def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None, norm_eps: float | None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_same, check_shape, shape_of
-from ._library import register
+from ._library import operator
 
 __all__ = ["cluster_k_medoids"]
 
@@ -20,16 +20,9 @@ def _reference_cluster(x: Tensor, weights: Tensor, k: int, iters: int) -> tuple[
     return centers.clone(memory_format=torch.contiguous_format), label.contiguous()
 
 
-_cluster = register(
-    "cluster_k_medoids(Tensor x, Tensor weights, SymInt k, int iters) -> (Tensor, Tensor)",
-    triton="cluster_k_medoids.cluster_k_medoids",
-    dense="x",
-    reference=_reference_cluster,
-    fake=lambda x, weights, k, iters: (
-        x.new_empty(x.shape[0], k, dtype=torch.int64),
-        x.new_empty(x.shape[0], x.shape[1], dtype=torch.int64),
-    ),
-)
+@operator("cluster_k_medoids.cluster_k_medoids", _reference_cluster, dense="x")
+def _cluster(x: Tensor, weights: Tensor, k: int, iters: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], k, dtype=torch.int64), x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
 def cluster_k_medoids_unchecked(

@@ -10,14 +10,13 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, differentiates_again, operator, wants_gradient
+from ._library import differentiates_again, operator, wants_gradient
 from ._norm import (
     NO_NORM,
     Norm,
     affine_gradients,
     again_through_norm,
     check_norm,
-    dense_gradients,
     fake_norm,
     fake_sums,
     rows_if,
@@ -31,8 +30,7 @@ __all__ = ["gather_tokens"]
 def _triton_backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
     from ..kernels import merge_tokens as kernels
 
-    rows = reference.with_prefix(index, prefix)
-    return kernels.sum_slots(dense_rows(grad), rows, num_in)
+    return kernels.sum_slots(grad, reference.with_prefix(index, prefix), num_in)
 
 
 def _triton_norm_backward(
@@ -50,9 +48,8 @@ def _triton_norm_backward(
     from ..kernels import gather_tokens as kernels
     from ..kernels import merge_tokens as grouping
 
-    norm = *dense_gradients(grad_out, grad_normed, out, statistics, weight), affine
     groups = grouping.group_slots(reference.with_prefix(index, prefix), num_in)
-    return kernels.gather_tokens_norm_backward(*norm, rows, *groups)
+    return kernels.gather_tokens_norm_backward(grad_out, grad_normed, out, statistics, weight, affine, rows, *groups)
 
 
 def _reference_norm_backward(
@@ -92,12 +89,17 @@ def _forward(
     return fake_norm(x.new_empty(x.shape[0], prefix + index.shape[1], x.shape[2], dtype=dtype), norm_eps)
 
 
-@operator(_triton_backward, reference.scatter_tokens, name="gather_tokens_backward")
+@operator(_triton_backward, reference.scatter_tokens, name="gather_tokens_backward", dense="grad")
 def _backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
     return grad.new_empty(grad.shape[0], num_in, grad.shape[2])
 
 
-@operator(_triton_norm_backward, _reference_norm_backward, name="gather_tokens_norm_backward")
+@operator(
+    _triton_norm_backward,
+    _reference_norm_backward,
+    name="gather_tokens_norm_backward",
+    dense="grad_out grad_normed weight",
+)
 def _norm_backward(
     grad_out: Tensor | None,
     grad_normed: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_flag, check_floating, check_number, check_same, check_shape, shape_of
-from ._library import differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 
 __all__ = ["sinkhorn_merge"]
 
@@ -29,23 +29,6 @@ def _reference_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head:
     scales = torch.exp(biases[:, 1:] - biases[:, :-1])
     similarity = torch.nn.functional.pad(similarity, (0, missing), value=-math.inf)
     return merged, similarity, token_bias, inverse_norm, token_shifts, token_scales, biases, scales
-
-
-def _fake_forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
-    batch, tokens, channels = x.shape
-    clusters, numbers = centers.shape[0], reference.accumulator(x.dtype)
-    num_head = 0 if head is None else head.shape[1]
-    dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
-    return (
-        x.new_empty(batch, num_head + clusters, channels, dtype=dtype),
-        x.new_empty(batch, tokens, _padded(clusters), dtype=numbers),
-        x.new_empty(batch, tokens, dtype=numbers),
-        x.new_empty(batch, tokens, dtype=numbers),
-        x.new_empty(batch, iters, tokens, dtype=numbers),
-        x.new_empty(batch, iters, tokens, dtype=numbers),
-        x.new_empty(batch, iters + 1, _padded(clusters), dtype=numbers),
-        x.new_empty(batch, iters, _padded(clusters), dtype=numbers),
-    )
 
 
 def _reference_backward(
@@ -66,7 +49,24 @@ def _reference_backward(
     return reference.sinkhorn_merge_backward(grad, x, centers, *saved, eps)
 
 
-def _fake_backward(
+def _fake_merged(x: Tensor, centers: Tensor, head: Tensor | None) -> Tensor:
+    rows = centers.shape[0] + (0 if head is None else head.shape[1])
+    dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
+    return x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype)
+
+
+@operator("sinkhorn_merge.sinkhorn_merge", _reference_forward, dense="x centers head")
+def _forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> list[Tensor]:
+    (batch, tokens, _), padded = x.shape, _padded(centers.shape[0])
+    of_tokens, of_clusters = (batch, iters, tokens), (batch, iters, padded)
+    shapes = (batch, tokens, padded), (batch, tokens), (batch, tokens), of_tokens, of_tokens
+    numbers = reference.accumulator(x.dtype)
+    vectors = [x.new_empty(shape, dtype=numbers) for shape in (*shapes, (batch, iters + 1, padded), of_clusters)]
+    return [_fake_merged(x, centers, head), *vectors]
+
+
+@operator("sinkhorn_merge.sinkhorn_merge_backward", _reference_backward, dense="grad x centers")
+def _backward(
     grad: Tensor,
     x: Tensor,
     centers: Tensor,
@@ -81,25 +81,6 @@ def _fake_backward(
     return x.new_empty(x.shape), centers.new_empty(centers.shape)
 
 
-_forward = register(
-    "sinkhorn_merge(Tensor x, Tensor centers, float eps, int iters, Tensor? head)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton="sinkhorn_merge.sinkhorn_merge",
-    dense="x centers head",
-    reference=_reference_forward,
-    fake=_fake_forward,
-)
-_backward = register(
-    "sinkhorn_merge_backward(Tensor grad, Tensor x, Tensor centers, Tensor similarity, Tensor inverse_norm,"
-    " Tensor token_shifts, Tensor token_scales, Tensor cluster_biases, Tensor cluster_scales, float eps)"
-    " -> (Tensor, Tensor)",
-    triton="sinkhorn_merge.sinkhorn_merge_backward",
-    dense="grad x centers",
-    reference=_reference_backward,
-    fake=_fake_backward,
-)
-
-
 def _reference_inference(
     x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,21 +88,13 @@ def _reference_inference(
     return merged, token_bias, torch.nn.functional.pad(biases, (0, _padded(centers.shape[0]) - centers.shape[0], 1, 0))
 
 
-def _fake_inference(
+@operator("sinkhorn_merge.sinkhorn_merge_inference", _reference_inference, dense="x centers head")
+def _inference(
     x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    merged, _, token_bias, _, _, _, cluster_biases, _ = _fake_forward(x, centers, eps, iters, head)
-    return merged, token_bias, cluster_biases
-
-
-_inference = register(
-    "sinkhorn_merge_inference(Tensor x, Tensor centers, float eps, int iters, Tensor? head)"
-    " -> (Tensor, Tensor, Tensor)",
-    triton="sinkhorn_merge.sinkhorn_merge_inference",
-    dense="x centers head",
-    reference=_reference_inference,
-    fake=_fake_inference,
-)
+    (batch, tokens, _), numbers = x.shape, reference.accumulator(x.dtype)
+    biases = x.new_empty(batch, iters + 1, _padded(centers.shape[0]), dtype=numbers)
+    return _fake_merged(x, centers, head), x.new_empty(batch, tokens, dtype=numbers), biases
 
 
 class SinkhornMerge(torch.autograd.Function):
