@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._export import cdist
+
 __all__ = ["bmm", "each_image", "image_parts", "is_captured", "matmul", "pair_distances"]
 
 WORKSPACE = 256 << 20  # bytes of the matrices that are in memory at a time, or one image's if that is larger
@@ -25,7 +27,7 @@ def is_captured() -> bool:
 def each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function`` of tensors (B, ...), for every image on its own on the CPU -> (B, ...)."""
     first = tensors[0]
-    if first.device.type != "cpu" or first.shape[0] <= 1 or torch.compiler.is_compiling():
+    if first.device.type != "cpu" or torch.compiler.is_compiling() or first.shape[0] <= 1:
         return function(*tensors)
     return torch.cat([function(*image) for image in zip(*(tensor.split(1) for tensor in tensors), strict=True)])
 
@@ -50,4 +52,4 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 def pair_distances(rows: Tensor, columns: Tensor) -> Tensor:
     """(B, M, C), (B, N, C) -> (B, M, N) Euclidean distances, as ``torch.cdist`` rounds them."""
-    return each_image(torch.cdist, rows, columns)
+    return each_image(cdist, rows, columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._export import cdist, first_of_slots, lowest_first
 from ._images import image_parts, is_captured
 from ._rows import accumulator, flat_rows
 
@@ -37,7 +38,7 @@ class _Distances:
         batch, tokens, _ = x.shape
         self.captured = is_captured()
         if self.captured or x.device.type != "cpu" or not batch:
-            distance = torch.cdist(x, x).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            distance = cdist(x, x).nan_to_num(nan=torch.inf, posinf=torch.inf)
             self.distance_to = distance.mT.contiguous()
             self.costs = (distance if weights is None else distance * weights.unsqueeze(2)).sum(2)
         else:  # image by image: in the cache, and no image's bits depend on the others
@@ -98,11 +99,8 @@ def _farthest_first(distances: _Distances, k: int, first: int) -> Tensor:
 
 def _first_of_each(order: Tensor, label: Tensor, k: int) -> Tensor:
     """The first token of every cluster in order (B, N); token 0 where a cluster is empty."""
-    batch, tokens = order.shape
-    place = torch.arange(tokens, device=order.device).expand(batch, tokens)
-    first = order.new_full((batch, k), tokens)
-    first = first.scatter_reduce(1, label.gather(1, order), place, "amin")
-    return torch.cat([order, order.new_zeros(batch, 1)], dim=1).gather(1, first)
+    first = first_of_slots(label.gather(1, order), k)
+    return torch.cat([order, order.new_zeros(order.shape[0], 1)], dim=1).gather(1, first)
 
 
 def cluster_k_medoids(
@@ -134,11 +132,11 @@ def _cluster(x: Tensor, weights: Tensor | None, k: int, iters: int, members: boo
     if weights is None:
         centers = _farthest_first(distances, k, first)
     else:
-        centers = torch.sort(-weights, dim=1, stable=True)[1][:, :k]
-    order = torch.sort(distances.costs, dim=1, stable=True)[1]
+        centers = lowest_first(-weights, k)
+    order = lowest_first(distances.costs, x.shape[1])
     for _ in range(iters):
         label = distances.nearest(centers)
         if members:
-            order = torch.sort(distances.costs_of_members(label), dim=1, stable=True)[1]
+            order = lowest_first(distances.costs_of_members(label), x.shape[1])
         centers = _first_of_each(order, label, k)
     return centers, distances.nearest(centers)
