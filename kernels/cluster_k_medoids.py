@@ -14,40 +14,19 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
+from ._distances import DistanceTile, distances, squared_lengths
 from ._launch import in_parts
-from ._squares import squared_lengths
+from ._order import ascending_keys, packed_keys
 from ._workspace import workspace_parts
-from .select_topk import _packed_keys
-
-
-@dataclasses.dataclass(frozen=True)
-class DistanceTile:
-    """Tokens against tokens and channels of one step of the distances."""
-
-    block_i: int
-    block_n: int
-    block_c: int
-    num_warps: int
-    num_stages: int
-
-    def settings(self) -> dict[str, int]:
-        """By the names of a launch."""
-        return {
-            "BLOCK_I": self.block_i,
-            "BLOCK_N": self.block_n,
-            "BLOCK_C": self.block_c,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
 
 
 @functools.cache
 def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
     """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens spill
-        return DistanceTile(block_i=64, block_n=32, block_c=16, num_warps=4, num_stages=2)
+        return DistanceTile(block_i=64, block_j=32, block_c=16, num_warps=4, num_stages=2)
     block_c = min(max(next_power_of_2(channels), 16), 64)
-    return DistanceTile(block_i=64, block_n=64, block_c=block_c, num_warps=8, num_stages=3)
+    return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,44 +46,16 @@ def cluster_tile(tokens: int) -> ClusterTile:
 
 
 @triton.jit
-def _distances(
-    rows_i,
-    squares_i,
-    rows_n,
-    squares_n,
-    in_n,
-    channels,
-    BLOCK_I: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Distances (BLOCK_I, BLOCK_N) float32 between rows of pointers; infinite for columns not in_n and for NaN.
-
-    Squares are not summed in the loop: see ``_squares``.
-    """
-    offsets_c = tl.arange(0, BLOCK_C)
-    dots = tl.zeros((BLOCK_I, BLOCK_N), tl.float32)
-    for start_c in range(0, channels, BLOCK_C):
-        in_c = (start_c + offsets_c < channels)[None, :]
-        a = tl.load(rows_i + start_c, mask=in_c, other=0.0)
-        b = tl.load(rows_n + start_c, mask=in_c, other=0.0)
-        dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
-    squared = squares_i[:, None] + squares_n[None, :] - 2.0 * dots
-    number = (squared == squared) & in_n[None, :]
-    return tl.where(number, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
-
-
-@triton.jit
 def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n):
     """Costs of tokens i (BLOCK_I,), and those of most weight into the place of their rank among the centers."""
     in_i = i < tokens
     weights += batch * weights_stride_b
     total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)
-    keys_i = _packed_keys(weights + i.to(tl.int64) * weights_stride_n, i, in_i)
+    keys_i = packed_keys(weights + i.to(tl.int64) * weights_stride_n, i, in_i)
     rank = tl.zeros_like(i)
     for start_n in range(0, tokens, 16):
         n = start_n + tl.arange(0, 16)
-        keys_n = _packed_keys(weights + n.to(tl.int64) * weights_stride_n, n, n < tokens)
+        keys_n = packed_keys(weights + n.to(tl.int64) * weights_stride_n, n, n < tokens)
         rank += tl.sum((keys_n[None, :] > keys_i[:, None]).to(tl.int32), 1)
     tl.store(centers + batch * clusters + rank, i.to(tl.int64), mask=in_i & (rank < clusters))
     tl.store(cost + batch * tokens + i, total, mask=in_i)
@@ -129,7 +80,7 @@ def token_distances_kernel(
     weights_stride_b,
     weights_stride_n,
     BLOCK_I: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_I tokens of one image against all of them."""
@@ -144,12 +95,12 @@ def token_distances_kernel(
     squares_i = tl.load(squares + row_i)
     out = distance + (place * tokens + i)[:, None] * row_stride
     total = tl.zeros((BLOCK_I,), tl.float32)
-    for start_n in range(0, row_stride, BLOCK_N):
-        n = start_n + tl.arange(0, BLOCK_N)
+    for start_n in range(0, row_stride, BLOCK_J):
+        n = start_n + tl.arange(0, BLOCK_J)
         row_n = tl.minimum(n, tokens - 1)
         rows_n = image + row_n.to(tl.int64)[:, None] * x_stride_n
         squares_n = tl.load(squares + row_n)
-        value = _distances(rows_i, squares_i, rows_n, squares_n, n < tokens, channels, BLOCK_I, BLOCK_N, BLOCK_C)
+        value = distances(rows_i, squares_i, rows_n, squares_n, n < tokens, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
         tl.store(out + n[None, :], value, mask=(i < tokens)[:, None] & (n < row_stride)[None, :])
     _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
@@ -183,10 +134,7 @@ def _cost_keys(cost, label, n, tokens):
     """Keys of tokens n in the order of cost, then index, NaN last; and their labels, -1 past the end."""
     value = tl.load(cost + n, mask=n < tokens, other=0.0)
     label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = tl.where(value == value, ordered, 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | n.to(tl.int64), label_n
+    return ascending_keys(value, n), label_n
 
 
 @triton.jit

@@ -67,17 +67,18 @@ def _tiled(inputs: Inputs) -> int:
 def _backward_tiled(inputs: Inputs) -> int:
     """Four products in tiles; similarities and their gradients, once an iteration and thrice a tile of channels."""
     from fastreduce.kernels import sinkhorn_merge as kernels
+    from fastreduce.kernels import sinkhorn_merge_backward as backward
 
     x, centers, _, iters, *_ = inputs.values()
     (batch, tokens, channels), clusters = x.shape, len(centers)
     padded, exact = kernels.padded_clusters(clusters), x.dtype == torch.float32
-    first, last = kernels.similarity_tile(clusters, exact), kernels.backward_tile(channels, exact)
+    first, last = kernels.similarity_tile(clusters, exact), backward.backward_tile(channels, exact)
     sweeps = math.ceil(padded / first.columns) + 1 + math.ceil(clusters / last.rows)
     passes = 6 + iters + 3 * math.ceil(channels / last.columns)
     upstream = centers  # as many bytes an image
     an_image = math.ceil(tokens / first.rows) * nbytes(upstream)
     an_image += math.ceil(tokens / last.rows) * nbytes(upstream, centers)
-    parts = math.ceil(batch / math.ceil(batch / kernels.CENTER_PARTS))
+    parts = math.ceil(batch / math.ceil(batch / backward.CENTER_PARTS))
     sums = 4 * parts * centers.numel()  # which torch adds up: what that moves is not the tiles'
     return (sweeps + 1) * nbytes(x) + batch * (an_image + 4 * passes * tokens * padded) + sums
 

@@ -10,11 +10,12 @@ from .gather_packed import gather_packed, token_offsets, unpack_tokens
 from .gather_tokens import gather_tokens
 from .linear_packed import linear_packed
 from .match_tokens import match_tokens, match_tokens_groups
-from .merge_tokens import group_slots, merge_tokens, prepare_merge, unmerge_tokens
+from .merge_tokens import merge_tokens, unmerge_tokens
 from .received_scores import received_scores
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
 from .sinkhorn_merge import sinkhorn_merge
+from .slots import group_slots, prepare_merge
 from .soft_merge import soft_merge
 
 __all__ = [

@@ -46,9 +46,9 @@ def _triton_norm_backward(
     num_in: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import gather_tokens as kernels
-    from ..kernels import merge_tokens as grouping
+    from ..kernels import slots
 
-    groups = grouping.group_slots(reference.with_prefix(index, prefix), num_in)
+    groups = slots.group_slots(reference.with_prefix(index, prefix), num_in)
     return kernels.gather_tokens_norm_backward(grad_out, grad_normed, out, statistics, weight, affine, rows, *groups)
 
 

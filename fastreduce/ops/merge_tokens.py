@@ -13,7 +13,6 @@ from ..backends import Resolved, resolve
 from ._check import (
     check_count,
     check_floating,
-    check_index,
     check_number,
     check_pair,
     check_same,
@@ -34,8 +33,9 @@ from ._norm import (
     wants_affine,
 )
 from .gather_tokens import check_residual
+from .slots import check_groups, check_slot, grouped
 
-__all__ = ["group_slots", "merge_tokens", "prepare_merge", "unmerge_tokens"]
+__all__ = ["merge_tokens", "unmerge_tokens"]
 
 
 def _reference_merge(
@@ -90,15 +90,6 @@ def _reference_norm_backward(
         assert size is not None
         grad_x, grad_size = reference.merge_tokens_size_backward(grad, x, slot, size, total, eps, log_weight)
     return grad_x, grad_size, rows_if(rows, grad), rows_if(head, grad_head), sums
-
-
-@operator(
-    "merge_tokens.group_slots",
-    lambda slot, num_out: reference.group_slots(slot.contiguous(), num_out),  # a sort keeps the strides
-)
-def _group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    batch, tokens = slot.shape
-    return slot.new_empty(batch, tokens, dtype=torch.int32), slot.new_empty(batch, num_out + 1, dtype=torch.int32)
 
 
 @operator("merge_tokens.merge_tokens", _reference_merge, dense="x residual head log_weight weight bias", skip="slot")
@@ -347,24 +338,6 @@ class UnmergeTokens(torch.autograd.Function):
         return _unmerge_backward(grads[0], slot, order, offsets), None, None, None
 
 
-def _check_slot(slot: Tensor) -> None:
-    check_shape("slot", slot, "B N")
-    check_index("slot", slot)
-
-
-def _check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
-    """Raise unless groups are those of :func:`group_slots` for such slots."""
-    check_pair("groups", groups, "order and offsets")
-    shapes = shape_of(slot), (slot.shape[0], num_out + 1)
-    for name, tensor, shape in zip(("order of groups", "offsets of groups"), groups, shapes, strict=True):
-        check_shape(name, tensor, "B N")
-        check_same("slot", slot, name, tensor)
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
-        if shape_of(tensor) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
-
-
 def _check_log_size(x: Tensor, log_size: Any) -> None:
     """Raise unless it is weight (1, C) and bias (1,) of a layer."""
     check_pair("log_size", log_size, "weight and bias")
@@ -397,7 +370,7 @@ def _check_merge(
     """
     check_shape("x", x, "B N C")
     check_floating("x", x)
-    _check_slot(slot)
+    check_slot(slot)
     check_same("x", x, "slot", slot)
     if x.shape[2] < 1:
         raise ValueError(f"x must have at least one channel, got shape {shape_of(x)}")
@@ -418,7 +391,7 @@ def _check_merge(
     if residual is not None:
         check_residual(x, residual, num_out)
     if groups is not None:
-        _check_groups(groups, slot, num_out)
+        check_groups(groups, slot, num_out)
     if head is not None:
         check_shape("head", head, "B P C")
         check_same("x", x, "head", head, dtype=True)
@@ -427,16 +400,6 @@ def _check_merge(
     floating = size is not None and size.is_floating_point()
     tensors = [x, *((size,) if floating else ()), *(() if residual is None else (residual,)), *(log_size or ())]
     return tensors, num_out, check_number("eps", eps, low=0.0)
-
-
-def group_slots_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor]:
-    """:func:`group_slots` without checks, by the backend named."""
-    return reference.group_slots(slot, num_out) if backend == "reference" else _group(slot, num_out)
-
-
-def prepare_merge_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor] | None:
-    """:func:`prepare_merge` without checks, by the backend named."""
-    return None if backend == "reference" else _group(slot, num_out)
 
 
 def merge_tokens_unchecked(
@@ -459,7 +422,7 @@ def merge_tokens_unchecked(
             size = reference.learned_sizes(x, *log_size, slot, num_out)
         found = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
         return found if norm is None else (*found, reference.layer_norm(found[0], *norm))
-    order, offsets = groups or _group(slot, num_out)
+    order, offsets = groups or grouped(slot, num_out)
     log_weight, log_bias = log_size or (None, None)
     weight, bias, norm_eps = norm or NO_NORM
     arguments = x, slot, order, offsets, size, residual, float(eps), head, log_weight, log_bias, weight, bias, norm_eps
@@ -474,33 +437,9 @@ def unmerge_tokens_unchecked(
     """:func:`unmerge_tokens` without checks, by the backend named."""
     if backend == "reference":
         return reference.unmerge_tokens(x, slot)
-    order, offsets = groups or _group(slot, x.shape[1])
+    order, offsets = groups or grouped(slot, x.shape[1])
     arguments = x, slot, order, offsets
     return UnmergeTokens.apply(*arguments) if wants_gradient(x) else _unmerge(*arguments)
-
-
-def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Group tokens by slot, for several :func:`merge_tokens` over the same slots.
-
-    Args:
-        slot: (B, N) int64 or int32, values -1 .. num_out - 1; -1 belongs nowhere.
-        num_out: number of slots.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
-
-    Returns:
-        order (B, N) and offsets (B, num_out + 1), int32: slot m holds the tokens
-        ``order[b, offsets[b, m] : offsets[b, m + 1]]``, in ascending index.
-    """
-    _check_slot(slot)
-    num_out = check_count("num_out", num_out, 1, 2**31 - 2)
-    return group_slots_unchecked(slot, num_out, backend=resolve(backend, slot))
-
-
-def prepare_merge(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor] | None:
-    """Return what several :func:`merge_tokens` over one slot share: the groups for kernels, None for the reference."""
-    _check_slot(slot)
-    num_out = check_count("num_out", num_out, 1, 2**31 - 2)
-    return prepare_merge_unchecked(slot, num_out, backend=resolve(backend, slot))
 
 
 @overload
@@ -620,10 +559,10 @@ def unmerge_tokens(
     """
     check_shape("x", x, "B M C")
     check_floating("x", x)
-    _check_slot(slot)
+    check_slot(slot)
     check_same("x", x, "slot", slot)
     if slot.shape[0] != x.shape[0]:
         raise ValueError(f"slot must have x's batch size {x.shape[0]}, got shape {shape_of(slot)}")
     if groups is not None:
-        _check_groups(groups, slot, x.shape[1])
+        check_groups(groups, slot, x.shape[1])
     return unmerge_tokens_unchecked(x, slot, groups=groups, backend=resolve(backend, x))

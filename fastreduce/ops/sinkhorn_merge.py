@@ -65,7 +65,7 @@ def _forward(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | 
     return [_fake_merged(x, centers, head), *vectors]
 
 
-@operator("sinkhorn_merge.sinkhorn_merge_backward", _reference_backward, dense="grad x centers")
+@operator("sinkhorn_merge_backward.sinkhorn_merge_backward", _reference_backward, dense="grad x centers")
 def _backward(
     grad: Tensor,
     x: Tensor,

@@ -23,14 +23,14 @@ from .gather_tokens import gather_tokens_unchecked as gather_tokens
 from .linear_packed import linear_packed_unchecked as linear_packed
 from .match_tokens import match_tokens_groups_unchecked as match_tokens_groups
 from .match_tokens import match_tokens_unchecked as match_tokens
-from .merge_tokens import group_slots_unchecked as group_slots
 from .merge_tokens import merge_tokens_unchecked as merge_tokens
-from .merge_tokens import prepare_merge_unchecked as prepare_merge
 from .merge_tokens import unmerge_tokens_unchecked as unmerge_tokens
 from .received_scores import received_scores_unchecked as received_scores
 from .sample_tokens import sample_tokens_unchecked as sample_tokens
 from .select_topk import select_topk_unchecked as select_topk
 from .sinkhorn_merge import sinkhorn_merge_unchecked as sinkhorn_merge
+from .slots import group_slots_unchecked as group_slots
+from .slots import prepare_merge_unchecked as prepare_merge
 from .soft_merge import soft_merge_unchecked as soft_merge
 
 __all__ = [

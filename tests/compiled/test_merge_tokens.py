@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastreduce.kernels import merge_tokens as kernels
+from fastreduce.kernels import slots
 from tests.compiled.gates import ARCHES, check_gates
 
 
@@ -15,7 +16,7 @@ def groups(num_tokens, num_out):
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(197, torch.int64), (576, torch.int32), (4097, torch.int64)])
 def test_gates_of_the_groups(num_tokens, dtype, arch):
     slot = torch.zeros(2, num_tokens, dtype=dtype)
-    (report,) = check_gates(arch, lambda: kernels.group_slots(slot, num_tokens // 2), wide=False)
+    (report,) = check_gates(arch, lambda: slots.group_slots(slot, num_tokens // 2), wide=False)
     assert report.registers <= 128, report
 
 

@@ -26,7 +26,7 @@ def reports_for(arch, tokens, clusters, channels, dtype, *, width=None, prefix=1
     merged, similarity, *saved = (tensor.new_zeros(2, *tensor.shape[1:]) for tensor in (merged, similarity, *saved))
     grad = merged[:, prefix:]
     backward = check_gates(
-        arch, lambda: kernels.sinkhorn_merge_backward(grad, x, centers, similarity, *saved, 1.0), wide=wide
+        arch, lambda: backward.sinkhorn_merge_backward(grad, x, centers, similarity, *saved, 1.0), wide=wide
     )
     assert [len(forward), len(backward)] == [4, 4]
     return forward[1:], backward

@@ -9,7 +9,7 @@ import triton
 from fastreduce import ops
 from fastreduce.kernels import _workspace
 from fastreduce.kernels import cluster_k_medoids as kernels
-from fastreduce.kernels._squares import squared_lengths
+from fastreduce.kernels._distances import squared_lengths
 from tests.helpers.budget import EPS, assert_within_budget
 from tests.helpers.inputs import DTYPES, seeded, tokens
 

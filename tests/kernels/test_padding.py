@@ -10,7 +10,7 @@ import triton.runtime.interpreter as interpreter
 
 from fastreduce import ops
 from fastreduce.kernels import cluster_dpc_knn
-from fastreduce.kernels._squares import squared_lengths
+from fastreduce.kernels._distances import squared_lengths
 from tests.helpers.density_peaks import separated
 from tests.helpers.inputs import seeded, tokens
 
