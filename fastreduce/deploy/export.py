@@ -15,21 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..names import EXPORT_FORMATS as FORMATS
 from ..reducers import Reducer
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "check", "export"]
 
-# What it is for, the ending of its file, and the packages that writing and running it take.
-FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "onnx": ("ONNX Runtime, and whatever else reads ONNX", ".onnx", ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": ("OpenVINO", ".xml", ("onnx", "onnxscript", "openvino")),
-    "pt2": ("torch's ahead-of-time compiler, AOTInductor", ".pt2", ()),
-}
 MOST_IMAGES = 4096
 _SINGLE_FILE = 1 << 30  # protobuf ends at 2 GB: larger weights go into a file of their own
 
 
-def _check(model: nn.Module, images: Any, to: str) -> None:
+def check(model: nn.Module, images: Any, to: str) -> None:
     """Raise ValueError or TypeError, with the reason, where exporting cannot end well."""
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; expected one of {', '.join(map(repr, FORMATS))}")
@@ -40,7 +35,7 @@ def _check(model: nn.Module, images: Any, to: str) -> None:
         raise ValueError(f"images must be a tensor with at least one image, got {shape}")
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before exporting it")
-    missing = [name for name in FORMATS[to][2] if importlib.util.find_spec(name) is None]
+    missing = [name for name in FORMATS[to].packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'to={to!r} needs {", ".join(missing)}: pip install "fastreduce[deploy]"')
     if to != "pt2" and any(isinstance(part, Reducer) and part.packed for part in model.modules()):
@@ -155,9 +150,9 @@ def export(
         TypeError: ``model`` is no module.
         RuntimeError: the model cannot be captured for any number of images.
     """
-    _check(model, images, to)
+    check(model, images, to)
     file = Path(file)
-    if file.suffix != FORMATS[to][1]:
-        raise ValueError(f"a file for to={to!r} ends in {FORMATS[to][1]!r}, got {file.name!r}")
+    if file.suffix != FORMATS[to].ending:
+        raise ValueError(f"a file for to={to!r} ends in {FORMATS[to].ending!r}, got {file.name!r}")
     _WRITE[to](model, images, file, names)
     return file

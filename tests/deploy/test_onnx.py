@@ -36,14 +36,14 @@ VARIANTS = {
 }
 
 # No loop, no branch, no operator of our own, nothing whose shape depends on values, no scatter that adds.
-ALLOWED = set(
-    """
-    Abs Add And ArgMax ArgMin Cast Clip Concat Constant ConstantOfShape Conv CumSum Div Equal Erf Exp Expand Gather
-    GatherElements Gelu Gemm Greater Identity IsInf IsNaN LayerNormalization Less LessOrEqual Log LogSoftmax MatMul Max
-    Min Mul Neg Not Or Pad Pow Range Reciprocal ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceSum
-    Reshape ScatterElements Shape Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose Unsqueeze Where
-    """.split()
-)
+_OPERATORS = """
+Abs Add And ArgMax ArgMin Cast Clip Concat Constant ConstantOfShape Conv CumSum Div Equal Erf Exp Expand
+Gather GatherElements Gelu Gemm Greater Identity IsInf IsNaN LayerNormalization Less LessOrEqual Log
+LogSoftmax MatMul Max Min Mul Neg Not Or Pad Pow Range Reciprocal ReduceL2 ReduceLogSumExp ReduceMax
+ReduceMean ReduceMin ReduceSum Reshape ScatterElements Shape Slice Softmax Split Sqrt Squeeze Sub Tile TopK
+Transpose Unsqueeze Where
+"""
+ALLOWED = set(_OPERATORS.split())
 
 
 def build(**options):
