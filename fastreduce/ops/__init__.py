@@ -1,7 +1,8 @@
 """The primitives of token reduction: Triton kernels and their PyTorch references behind one function each."""
 
-from .attention import attention, attention_logsumexp, attention_scores
-from .cls_scores import cls_scores
+from .attention import attention, attention_packed, attention_policy
+from .attention_scores import attention_cls_scores, attention_received_scores
+from .cls_scores import cls_scores, cls_value_scores, cls_value_scores_packed
 from .cluster_dpc_knn import cluster_dpc_knn, cluster_dpc_knn_groups
 from .cluster_k_medoids import cluster_k_medoids
 from .fuse_tokens import fuse_tokens, fuse_tokens_norm
@@ -18,9 +19,13 @@ from .soft_merge import soft_merge
 
 __all__ = [
     "attention",
-    "attention_logsumexp",
-    "attention_scores",
+    "attention_cls_scores",
+    "attention_packed",
+    "attention_policy",
+    "attention_received_scores",
     "cls_scores",
+    "cls_value_scores",
+    "cls_value_scores_packed",
     "cluster_dpc_knn",
     "cluster_dpc_knn_groups",
     "cluster_k_medoids",

@@ -4,10 +4,14 @@
 Numbers must be Python's own. What the checked functions would refuse has no defined result here.
 """
 
-from .attention import attention_logsumexp_unchecked as attention_logsumexp
-from .attention import attention_scores_unchecked as attention_scores
+from .attention import attention_packed_unchecked as attention_packed
+from .attention import attention_policy_unchecked as attention_policy
 from .attention import attention_unchecked as attention
+from .attention_scores import attention_cls_scores_unchecked as attention_cls_scores
+from .attention_scores import attention_received_scores_unchecked as attention_received_scores
 from .cls_scores import cls_scores_unchecked as cls_scores
+from .cls_scores import cls_value_scores_packed_unchecked as cls_value_scores_packed
+from .cls_scores import cls_value_scores_unchecked as cls_value_scores
 from .cluster_dpc_knn import cluster_dpc_knn_groups_unchecked as cluster_dpc_knn_groups
 from .cluster_dpc_knn import cluster_dpc_knn_unchecked as cluster_dpc_knn
 from .cluster_k_medoids import cluster_k_medoids_unchecked as cluster_k_medoids
@@ -34,9 +38,13 @@ from .soft_merge import soft_merge_unchecked as soft_merge
 
 __all__ = [
     "attention",
-    "attention_logsumexp",
-    "attention_scores",
+    "attention_cls_scores",
+    "attention_packed",
+    "attention_policy",
+    "attention_received_scores",
     "cls_scores",
+    "cls_value_scores",
+    "cls_value_scores_packed",
     "cluster_dpc_knn",
     "cluster_dpc_knn_groups",
     "cluster_k_medoids",

@@ -129,6 +129,19 @@ def _cls_value(b=2, h=2, n=6, c=4, dtype=torch.float64):
     return {**_cls(b, h, n, c, dtype), "value": _heads(b, h, n, c, dtype)["v"]}
 
 
+def _cls_value_packed(b=2, h=2, n=6, c=4, dtype=torch.float64):
+    packed, rest = _attention_packed(b, h, n, c, dtype), _cls(b, h, n, c, dtype)
+    return {
+        "q": rest["q"],
+        "k": packed["k"],
+        "value": packed["v"],
+        "offsets": packed["offsets"][0],
+        "longest": n,
+        "prefix": rest["prefix"],
+        "scale": 0.4,
+    }
+
+
 def _attention(b=2, h=2, n=6, c=4, dtype=torch.float64):
     return {**_heads(b, h, n, c, dtype), "bias": _random(b, n, dtype=dtype, seed=5), "scale": 0.4}
 
@@ -152,11 +165,8 @@ def _received(b=2, h=2, n=6, c=4, dtype=torch.float64):
     return {"q": heads["q"], "k": heads["k"], "scale": 0.4}
 
 
-def _scores(kind):
-    def make(b=2, h=2, n=6, c=4, dtype=torch.float64):
-        return {**_attention(b, h, n, c, dtype), "kind": kind, **({"prefix": 1} if kind == "class" else {})}
-
-    return make
+def _attention_cls(b=2, h=2, n=6, c=4, dtype=torch.float64):
+    return {**_attention(b, h, n, c, dtype), "prefix": 1}
 
 
 def _soft(b=2, h=2, n=6, c=4, dtype=torch.float64):
@@ -205,14 +215,14 @@ def _medoids(b=2, h=2, n=6, c=4, dtype=torch.float64):
 
 CASES = {
     "attention": Case("attention", _attention, ("q", "k", "v", "bias"), twice=False),
-    "attention with a policy": Case("attention", _attention_policy, ("q", "k", "v", "policy")),
+    "attention with a policy": Case("attention_policy", _attention_policy, ("q", "k", "v", "policy")),
     "attention of chosen queries": Case("attention", _attention_index, ("q", "k", "v", "bias"), twice=False),
-    "attention of packed images": Case("attention", _attention_packed, ("q", "k", "v"), twice=False),
-    "attention_logsumexp": Case("attention_logsumexp", _attention_index, ("q", "k", "v", "bias")),
-    "attention_scores class": Case("attention_scores", _scores("class"), ("q", "k", "v", "bias"), twice=False),
-    "attention_scores received": Case("attention_scores", _scores("received"), ("q", "k", "v", "bias")),
+    "attention of packed images": Case("attention_packed", _attention_packed, ("q", "k", "v"), twice=False),
+    "attention_cls_scores": Case("attention_cls_scores", _attention_cls, ("q", "k", "v", "bias"), twice=False),
+    "attention_received_scores": Case("attention_received_scores", _attention, ("q", "k", "v", "bias")),
     "cls_scores": Case("cls_scores", _cls, ("q", "k")),
-    "cls_scores with values": Case("cls_scores", _cls_value),
+    "cls_value_scores": Case("cls_value_scores", _cls_value),
+    "cls_value_scores_packed": Case("cls_value_scores_packed", _cls_value_packed),
     "cluster_dpc_knn": Case("cluster_dpc_knn", _dpc),
     "cluster_dpc_knn_groups": Case("cluster_dpc_knn_groups", _dpc),
     "cluster_k_medoids": Case("cluster_k_medoids", _medoids),

@@ -119,11 +119,11 @@ def _nothing():
         "attention hidden from all": lambda **o: ops.attention(
             heads, heads, heads, bias=torch.full((2, 6), -torch.inf), **o
         ),
-        "attention_scores of a prefix only": lambda **o: ops.attention_scores(
-            heads, heads, heads, kind="class", prefix=6, **o
+        "attention_cls_scores of a prefix only": lambda **o: ops.attention_cls_scores(
+            heads, heads, heads, prefix=6, **o
         ),
-        "attention_scores of no query": lambda **o: ops.attention_scores(
-            heads[:, :, :0], heads, heads, kind="received", **o
+        "attention_received_scores of no query": lambda **o: ops.attention_received_scores(
+            heads[:, :, :0], heads, heads, **o
         ),
         "received_scores of no query": lambda **o: ops.received_scores(heads[:, :, :0], heads, **o),
         "cls_scores of a prefix only": lambda **o: ops.cls_scores(heads[:, :, 0], heads, prefix=6, **o),
@@ -142,7 +142,7 @@ def _nothing():
         "unpack_tokens of no token": lambda **o: ops.unpack_tokens(packed, zeros, longest=1, **o),
         "unpack_tokens to none": lambda **o: ops.unpack_tokens(packed, zeros, longest=0, **o),
         "unpack_tokens of no image": lambda **o: ops.unpack_tokens(packed, zeros[:1], longest=2, **o),
-        "attention of packed images without keys": lambda **o: ops.attention(
+        "attention of packed images without keys": lambda **o: ops.attention_packed(
             heads.new_zeros(1, 3, 12, 4),
             heads[:1, :, :0],
             heads[:1, :, :0],

@@ -159,7 +159,7 @@ def _attentions(draw: _Draw) -> list[Primitive]:
     found = [
         _case(
             "attention packed, indexed",
-            ops.attention,
+            ops.attention_packed,
             index=index,
             prefix=1,
             num_out=70,
@@ -255,17 +255,22 @@ def _edge_clusters(draw: _Draw) -> list[Primitive]:
 def _edge_attentions(draw: _Draw) -> list[Primitive]:
     one = {name: draw.tokens(1, 1, 1, 64) for name in "qkv"}
     pair = {name: one[name] for name in "qk"}
-    scores, two = ops.attention_scores, draw.tokens(1, 1, 2, 64)
+    two = draw.tokens(1, 1, 2, 64)
     return [
         _case("cls_scores 1", ops.cls_scores, "q k", q=one["q"][:, :, 0], k=one["k"], prefix=0),
         _case(
-            "cls_scores value", ops.cls_scores, q=draw.tokens(1, 1, 64), k=two, prefix=1, value=draw.tokens(1, 1, 2, 64)
+            "cls_value_scores",
+            ops.cls_value_scores,
+            q=draw.tokens(1, 1, 64),
+            k=two,
+            prefix=1,
+            value=draw.tokens(1, 1, 2, 64),
         ),
         _case("received_scores 1", ops.received_scores, "q k", **pair),
         _case("attention 1", ops.attention, "q k v", **one),
-        _case("attention policy", ops.attention, "q k v policy", policy=torch.ones(1, 1), **one),
-        _case("attention_scores class", scores, "q k v", kind="class", prefix=0, **one),
-        _case("attention_scores received", scores, "q k v", kind="received", **one),
+        _case("attention policy", ops.attention_policy, "q k v policy", policy=torch.ones(1, 1), **one),
+        _case("attention_cls_scores 1", ops.attention_cls_scores, "q k v", prefix=0, **one),
+        _case("attention_received_scores 1", ops.attention_received_scores, "q k v", **one),
     ]
 
 
@@ -292,10 +297,10 @@ def _edge_packed(draw: _Draw, none: Tensor) -> list[Primitive]:
         _case("gather_packed 1", ops.gather_packed, x=one, index=none, offsets=both, num_out=1, prefix=0),
         _case("unpack_tokens 1", ops.unpack_tokens, x=one, offsets=offsets, longest=1),
         _case("linear_packed 1", ops.linear_packed, "x weight bias", **linear),
-        _case("attention packed 1", ops.attention, offsets=both, longest=(1, 1), **parts),
+        _case("attention packed 1", ops.attention_packed, offsets=both, longest=(1, 1), **parts),
         _case(
             "attention packed, indexed 1",
-            ops.attention,
+            ops.attention_packed,
             index=none,
             prefix=0,
             num_out=1,
