@@ -13,14 +13,13 @@ what the checked function adds to the bare PyTorch reference.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ from fastreduce import ops, reference
 from fastreduce.measure import environment
 from fastreduce.ops import unchecked
 
-from .gates import table
+from .proof.gates import table
+from .proof.idle import Launcher, idle_driver
 
-__all__ = ["MOST_CALL", "MOST_STAGE", "Contender", "contenders", "idle_driver", "main", "ratios"]
+__all__ = ["MOST_CALL", "MOST_STAGE", "Contender", "contenders", "main", "ratios"]
 
 MOST_CALL = 3  # nn.Linear an operator call
 MOST_STAGE = 8  # nn.Linear a Top-K stage
@@ -42,61 +42,6 @@ _SHAPE = (1, 6, 197, 64)  # images, heads, tokens, channels a head: DeiT-S
 _KEPT = 98
 
 Call = Callable[[], Any]
-
-
-class _Utils:
-    """The part of a driver that Triton asks for when it loads a kernel."""
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 1, 1, 32, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 << 10, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class _Launcher:
-    """Takes a launch and does nothing; counts them."""
-
-    count = 0
-
-    def __init__(self, source: Any, metadata: Any):
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        _Launcher.count += 1
-
-
-class _IdleDriver:
-    """A GPU of compute capability 9.0 that is never there."""
-
-    utils, launcher_cls = _Utils(), _Launcher
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@contextlib.contextmanager
-def idle_driver() -> Iterator[None]:
-    """Within the block ``backend="triton"`` takes CPU tensors, kernels are compiled, and their launches do nothing."""
-    from triton.runtime.driver import driver
-
-    from .compile_report import dispatch_to_triton
-
-    active = driver._active
-    driver.set_active(_IdleDriver())
-    try:
-        with dispatch_to_triton():
-            yield
-    finally:
-        driver._active = active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +70,7 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     x, residual = torch.randn(b, n, c).to(dtype), torch.randn(b, 1 + _KEPT, c).to(dtype)
     scores, index = torch.rand(b, n - 1), torch.randint(n - 1, (b, _KEPT))
     order = torch.randperm(n - 1).expand(b, -1)
-    norm: dict[str, Any] = {"weight": torch.ones(c, dtype=dtype), "bias": torch.zeros(c, dtype=dtype)}
+    norm = torch.ones(c, dtype=dtype), torch.zeros(c, dtype=dtype), 1e-6
     slot = torch.randint(1 + _KEPT, (b, n))
     groups = reference.group_slots(slot, 1 + _KEPT)
     size, bias = torch.ones(b, n), torch.zeros(b, n)
@@ -135,7 +80,7 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     def topk_stage(room: Any, backend: str) -> Any:
         kept = room.select_topk(room.cls_scores(q[:, :, 0], k, backend=backend), _KEPT, backend=backend)
         room.attention(q, k, v, index=kept, backend=backend)
-        return room.gather_tokens_norm(x, kept, **norm, residual=residual, backend=backend)
+        return room.gather_tokens(x, kept, norm=norm, residual=residual, backend=backend)
 
     return [
         Contender(
@@ -149,8 +94,8 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
             lambda: reference.gather_tokens(x, index, 1, residual),
         ),
         Contender(
-            "gather_tokens_norm",
-            lambda room, backend: room.gather_tokens_norm(x, index, **norm, residual=residual, backend=backend),
+            "gather_tokens (norm)",
+            lambda room, backend: room.gather_tokens(x, index, norm=norm, residual=residual, backend=backend),
         ),
         Contender(
             "cls_scores",
@@ -177,17 +122,15 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
             lambda: reference.merge_tokens(x, slot, 1 + _KEPT, size, None),
         ),
         Contender(
-            "merge_tokens_norm",
-            lambda room, backend: room.merge_tokens_norm(
-                x, slot, 1 + _KEPT, **norm, size=size, residual=residual, groups=groups, backend=backend
+            "merge_tokens (norm)",
+            lambda room, backend: room.merge_tokens(
+                x, slot, 1 + _KEPT, norm=norm, size=size, residual=residual, groups=groups, backend=backend
             ),
         ),
         Contender("unmerge_tokens", lambda room, backend: room.unmerge_tokens(x, slot, groups=None, backend=backend)),
         Contender(
-            "fuse_tokens_norm",
-            lambda room, backend: room.fuse_tokens_norm(
-                x, order, scores, _KEPT, **norm, residual=fused, backend=backend
-            ),
+            "fuse_tokens (norm)",
+            lambda room, backend: room.fuse_tokens(x, order, scores, _KEPT, norm=norm, residual=fused, backend=backend),
         ),
         Contender(
             "cluster_k_medoids", lambda room, backend: room.cluster_k_medoids(x[:, 1:], scores, _KEPT, backend=backend)
@@ -237,9 +180,9 @@ def _row(contender: Contender, unit: Call, rounds: int) -> dict[str, Any]:
     run = contender.run
     with torch.inference_mode(), idle_driver():
         run(unchecked, "triton")  # compiles
-        _Launcher.count = 0
+        Launcher.count = 0
         run(unchecked, "triton")
-        launches = _Launcher.count
+        launches = Launcher.count
         calls = [lambda: run(ops, "triton"), lambda: run(unchecked, "triton")]
         checked, bare = ratios(calls, unit, rounds)
     row = {"operator": contender.name, "launches": launches, "checked": checked, "unchecked": bare}
