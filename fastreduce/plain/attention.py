@@ -38,6 +38,10 @@ class PlainAttention(nn.Module):
         # Of a small image at least one stays.
         return max(1, int(patches * (rate ** (stage + 1) if isinstance(rate, (int, float)) else rate[stage])))
 
+    def _move_home(self, walk: Walk, slot: Tensor) -> None:
+        """Let every patch be in the token that its own went into, slot (B, tokens before)."""
+        walk.home = slot if walk.home is None else slot.gather(1, walk.home)
+
     def _query_key_value(self, block: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project (B, N, C) to queries, keys and values, (B, H, N, D) each."""
         attn = block.attn

@@ -15,9 +15,6 @@ __all__ = ["Merges"]
 class Merges(PlainAttention):
     """Groups of tokens, and one token for each group."""
 
-    def _move_home(self, walk: Walk, slot: Tensor) -> None:
-        walk.home = slot if walk.home is None else slot.gather(1, walk.home)
-
     def _kmedoids(self, walk: Walk, stage: int) -> None:
         """Before the block, keep the medoids of clusters of the tokens."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]

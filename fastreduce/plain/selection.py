@@ -45,6 +45,8 @@ class Selections(PlainAttention):
         if self.options["normalize"]:
             weights = weights / weights.sum(dim=1, keepdim=True)
         fused = (rows_of(patches, rest) * weights).sum(dim=1, keepdim=True)
+        rank = torch.arange(patches.shape[1], device=order.device).clamp_max(keep).expand_as(order)
+        self._move_home(walk, torch.empty_like(order).scatter(1, order, rank))
         walk.x = torch.cat([head, rows_of(patches, kept), fused], dim=1)
 
     def _ats(self, block: Any, walk: Walk, stage: int) -> None:

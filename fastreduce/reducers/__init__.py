@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from .ats import ATS
-from .base import AttentionBlock, ModelShape, Reducer, attend_all
+from .base import ModelShape, Reducer, ScheduledReducer
+from .block import AttentionBlock, Heads, attend_all
 from .dpcknn import DPCKNN
 from .dynamicvit import DynamicViT
 from .evit import EViT
 from .kmedoids import KMedoids
+from .patchmerger import PatchMerger
 from .radial import Radial
 from .schedule import Keep, KeepRate
-from .soft import PatchMerger, Sinkhorn, SiT
+from .sinkhorn import Sinkhorn
+from .sit import SiT
 from .tome import ToMe
 from .topk import TopK
 
@@ -26,11 +29,13 @@ __all__ = [
     "AttentionBlock",
     "DynamicViT",
     "EViT",
+    "Heads",
     "KMedoids",
     "ModelShape",
     "PatchMerger",
     "Radial",
     "Reducer",
+    "ScheduledReducer",
     "SiT",
     "Sinkhorn",
     "ToMe",

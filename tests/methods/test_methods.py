@@ -7,8 +7,10 @@ import torch.nn.functional as F
 import fastreduce
 from bench.proof import tiny
 from fastreduce.reducers.dynamicvit import KeepPredictor
-from fastreduce.reducers.soft import MergerQueries, SliceWeights
+from fastreduce.reducers.patchmerger import MergerQueries
+from fastreduce.reducers.sit import SliceWeights
 from tests import golden
+from tests.helpers.inputs import seeded
 
 SEVEN = ("dynamicvit", "ats", "kmedoids", "dpcknn", "sit", "patchmerger", "sinkhorn")
 
@@ -47,7 +49,7 @@ class TestEdges:
         model, plain = tiny.reduced_and_plain(
             tiny.build(dynamic_img_size=True).double(), method=method, keep=(12, 3), at=(1, 2)
         )
-        images = torch.randn(2, 3, 48, 48, dtype=torch.float64, generator=tiny.seeded(3))
+        images = torch.randn(2, 3, 48, 48, dtype=torch.float64, generator=seeded(3))
         with fastreduce.record(model) as seen:
             torch.testing.assert_close(_run(model, images), _run(plain, images), rtol=1e-8, atol=1e-8)
         assert seen.stages[0].num_in == 9
@@ -280,7 +282,7 @@ class TestDPCKNN:
     def test_noise_breaks_ties(self):
         """Two equal tokens are equally dense, so neither stands below the other: only noise makes one the peak."""
         block = fastreduce.patch(tiny.build(), "dpcknn", keep=8, at=1, equal_weight=True).blocks[1]
-        reducer = block._reducer
+        reducer = block._site.model.reducers
         # Far from one another, and no sum of squares of which rounding could make the two distances differ.
         pairs = torch.arange(8.0).repeat_interleave(2).view(1, 16, 1).expand(1, 16, 48) ** 2
         tokens = fastreduce.Tokens(torch.cat([torch.zeros(1, 1, 48), pairs], dim=1), prefix=1, patches=16)
