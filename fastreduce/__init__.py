@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_official
     from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
     from .recording import Record, Stage, is_patched, record
-    from .reducers import REDUCERS
+    from .reducers import REDUCERS, register
     from .reducers.dynamicvit import dynamicvit_loss
     from .tokens import Plan, Tokens
 
@@ -39,6 +39,7 @@ _HOMES = {
     "patch": "integrations.patching",
     "record": "recording",
     "reduced_counts": "integrations.patching",
+    "register": "reducers",
     "set_keep_rate": "integrations.patching",
     "unpatch": "integrations.patching",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "patch",
     "record",
     "reduced_counts",
+    "register",
     "set_keep_rate",
     "unpatch",
 ]
