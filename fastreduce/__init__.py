@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from . import ops
     from .backends import backend
     from .checkpoints import load_official
-    from .integrations.timm import config_of, patch, reduced_counts, set_keep_rate, unpatch
-    from .losses import dynamicvit_loss
+    from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
     from .recording import Record, Stage, is_patched, record
-    from .reducers import REDUCERS
+    from .reducers import REDUCERS, register
+    from .reducers.dynamicvit import dynamicvit_loss
     from .tokens import Plan, Tokens
 
 # Torch and timm are imported with the first name that needs them, so that `fastreduce --help` does not wait for them.
@@ -31,16 +31,17 @@ _HOMES = {
     "Stage": "recording",
     "Tokens": "tokens",
     "backend": "backends",
-    "config_of": "integrations.timm",
-    "dynamicvit_loss": "losses",
+    "config_of": "integrations.patching",
+    "dynamicvit_loss": "reducers.dynamicvit",
     "is_patched": "recording",
     "load_official": "checkpoints",
     "ops": "ops",
-    "patch": "integrations.timm",
+    "patch": "integrations.patching",
     "record": "recording",
-    "reduced_counts": "integrations.timm",
-    "set_keep_rate": "integrations.timm",
-    "unpatch": "integrations.timm",
+    "reduced_counts": "integrations.patching",
+    "register": "reducers",
+    "set_keep_rate": "integrations.patching",
+    "unpatch": "integrations.patching",
 }
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "patch",
     "record",
     "reduced_counts",
+    "register",
     "set_keep_rate",
     "unpatch",
 ]

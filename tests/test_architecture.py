@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastreduce"
 # `python -m fastreduce`) stand on no floor.
 FLOORS = (
     {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version"},
-    {"ops", "checkpoints", "pictures", "measure", "losses"},
+    {"ops", "checkpoints", "pictures", "measure"},
     {"tokens"},
     {"reducers"},
     {"recording"},

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from .._files import write_atomically
 from ..integrations.timm import record
-from ..losses import dynamicvit_loss
+from ..reducers.dynamicvit import dynamicvit_loss
 from ._lock import hold
 from .data import DataSet
 from .evaluate import measure_accuracy
