@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import block_rows, joined, row_blocks
-from ._export import cdist, first_of_slots, lowest_first
+from ._export import cdist, first_of_slots, lowest_first, marks
 from ._images import is_captured, pair_distances
 from ._rows import accumulator, flat_rows, take_rows
 
@@ -133,7 +133,7 @@ def _farthest_first(distances: _Stored | _Recomputed, k: int, first: int) -> Ten
     largest = distances.of(centers[0][:, 0])
     chosen = torch.zeros_like(largest, dtype=torch.bool)
     for _ in range(1, k):
-        chosen = chosen.scatter(1, centers[-1], True)
+        chosen = chosen | marks(centers[-1], chosen.shape[1])
         newest = largest.masked_fill(chosen, 0.0).argmax(1)
         centers.append(newest.unsqueeze(1))
         largest = torch.maximum(largest, distances.of(newest))
