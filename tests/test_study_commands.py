@@ -177,7 +177,7 @@ def _refusals(folder, weights):
         (("run", "--keep-rate", "1.5", *out), "got 1.5"),
         (("run", "--keep-rate", "a", *out), "got 'a'"),
         (("run", "--keep-rate", "nan", *out), "got nan"),
-        (("run", "--dataset", "cifar11", *out), "unknown data set 'cifar11'; expected one of digits, imagenet"),
+        (("run", "--dataset", "svhn", *out), "unknown data set 'svhn'; expected one of digits, imagenet"),
         (("run", "--dataset", "imagenet", "--root", "/nope", *out), "--root /nope: there is no such folder"),
         (("run", "--dataset", "imagenet", "--root", photo, *out), "photo.jpg: it is a file, not a folder"),
         (("run", "--dataset", "imagenet", *out), "imagenet needs --root"),

@@ -20,7 +20,7 @@ import torch
 from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
-from .._files import write_atomically
+from .._files import read_json, write_atomically
 from ..measure import environment
 from ..names import FAMILIES, TITLES
 from ._lock import hold
@@ -130,11 +130,13 @@ def _judge(
     if not (evaluated.exists() and recorded.exists()):
         for remains in folder.glob(f".{recorded.name}.*"):  # of a process that was killed while it recorded
             shutil.rmtree(remains, ignore_errors=True)
-        trained = load_trained(capacity.backbone, reduction, weights, data.num_classes).to(device)
+        trained: Any = load_trained(capacity.backbone, reduction, weights, data.num_classes).to(device)
         size, workers = min(recipe.fine_tuning.batch_size, len(data.val)), recipe.fine_tuning.workers
         rate = None if reduction is None else reduction.keep_rate
         first = rate[0] if isinstance(rate, tuple) else rate
-        record_images(
+        # Features are compared over images, of which there must be more than neurons.
+        enough = len(data.val) > trained.num_features
+        recording = record_images(
             trained,
             DataLoader(data.val, batch_size=size, num_workers=workers),
             recorded,
@@ -142,15 +144,16 @@ def _judge(
             backbone=capacity.name,
             method=UNREDUCED if reduction is None else reduction.variant,
             keep_rate=first,
+            features=None if enough else (),
         )
-        found = examine(trained, data, batch_size=size, workers=workers)
+        found = examine(trained, recording, data, batch_size=size)
         write_atomically(evaluated, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     return open_recording(recorded), _read_examination(evaluated)
 
 
 def _read_examination(path: Path) -> Examination:
     try:
-        held = json.loads(path.read_text())
+        held = read_json(path)
         return Examination(**{field.name: held[field.name] for field in dataclasses.fields(Examination)})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what a study wrote: remove it, and it is made again") from error
@@ -163,7 +166,7 @@ def _measure_speeds(
     path, places = folder / "speed.json", [model.place for model in recipe.models]
     about = {"device": str(device), "threads": torch.get_num_threads(), "batch_size": recipe.fine_tuning.batch_size}
     try:
-        held = json.loads(path.read_text())
+        held = read_json(path)
         if held["about"] == about and [*held["images_per_second"]] == places:
             return held["images_per_second"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -544,10 +547,12 @@ def _facts(study: Study, recipe: Recipe, data: DataSet, about: Mapping[str, Any]
     taken = {name: round(value) for name, value in study.seconds.items()}
     options = ", ".join(f"{name} {value}" for name, value in recipe.backbone.options.items())
     further = "".join(f"; {capacity.name} beside it" for capacity in recipe.capacities)
+    epochs = recipe.fine_tuning.epochs
+    trained = f"{epochs} epochs each from its backbone" if epochs else "none of them trained after its backbone"
     return [
         ("data", f"{data.name}: {len(data.train)} training, {len(data.val)} validation images"),
         ("backbone", f"{recipe.backbone.name}{f' ({options})' if options else ''}{further}"),
-        ("models", f"{len(study.recordings)}, {recipe.fine_tuning.epochs} epochs each from its backbone"),
+        ("models", f"{len(study.recordings)}, {trained}"),
         ("seconds", ", ".join(f"{name} {value}" for name, value in taken.items())),
         ("software", ", ".join(f"{name} {about[name]}" for name in _SOFTWARE if about.get(name) is not None)),
         ("machine", ", ".join(f"{name} {about[name]}" for name in _MACHINE if about.get(name) is not None)),

@@ -11,8 +11,9 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from accelerate.utils import DataLoaderConfiguration
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
+from timm.layers import PatchDropout
 from timm.loss import AsymmetricLossMultiLabel, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -32,7 +34,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .._files import write_atomically
+from .._files import read_json, write_atomically
 from ..integrations.timm import record
 from ..losses import dynamicvit_loss
 from ._lock import hold
@@ -207,6 +209,19 @@ def make_accelerator(protocol: Protocol, cpu: bool = False) -> Accelerator:
     )
 
 
+@contextmanager
+def _muon_in_float32() -> Iterator[None]:
+    """Let timm's Muon compute in float32: on a CPU its bfloat16 takes ten times as long."""
+    from timm.optim import muon
+
+    before = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(before, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = before
+
+
 def _loader(protocol: Protocol, data: DataSet) -> DataLoader:
     sampler = None
     if protocol.repeats > 1:
@@ -242,7 +257,7 @@ def _read_history(folder: Path, place: Path, description: Mapping[str, Any]) -> 
     """The epochs behind the result or the checkpoint at a place of the folder."""
     path = place / HISTORY
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         epochs = [Epoch(**epoch) for epoch in found["epochs"]]
         held = found["description"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -330,6 +345,11 @@ class _Trainer:
         self.model = backbone.build(data.num_classes, protocol.drop_path)
         _check_size(backbone.name, self.model, data)
         reduced = None if reduction is None else reduction.apply(self.model)
+        if protocol.patch_drop and reduction is not None:
+            raise ValueError(f"patch_drop is for unreduced models, got {protocol.patch_drop} with {reduction.label}")
+        if protocol.patch_drop:
+            prefix: Any = self.model.num_prefix_tokens
+            self.patch_drop = self.model.patch_drop = PatchDropout(protocol.patch_drop, prefix)
         fractions, pupil = None, None if protocol.distillation is None else f"{protocol.distillation} distillation"
         if reduction is not None and reduced is not None and reduction.method == "dynamicvit":
             fractions, pupil = reduction.fractions(reduced), pupil or "dynamicvit"
@@ -354,7 +374,7 @@ class _Trainer:
             )
         self.optimizer = create_optimizer_v2(
             parameter_groups(self.model, protocol.weight_decay),
-            opt="adamw",
+            opt=protocol.optimizer,
             lr=protocol.lr * protocol.batch_size * accelerator.num_processes * protocol.accumulate / 1024,
             weight_decay=protocol.weight_decay,
             eps=protocol.eps,
@@ -379,6 +399,8 @@ class _Trainer:
         # The names of the patched model, in whatever accelerate and DynamicViT wrap it.
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
+        in_float32 = protocol.optimizer == "muon" and accelerator.device.type == "cpu"
+        self.stepping = _muon_in_float32 if in_float32 else nullcontext
         _set_seed(protocol.seed + accelerator.process_index)
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], place: str | os.PathLike[str]) -> None:
@@ -407,6 +429,9 @@ class _Trainer:
         """The losses of all batches, and the last learning rate of the new parts."""
         self.trained.train()
         self._scale_rates(epoch)
+        if self.protocol.patch_drop:
+            drops = epoch < round(self.protocol.patch_drop_share * self.protocol.epochs)
+            self.patch_drop.prob = self.protocol.patch_drop if drops else 0.0
         self.loader.set_epoch(epoch)
         losses, update = [], epoch * self.updates
         for done, (images, labels) in enumerate(self.loader, 1):
@@ -419,7 +444,8 @@ class _Trainer:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.protocol.clip_norm is not None:
                     self.accelerator.clip_grad_norm_(self.trained.parameters(), self.protocol.clip_norm)
-                self.stepper.step()
+                with self.stepping():
+                    self.stepper.step()
                 self.stepper.zero_grad()
             losses.append(loss.detach().float())
             if self.accelerator.sync_gradients:
@@ -538,7 +564,13 @@ def train(
     def waiting(holder: str) -> None:
         _log.warning("%s is in use by %s: waiting for it", folder, holder)
 
-    trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator)
+    if protocol.epochs:
+        trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator)
+        work = partial(
+            _train, trainer, folder, description, validate_every, checkpoint_every, moved, on_epoch
+        )  # fmt: skip
+    else:
+        work = partial(_leave_untrained, _untrained(data, backbone, reduction), folder, description)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -547,11 +579,34 @@ def train(
         accelerator.wait_for_everyone()
         # Another process may have finished, or begun, while this one waited for the folder.
         if _read_result(folder, description) is None:
-            _train(trainer, folder, description, validate_every, checkpoint_every, moved, on_epoch)
+            work()
     accelerator.free_memory()
     result = _read_result(folder, description)
     assert result is not None
     return result
+
+
+def _untrained(data: DataSet, backbone: Backbone, reduction: Reduction | None) -> nn.Module:
+    """Return the backbone as it is, with the method; ValueError for one with layers that would stay random."""
+    if not backbone.knows(data.num_classes):
+        raise ValueError(
+            f"without training the backbone needs a head for the {data.num_classes} classes of {data.name}"
+        )
+    model = backbone.build(data.num_classes)
+    _check_size(backbone.name, model, data)
+    if reduction is not None:
+        reduction.apply(model)
+        if any(name.startswith("reducers.") for name, _ in model.named_parameters()):
+            raise ValueError(f"{reduction.method} has layers to train: epochs must be at least 1")
+    return model
+
+
+def _leave_untrained(model: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
+    """Write what a training of no epochs leaves."""
+    if PartialState().is_main_process:
+        _write_weights(model, folder / WEIGHTS)
+        _write_history(folder, [], description)
+    PartialState().wait_for_everyone()
 
 
 def _remove_remains(folder: Path) -> None:
