@@ -29,12 +29,12 @@ from .options import UserError, names, numbers, output_file, output_folder, user
 from .screen import Page, progress_bar, write
 
 if TYPE_CHECKING:
+    from ..study.analysis import Study
     from ..study.data import DataSet
     from ..study.evaluate import Evaluation
     from ..study.official import Official
     from ..study.protocol import Backbone, Protocol, Reduction
     from ..study.recipe import Recipe
-    from ..study.run import Study
 
 __all__ = ["study"]
 

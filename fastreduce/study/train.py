@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import logging
 import math
 import os
@@ -19,162 +17,31 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.layers import PatchDropout
-from timm.loss import AsymmetricLossMultiLabel, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from .._files import read_json, write_atomically
-from ..integrations.timm import record
-from ..losses import dynamicvit_loss
 from ._lock import hold
 from .data import DataSet
 from .evaluate import measure_accuracy
-from .protocol import EMA_WEIGHTS, HISTORY, WEIGHTS, Backbone, Protocol, Reduction, plain_data
+from .history import PART, STATE, Epoch, Training, list_states, read_history, read_result, write_history, write_weights
+from .objective import Objective, Observed
+from .protocol import EMA_WEIGHTS, WEIGHTS, Backbone, Protocol, Reduction, plain_data
 
-__all__ = ["Epoch", "Training", "make_accelerator", "parameter_groups", "train"]
+__all__ = ["make_accelerator", "parameter_groups", "train"]
 
 _NEW_PARTS = ("head", "pos_embed", "patch_embed", "reducers")
 _WITHOUT_DECAY = ("pos_embed", "cls_token", "reg_token", "dist_token")
-_STATE, _PART = "epoch-", ".part"
 _log = logging.getLogger("fastreduce")
-
-
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave.
-
-    Attributes:
-        losses: of every batch, the mean over all processes.
-        lr: of the last update.
-        accuracy: what :func:`~fastreduce.study.evaluate.measure_accuracy` gives, in per cent, or empty where it was not
-            measured.
-        ema_accuracy: the same of the moving average of the weights, empty without one.
-        seconds: without validation.
-    """
-
-    losses: list[float]
-    lr: float
-    accuracy: dict[str, float]
-    ema_accuracy: dict[str, float]
-    seconds: float
-
-    @property
-    def loss(self) -> float:
-        """The mean."""
-        return math.fsum(self.losses) / len(self.losses)
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A finished training.
-
-    Attributes:
-        epochs: its history.
-        weights: ``model.safetensors``, with the names of the patched model.
-        ema_weights: ``model_ema.safetensors``, those of the moving average, or None.
-    """
-
-    epochs: list[Epoch]
-    weights: Path
-    ema_weights: Path | None
-
-
-def _check_same(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for part, value in wanted.items():
-        held = found.get(part)
-        if isinstance(value, dict) and isinstance(held, dict):
-            other = [key for key in {**value, **held} if value.get(key) != held.get(key)]
-            value, held = ({key: side.get(key) for key in other} for side in (value, held))
-        if value != held:
-            raise ValueError(
-                f"{folder} holds another training: its {part} is {held!r}, wanted was {value!r}; "
-                "give another folder, or remove it"
-            )
-
-
-class _Observed(nn.Module):
-    """A model whose forward pass, the only one that gradients are synchronised for, also gives tokens and decisions."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        with record(self.model) as seen:
-            features = self.model.forward_features(images)
-        return self.model.forward_head(features), features[:, self.model.num_prefix_tokens :], seen.decisions
-
-
-class _Objective:
-    """The loss of a batch."""
-
-    def __init__(
-        self,
-        protocol: Protocol,
-        multi_label: bool,
-        teacher: Any,
-        fractions: list[float] | None,
-    ):
-        self.protocol, self.teacher, self.fractions = protocol, teacher, fractions
-        self.base: nn.Module
-        if multi_label:
-            gamma_neg, gamma_pos, clip = protocol.asymmetry
-            self.base = AsymmetricLossMultiLabel(gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip)
-        elif protocol.mixes:
-            self.base = SoftTargetCrossEntropy()
-        else:
-            self.base = LabelSmoothingCrossEntropy(protocol.label_smoothing)
-
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        tokens, decisions = None, []
-        if self.fractions is None:
-            logits = model(images)
-        else:
-            logits, tokens, decisions = model(images)
-        teacher_logits = teacher_tokens = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                features = self.teacher.forward_features(images)
-                teacher_logits = self.teacher.forward_head(features).float()
-                teacher_tokens = features[:, self.teacher.num_prefix_tokens :].float()
-        loss = self.base(logits, labels)
-        if self.protocol.distillation is not None:
-            assert teacher_logits is not None
-            share = self.protocol.distillation_weight
-            loss = (1 - share) * loss + share * self._distilled(logits, teacher_logits)
-        if self.fractions is None:
-            return loss
-        given: dict[str, Any] = {}
-        if teacher_logits is not None:
-            given = {"logits": logits, "teacher_logits": teacher_logits}
-            given |= {"tokens": tokens, "teacher_tokens": teacher_tokens}
-        return dynamicvit_loss(
-            loss,
-            decisions,
-            self.fractions,
-            ratio_weight=self.protocol.ratio_weight,
-            logit_weight=self.protocol.logit_weight,
-            token_weight=self.protocol.token_weight,
-            **given,
-        )
-
-    def _distilled(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        if self.protocol.distillation == "hard":
-            return F.cross_entropy(logits, teacher_logits.argmax(1))
-        temperature = self.protocol.temperature
-        student, teacher = (logits / temperature).log_softmax(1), (teacher_logits / temperature).log_softmax(1)
-        return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -236,43 +103,6 @@ def _loader(protocol: Protocol, data: DataSet) -> DataLoader:
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
-
-
-def _states(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_STATE}*") if path.suffix != _PART)
-
-
-def _write_weights(model: nn.Module, path: Path) -> None:
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, lambda part: save_file(state, part))
-
-
-def _write_history(place: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
-    history = {"description": description, "epochs": [dataclasses.asdict(epoch) for epoch in epochs]}
-    write_atomically(place / HISTORY, json.dumps(history, indent=1) + "\n")
-
-
-def _read_history(folder: Path, place: Path, description: Mapping[str, Any]) -> list[Epoch]:
-    """The epochs behind the result or the checkpoint at a place of the folder."""
-    path = place / HISTORY
-    try:
-        found = read_json(path)
-        epochs = [Epoch(**epoch) for epoch in found["epochs"]]
-        held = found["description"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the result of a training: {error}") from error
-    _check_same(folder, description, held)
-    return epochs
-
-
-def _read_result(folder: Path, description: Mapping[str, Any]) -> Training | None:
-    """The training that the folder holds, if it is finished."""
-    if not (folder / HISTORY).exists():
-        return None
-    epochs = _read_history(folder, folder, description)
-    ema = folder / EMA_WEIGHTS
-    return Training(epochs, folder / WEIGHTS, ema if ema.exists() else None)
 
 
 def _set_seed(seed: int) -> None:
@@ -362,7 +192,7 @@ class _Trainer:
             teacher = backbone.build(data.num_classes)
         if teacher is not None:
             teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
-        self.objective = _Objective(protocol, data.multi_label, teacher, fractions)
+        self.objective = Objective(protocol, data.multi_label, teacher, fractions)
         self.mixup: Any = None
         if protocol.mixes and not data.multi_label:
             self.mixup = Mixup(
@@ -381,7 +211,7 @@ class _Trainer:
         )
         # Before accelerate changes the model's forward.
         self.ema = None if protocol.ema is None else ModelEmaV3(self.model, decay=protocol.ema).to(accelerator.device)
-        observed = self.model if fractions is None else _Observed(self.model)
+        observed = self.model if fractions is None else Observed(self.model)
         self.trained, self.stepper, self.loader = accelerator.prepare(observed, self.optimizer, _loader(protocol, data))
         if not len(self.loader):
             raise ValueError(f"{data.name} has {len(data.train)} training images, which make no batch of {together}")
@@ -416,9 +246,9 @@ class _Trainer:
 
     def write_weights(self, place: Path) -> None:
         """The model's, and those of its moving average."""
-        _write_weights(self.model, place / WEIGHTS)
+        write_weights(self.model, place / WEIGHTS)
         if self.ema is not None:
-            _write_weights(self.ema.module, place / EMA_WEIGHTS)
+            write_weights(self.ema.module, place / EMA_WEIGHTS)
 
     def _scale_rates(self, epoch: int) -> None:
         factor = 0.0 if epoch < self.protocol.frozen_epochs else self.protocol.backbone_lr
@@ -469,13 +299,13 @@ class _Trainer:
 
     def save_state(self, folder: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
         """A checkpoint under its own name, then away with the ones before: there is always a complete one."""
-        older = _states(folder)
-        whole = folder / f"{_STATE}{len(epochs):05}"
-        part = whole.with_name(whole.name + _PART)
+        older = list_states(folder)
+        whole = folder / f"{STATE}{len(epochs):05}"
+        part = whole.with_name(whole.name + PART)
         self.accelerator.save_state(str(part))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _write_history(part, epochs, description)
+            write_history(part, epochs, description)
             part.replace(whole)
             for path in older:
                 shutil.rmtree(path)
@@ -486,8 +316,8 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.write_weights(folder)
-            _write_history(folder, epochs, description)
-            for path in folder.glob(f"{_STATE}*"):
+            write_history(folder, epochs, description)
+            for path in folder.glob(f"{STATE}*"):
                 shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
 
@@ -551,10 +381,10 @@ def train(
     folder = Path(folder)
     accelerator = make_accelerator(protocol, cpu)
     description = _describe(data, backbone, protocol, reduction, teacher, accelerator.num_processes)
-    if (finished := _read_result(folder, description)) is not None:
+    if (finished := read_result(folder, description)) is not None:
         return finished
-    if states := _states(folder):
-        _read_history(folder, states[-1], description)
+    if states := list_states(folder):
+        read_history(folder, states[-1], description)
     what = data.name if reduction is None else f"{data.name} {reduction.label}"
 
     def moved(done: float) -> None:
@@ -578,10 +408,10 @@ def train(
             _remove_remains(folder)
         accelerator.wait_for_everyone()
         # Another process may have finished, or begun, while this one waited for the folder.
-        if _read_result(folder, description) is None:
+        if read_result(folder, description) is None:
             work()
     accelerator.free_memory()
-    result = _read_result(folder, description)
+    result = read_result(folder, description)
     assert result is not None
     return result
 
@@ -604,14 +434,14 @@ def _untrained(data: DataSet, backbone: Backbone, reduction: Reduction | None) -
 def _leave_untrained(model: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
     """Write what a training of no epochs leaves."""
     if PartialState().is_main_process:
-        _write_weights(model, folder / WEIGHTS)
-        _write_history(folder, [], description)
+        write_weights(model, folder / WEIGHTS)
+        write_history(folder, [], description)
     PartialState().wait_for_everyone()
 
 
 def _remove_remains(folder: Path) -> None:
     """Remove what a killed process was in the middle of writing."""
-    for path in (*folder.glob(f"*{_PART}"), *folder.glob(".fastreduce-*"), *folder.glob(f"{_STATE}*/.fastreduce-*")):
+    for path in (*folder.glob(f"*{PART}"), *folder.glob(".fastreduce-*"), *folder.glob(f"{STATE}*/.fastreduce-*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -626,8 +456,8 @@ def _train(
 ) -> None:
     """Train from the last checkpoint of the folder to the end."""
     last = trainer.protocol.epochs
-    states = _states(folder)
-    epochs = _read_history(folder, states[-1], description) if states else []
+    states = list_states(folder)
+    epochs = read_history(folder, states[-1], description) if states else []
     if states:
         trainer.accelerator.load_state(str(states[-1]))
     for epoch in range(len(epochs), last):

@@ -301,6 +301,18 @@ def test_a_command_that_is_stopped_says_how_to_go_on(monkeypatch, tmp_path, how,
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_command_that_is_stopped_ends_at_once():
+    """What Python does at its end, which for torch takes seconds on a busy machine, is left out; output is not."""
+    code = (
+        "import atexit, typer; from fastreduce.cli.app import app; from fastreduce.cli import main\n"
+        "atexit.register(print, 'taken apart')\n"
+        "@app.command()\ndef other(code: int):\n    print('partial')\n    raise typer.Exit(code)\nmain()"
+    )
+    for number, printed in ((130, "partial\n"), (143, "partial\n"), (2, "partial\ntaken apart\n")):
+        done = subprocess.run([sys.executable, "-c", code, "other", str(number)], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (number, printed)
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

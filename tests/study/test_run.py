@@ -26,6 +26,7 @@ from fastreduce.cli.app import app
 from fastreduce.cli.study import _backbone, _recipe
 from fastreduce.cli.study import study as commands
 from fastreduce.names import FAMILIES, TITLES
+from fastreduce.study import pages
 from fastreduce.study import recipe as recipes
 from fastreduce.study import run as running
 from fastreduce.study.comparison import TokenStatistics
@@ -142,9 +143,9 @@ def test_models_that_learned_nothing_decide_nothing(study, folder):
 
 
 def test_several_matchings_are_said(study):
-    assert "ToMe" not in running._accuracy_table(study, small()).caption
+    assert "ToMe" not in pages._accuracy_table(study, small()).caption
     exact = dataclasses.replace(small(), reductions=reductions(("tome",), (0.25, 0.3, 0.5)))
-    assert running._accuracy_table(study, exact).caption.endswith(
+    assert pages._accuracy_table(study, exact).caption.endswith(
         "; ToMe at 0.25, 0.3 with as many matchings as reach its number of tokens"
     )
 
@@ -187,7 +188,7 @@ def test_what_cannot_be_written_costs_nothing_else(study, folder, tmp_path, monk
     (tmp_path / "results.json").mkdir()
     (tmp_path / "tables").write_text("a file")
     other = dataclasses.replace(study, unwritten=[])
-    running._write(other, small(), small().open(), tmp_path, torch.device("cpu"))
+    pages.write_study(other, small(), small().open(), tmp_path, torch.device("cpu"))
     assert "results.json (Is a directory)" in other.unwritten[0]
     assert len(other.unwritten) == 8
     assert all("/tables" in line for line in other.unwritten[1:])
