@@ -21,7 +21,7 @@ FLOORS = (
     {"reducers"},
     {"recording"},
     {"integrations"},
-    {"speed", "study"},
+    {"deploy", "speed", "study"},
     {"cli"},
 )
 DOORS = {"__init__", "__main__"}

@@ -265,7 +265,7 @@ def write_study(study: Study, recipe: Recipe, data: DataSet, folder: Path, devic
             study.unwritten.append(f"{path} ({error.strerror or error})")
 
     result = {
-        "recipe": plain_data(recipe),
+        "recipe": _without_folders(plain_data(recipe)),
         "environment": about,
         "seconds": study.seconds,
         "models": [
@@ -296,6 +296,16 @@ def write_study(study: Study, recipe: Recipe, data: DataSet, folder: Path, devic
     sections = _sections(study, recipe, pictures, findings, capacities)
     facts = _facts(study, recipe, data, about)
     written(folder / "report.html", lambda part: write_report(part, f"Token reduction on {data.name}", facts, sections))
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a recipe as JSON with the names of its files of weights alone, without the folders that they lie in."""
+    if isinstance(value, dict):
+        return {
+            name: Path(one).name if name == "checkpoint" and one is not None else _without_folders(one)
+            for name, one in value.items()
+        }
+    return [_without_folders(one) for one in value] if isinstance(value, list) else value
 
 
 def _facts(study: Study, recipe: Recipe, data: DataSet, about: Mapping[str, Any]) -> list[tuple[str, Any]]:

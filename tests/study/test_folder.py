@@ -188,7 +188,9 @@ def test_a_study_off_the_shelf(tars, tmp_path, monkeypatch):
     command += ("--checkpoint", tmp_path / "w.safetensors", "--epochs", 0, "--workers", 0, "--cpu", "--jobs", 1)
     done = run(*command, "--keep-rate", 0.5, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["recipe"]["backbone"]["checkpoint"] == "w.safetensors"
+    found = written["models"]
     assert [one["method"] for one in found] == ["none", *dict.fromkeys(one.variant for one in _untrained())]
     data = open_data("folder", tars, image_size=16)
     images, labels = everything(data)
