@@ -5,21 +5,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
-from .comparison import (
-    Row,
-    TokenStatistics,
-    compare,
-    compare_depth_maps,
-    correlate,
-    token_statistics,
-)
+from .comparison import Row, TokenStatistics, compare, compare_depth_maps, correlate, token_statistics
 from .evaluate import Evaluation
-from .findings import Finding, Floors, find
-from .pictures import (
-    Result,
-)
-from .record import Recording
+from .findings import Finding, Floors, find, image_scores
+from .gaps import Gap, measure_gap
+from .pictures import Result
+from .record import UNREDUCED, Recording
 
 __all__ = ["Study", "analyse"]
 
@@ -56,6 +49,24 @@ class Study:
         run, evaluation = self.recordings[index].run, self.evaluations[index]
         rate = 1.0 if run.keep_rate is None else run.keep_rate
         return Result(run.method, rate, run.accuracy, evaluation.images_per_second)
+
+    @cached_property
+    def gaps(self) -> list[Gap | None]:
+        """What each model has more than the unreduced one of its backbone; None for that one and for several labels."""
+        scores = [image_scores(recording) for recording in self.recordings]
+        unreduced = {
+            recording.run.backbone: own
+            for recording, own in zip(self.recordings, scores, strict=True)
+            if recording.run.method == UNREDUCED
+        }
+        found: list[Gap | None] = []
+        for recording, own in zip(self.recordings, scores, strict=True):
+            base = unreduced.get(recording.run.backbone)
+            if base is None or own is None or recording.run.method == UNREDUCED:
+                found.append(None)
+            else:
+                found.append(measure_gap(own, base))
+        return found
 
     @property
     def backbone(self) -> str:

@@ -22,7 +22,7 @@ from .comparison import Row, TokenStatistics, chance_iou, correlate
 from .gaps import Gap, common_words, measure_gap
 from .record import UNREDUCED, Recording, Run
 
-__all__ = ["LEAST_ABOVE_CHANCE", "Finding", "Floors", "Verdict", "find"]
+__all__ = ["LEAST_ABOVE_CHANCE", "Finding", "Floors", "Verdict", "find", "image_scores"]
 
 LEAST_ABOVE_CHANCE = 10.0  # points
 
@@ -117,14 +117,18 @@ def _listed(runs: Sequence[Run], most: int = 1000) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
+def image_scores(recording: Recording) -> NDArray[np.float64] | None:
+    """Return (images,) 100 for an image that is classified rightly, 0 for others; None for multi-label recordings."""
+    if "prediction" not in recording.outputs:
+        return None
+    right = recording.outputs["prediction"][:, 0] == recording.outputs["target"]
+    return np.asarray(100.0 * right, np.float64)
+
+
 def _scores(recordings: Sequence[Recording]) -> _Scores:
-    """100 for an image that is classified rightly, 0 for others. Multi-label recordings have no such score."""
-    found = {}
-    for recording in recordings:
-        if "prediction" in recording.outputs:
-            right = recording.outputs["prediction"][:, 0] == recording.outputs["target"]
-            found[recording.run.method, recording.run.keep_rate] = 100.0 * right
-    return found
+    """Return the scores of all recordings that have some."""
+    found = {(one.run.method, one.run.keep_rate): image_scores(one) for one in recordings}
+    return {key: scores for key, scores in found.items() if scores is not None}
 
 
 def _methods(scores: _Scores, family: str) -> list[str]:

@@ -182,6 +182,16 @@ def _accuracy_table(study: Study, recipe: Recipe) -> Table:
     return _by_rate([(run, run.accuracy) for run in runs], caption)
 
 
+def _lost_table(study: Study) -> Table:
+    """The gap of every model to the unreduced one, paired over images."""
+    cells = [
+        (run, None if gap is None else gap.words)
+        for run, gap in zip([one.run for one in study.recordings], study.gaps, strict=True)
+        if run.backbone == study.backbone and run.keep_rate is not None
+    ]
+    return _by_rate(cells, "Points against the unreduced model, with the paired 95 % interval")
+
+
 def _speed_tables(study: Study) -> list[Table]:
     judged = [
         (recording.run, evaluation)
@@ -269,8 +279,12 @@ def write_study(study: Study, recipe: Recipe, data: DataSet, folder: Path, devic
         "environment": about,
         "seconds": study.seconds,
         "models": [
-            {**dataclasses.asdict(recording.run), **dataclasses.asdict(evaluation)}
-            for recording, evaluation in zip(study.recordings, study.evaluations, strict=True)
+            {
+                **dataclasses.asdict(recording.run),
+                **dataclasses.asdict(evaluation),
+                "gap": None if gap is None else dataclasses.asdict(gap),
+            }
+            for recording, evaluation, gap in zip(study.recordings, study.evaluations, study.gaps, strict=True)
         ],
         "floors": dataclasses.asdict(study.floors),
         "findings": [dataclasses.asdict(finding) for finding in study.findings],
@@ -281,8 +295,9 @@ def write_study(study: Study, recipe: Recipe, data: DataSet, folder: Path, devic
         [[finding.claim, finding.verdict, finding.evidence] for finding in study.findings],
     )
     capacities = _capacity_tables(study)
-    parts = [table.markdown() for table in (_accuracy_table(study, recipe), findings, *capacities)]
-    summary = "\n".join([*parts[:2], in_markdown(study.floors.words(study.recordings)) + "\n", *parts[2:]])
+    accuracy = [_accuracy_table(study, recipe), _lost_table(study)]
+    parts = [table.markdown() for table in (*accuracy, findings, *capacities)]
+    summary = "\n".join([*parts[:3], in_markdown(study.floors.words(study.recordings)) + "\n", *parts[3:]])
     written(folder / "summary.md", summary)
     named: dict[str, list[Row]] = {**study.rows, "correlations": study.correlations}
     for name, rows in named.items():
@@ -340,7 +355,12 @@ def _sections(
             ],
             [findings],
         ),
-        Section("Accuracy", (), [_accuracy_table(study, recipe)], drawn("accuracy-by-keep-rate", "accuracy-by-speed")),
+        Section(
+            "Accuracy",
+            (),
+            [_accuracy_table(study, recipe), _lost_table(study)],
+            drawn("accuracy-by-keep-rate", "accuracy-by-speed"),
+        ),
         Section("Where patches are lost", (), (), drawn("depth-maps", "patterns")),
         Section("How methods agree", (), (), drawn("iou-matrix", "nmi-matrix", "gap-by-procrustes")),
         Section(

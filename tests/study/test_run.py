@@ -105,6 +105,19 @@ def test_every_model_is_there(study, folder):
     ]
 
 
+def test_every_model_is_held_against_the_unreduced_one_of_its_backbone(study, folder):
+    right = [one.outputs["prediction"][:, 0] == one.outputs["target"] for one in study.recordings]
+    stored = json.loads((folder / "results.json").read_text())["models"]
+    for index, (gap, model) in enumerate(zip(study.gaps, stored, strict=True)):
+        if index in (0, 7):
+            assert gap is model["gap"] is None
+            continue
+        difference = 100 * (right[index].mean() - right[7 * (index > 7)].mean())
+        assert gap.mean == model["gap"]["mean"] == pytest.approx(difference)
+        assert gap.low <= gap.mean <= gap.high
+    assert study.gaps[1].words in (folder / "summary.md").read_text()
+
+
 def test_tables(study, folder):
     with open(folder / "tables" / "method.csv") as file:
         rows = list(csv.DictReader(file))
