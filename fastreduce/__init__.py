@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from .checkpoints import load_official
     from .integrations.timm import config_of, patch, reduced_counts, set_keep_rate, unpatch
     from .losses import dynamicvit_loss
+    from .quality import Fidelity, fidelity
     from .recording import Record, Stage, is_patched, record
     from .reducers import REDUCERS
     from .tokens import Plan, Tokens
 
 # Torch and timm are imported with the first name that needs them, so that `fastreduce --help` does not wait for them.
 _HOMES = {
+    "Fidelity": "quality",
     "REDUCERS": "reducers",
     "Plan": "tokens",
     "Record": "recording",
@@ -33,6 +35,7 @@ _HOMES = {
     "backend": "backends",
     "config_of": "integrations.timm",
     "dynamicvit_loss": "losses",
+    "fidelity": "quality",
     "is_patched": "recording",
     "load_official": "checkpoints",
     "ops": "ops",
@@ -45,6 +48,7 @@ _HOMES = {
 
 __all__ = [
     "REDUCERS",
+    "Fidelity",
     "Plan",
     "Record",
     "Stage",
@@ -52,6 +56,7 @@ __all__ = [
     "backend",
     "config_of",
     "dynamicvit_loss",
+    "fidelity",
     "is_patched",
     "load_official",
     "ops",

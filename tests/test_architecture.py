@@ -23,6 +23,7 @@ ROOMS = {
     "reducers": {"ops", "tokens", "arguments", "backends"},
     "recording": {"reducers", "tokens"},
     "integrations": {"ops", "tokens", "reducers", "backends", "recording"},
+    "quality": {"ops", "tokens", "reducers", "recording", "integrations"},
     "plain": set(),
     "losses": {"arguments"},
     "_files": set(),
