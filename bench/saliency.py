@@ -89,9 +89,7 @@ def _positions(named: dict[str, Tensor]) -> Tensor:
     """Return (1, 257, 384) position embeddings: 37 x 37 resized to 16 x 16, as the graph's Resize node does."""
     (head,) = (value for value in named.values() if value.shape == (1, 1, 384) and value is not named[_CLASS])
     (grid,) = (value for value in named.values() if value.shape == (1, 1369, 384))
-    maps = F.interpolate(
-        grid.transpose(1, 2).unflatten(2, (37, 37)), (GRID, GRID), mode="bicubic", align_corners=False
-    )
+    maps = F.interpolate(grid.transpose(1, 2).unflatten(2, (37, 37)), (GRID, GRID), mode="bicubic", align_corners=False)
     return torch.cat([head, maps.flatten(2).transpose(1, 2)], 1)
 
 
@@ -135,7 +133,11 @@ def _decoder_state(named: dict[str, Tensor]) -> dict[str, Tensor]:
         for part in ("weight", "bias", "running_mean", "running_var"):
             state[f"layers.{3 * stage - 2}.{part}"] = named[f"decoder.bn{stage}.{part}"]
         state[f"layers.{3 * stage - 2}.num_batches_tracked"] = torch.tensor(0)
-    return {**state, "layers.9.weight": named["decoder.final_conv.weight"], "layers.9.bias": named["decoder.final_conv.bias"]}
+    return {
+        **state,
+        "layers.9.weight": named["decoder.final_conv.weight"],
+        "layers.9.bias": named["decoder.final_conv.bias"],
+    }
 
 
 def load_saliency() -> tuple[Any, Decoder]:

@@ -23,7 +23,7 @@ ROOMS = {
     "reducers": {"ops", "tokens", "arguments", "backends"},
     "recording": {"reducers", "tokens"},
     "integrations": {"ops", "tokens", "reducers", "backends", "recording"},
-    "quality": {"ops", "tokens", "reducers", "recording", "integrations"},
+    "quality": {"ops", "tokens", "reducers", "recording", "integrations", "pictures"},
     "plain": set(),
     "losses": {"arguments"},
     "_files": set(),

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 from torch import nn
 
-__all__ = ["create_model", "input_config", "model_names"]
+__all__ = ["create_model", "imagenet_indices", "input_config", "model_names"]
 
 create_model = timm.create_model
 
@@ -20,3 +20,15 @@ def model_names() -> list[str]:
 def input_config(model: nn.Module) -> dict[str, Any]:
     """Return what a model takes: ``input_size`` (3, height, width), ``mean``, ``std``, ``crop_pct``, ``crop_mode``."""
     return timm.data.resolve_model_data_config(model)
+
+
+def imagenet_indices(classes: int) -> dict[str, int] | None:
+    """Return the class index of each of ImageNet's names (``n01440764``) in a head of so many classes, None for others.
+
+    Heads of 1,000 (ImageNet-1K), 11,821, 21,841 and the like (parts of ImageNet-21K) are known to timm.
+    """
+    for name in ("imagenet-1k", "imagenet-12k", "imagenet-21k", "imagenet-21k-goog", "imagenet-22k"):
+        info = timm.data.ImageNetInfo(name)
+        if info.num_classes() == classes:
+            return {word: index for index, word in enumerate(info.label_names())}
+    return None
