@@ -14,7 +14,7 @@ from ..integrations.timm import unpatch
 from ..recording import Stage, is_patched, patched_model, record
 from ..tokens import Tokens
 
-__all__ = ["Outputs", "model_outputs", "unreduced_copy"]
+__all__ = ["Outputs", "block_inputs", "model_outputs", "shared_copy", "unreduced_copy"]
 
 
 class Outputs(NamedTuple):
@@ -88,14 +88,43 @@ def check_kind(model: Any) -> Any:
     return host
 
 
+class _Given(nn.Module):
+    """A block that hands on what a pass before had made of the images there."""
+
+    def __init__(self, tokens: Tensor):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens
+
+
+@contextlib.contextmanager
+def _starting_with(host: Any, tokens: Tensor | None) -> Iterator[None]:
+    """Have the blocks before a patched model's first reduced one hand on ``tokens`` instead of running."""
+    first = host.reducers.first if tokens is not None else 0
+    before = [host.blocks[index] for index in range(first)]
+    try:
+        for index in range(first):
+            host.blocks[index] = _Given(tokens) if tokens is not None else before[index]
+        yield
+    finally:
+        for index, block in enumerate(before):
+            host.blocks[index] = block
+
+
 @torch.inference_mode()
-def model_outputs(model: nn.Module, images: Tensor, *, last: bool = True) -> Outputs:
+def model_outputs(
+    model: nn.Module, images: Tensor, *, last: bool = True, entering: Sequence[Tensor] | None = None
+) -> Outputs:
     """Run a model once, and return everything that fidelity is measured on.
 
     Args:
         model: a timm Vision Transformer, patched or not, in evaluation mode.
         images: (B, 3, height, width), on the model's device and in its dtype.
         last: whether to make ``patches_last``; else it is ``patches``.
+        entering: (B, N, C) for every block, what enters it in the unreduced model (:func:`block_inputs`), with which
+            a patched model does not run the blocks before its first stage again.
 
     Raises:
         TypeError: a model whose features cannot be had.
@@ -105,11 +134,13 @@ def model_outputs(model: nn.Module, images: Tensor, *, last: bool = True) -> Out
     at = host.reducers.blocks if reduced and last else ()
     with contextlib.ExitStack() as stack:
         seen = stack.enter_context(record(host)) if reduced else None
-        entering = stack.enter_context(_entering(host.blocks, at))
+        held = stack.enter_context(_entering(host.blocks, at))
+        if reduced and entering is not None:
+            stack.enter_context(_starting_with(host, entering[host.reducers.first]))
         features, patches, heads = _features(host, images)
     filled = patches
     if seen is not None and last:
-        filled = _filled_with_last(patches, seen.stages, entering, host.num_prefix_tokens, host.norm)
+        filled = _filled_with_last(patches, seen.stages, held, host.num_prefix_tokens, host.norm)
     pooled = host.forward_head(features, pre_logits=True)
     logits = host.forward_head(features) if getattr(host, "num_classes", 0) else None
     class_token = heads[:, 0] if getattr(host, "cls_token", None) is not None else None
@@ -126,12 +157,25 @@ def _features(host: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return features, patches, patches[:, :0]
 
 
+@torch.inference_mode()
+def block_inputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Return (B, N, C) for every block of an unreduced model, what enters it."""
+    host = check_kind(model)
+    with _entering(host.blocks, range(len(host.blocks))) as seen:
+        host.forward_features(images)
+    found = [seen[index] for index in range(len(host.blocks))]
+    return [one if isinstance(one, Tensor) else one.x for one in found]
+
+
+def shared_copy(model: nn.Module) -> Any:
+    """Return a copy of the modules that shares every parameter and buffer."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
 def unreduced_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a patched model's modules without the reduction; parameters and buffers are shared.
 
     Raises:
         ValueError: if the model is not patched.
     """
-    host = patched_model(model)
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*host.parameters(), *host.buffers()]}
-    return unpatch(copy.deepcopy(host, shared))
+    return unpatch(shared_copy(patched_model(model)))

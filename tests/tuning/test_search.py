@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from fastreduce.tune.search import Schedule, count_levels, fastest_within, front_of, pareto_rows
+from fastreduce.tuning.search import Schedule, count_levels, fastest_within, front_of, pareto_rows
 
 COUNTS = (16, 12, 8, 4)
 DEPTH = 4
@@ -46,7 +46,7 @@ def _every_schedule(block, stage, lost, fixed, allowed):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("half", [False, True])
 def test_front_is_that_of_all_schedules(seed, half, monkeypatch):
-    monkeypatch.setattr("fastreduce.tune.search._STEPS", 10**9)
+    monkeypatch.setattr("fastreduce.tuning.search._STEPS", 10**9)
     block, stage, lost = _tables(seed)
 
     def allowed(before, after):
