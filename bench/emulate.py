@@ -24,10 +24,10 @@ if __name__ == "__main__":
 
 import torch
 
-from .gates import check_words, table
-from .primitive import DTYPES, Shape, parse_shapes
+from .primitives import DTYPES, Shape, parse_shapes
 from .proof.emulator.counts import count_kernels
 from .proof.emulator.ladder import ARCHES, GROUPS, Climb, Task, choices, climb
+from .proof.gates import check_words, table
 
 __all__ = ["main", "tasks"]
 

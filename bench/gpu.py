@@ -47,7 +47,7 @@ from fastreduce.measure import environment
 from .children import Child, Item, Row, serve
 from .gpu_tables import RULE_PRIMITIVES, is_wrong, markdown, reason_of
 from .microbenchmark import DIRECTIONS, Microbenchmark
-from .primitive import DTYPES, Primitive, Shape, load_primitives
+from .primitives import DTYPES, Primitive, Shape, load_primitives
 
 __all__ = ["main"]
 
@@ -369,7 +369,7 @@ _PHASES: dict[str, Callable[[Item, torch.device], Iterator[Row]]] = {
 
 
 def _answers(device: torch.device) -> bool:
-    """Whether the device still works: after an illegal access every call of the process fails."""
+    """Return whether the device still works: after an illegal access every call of the process fails."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -13,14 +13,13 @@ what the checked function adds to the bare PyTorch reference.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ from fastreduce import ops, reference
 from fastreduce.measure import environment
 from fastreduce.ops import unchecked
 
-from .gates import table
+from .proof.gates import table
+from .proof.idle import Launcher, idle_driver
 
-__all__ = ["MOST_CALL", "MOST_STAGE", "Contender", "contenders", "idle_driver", "main", "ratios"]
+__all__ = ["MOST_CALL", "MOST_STAGE", "Contender", "contenders", "main", "ratios"]
 
 MOST_CALL = 3  # nn.Linear an operator call
 MOST_STAGE = 8  # nn.Linear a Top-K stage
@@ -42,61 +42,6 @@ _SHAPE = (1, 6, 197, 64)  # images, heads, tokens, channels a head: DeiT-S
 _KEPT = 98
 
 Call = Callable[[], Any]
-
-
-class _Utils:
-    """The part of a driver that Triton asks for when it loads a kernel."""
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        return 1, 1, 32, 0, 1024
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 << 10, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class _Launcher:
-    """Takes a launch and does nothing; counts them."""
-
-    count = 0
-
-    def __init__(self, source: Any, metadata: Any):
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        _Launcher.count += 1
-
-
-class _IdleDriver:
-    """A GPU of compute capability 9.0 that is never there."""
-
-    utils, launcher_cls = _Utils(), _Launcher
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-@contextlib.contextmanager
-def idle_driver() -> Iterator[None]:
-    """Within the block ``backend="triton"`` takes CPU tensors, kernels are compiled, and their launches do nothing."""
-    from triton.runtime.driver import driver
-
-    from .compile_report import dispatch_to_triton
-
-    active = driver._active
-    driver.set_active(_IdleDriver())
-    try:
-        with dispatch_to_triton():
-            yield
-    finally:
-        driver._active = active
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +182,9 @@ def _row(contender: Contender, unit: Call, rounds: int) -> dict[str, Any]:
     run = contender.run
     with torch.inference_mode(), idle_driver():
         run(unchecked, "triton")  # compiles
-        _Launcher.count = 0
+        Launcher.count = 0
         run(unchecked, "triton")
-        launches = _Launcher.count
+        launches = Launcher.count
         calls = [lambda: run(ops, "triton"), lambda: run(unchecked, "triton")]
         checked, bare = ratios(calls, unit, rounds)
     row = {"operator": contender.name, "launches": launches, "checked": checked, "unchecked": bare}

@@ -13,7 +13,7 @@ import torch
 
 from fastreduce import ops
 
-from .micro.bench_cluster_k_medoids import plain_k_medoids
+from .primitives.cluster_k_medoids import plain_k_medoids
 
 __all__ = ["main"]
 

@@ -36,8 +36,8 @@ import fastreduce
 from fastreduce.integrations.timm import create_model, reduced_counts
 from fastreduce.measure import environment
 
-from .gates import Gate, Known, check_words, choose_primitives, table
-from .primitive import Primitive, Shape
+from .primitives import Primitive, Shape
+from .proof.gates import Gate, Known, check_words, choose_primitives, table
 
 __all__ = ["allocations_only", "main", "peak_bytes"]
 
@@ -64,7 +64,7 @@ def _peak_of_trace(path: Path) -> int:
 
 @torch.inference_mode()
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call has allocated at once beyond what was there before."""
+    """Return the bytes that a call has allocated at once beyond what was there before."""
     if device.type == "cuda":
         call()  # libraries allocate their workspaces at their first call
         gc.collect()
@@ -84,10 +84,10 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 @contextlib.contextmanager
 def allocations_only() -> Iterator[None]:
-    """Within the block ``backend="triton"`` takes CPU tensors, and launches do nothing."""
+    """Let ``backend="triton"`` take CPU tensors within the block, and launches do nothing."""
     from triton.runtime.jit import JITFunction
 
-    from .compile_report import dispatch_to_triton
+    from .proof.compiler import dispatch_to_triton
 
     run = JITFunction.run
     JITFunction.run = lambda *args, **kwargs: None
@@ -99,7 +99,7 @@ def allocations_only() -> Iterator[None]:
 
 
 def _build(name: str, tokens: int, device: torch.device) -> tuple[nn.Module, Tensor]:
-    """A model that has so many tokens, and an image for it.
+    """Return a model that has so many tokens, and an image for it.
 
     Raises:
         ValueError: no square grid has so many.
@@ -139,7 +139,7 @@ class _Run:
         self.rows: dict[str, dict[str, Any]] = {}
 
     def add(self, kind: str, name: str, tokens: int, peak: int, kept: str = "") -> None:
-        """Of the last number of tokens, with the growth since the first."""
+        """Add the row of the last number of tokens, with the growth since the first."""
         row = self.rows.setdefault(f"{kind} {name}", {"kind": kind, "name": name, "peaks": {}})
         row["peaks"][tokens] = peak
         row["kept"] = kept
@@ -148,7 +148,7 @@ class _Run:
             row["gate"] = self.gate.check(f"{kind} {name}", row["growth"] * self.tokens[0] / tokens)
 
     def table(self, kind: str) -> str:
-        """The rows of a kind, peaks in MB."""
+        """Return the rows of a kind, peaks in MB."""
         columns = {f"MB at {count}": count for count in self.tokens}
         rows = [
             {kind: row["name"], **{title: row["peaks"][count] / 1e6 for title, count in columns.items()}, **row}

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastreduce.measure import CaptureError, capture, own_code, quartiles, seconds_of
 
-from .primitive import (
+from .primitives import (
     Inputs,
     Outputs,
     Primitive,
@@ -36,8 +35,12 @@ from .primitive import (
     nbytes,
     shaken,
 )
+from .proof.operator_counts import OperatorCounts
 
-__all__ = ["DIRECTIONS", "VIEWS", "Microbenchmark", "OperatorCounts", "copy_bandwidth", "device_clock"]
+__all__ = ["DIRECTIONS", "Microbenchmark", "copy_bandwidth", "device_clock"]
+
+# A backward pass that is repeated needs its buffers again.
+functorch_config.donated_buffer = False
 
 DIRECTIONS = ("forward", "backward")
 _CHECKED = 4  # images in the check of parity: no route depends on the batch
@@ -46,37 +49,10 @@ _MOST_NODES = 4096  # launches in one, roughly
 _INTERVAL = 2e-3  # seconds on CUDA between two events, so that the launch of a graph does not count
 _WARM = 0.2  # seconds on CUDA before the first time is taken: clocks rise
 
-# A backward pass that is repeated needs its buffers again.
-functorch_config.donated_buffer = False
-
-# Operators that only look at their input in another way, or reserve memory.
-# fmt: off
-VIEWS = frozenset((
-    "alias", "as_strided", "chunk", "detach", "empty", "empty_like", "empty_strided", "expand", "is_same_size",
-    "lift_fresh", "movedim", "narrow", "new_empty", "new_empty_strided", "permute", "promote_types", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unflatten", "unsqueeze",
-    "view", "view_as", "_reshape_alias", "_unsafe_view",
-))
-# fmt: on
-
-
-class OperatorCounts(TorchDispatchMode):
-    """Operators called within the block, views left out, by name; one of ours counts once, whatever it launches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name.split("::")[1]
-        if name not in VIEWS:
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of copying a tensor far larger than the caches."""
+    """Return the bytes a second, read and written, of copying a tensor far larger than the caches."""
     size = (2 << 30) if device.type == "cuda" else (256 << 20)
     source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -101,7 +77,7 @@ def device_clock(device: torch.device) -> float:
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The values as integers of the same size: NaN is equal to itself, and 0 is not -0."""
+    """Return the values as integers of the same size: NaN is equal to itself, and 0 is not -0."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return values.detach().contiguous().view(kinds[values.element_size()])
 
@@ -177,7 +153,7 @@ class Microbenchmark:
         return self.primitive.make(dataclasses.replace(self.shape, batch=batch), generator)
 
     def _work(self, call: Callable[[Inputs], Outputs], inputs: Inputs) -> tuple[Callable[[], Outputs], Outputs]:
-        """The work as a call without arguments, and the outputs of the forward pass."""
+        """Return the work as a call without arguments, and the outputs of the forward pass."""
         if self.direction == "forward":
             return lambda: call(inputs), call(inputs)
         return differentiate(call, inputs, self.primitive.gradients)
@@ -239,7 +215,7 @@ class Microbenchmark:
         ]
 
     def floor(self, inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-        """Bytes at least."""
+        """Return the bytes that must be moved at least."""
         if self.direction == "forward":
             return self.primitive.floor(inputs, outputs)
         assert self.primitive.backward_floor is not None
@@ -290,7 +266,7 @@ class Microbenchmark:
             return Run(on_stream, work, repeats, floor, rotated, False, counted)
 
     def facts(self, run: Run, seconds: float) -> dict[str, Any]:
-        """Everything but the time: floor, bandwidth, operators or launches, peak memory."""
+        """Return everything but the time: floor, bandwidth, operators or launches, peak memory."""
         bandwidth = copy_bandwidth(self.device)
         return {
             "floor_bytes": run.floor,
@@ -315,7 +291,7 @@ class Microbenchmark:
         return {"launches": sum(event.count for event in seen.key_averages() if event.device_time_total > 0)}
 
     def _peak(self, once: Callable[[], Outputs]) -> int:
-        """Bytes allocated at most at one time by one piece of work, its results included."""
+        """Return the bytes that one piece of work allocates at most at one time, its results included."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -345,7 +321,7 @@ class Microbenchmark:
         return [seconds_of(several, self.device) / (calls * run.repeats) for _ in range(rounds)]
 
     def measure(self, contender: str, rounds: int = 7) -> dict[str, Any]:
-        """A row of a table; without a time if the parity is red, or with the reason why nothing could run."""
+        """Return a row of a table; without a time if the parity is red, or with the reason why nothing could run."""
         row: dict[str, Any] = {
             "primitive": self.primitive.name,
             **dataclasses.asdict(self.shape),

@@ -59,7 +59,7 @@ def _new_figure(width: float, height: float, title: str, subtitle: str) -> Figur
 
 
 def _plain_axes(figure: Figure, left: float, bottom: float, right: float, top: float) -> Axes:
-    """Axes with margins in inches, without the lines that nobody reads."""
+    """Make axes with margins in inches, without the lines that nobody reads."""
     width, height = figure.get_size_inches()
     area = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
     axes = figure.add_axes(area)
@@ -100,7 +100,7 @@ def _lines(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], 
 
 
 def _draw_speeds(groups: Sequence[Mapping[str, Any]], subtitle: str) -> Figure | None:
-    """The smallest keep rate is on the right, where the lines are furthest apart and have their names."""
+    """Return the smallest keep rate is on the right, where the lines are furthest apart and have their names."""
     from matplotlib import colormaps
 
     lines = _lines(groups)
@@ -161,7 +161,7 @@ def _line(figure: Figure, x: Sequence[float], y: Sequence[float], colour: Any) -
 
 
 def _draw_shares(groups: Sequence[Mapping[str, Any]], subtitle: str) -> Figure | None:
-    """A dot with its quartiles for every method and keep rate."""
+    """Return a dot with its quartiles for every method and keep rate."""
     from matplotlib import colormaps
 
     labels = list(dict.fromkeys(row["label"] for group in groups for row in group["methods"]))

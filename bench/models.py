@@ -45,10 +45,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastreduce import compare
-from fastreduce.compare import Comparison, Entry, check_positive, relative_difference
 from fastreduce.integrations.timm import model_names, record
 from fastreduce.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
+from fastreduce.speed import comparison
+from fastreduce.speed.comparison import Comparison, Entry, check_positive, relative_difference
 
 from .model_plots import save_plots
 
@@ -114,7 +114,7 @@ class Settings:
     fused_baseline: bool = False
 
     def resolve(self) -> Settings:
-        """With every choice made.
+        """Make every choice that was left open.
 
         Raises:
             ValueError: what cannot be measured here, as far as that shows before a model is built.
@@ -201,7 +201,7 @@ def _speed(seconds: Sequence[float], batch: int) -> dict[str, Any]:
 
 def _build(settings: Settings, model: str, batch: int, keep_rate: float) -> Comparison:
     return Comparison(
-        compare.Settings(
+        comparison.Settings(
             model=model,
             methods=settings.methods,
             keep_rates=(keep_rate,),
@@ -313,12 +313,12 @@ class _Contest:
         return self.comparison.changed_decisions(entry, seen, exact_model.eval(), self.comparison.checked)
 
     def _parameters(self, name: Any) -> list[nn.Parameter]:
-        """What an optimizer steps; the official algorithm borrows its layers from the reduced model."""
+        """Return the parameters that an optimizer steps; the official algorithm borrows the reduced one's layers."""
         model = self.entries[self.officials[name]].model if name in self.officials else self.candidates[name]
         return list(model.parameters())
 
     def _with_step(self, name: Any, function: Function, step: str, results: list[Tensor]) -> Callable[[], None]:
-        """The call that is timed. It leaves in ``results`` what it computed."""
+        """Return the call that is timed. It leaves in ``results`` what it computed."""
         if step == "forward":
 
             def forward() -> None:
@@ -337,7 +337,7 @@ class _Contest:
         return train
 
     def _prepare(self, name: Any, step: str, mode: str) -> Callable[[], object]:
-        """The call, warm.
+        """Return the call, warm.
 
         Raises:
             ValueError: what is compiled or captured does not compute what the eager model does.
@@ -374,7 +374,7 @@ class _Contest:
     def _prepare_all(
         self, step: str, mode: str, deadline: float, progress: Progress
     ) -> tuple[dict[Any, Callable[[], object]], dict[Any, str]]:
-        """Every candidate, warm, or the reason why not. Officials come last, since they are missed the least."""
+        """Warm up every candidate, or say why not. Officials come last, since they are missed the least."""
         calls: dict[Any, Callable[[], object]] = {}
         reasons: dict[Any, str] = {}
         for slug, parity in self.parities[step].items():
@@ -458,7 +458,7 @@ class _Contest:
         return {name: values for name, values in seconds.items() if name not in reasons}, repeats
 
     def measure(self, step: str, mode: str, deadline: float, progress: Progress) -> Group:
-        """One group."""
+        """Measure one group."""
         started = time.perf_counter()
         self._set_step(step, progress)
         limits = torch._dynamo.config.patch(recompile_limits(16 * len(self.candidates)))
@@ -554,7 +554,7 @@ class Contests:
 
     @staticmethod
     def _key(settings: Settings, model: str, keep_rate: float) -> Settings:
-        """Everything that a built model depends on."""
+        """Return everything that a built model depends on."""
         alike = {"batches": (), "steps": (), "modes": (), "rounds": 1, "seconds": 1.0}
         return dataclasses.replace(settings, models=(model,), keep_rates=(keep_rate,), **alike)
 
@@ -591,7 +591,7 @@ def measure_models(
 def _contest(
     contests: Contests, settings: Settings, key: dict[str, Any], progress: Progress
 ) -> tuple[_Contest | None, str | None]:
-    """The contest, or why it cannot be held."""
+    """Return the contest, or why it cannot be held."""
     try:
         contests.build(settings, **key)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -662,7 +662,7 @@ def _title(group: Group) -> str:
 
 
 def print_group(console: Console, group: Group) -> None:
-    """One table, and below it why figures are missing."""
+    """Print one table, and below it why figures are missing."""
     if group["reason"] is not None:
         console.print(f"{_title(group)}: left out: {group['reason']}", highlight=False)
         return
@@ -712,7 +712,7 @@ _LEGEND = (
 
 
 def is_wrong(group: Group) -> bool:
-    """Whether a method's results in the group are not those of the official algorithm."""
+    """Return whether a method's results in the group are not those of the official algorithm."""
     return any(row["parity"]["verdict"] == "red" for row in group.get("methods", ()))
 
 
@@ -755,7 +755,9 @@ def _parser() -> _Parser:
     }
     for name, (field, kind, text) in lists.items():
         parser.add_argument(f"--{name}", dest=field, type=kind, metavar="A,B", help=text)
-    parser.add_argument("--dtype", choices=list(compare.DTYPES), help="default: float32 on the CPU, bfloat16 on CUDA")
+    parser.add_argument(
+        "--dtype", choices=list(comparison.DTYPES), help="default: float32 on the CPU, bfloat16 on CUDA"
+    )
     parser.add_argument("--device", help="cpu, cuda or cuda:N")
     parser.add_argument("--backend", help="auto, triton or reference")
     parser.add_argument("--rounds", type=int, help=f"the most of a group; default: {default.rounds}")

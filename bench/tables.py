@@ -104,7 +104,7 @@ def training() -> list[str]:
 
 
 def primitives() -> list[str]:
-    """Return milliseconds of every primitive's reference beside the plain algorithm, of ``bench/micro``."""
+    """Return milliseconds of every primitive's reference beside the plain algorithm, of ``bench/primitives``."""
     times: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     for row in _read(PRIMITIVES)["benchmarks"]:
         name, direction, shape = row["group"].split()

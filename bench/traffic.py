@@ -16,29 +16,28 @@ if __name__ == "__main__":
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import triton.runtime.interpreter as interpreter
 from torch import Tensor, nn
 
 import fastreduce
+from bench.proof import tiny
 from fastreduce.measure import environment
-from tests import tiny
 
-from .gates import Gate, Known, choose_primitives, table
-from .interpreter import install_fixes
-from .microbenchmark import DIRECTIONS, OperatorCounts
-from .primitive import Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
+from .microbenchmark import DIRECTIONS
+from .primitives import Inputs, Outputs, Primitive, Shape, differentiate, parse_shapes
+from .proof.gates import Gate, Known, choose_primitives, table
+from .proof.interpreter import install_fixes
+from .proof.operator_counts import OperatorCounts
+from .proof.traffic import traffic
 
-__all__ = ["BlockCalls", "Traffic", "added_calls", "block_calls", "main", "primitive_traffic", "traffic"]
+__all__ = ["BlockCalls", "added_calls", "block_calls", "main", "primitive_traffic"]
 
 SHAPES = "deit_small-197-2-float16,deit_tiny-50-2-float32"
 MOST_TRAFFIC = 1.15  # times the floor, or the least that tiles allow
@@ -72,62 +71,6 @@ KNOWN_CALLS = {
 }
 
 
-@dataclasses.dataclass
-class Traffic:
-    """What kernels requested, by name.
-
-    Attributes:
-        loads: bytes of the active lanes of loads.
-        stores: bytes of the active lanes of stores.
-        launches: number of launches.
-    """
-
-    loads: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    stores: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    launches: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-    @property
-    def requested(self) -> int:
-        """Bytes loaded and stored."""
-        return self.loads.total() + self.stores.total()
-
-
-def _active_bytes(pointers: Any, mask: Any) -> int:
-    lanes = np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape))
-    return int(lanes) * max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-
-
-@contextlib.contextmanager
-def traffic() -> Iterator[Traffic]:
-    """Counts the loads and stores of every launch within the block; needs a process that interprets."""
-    counted, running = Traffic(), [""]
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    masked_load, masked_store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
-
-    def load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        counted.loads[running[-1]] += _active_bytes(pointers, mask)
-        return masked_load(self, pointers, mask, *rest)
-
-    def store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        counted.stores[running[-1]] += _active_bytes(pointers, mask)
-        return masked_store(self, pointers, value, mask, *rest)
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        running.append(self.fn.__name__)
-        counted.launches[running[-1]] += 1
-        try:
-            return launch(self, *args, **kwargs)
-        finally:
-            running.pop()
-
-    builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, call
-    try:
-        yield counted
-    finally:
-        builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
-        executor.__call__ = launch
-
-
 class _OtherOperators(OperatorCounts):
     """Operators around ours, views left out."""
 
@@ -142,7 +85,7 @@ def _listed(counts: collections.Counter[str]) -> str:
 
 
 def primitive_traffic(primitive: Primitive, shape: Shape, direction: str) -> dict[str, Any]:
-    """A row of the first table: bytes requested, the least possible, their ratio, launches."""
+    """Return a row of the first table: bytes requested, the least possible, their ratio, launches."""
     inputs = primitive.make(shape, torch.Generator().manual_seed(0))
 
     def call(arguments: Inputs) -> Outputs:
@@ -207,7 +150,7 @@ def block_calls(model: nn.Module, images: Tensor, block: int) -> BlockCalls:
 
 
 def added_calls(method: str) -> dict[str, Any]:
-    """A row of the second table: what a reducing block calls beyond the plain one.
+    """Return a row of the second table: what a reducing block calls beyond the plain one.
 
     K-Medoids has the block before measure how much attention tokens receive, so that one counts too.
     """

@@ -5,7 +5,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 if not (_Path(__file__).parent / "kernels").is_dir():
     raise ImportError(

@@ -20,7 +20,7 @@ def plain(value: Any) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one number, of Python's, NumPy's or a tensor of no dimension; truth values are none."""
+    """Return whether a value is one number, of Python's, NumPy's or a tensor of no dimension; truth values are none."""
     value = plain(value)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

@@ -30,7 +30,7 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def _cells(image: Pixels, rows: int, columns: int) -> NDArray[np.float32]:
-    """(rows * h, columns * w, 3) -> (rows, h, columns, w, 3) in [0, 255]."""
+    """Cut (rows * h, columns * w, 3) into cells (rows, h, columns, w, 3) in [0, 255]."""
     height, width, _ = image.shape
     if height % rows or width % columns:
         raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into {rows} x {columns} patches")
@@ -38,7 +38,7 @@ def _cells(image: Pixels, rows: int, columns: int) -> NDArray[np.float32]:
 
 
 def _is_dark(image: Pixels) -> bool:
-    """Whether light lines and light greys stand out from the picture better than dark ones."""
+    """Return whether light lines and light greys stand out from the picture better than dark ones."""
     return bool(np.median(image @ _LUMINANCE) < 140)
 
 
@@ -101,7 +101,7 @@ def _outline(image: Pixels, label: NDArray[np.int64], value: int) -> Pixels:
 
 
 def side_by_side(panels: Sequence[Panel], title: str, subtitle: str = "", note: str = "") -> Figure:
-    """A figure with the pictures in a row, one screen pixel for each of theirs.
+    """Return a figure with the pictures in a row, one screen pixel for each of theirs.
 
     Args:
         panels: pictures of one size, each with one or two lines below it.

@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from . import __version__
+from ._version import __version__
 
 __all__ = [
     "CaptureError",
     "capture",
+    "count_gmacs",
     "cut_to_whole_rounds",
     "environment",
     "free_memory",
@@ -58,7 +62,7 @@ def keep_memory() -> bool:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """One call: by events on a CUDA device, by the host's clock elsewhere."""
+    """Time one call: by events on a CUDA device, by the host's clock elsewhere."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -99,7 +103,7 @@ class CaptureError(RuntimeError):
 def capture(
     call: Callable[[], object], warmups: int = 3, stream: torch.cuda.Stream | None = None, pool: Any = None
 ) -> Callable[[], None]:
-    """The call as a CUDA graph, of which replaying is all that the host still does.
+    """Return the call as a CUDA graph, of which replaying is all that the host still does.
 
     Args:
         call: what to capture.
@@ -142,13 +146,13 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
-    """How many times faster ``of`` is than ``to``: the median of the rounds, and the quartiles."""
+    """Return how many times faster ``of`` is than ``to``: the median of the rounds, and the quartiles."""
     ratios = [b / a for a, b in zip(of, to, strict=True)]
     return {name: statistics.median(ratios), f"{name}_quartiles": list(quartiles(ratios))}
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this file is in; of a copy without one what FASTREDUCE_COMMIT says, or None."""
+    """Return the commit of the checkout that this file is in, else FASTREDUCE_COMMIT, or None."""
     here = Path(__file__).resolve().parent
     if not (here.parent / ".git").exists():
         return os.environ.get("FASTREDUCE_COMMIT")
@@ -206,7 +210,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where a measurement was made."""
+    """Describe the machine on which a measurement was made."""
     return {
         "device": str(device),
         "device_name": _device_name(device),
@@ -235,7 +239,7 @@ def recompile_limits(limit: int) -> dict[str, int]:
 
 
 def own_code(function: Callable[..., Any]) -> Any:
-    """The function with a code object of its own: Dynamo tries all compilations of one code object one by one."""
+    """Give the function a code object of its own: Dynamo tries all compilations of one code object in turn."""
     code = function.__code__.replace()
     return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
@@ -245,3 +249,11 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def count_gmacs(model: nn.Module, images: Tensor) -> float:
+    """10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
+    # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 2e9 / len(images)

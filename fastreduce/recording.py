@@ -43,7 +43,7 @@ def patched_model(model: nn.Module) -> Any:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether :func:`fastreduce.patch` was called on this model, or on one inside of it."""
+    """Return whether :func:`fastreduce.patch` was called on this model, or on one inside of it."""
     return _path_of_reducer(model) is not None
 
 

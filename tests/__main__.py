@@ -15,8 +15,8 @@ def main(arguments: list[str]) -> int:
     plain.setdefault("OMP_NUM_THREADS", "1")  # a worker on each core: more threads would wait for one another
     workers = str(min(8, os.cpu_count() or 1))
     pytest = [sys.executable, "-m", "pytest", "-q", "-n", workers, "--dist", "worksteal"]
-    ordinary = subprocess.call([*pytest, "tests", "--ignore=tests/interpreter", *arguments], env=plain)
-    interpreter = subprocess.call([*pytest, "tests/interpreter", *arguments], env={**plain, "TRITON_INTERPRET": "1"})
+    ordinary = subprocess.call([*pytest, "tests", "--ignore=tests/kernels", *arguments], env=plain)
+    interpreter = subprocess.call([*pytest, "tests/kernels", *arguments], env={**plain, "TRITON_INTERPRET": "1"})
     return ordinary or interpreter
 
 

@@ -12,32 +12,29 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastreduce"
 
-# Every room and the rooms of fastreduce that it may import; external packages that are not named are the core's.
-ROOMS = {
-    "kernels": set(),
-    "reference": set(),
-    "backends": set(),
-    "ops": {"reference", "backends", "kernels"},
-    "tokens": {"ops", "backends"},
-    "arguments": set(),
-    "reducers": {"ops", "tokens", "arguments", "backends"},
-    "recording": {"reducers", "tokens"},
-    "integrations": {"ops", "tokens", "reducers", "backends", "recording"},
-    "quality": {"ops", "tokens", "reducers", "recording", "integrations", "pictures"},
-    "plain": set(),
-    "losses": {"arguments"},
-    "_files": set(),
-    "pictures": {"_files"},
-    "checkpoints": {"_files"},
-}
+# The floors of the house, from the ground up: a room imports rooms of lower floors only. Doors (`fastreduce`,
+# `python -m fastreduce`) stand on no floor.
+FLOORS = (
+    {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version"},
+    {"ops", "checkpoints", "pictures", "measure", "losses"},
+    {"tokens"},
+    {"reducers"},
+    {"recording"},
+    {"integrations"},
+    {"speed", "quality", "study"},
+    {"cli"},
+)
+DOORS = {"__init__", "__main__"}
+# Neither imports the other: they meet in ops.
+APART = ({"kernels", "reference"},)
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
 ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}
 
 
 def _imports(path: Path) -> list[str]:
-    """Absolute dotted names of all that a file of the package imports."""
+    """Absolute dotted names of all that a file imports."""
     names = []
-    folder = ["fastreduce", *path.relative_to(PACKAGE).with_suffix("").parts][:-1]
+    folder = list(path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
@@ -56,22 +53,82 @@ FILES = sorted(p for p in PACKAGE.glob("**/*.py") if p.parent != PACKAGE / "kern
 FILES += sorted((PACKAGE / "kernels").glob("*.py"))
 
 
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def test_every_room_has_a_floor():
+    rooms = {_room(path) for path in FILES}
+    assert rooms - DOORS == set(FLOOR)
+    assert len(FLOORS) <= 8
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_arrows_run_one_way(path):
     room = _room(path)
     for name in _imports(path):
         head, _, rest = name.partition(".")
-        if head == "fastreduce" and room in ROOMS:
-            target = rest.split(".")[0]
-            assert target == room or target in ROOMS[room], f"{path.name} of {room} imports {name}"
+        target = rest.split(".")[0]
+        if head == "fastreduce" and room not in DOORS and target != room:
+            assert target in FLOOR, f"{path.name} of {room} imports {name}, which is no room"
+            assert FLOOR[target] < FLOOR[room], f"{path.name} of {room} imports {name}"
+            assert not any({room, target} <= apart for apart in APART), f"{path.name} of {room} imports {name}"
         if head in ONLY_HERE:
             assert room in ONLY_HERE[head], f"{path.name} imports {name}"
         assert head not in ("bench", "tests"), f"{path.name} imports {name}"
 
 
+def _modules(top: str) -> dict[str, set[str]]:
+    """Every module of a folder, and those of the same folder that it imports."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / top).glob("**/*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+
+    def owner(name: str) -> str:
+        return name if name in files else name.rpartition(".")[0]
+
+    return {name: {owner(found) for found in _imports(path)} & set(files) - {name} for name, path in files.items()}
+
+
+def _circle(arrows: dict[str, set[str]]) -> list[str]:
+    """The modules that stay when all that import nothing are taken away, again and again."""
+    left = dict(arrows)
+    while free := [name for name, targets in left.items() if not targets & set(left)]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+@pytest.mark.parametrize("top", ["fastreduce", "bench"])
+def test_no_module_imports_itself_by_a_detour(top):
+    arrows = _modules(top)
+    assert sum(map(len, arrows.values())) > 50
+    assert _circle(arrows) == []
+
+
+def test_circles_are_found():
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+
+
+def test_bench_imports_no_tests():
+    for path in (ROOT / "bench").glob("**/*.py"):
+        assert not [name for name in _imports(path) if name.partition(".")[0] == "tests"], path
+
+
+def test_tests_import_what_stands_for_them_in_bench():
+    """Of bench the rooms that are made for tests; what measures is imported by its own tests only."""
+    own = {"bench", "golden"}
+    for path in (ROOT / "tests").glob("*/**/*.py"):
+        if path.relative_to(ROOT / "tests").parts[0] in own or path.name in ("test_traffic.py", "test_ladder.py"):
+            continue
+        for name in _imports(path):
+            parts = name.split(".")
+            if parts[0] == "bench":
+                assert parts[1] in ("proof", "primitives"), f"{path.name} imports {name}"
+
+
 def test_the_walk_sees_imports():
     assert any(name.startswith("timm") for name in _imports(PACKAGE / "integrations" / "timm" / "models.py"))
     assert any(name.startswith("fastreduce.reference") for name in _imports(PACKAGE / "ops" / "gather_tokens.py"))
+    assert "bench.primitives.Primitive" in _imports(ROOT / "bench" / "proof" / "compiler.py")
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda p: p.name)
@@ -130,7 +187,8 @@ def test_wheel_holds_the_kernels_as_real_files(tmp_path):
 def test_a_text_file_in_place_of_the_symlink_is_said(tmp_path):
     copy = tmp_path / "fastreduce"
     copy.mkdir()
-    (copy / "__init__.py").write_text((PACKAGE / "__init__.py").read_text())
+    for name in ("__init__.py", "_version.py"):
+        (copy / name).write_text((PACKAGE / name).read_text())
     (copy / "kernels").write_text("../kernels")
     done = subprocess.run([sys.executable, "-c", "import fastreduce"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1

@@ -33,7 +33,7 @@ import fastreduce
 from fastreduce._files import check_weights_file
 from fastreduce.checkpoints import read_checkpoint, read_weights, write_weights
 
-from .inputs import rewrite
+from .helpers.inputs import rewrite
 
 SMALL = {"img_size": 32, "patch_size": 16, "embed_dim": 12, "depth": 2, "num_heads": 1, "num_classes": 3}
 

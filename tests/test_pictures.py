@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastreduce.compare import _open_photo
 from fastreduce.pictures import open_picture
+from fastreduce.speed.comparison import _open_photo
 
-from .inputs import rewrite
+from .helpers.inputs import rewrite
 
 RAMP = np.linspace(0, 65535, 64 * 48).reshape(48, 64)  # from black to white
 GREY = np.round(RAMP / 257).astype(np.uint8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.microbenchmark import DIRECTIONS, Microbenchmark, device_clock
-from bench.primitive import BATCHES, DTYPES, MODELS, TOKENS, Primitive, Shape, load_primitives, parse_shapes
+from bench.primitives import BATCHES, DTYPES, MODELS, TOKENS, Primitive, Shape, load_primitives, parse_shapes
 
 _CONTENDERS = ("fastreduce", "reference", "compiled", "plain")
 
@@ -49,7 +49,7 @@ def _shapes(wanted: str, dtype: torch.dtype) -> list[Shape]:
 
 
 def _contenders(wanted: str | None, primitives: Iterable[Primitive]) -> list[str]:
-    """Those of the primitives that are wanted; all of them may be."""
+    """Return the contenders that are wanted, of those that the primitives have."""
     on_cuda = _device().type == "cuda"
     others = {name: other for primitive in load_primitives().values() for name, other in primitive.others.items()}
     names = wanted.split(",") if wanted else [name for name in (*_CONTENDERS, *others) if on_cuda or name != "compiled"]
@@ -72,14 +72,20 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    primitive: Primitive | None = getattr(metafunc.function, "primitive", None)
-    if primitive is None:
+    if "contender" not in metafunc.fixturenames:
         return
     options = metafunc.config
     dtype = options.getoption("--dtype") or ("bfloat16" if _device().type == "cuda" else "float32")
-    metafunc.parametrize("shape", _shapes(options.getoption("--shapes"), DTYPES[dtype]), ids=str)
-    metafunc.parametrize("direction", DIRECTIONS if primitive.gradients else DIRECTIONS[:1])
-    metafunc.parametrize("contender", _contenders(options.getoption("--contenders"), [primitive]))
+    shapes = _shapes(options.getoption("--shapes"), DTYPES[dtype])
+    primitives = load_primitives().values()
+    cases = [
+        pytest.param(primitive, shape, direction, contender, id=f"{primitive.name}-{shape}-{direction}-{contender}")
+        for primitive in primitives
+        for shape in shapes
+        for direction in (DIRECTIONS if primitive.gradients else DIRECTIONS[:1])
+        for contender in _contenders(options.getoption("--contenders"), [primitive])
+    ]
+    metafunc.parametrize(("primitive", "shape", "direction", "contender"), cases)
 
 
 @functools.lru_cache(maxsize=1)  # its truth is shared by the contenders, which follow one another
@@ -88,9 +94,8 @@ def _prepared(name: str, primitive: Any, shape: Shape, direction: str) -> Microb
 
 
 @pytest.fixture
-def speed(request: pytest.FixtureRequest, shape: Shape, direction: str, contender: str) -> Any:
+def speed(request: pytest.FixtureRequest, primitive: Primitive, shape: Shape, direction: str, contender: str) -> Any:
     """Check, then time; a red parity fails the test and reports no time."""
-    primitive: Primitive = request.function.primitive
     bench = _prepared(primitive.name, primitive, shape, direction)
     if contender not in bench.contenders:
         pytest.skip(f"{contender} has no {direction} pass")

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..backends import backend
-from ..compare import count_gmacs
 from ..integrations.timm import is_patched, record, reduced_counts, reducer_of
-from ..measure import quartiles, take_turns
+from ..measure import count_gmacs, quartiles, take_turns
 from .data import DataSet
 from .measures import mean_average_precision
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bench.compile_report import SHARED_LIMIT, KernelReport, compiled_for
+from bench.proof.compiler import SHARED_LIMIT, KernelReport, compiled_for
 
 ARCHES = (80, 90)
 

@@ -5,7 +5,7 @@ import torch
 
 from fastreduce.kernels import cluster_k_medoids as kernels
 from tests.compiled.gates import ARCHES, check_gates
-from tests.inputs import DTYPES
+from tests.helpers.inputs import DTYPES
 
 
 def reports_for(arch, x, weights, *, k=None, members=False):

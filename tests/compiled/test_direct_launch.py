@@ -5,15 +5,14 @@ import torch
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from bench import host_time
+from bench.proof import idle
 from fastreduce import ops
 from fastreduce.kernels import _direct, gather_tokens
 from fastreduce.ops import unchecked
+from tests.helpers.operators import CASES, as_arguments
 
-from ..operators import CASES, as_arguments
 
-
-class _Noting(host_time._Launcher):
+class _Noting(idle.Launcher):
     """Keeps the arguments of every launch."""
 
     launches: list = []  # noqa: RUF012 - one for all kernels, emptied by the fixture
@@ -25,9 +24,9 @@ class _Noting(host_time._Launcher):
 
 @pytest.fixture
 def launches(monkeypatch):
-    monkeypatch.setattr(host_time._IdleDriver, "launcher_cls", _Noting)
+    monkeypatch.setattr(idle.IdleDriver, "launcher_cls", _Noting)
     _Noting.launches = []
-    with host_time.idle_driver():
+    with idle.idle_driver():
         yield _Noting.launches
 
 
@@ -133,7 +132,7 @@ def test_a_harness_that_replaces_triton_sees_every_launch(launches, monkeypatch)
 
 def test_another_driver_has_kernels_of_its_own(launches, by_triton):
     gather()
-    with host_time.idle_driver():
+    with idle.idle_driver():
         gather()
         gather()
     assert by_triton == [KERNEL] * 2

@@ -5,7 +5,7 @@ import torch
 
 from fastreduce.kernels import match_tokens as kernels
 from tests.compiled.gates import ARCHES, check_gates, with_dtypes
-from tests.inputs import DTYPES
+from tests.helpers.inputs import DTYPES
 
 
 def reports_for(arch, metric, *, r=None, prefix=1, separately=False):

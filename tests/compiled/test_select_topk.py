@@ -5,7 +5,7 @@ import torch
 
 from fastreduce.kernels import select_topk as kernels
 from tests.compiled.gates import ARCHES, check_gates
-from tests.inputs import DTYPES
+from tests.helpers.inputs import DTYPES
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -5,7 +5,7 @@ import torch
 
 from fastreduce.kernels import soft_merge as kernels
 from tests.compiled.gates import ARCHES, check_gates
-from tests.inputs import DTYPES
+from tests.helpers.inputs import DTYPES
 
 # (tokens, clusters, channels): more tokens or channels are more steps and programs, not another kernel
 SHAPES = [(196, 98, 384), (12, 3, 768)]

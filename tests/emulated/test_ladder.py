@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import emulate
-from bench.primitive import Shape
+from bench.primitives import Shape
 from bench.proof.emulator import counts, ladder
 from bench.proof.emulator.ladder import SCHEDULES, Task, climb
 from bench.proof.emulator.ptx import parse

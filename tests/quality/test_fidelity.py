@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 import fastreduce
+from bench.proof.tiny import randomize
 from fastreduce.quality import Outputs, model_outputs, unreduced_copy
 from fastreduce.quality.measures import image_fidelity
-
-from ..inputs import seeded
-from ..tiny import randomize
+from tests.helpers.inputs import seeded
 
 AT = (1, 3)
 

@@ -167,7 +167,7 @@ def _integers(instruction: Instruction, operands: Operands) -> Step:
 
 
 def _upper_half(instruction: Instruction, operands: Operands) -> Step:
-    """The upper 32 bits of a product, perhaps plus a third operand."""
+    """Return the upper 32 bits of a product, perhaps plus a third operand."""
     kind, bits = instruction.type, type_bits(instruction.type)
     if bits != 32:
         raise NotImplementedError(instruction.text)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.micro.bench_match_tokens import MATCH_TOKENS
-from bench.micro.bench_sample_tokens import SAMPLE_TOKENS
-from bench.primitive import Inputs, Outputs, Primitive, Shape
+from bench.primitives import Inputs, Outputs, Primitive, Shape
+from bench.primitives.match_tokens import MATCH_TOKENS
+from bench.primitives.sample_tokens import SAMPLE_TOKENS
 from fastreduce import ops
 
 __all__ = ["edge_cases", "special_cases"]
@@ -67,7 +67,7 @@ class _Draw:
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
 
     def tokens(self, *size: int) -> Tensor:
-        """Normal numbers."""
+        """Draw normal numbers."""
         return torch.randn(*size, generator=self.generator).to(self.dtype)
 
     def whole(self, *size: int) -> Tensor:

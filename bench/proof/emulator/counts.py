@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.compile_report import dispatch_to_triton, every_launch
-from bench.primitive import load_primitives
+from bench.primitives import load_primitives
+from bench.proof.compiler import dispatch_to_triton, every_launch
 
 from .kernel import Kernel
 from .launch import emulated_for

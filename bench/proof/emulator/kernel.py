@@ -69,14 +69,14 @@ class Kernel:
         return operands.guarded(_DECODERS[first](instruction, operands), instruction.guard)
 
     def _check_barrier(self, instruction: Instruction) -> None:
-        """Only one kind of barrier is known: all threads of a program meet."""
+        """Raise unless all threads of a program meet at the barrier: no other kind is known."""
         if _is_barrier(instruction):
             everyone = instruction.words[1] in ("sync", "cta") and instruction.operands in (("0",), ())
             if not everyone or instruction.guard is not None:
                 raise NotImplementedError(f"{self.listing.name}: {instruction.text}")
 
     def _narrowest(self, space: str) -> int:
-        """Bytes of the narrowest access to a memory."""
+        """Return the bytes of the narrowest access to a memory."""
         names = ("ldmatrix", "stmatrix", "cp") if space == "shared" else ("cp",)
         widths = []
         for instruction in self.listing.instructions:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from bench.compile_report import dispatch_to_triton
 from bench.microbenchmark import DIRECTIONS, Microbenchmark
-from bench.primitive import Inputs, Outputs, Primitive, Shape, load_primitives
+from bench.primitives import Inputs, Outputs, Primitive, Shape, load_primitives
+from bench.proof.compiler import dispatch_to_triton
 
 from .cases import edge_cases, special_cases
 from .launch import emulated_for, poisoned_outputs

@@ -11,7 +11,7 @@ import torch
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bench.compile_report import _CompileOnlyDriver
+from bench.proof.compiler import CompileOnlyDriver
 
 from .faults import EmulationError, Finding
 from .kernel import Kernel, float_bits
@@ -92,7 +92,7 @@ def emulated_for(arch: int, schedule: Schedule | None = None) -> Iterator[Emulat
             emulation.launch(compiled, names, bound, (*sizes, 1, 1, 1)[:3])
         return compiled
 
-    driver.set_active(_CompileOnlyDriver(arch))
+    driver.set_active(CompileOnlyDriver(arch))
     JITFunction.run = emulate
     try:
         yield emulation
@@ -103,7 +103,7 @@ def emulated_for(arch: int, schedule: Schedule | None = None) -> Iterator[Emulat
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Within the block ``torch.empty`` gives NaN and the largest integers."""
+    """Let ``torch.empty`` give NaN and the largest integers within the block."""
     enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -214,7 +214,7 @@ class Batch:
         return np.arange(self.threads) if mask is None else np.nonzero(mask)[0]
 
     def full(self, mask: Mask) -> NDArray[np.bool_]:
-        """The mask as an array."""
+        """Return the mask as an array."""
         return np.ones(self.threads, bool) if mask is None else mask
 
     # ---- flow of control
@@ -282,7 +282,7 @@ class Batch:
             self._barrier(place, mask)
 
     def holds(self, guard: Guard) -> NDArray[np.bool_]:
-        """Where the predicate of an instruction holds."""
+        """Return the threads for which the predicate of an instruction holds."""
         value = self.registers[self._index[guard.register]]
         return ~value if guard.negated else value
 

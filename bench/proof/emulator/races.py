@@ -39,7 +39,7 @@ class _Log:
         self.read = np.zeros(count, np.int32)
 
     def granules(self, offsets: Numbers, size: int) -> Numbers:
-        """(n, k) granules of n accesses of ``size`` bytes."""
+        """Return (n, k) granules of n accesses of ``size`` bytes."""
         return (offsets // self.granule)[:, None] + np.arange(max(1, size // self.granule))
 
     def _note_read(self, cells: Numbers, warps: Numbers, epochs: Numbers) -> None:

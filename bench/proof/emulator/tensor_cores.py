@@ -63,7 +63,7 @@ class _Fragment:
 
 
 def _left(threads: int, bits: int) -> _Fragment:
-    """A: 16 rows a warp, 16 columns of halves or 8 of tf32."""
+    """Return a: 16 rows a warp, 16 columns of halves or 8 of tf32."""
     thread = np.arange(threads)
     lane, top = thread % 32, thread // 32 * 16
     rows = [top + lane // 4 + 8 * (register % 2) for register in range(4)]
@@ -146,7 +146,7 @@ class _InShared:
         return 4 if self.kind == "tf32" else 2
 
     def places(self, descriptors: NDArray[np.uint64]) -> Index:
-        """(groups, rows, depth) shared addresses."""
+        """Return (groups, rows, depth) shared addresses."""
         start, leading, stride = (_field(descriptors, bit)[:, None, None] for bit in (0, 16, 32))
         mode = int(descriptors[0] >> np.uint64(62))
         if (descriptors >> np.uint64(62) != np.uint64(mode)).any():
@@ -161,13 +161,13 @@ class _InShared:
         return places
 
     def offsets(self, batch: Batch, descriptors: NDArray[np.uint64]) -> Index:
-        """(groups, rows × depth) offsets into the batch's shared memory."""
+        """Return (groups, rows × depth) offsets into the batch's shared memory."""
         places = self.places(descriptors).reshape(descriptors.size, -1)
         programs = batch.program[::_GROUP][: descriptors.size, None]
         return batch.shared.offsets(programs, places, self.bytes)
 
     def read(self, batch: Batch, offsets: Index) -> Floats:
-        """(groups, rows, depth) numbers."""
+        """Return (groups, rows, depth) numbers."""
         bits = batch.shared.typed[8 * self.bytes][offsets // self.bytes]
         return TO_FLOAT[self.kind](bits).reshape(-1, self.rows, self.depth)
 

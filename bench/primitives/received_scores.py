@@ -1,0 +1,93 @@
+"""The attention that every token receives (K-Medoids, models without a class token)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.primitives import Inputs, Other, Outputs, Primitive, Shape, nbytes, packed_qkv
+from fastreduce import ops
+
+
+def _make(shape: Shape, generator: torch.Generator) -> Inputs:
+    q, k, _ = packed_qkv(shape, generator)
+    return {"q": q, "k": k}
+
+
+def _plain(inputs: Inputs) -> Outputs:
+    """The whole softmax, summed up over heads and queries."""
+    q, k = inputs["q"], inputs["k"]
+    attention = ((q @ k.transpose(2, 3)) * k.shape[-1] ** -0.5).softmax(dim=-1)
+    return (attention.sum(dim=(1, 2)),)
+
+
+def _flash_colreduce(inputs: Inputs) -> Outputs:
+    """A kernel that gives what every key gets of each head, by another hand: https://pypi.org/project/flash-colreduce."""
+    from flash_colreduce import flash_colreduce
+
+    return (flash_colreduce(inputs["q"], inputs["k"], reduction="sum").sum(1),)
+
+
+def _floor(inputs: Inputs, outputs: Outputs) -> int:
+    return nbytes(*inputs.values(), *outputs)
+
+
+def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
+    return nbytes(*inputs.values(), *outputs, *gradients)
+
+
+def _sweep(own: Tensor, other: Tensor, tile: Any, dots: int = 1, sums: int = 0) -> int:
+    """Rows in tiles of their own, each of which walks over all the others, for ``dots`` products with them.
+
+    If one step of a product takes all channels, the own rows are read once, and sums of the other rows find these
+    loaded; else the own rows are read at every step, and the others once more for each of the ``sums``.
+    """
+    tiles, steps = math.ceil(own.shape[2] / tile.block_own), math.ceil(other.shape[2] / tile.block_other)
+    if own.shape[3] <= tile.block_d:
+        return nbytes(own) + dots * tiles * nbytes(other)
+    return dots * steps * nbytes(own) + (dots + sums) * tiles * nbytes(other)
+
+
+def _tiled(inputs: Inputs) -> int:
+    """ceil(M / BLOCK_M) times K, twice if not one tile holds all keys; above MAX_PARTS ceil(N / BLOCK_N) times Q."""
+    from fastreduce.kernels.received_scores import MAX_PARTS, column_tile, row_tile
+
+    q, k = inputs["q"], inputs["k"]
+    batch, _, keys, head_dim = k.shape
+    tile = row_tile(keys, head_dim, q.dtype)
+    scores = batch * keys * torch.float32.itemsize
+    if math.ceil(q.shape[2] / tile.block_own) <= MAX_PARTS:
+        return _sweep(q, k, tile, dots=1 if keys <= tile.block_other else 2) + scores
+    return _sweep(q, k, tile) + _sweep(k, q, column_tile(head_dim, q.dtype)) + scores
+
+
+def _backward_tiled(inputs: Inputs) -> int:
+    """Twice ceil(M / BLOCK_M) times K, once for the mean of the upstream gradient; ceil(N / BLOCK_N) times Q."""
+    from fastreduce.kernels.received_scores import gradient_tile
+
+    q, k = inputs["q"], inputs["k"]
+    batch, _, keys, head_dim = k.shape
+    tile = gradient_tile(head_dim, q.dtype)
+    upstream = batch * keys * torch.float32.itemsize
+    return _sweep(q, k, tile, dots=2, sums=1) + _sweep(k, q, tile, sums=1) + upstream + nbytes(q, k)
+
+
+def _call(**arguments: Any) -> Outputs:
+    return (ops.received_scores(**arguments),)
+
+
+RECEIVED_SCORES = Primitive(
+    "received_scores",
+    make=_make,
+    call=_call,
+    plain=_plain,
+    floor=_floor,
+    gradients=("q", "k"),
+    backward_floor=_backward_floor,
+    tiled=_tiled,
+    backward_tiled=_backward_tiled,
+    others={"flash-colreduce": Other(_flash_colreduce, on_cpu=False, backward=False, module="flash_colreduce")},
+)

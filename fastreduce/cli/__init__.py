@@ -1,0 +1,61 @@
+"""Entry point of the ``fastreduce`` command. Commands: :mod:`fastreduce.cli.app`, :mod:`fastreduce.cli.study`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib.util import find_spec
+
+__all__ = ["main"]
+
+_EXTRA = ("typer", "rich", "matplotlib", "sklearn", "PIL", "safetensors")
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # somebody put None into sys.modules
+        return False
+
+
+def _close_output() -> None:
+    """Write out what is left, and say in one line where that fails: python itself would with four."""
+    from .screen import write
+
+    if (error := write(sys.stdout, "")) is not None:
+        write(sys.stderr, f"error: the output cannot be written: {error.strerror}\n")
+        sys.exit(2)
+
+
+def _run() -> None:
+    missing = [name for name in _EXTRA if not _is_there(name)]
+    if missing:
+        print(f'fastreduce: {", ".join(missing)} missing; pip install "fastreduce[cli]"', file=sys.stderr)
+        sys.exit(2)
+    from .app import app
+    from .study import study
+
+    app.add_typer(study, name="study")
+    try:
+        app(prog_name="fastreduce")
+    finally:
+        _close_output()
+
+
+def main() -> None:
+    """Run the command line; without the packages of the extra ``cli`` say how to get them and exit with 2."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    # Tables and legends say both, of every method that was asked for.
+    warnings.filterwarnings("ignore", r"\w+ (adds layers with random weights|keeps \[)", UserWarning)
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Attention with its whole matrix, as the released code has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .walk import Walk
+
+__all__ = ["PlainAttention"]
+
+
+class PlainAttention(nn.Module):
+    """A model, its method's options and schedule, and the attention of its blocks."""
+
+    model: Any
+    method: str
+    at: tuple[int, ...]
+    keep_rate: float | Sequence[float] | None
+    keep: Sequence[int] | None
+    fused: bool
+    options: dict[str, Any]
+    layers: dict[str, Tensor]
+    prefix: int
+
+    def _layer(self, stage: int, name: str) -> Tensor:
+        return self.layers[f"{'score_predictor' if self.method == 'dynamicvit' else 'cluster_layers'}.{stage}.{name}"]
+
+    def _count(self, stage: int, patches: int) -> int:
+        """Patch tokens that a stage keeps."""
+        if self.keep is not None:
+            return self.keep[stage]
+        rate: Any = self.keep_rate
+        # Of a small image at least one stays.
+        return max(1, int(patches * (rate ** (stage + 1) if isinstance(rate, (int, float)) else rate[stage])))
+
+    def _query_key_value(self, block: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project (B, N, C) to queries, keys and values, (B, H, N, D) each."""
+        attn = block.attn
+        batch, tokens, _ = normed.shape
+        q, k, v = attn.qkv(normed).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return attn.q_norm(q), attn.k_norm(k), v
+
+    def _weights(self, block: Any, walk: Walk, q: Tensor, k: Tensor) -> Tensor:
+        """Return the attention matrix (B, H, N, N), before dropout."""
+        logits = (q @ k.transpose(-2, -1)) * block.attn.scale
+        if walk.size is not None and self.options["prop_attn"]:
+            logits = logits + walk.size.log()[:, None, None, :]
+        if walk.valid is not None:
+            seen = walk.valid[:, None, :, None] & walk.valid[:, None, None, :]
+            logits = logits.masked_fill(~seen, -torch.finfo(logits.dtype).max)
+        if self.method != "dynamicvit" or not self.training:
+            return logits.softmax(dim=-1)
+        tokens = q.shape[2]
+        policy = F.pad(walk.decisions[-1], (self.prefix, 0), value=1.0) if walk.decisions else q.new_ones(1, tokens)
+        policy = policy.to(torch.promote_types(q.dtype, torch.float32))[:, None, None, :]
+        seen = policy + (1 - policy) * torch.eye(tokens, dtype=policy.dtype, device=q.device)
+        logits = logits.to(policy.dtype)
+        grown = (logits - logits.amax(dim=-1, keepdim=True)).exp() * seen
+        return (grown + 1e-6 / tokens) / (grown.sum(dim=-1, keepdim=True) + 1e-6)
+
+    def _project(self, block: Any, out: Tensor, normed: Tensor) -> Tensor:
+        """Project attention's result (B, H, M, D) to (B, M, C), ready to be added."""
+        attn = block.attn
+        out = out.transpose(1, 2).flatten(2)
+        if getattr(attn, "norm", None) is not None:
+            out = attn.norm(out)
+        if getattr(attn, "gate", None) is not None:
+            out = out * attn.gate(normed).sigmoid()
+        return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
+
+    def _attention(self, block: Any, walk: Walk, *, reads: bool) -> Tensor:
+        """``x + proj(softmax(q k^T + log size) v)``; keeps the matrix and returns the keys (B, H, N, D)."""
+        attn, normed = block.attn, block.norm1(walk.x)
+        q, k, v = self._query_key_value(block, normed)
+        walk.matrix = None
+        if self.fused and not reads and not (self.training and self.method == "dynamicvit"):
+            size = walk.size if self.options.get("prop_attn") else None
+            bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
+            mask = bias if walk.valid is None else walk.valid[:, None, None, :]  # no method has both
+            dropout = attn.attn_drop.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=attn.scale)
+        else:
+            weights = self._weights(block, walk, q, k)
+            walk.matrix = weights if self.method == "dynamicvit" else attn.attn_drop(weights)
+            out = walk.matrix.to(v.dtype) @ v
+        walk.x = walk.x + self._project(block, out, normed)
+        return k

@@ -1,0 +1,139 @@
+"""A timm Vision Transformer with one of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .merging import Merges
+from .mixing import Mixtures
+from .selection import Selections
+from .walk import Walk, check_unpatched, embed, rows_of
+
+__all__ = ["PlainModel"]
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "evit": {"normalize": False},
+    "dynamicvit": {},
+    "ats": {"points": "official"},
+    "tome": {"r": None, "rounds": "official", "prop_attn": True},
+    "kmedoids": {"iters": 3, "cost": "all", "equal_weight": False, "first": 0},
+    "dpcknn": {"k_neighbors": 5, "equal_weight": False},
+    "sit": {},
+    "patchmerger": {"scaled": False},
+    "sinkhorn": {"eps": 1.0, "iters": 3, "gradient": "official"},
+    "radial": {"norm": "l2", "schedule": None, "min_radius": 1.0},
+}
+
+# Methods that reduce what enters a block.
+BEFORE = ("radial", "dynamicvit", "kmedoids", "dpcknn", "sit", "patchmerger", "sinkhorn")
+
+
+class PlainModel(Selections, Merges, Mixtures):
+    """A timm Vision Transformer with one of the methods, done as the released code does it.
+
+    Where that code has no answer, the plain meaning is taken: without a class token, a token's score is the attention
+    that it receives, averaged over heads and queries; prefix tokens (class, distillation, registers) are never reduced;
+    after ToMe, K-Medoids and DPC-KNN, pooling over patches counts each patch once; where images keep different numbers
+    of tokens, the mean is that of the ones that count. Radial patterns drop tokens instead of masking them. DPC-KNN's
+    density has no noise. After a forward pass of DynamicViT in training, :attr:`decisions` holds what was drawn.
+
+    Args:
+        model: an unpatched timm ``VisionTransformer``; its modules are shared, not copied.
+        method: any name in ``fastreduce.REDUCERS``.
+        at: blocks at which the stages stand.
+        keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.
+        keep: instead, a sequence of counts.
+        fused: use ``scaled_dot_product_attention`` in blocks whose attention matrix no one reads.
+        layers: the method's own parameters under the released code's names (``score_predictor.0.in_conv.0.weight``,
+            ``cluster_layers.0.queries``, ...), for instance ``dict(patched.reducers.named_parameters())``.
+        **options: as in :func:`fastreduce.patch`.
+
+    Raises:
+        ValueError: a patched model, an unknown method, or a learned one without layers.
+        TypeError: an option that the method does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        *,
+        at: int | Sequence[int],
+        keep_rate: float | Sequence[float] | None = None,
+        keep: int | Sequence[int] | None = None,
+        fused: bool = False,
+        layers: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        if method not in OPTIONS:
+            raise ValueError(f"unknown method {method!r}; expected one of {', '.join(map(repr, OPTIONS))}")
+        if unknown := set(options) - set(OPTIONS[method]):
+            raise TypeError(f"{method!r} has no option {min(unknown)!r}")
+        check_unpatched(model)
+        self.model = model
+        self.training = model.training
+        self.method = method
+        self.at = (at,) if isinstance(at, int) else tuple(at)
+        self.keep_rate = keep_rate
+        self.keep = (keep,) if isinstance(keep, int) else keep
+        self.fused = fused
+        self.options = {**OPTIONS[method], **options}
+        learned = method in ("dynamicvit", "sit", "patchmerger", "sinkhorn")
+        if not layers and (learned or (method == "dpcknn" and not self.options["equal_weight"])):
+            raise ValueError(f"{method!r} has parameters of its own; give them as layers")
+        self.layers = dict(layers or {})
+        self.decisions: list[Tensor] = []
+        self.prefix: int = self.model.num_prefix_tokens
+        if method == "radial":
+            for stage, kept in enumerate(self._radial_patterns(self.model.patch_embed.grid_size)):
+                self.register_buffer(f"kept_{stage}", kept, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, height, width) -> logits (B, classes)."""
+        model = self.model
+        x = embed(model, images)
+        walk = Walk(x, patches=x.shape[1] - self.prefix)
+        for index, block in enumerate(model.blocks):
+            stage = self.at.index(index) if index in self.at else None
+            if stage is not None and self.method in BEFORE:
+                getattr(self, f"_{self.method}")(walk, stage)
+            if stage is not None and self.method == "ats":
+                self._ats(block, walk, stage)
+            else:
+                keys = self._attention(block, walk, reads=self._reads(index))
+                if stage is not None and self.method in ("topk", "evit"):
+                    getattr(self, f"_{self.method}")(walk, self._count(stage, walk.patches))
+                elif stage is not None and self.method == "tome":
+                    self._tome(walk, keys, stage)
+            walk.x = walk.x + block.drop_path2(block.ls2(block.mlp(block.norm2(walk.x))))
+        self.decisions = walk.decisions
+        if model.global_pool not in ("", "token"):
+            self._prepare_pooling(walk)
+        return model.forward_head(model.norm(walk.x))
+
+    def _prepare_pooling(self, walk: Walk) -> None:
+        """Make the mean over all rows the one that is meant."""
+        if walk.home is not None:  # repeat every merged token, so that pooling counts each patch once
+            patches = rows_of(walk.x[:, self.prefix :], walk.home)
+            walk.x = torch.cat([walk.x[:, : self.prefix], patches], dim=1)
+        present = walk.decisions[-1] if walk.decisions else walk.valid
+        if present is not None:
+            if walk.decisions:
+                present = F.pad(present, (self.prefix, 0), value=1.0)
+            outside = 0 if getattr(self.model, "pool_include_prefix", False) else self.prefix
+            counted = present[:, outside:].to(walk.x.dtype)
+            share = counted / counted.mean(dim=1, keepdim=True)
+            walk.x = torch.cat([walk.x[:, :outside], walk.x[:, outside:] * share.unsqueeze(-1)], dim=1)
+
+    def _reads(self, index: int) -> bool:
+        """Return whether anyone looks at the attention matrix of a block."""
+        if self.method in ("topk", "evit"):
+            return index in self.at
+        return self.method == "kmedoids" and index + 1 in self.at and not self.options["equal_weight"]

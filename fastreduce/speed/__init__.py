@@ -1,0 +1,1 @@
+"""What takes time on a clock: the engines behind ``fastreduce compare`` and ``fastreduce plan``."""

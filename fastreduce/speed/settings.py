@@ -1,0 +1,259 @@
+"""Settings of ``compare`` and ``plan``, and whatever can be said against them before torch is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .._files import check_weights_file
+from ..names import compared_methods, nearest, one_of, parse_method_option
+
+__all__ = [
+    "DTYPES",
+    "FEWEST_ROUNDS",
+    "KEEP_RATES",
+    "ROUNDS_FOR_A_SPREAD",
+    "CompareSettings",
+    "PlanSettings",
+    "check_checkpoint",
+    "check_image",
+    "check_model",
+    "check_positive",
+    "device_name",
+]
+
+DTYPES = ("float32", "float16", "bfloat16")
+KEEP_RATES = (0.7, 0.5)
+FEWEST_ROUNDS = 3  # whatever the clock says: a median of fewer is the luck of one
+ROUNDS_FOR_A_SPREAD = 5  # below that, quartiles say nothing, and no verdict is given
+
+_MOST = 2**31 - 1  # of images, rounds and the like
+_BACKENDS = ("auto", "triton", "reference")
+_DEVICE = re.compile(r"(cpu)(?::0)?|cuda(?::[0-9]{1,4})?", re.ASCII)
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise ValueError for what is neither None nor a positive, finite number."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, got {value:g}")
+
+
+def _check_whole(name: str, value: int | None, most: int = _MOST) -> None:
+    if value is not None and value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    if value is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value if value < 1e30 else 'far more'}")
+
+
+def device_name(name: str) -> str:
+    """Return ``cpu``, ``cuda`` or ``cuda:N`` for a device in any case, there or not, or raise ValueError."""
+    found = _DEVICE.fullmatch(name.strip().lower())
+    if found is None:
+        raise ValueError(f"unknown device {name!r}; expected cpu, cuda or cuda:N")
+    return found[1] or found[0]
+
+
+def check_image(name: str) -> None:
+    """Raise ValueError unless there is such a picture, and it can be read."""
+    from ..pictures import SAMPLES, open_picture  # numpy and Pillow, for which --help need not wait
+
+    if name not in SAMPLES or os.path.exists(name):
+        open_picture(name)
+
+
+def check_checkpoint(name: str) -> None:
+    """Raise ValueError unless there is such a file, and it begins as a file of weights does."""
+    if not os.path.exists(name):
+        raise ValueError(f"there is no checkpoint {name!r}")
+    check_weights_file(name)
+
+
+@functools.lru_cache(maxsize=1)
+def _sources_of_timm() -> str:
+    """Return the source of timm's models: reading it takes a hundredth of the time of importing them."""
+    spec = find_spec("timm")
+    folders = spec.submodule_search_locations if spec is not None else None
+    files = [file for folder in folders or () for file in sorted(Path(folder, "models").glob("*.py"))]
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+
+
+def check_model(name: str, pretrained: bool) -> None:
+    """Raise ValueError for a model that timm does not have; one of a hub has to be asked for by ``pretrained``."""
+    if ":" in name:
+        if not pretrained:
+            raise ValueError(f"model {name!r} would be downloaded: give --pretrained if that is wanted")
+        return
+    base, sources = name.partition(".")[0], _sources_of_timm()
+    # Old names stand in quotes, with what they are called now. Without sources, timm itself is asked later.
+    known = any(words in sources for words in (f"\ndef {base}(", f"'{base}'", f'"{base}"'))
+    if sources and not (base.isidentifier() and known):
+        names = re.findall(r"^@register_model\s+def (\w+)", sources, re.MULTILINE)
+        vits = [one for one in names if "vit" in one or "deit" in one]
+        raise ValueError(f"unknown model {name!r}{nearest(base, vits) or nearest(base, names)}")
+
+
+def _check_keep_rates(rates: Sequence[float]) -> None:
+    for rate in rates:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise ValueError(f"keep_rate must lie in (0, 1], got {rate}")
+
+
+def _check_blocks(at: tuple[int, ...] | None) -> None:
+    if at is None:
+        return
+    if not at:
+        raise ValueError("at must name at least one block, got an empty sequence")
+    if bad := [block for block in at if block < 0]:
+        raise ValueError(f"at must hold block indices from 0, got {bad[0]}")
+    if any(later <= earlier for earlier, later in itertools.pairwise(at)):
+        raise ValueError(f"at must be strictly increasing, got {','.join(map(str, at))}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Common:
+    """Settings that both commands have. None stands for a choice made from the model, the machine and the time.
+
+    Attributes:
+        model: a timm Vision Transformer.
+        checkpoint: a file with its weights; ``pretrained``: let timm download them.
+        at: blocks at which the stages stand, from 0; None for a quarter, half and three quarters of the depth.
+        rounds: None for as many as fit into ``seconds`` after the start, three at least.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None for a GPU if there is one.
+        threads: None for torch's choice, or 1 where that is faster (a busy machine).
+        seed: of the random weights, where there is no checkpoint, 0 to 2⁶³ − 1.
+        method_options: options of the methods, as in ``tome.rounds=exact``, or ``rounds=exact`` where one has it.
+    """
+
+    model: str = "deit_small_patch16_224"
+    checkpoint: str | None = None
+    pretrained: bool = False
+    at: tuple[int, ...] | None = None
+    rounds: int | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    backend: str = "auto"
+    compile: bool = False
+    threads: int | None = None
+    seed: int = 10
+    method_options: tuple[str, ...] = ()
+
+    def _check_common(self) -> None:
+        given = os.environ.get("FASTREDUCE_BACKEND", "auto")
+        if given not in _BACKENDS:
+            raise ValueError(f"FASTREDUCE_BACKEND={given!r}; expected one of {', '.join(map(repr, _BACKENDS))}")
+        _check_whole("rounds", self.rounds)
+        # Threads beyond the cores only wait, and thousands end the process.
+        _check_whole("threads", self.threads, max(64, 4 * (os.cpu_count() or 1)))
+        check_positive("seconds", self.seconds)  # type: ignore[attr-defined]
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+        _check_blocks(self.at)
+        if self.device is not None:
+            device_name(self.device)
+        one_of("dtype", self.dtype, DTYPES)
+        one_of("backend", self.backend, _BACKENDS)
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError("give either --pretrained or --checkpoint")
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint)
+        check_model(self.model, self.pretrained)
+
+    def options_of(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the options that were given for these methods, by method; ValueError for what none of them has."""
+        chosen: dict[str, dict[str, Any]] = {}
+        for word in self.method_options:
+            method, name, value = parse_method_option(word, list(dict.fromkeys(methods)))
+            chosen.setdefault(method, {})[name] = value
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareSettings(_Common):
+    """Settings of a comparison. None stands for a choice made from the model, the machine and the time.
+
+    Attributes:
+        image: a picture, or the name of one of scikit-learn's.
+        methods: names in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a single norm. Empty for all.
+        keep_rates: each in (0, 1].
+        batch: images in a batch.
+        seconds: rounds are added until about this long after the start, if ``rounds`` is None.
+        fused_baseline: let the plain algorithm use fused attention in blocks of which no one reads the matrix.
+
+    The others are those of both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
+    threads (None for torch's choice, or 1 where that is faster), seed (of random weights), method_options
+    (``tome.rounds=exact``).
+    """
+
+    image: str = "flower.jpg"
+    methods: tuple[str, ...] = ()
+    keep_rates: tuple[float, ...] = KEEP_RATES
+    batch: int | None = None
+    seconds: float = 150.0
+    fused_baseline: bool = False
+
+    def check(self) -> None:
+        """Raise ValueError for everything that is known to be wrong without torch."""
+        _check_whole("batch", self.batch)
+        if not self.keep_rates:
+            raise ValueError("give at least one keep rate")
+        _check_keep_rates(self.keep_rates)
+        self.options_of([method for method, _ in compared_methods(self.methods)])
+        check_image(self.image)
+        self._check_common()
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSettings(_Common):
+    """Settings of a plan. None and empty stand for a choice made from the model, the machine and the time.
+
+    Attributes:
+        method: a name in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a norm (``radial`` is ``radial-l2``).
+        keep_rates: each in (0, 1].
+        batches: images in a batch.
+        round_to: ``"auto"`` times rounded token counts too where reduction pays; a number measures counts rounded up to
+            a multiple of it throughout; ``"none"`` leaves them alone.
+        seconds: rounds are added until about this long after the start, if ``rounds`` is None. Compiling comes on top.
+        graphs: replay CUDA graphs.
+
+    The others are those of :class:`CompareSettings`.
+    """
+
+    method: str = "topk"
+    keep_rates: tuple[float, ...] = ()
+    batches: tuple[int, ...] = ()
+    round_to: str = "auto"
+    seconds: float = 60.0
+    graphs: bool = False
+
+    @property
+    def variant(self) -> str:
+        """The method as one name: ``radial-l2`` for ``radial``."""
+        found = compared_methods([self.method])
+        method, options = found[1] if len(found) > 1 else found[0]
+        return "-".join([method, *options.values()])
+
+    @property
+    def multiple(self) -> int | None:
+        """What the counts are rounded up to throughout, if to anything."""
+        return int(self.round_to) if re.fullmatch("[0-9]{1,18}", self.round_to) else None
+
+    def check(self) -> None:
+        """Raise ValueError for everything that is known to be wrong without torch."""
+        for batch in self.batches:
+            _check_whole("batch", batch)
+        if self.round_to not in ("auto", "none") and self.multiple is None:
+            raise ValueError(f"--round-to takes a number, auto or none, got {self.round_to!r}")
+        _check_whole("round-to", self.multiple)
+        _check_keep_rates(self.keep_rates)
+        self.options_of([self.variant.partition("-")[0]])
+        if self.graphs and self.device is not None and device_name(self.device) == "cpu":
+            raise ValueError(f"CUDA graphs need a CUDA device, and this runs on {self.device!r}")
+        self._check_common()

@@ -1,0 +1,197 @@
+"""cluster_k_medoids: both kernels against reference in the interpreter, under the sanitizer."""
+
+import pytest
+import torch
+
+from fastreduce import ops
+from fastreduce.kernels import cluster_k_medoids as kernels
+from fastreduce.kernels._squares import squared_lengths
+from tests.helpers.budget import EPS, assert_within_budget
+from tests.helpers.inputs import DTYPES, seeded, tokens
+
+NAN, INF = float("nan"), float("inf")
+
+
+def on_a_line(batch, num_tokens, channels, *, dtype=torch.float32, seed=0):
+    """Whole numbers along one axis: every distance and every sum of distances is exact, and many are tied."""
+    x = torch.zeros(batch, num_tokens, channels)
+    x[..., channels // 2] = torch.randint(-9, 10, (batch, num_tokens), generator=seeded(seed)).float()
+    return x.to(dtype)
+
+
+def dyadic(batch, num_tokens, *, seed=1, high=9):
+    """Few different weights, of which products and sums are exact."""
+    return torch.randint(0, high, (batch, num_tokens), generator=seeded(seed)).float() / 4
+
+
+def check(x, weights, k, **options):
+    ours = ops.cluster_k_medoids(x, weights, k, backend="triton", **options)
+    expected = ops.cluster_k_medoids(x, weights, k, backend="reference", **options)
+    for kernel, reference in zip(ours, expected, strict=True):
+        assert kernel.dtype == torch.int64
+        assert kernel.is_contiguous()
+        assert torch.equal(kernel, reference)
+    return ours
+
+
+@pytest.mark.parametrize("cost", ["all", "members"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "num_tokens", "channels", "k"), [(2, 17, 8, 5), (3, 5, 1, 1), (1, 70, 33, 21), (1, 40, 12, 40)]
+)
+def test_exact_distances_with_ties(batch, num_tokens, channels, k, dtype, cost):
+    x = on_a_line(batch, num_tokens, channels, dtype=dtype)
+    weights = dyadic(batch, num_tokens)
+    for iters in (0, 1, 3):
+        check(x, weights.to(dtype), k, iters=iters, cost=cost)
+    check(x, None, k, first=num_tokens // 2, cost=cost)
+
+
+@pytest.mark.parametrize("cost", ["all", "members"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "channels", "k"), [(30, 64, 7), (141, 20, 60)])
+def test_random_tokens(num_tokens, channels, k, dtype, cost):
+    check(tokens(1, num_tokens, channels, dtype=dtype), torch.rand(1, num_tokens, generator=seeded()), k, cost=cost)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_random_tokens_of_equal_weight(dtype):
+    check(tokens(2, 44, 24, dtype=dtype), None, 9, first=5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_few_tokens(k):
+    check(on_a_line(2, k, 4), dyadic(2, k), k)
+    check(on_a_line(2, k, 4), None, k, cost="members")
+
+
+def test_empty_batch():
+    centers, label = check(torch.zeros(0, 9, 4), torch.zeros(0, 9), 3)
+    assert (centers.shape, label.shape) == ((0, 3), (0, 9))
+    check(torch.zeros(0, 9, 4), None, 3)
+
+
+@pytest.mark.parametrize("cost", ["all", "members"])
+def test_more_tokens_than_one_block(cost, monkeypatch):
+    monkeypatch.setattr(kernels, "cluster_tile", lambda num_tokens: kernels.ClusterTile(16, 4, 4))
+    check(on_a_line(1, 53, 4), dyadic(1, 53), 19, cost=cost)
+    check(on_a_line(1, 53, 4), None, 19, cost=cost, first=52)
+
+
+def test_a_longer_sequence():
+    assert kernels.cluster_tile(600).block_n < 600
+    check(on_a_line(1, 600, 4, dtype=torch.float16), dyadic(1, 600, high=400), 40, iters=1)
+
+
+@pytest.fixture
+def nothing_stored(monkeypatch):
+    """Few tokens take the way of many."""
+    monkeypatch.setattr(kernels, "STORED", 0)
+
+
+@pytest.mark.usefixtures("nothing_stored")
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("cost", ["all", "members"])
+class TestDistancesComputedAgain:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_exact_distances_with_ties(self, dtype, cost):
+        x = on_a_line(2, 70, 33, dtype=dtype)
+        check(x, dyadic(2, 70).to(dtype), 40, cost=cost)
+        check(x[:1, ::2, 7:], None, 21, iters=1, first=11, cost=cost)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_random_tokens(self, dtype, cost):
+        x = tokens(3, 38, 20, dtype=dtype)
+        weights = torch.rand(3, 38, generator=seeded())
+        check(x[:1], None, 7, first=5, cost=cost)
+        for whole, alone in zip(check(x, weights, 7, cost=cost), check(x[2:], weights[2:], 7, cost=cost), strict=True):
+            assert torch.equal(whole[2:], alone)
+        # Far from zero rounding leaves a token a distance to itself, which must not decide between two members.
+        check(tokens(1, 60, 4, dtype=dtype) + 50, 1 + torch.rand(1, 60, generator=seeded()) / 10, 25, cost=cost)
+
+    @pytest.mark.parametrize("bad", [NAN, INF])
+    def test_tokens_that_are_not_finite(self, bad, cost):
+        for places in ([3], list(range(31))):
+            x = on_a_line(1, 31, 4)
+            x[:, places, 1] = bad
+            check(x, dyadic(1, 31), 8, iters=1, cost=cost)
+            check(x, None, 8, iters=1, cost=cost, first=3)
+
+    def test_empty_batch(self, cost):
+        check(torch.zeros(0, 9, 4), torch.zeros(0, 9), 3, cost=cost)
+
+
+@pytest.mark.parametrize("cost", ["all", "members"])
+def test_all_tokens_equal(cost):
+    """The first center takes every token; every other cluster is empty and takes token 0."""
+    centers, label = check(torch.ones(1, 9, 4), torch.arange(9.0).unsqueeze(0), 3, cost=cost)
+    assert centers.tolist() == [[0, 0, 0]]
+    assert label.tolist() == [[0] * 9]
+
+
+@pytest.mark.parametrize("cost", ["all", "members"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_tokens_that_are_not_finite(bad, dtype, cost):
+    for places in ([3], [0, 30], list(range(31))):
+        x = on_a_line(1, 31, 4, dtype=dtype)
+        x[:, places, 1] = bad
+        check(x, dyadic(1, 31), 8, cost=cost)
+        check(x, None, 8, cost=cost, first=3)
+
+
+@pytest.mark.parametrize("cost", ["all", "members"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+def test_weights_that_are_not_usual(cost):
+    x = on_a_line(1, 29, 4)
+    weights = dyadic(1, 29)
+    weights[:, [2, 5]] = NAN
+    weights[:, [4, 7]] = -0.0
+    weights[:, [9, 10]] = -1.5
+    weights[:, 11] = INF
+    for k in (3, 20, 29):
+        check(x, weights, k, cost=cost)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_strides(dtype):
+    wide, weights = on_a_line(2, 40, 24, dtype=dtype), dyadic(2, 80)
+    by_sequence = on_a_line(19, 2, 8, dtype=dtype).transpose(0, 1)
+    not_dense = on_a_line(2, 8, 19, dtype=dtype).mT
+    for x in (wide[:, 1:20, 8:16], wide[:, ::2][:, :19, 5:20], by_sequence, not_dense, wide[:1, :19].expand(2, -1, -1)):
+        for of_tokens in (weights[:, 3:22], weights[:, ::2][:, :19], weights[:1, :19].expand(2, -1), None):
+            check(x, of_tokens, 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "channels"), [(37, 40), (70, 131)])
+def test_distances(num_tokens, channels, dtype):
+    x, weights = tokens(1, num_tokens, channels, dtype=dtype), torch.rand(1, num_tokens, generator=seeded(3))
+    cost, centers = torch.empty(1, num_tokens), torch.empty(1, num_tokens, dtype=torch.int64)
+    distance = kernels.token_distances(x, squared_lengths(x), weights, cost, centers)
+    assert torch.isinf(distance[:, :, num_tokens:]).all()
+    distance = distance[:, :, :num_tokens]
+    # |a|^2 + |b|^2 - 2ab leaves the rounding of |a|^2 on the diagonal, in the released code too; its root is large.
+    noise = distance.diagonal(dim1=1, dim2=2).square()
+    assert (noise <= 8 * EPS[torch.float32] * x.float().square().sum(2)).all()
+    apart = ~torch.eye(num_tokens, dtype=torch.bool)
+    plain, exact = torch.cdist(x.float(), x.float()), torch.cdist(x.double(), x.double())
+    assert_within_budget(distance[:, apart], plain[:, apart], exact[:, apart], steps=2)
+    torch.testing.assert_close(cost, distance.sum(2) * weights)
+    assert torch.equal(centers, ops.select_topk(weights, num_tokens, backend="reference"))
+
+
+@pytest.mark.parametrize("cost", ["all", "members"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_batch_invariance_and_determinism(weighted, cost):
+    x = tokens(4, 35, 20, dtype=torch.float16)
+    weights = torch.rand(4, 35, generator=seeded()) if weighted else None
+
+    def run(part):
+        of_tokens = None if weights is None else weights[part]
+        return ops.cluster_k_medoids(x[part], of_tokens, 9, cost=cost, first=2, backend="triton")
+
+    for whole, again, alone in zip(run(slice(None)), run(slice(None)), run(slice(2, 3)), strict=True):
+        assert torch.equal(whole, again)
+        assert torch.equal(whole[2:3], alone)
