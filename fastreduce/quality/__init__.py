@@ -1,7 +1,7 @@
 """What a reduction costs: outputs held against the unreduced model's, and accuracy before and after."""
 
 from .accuracy import Accuracy, paired_accuracy
-from .measures import MEASURES, Fidelity, fidelity
+from .measures import MEASURES, Fidelity, fidelities, fidelity
 from .outputs import Outputs, model_outputs, unreduced_copy
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Accuracy",
     "Fidelity",
     "Outputs",
+    "fidelities",
     "fidelity",
     "model_outputs",
     "paired_accuracy",

@@ -97,7 +97,7 @@ def sample_images(crops: int = 2) -> ImageSet:
         tuple(f"{name} {boxes.index(box, 0) // len(photos) + 1}" for name, _, box in chosen),
         openers,
         boxes,
-        source=f"{len(chosen)} crops of {len(photos)} photographs of {libraries}",
+        source=f"photographs of {libraries}",
     )
 
 
@@ -136,7 +136,7 @@ def folder_images(folder: str, classes: int = 0, most: int | None = None) -> Ima
         tuple(_opener(path) for path in files),
         (_BOXES[0],) * len(files),
         labels,
-        source=f"{len(files)} pictures of {root.name or folder}",
+        source=f"of {len(files)} in {root.name or folder}",
         note=note,
     )
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +17,7 @@ from ..recording import is_patched
 from .accuracy import Accuracy, paired_accuracy
 from .outputs import Outputs, check_kind, model_outputs, unreduced_copy
 
-__all__ = ["MEASURES", "Fidelity", "fidelity", "image_fidelity"]
+__all__ = ["MEASURES", "Fidelity", "fidelities", "fidelity", "image_fidelity"]
 
 # name: whether more is better
 MEASURES = {
@@ -193,23 +195,72 @@ def fidelity(
             raise ValueError("the model is not patched: call fastreduce.patch first, or give the unreduced model")
         unreduced = unreduced_copy(model)
     check_kind(unreduced)
-    parts: dict[str, list[Tensor]] = {}
-    right: tuple[list[Tensor], list[Tensor]] = ([], [])
+    collected = _Collected()
     with _evaluating(model, unreduced):
         for batch, targets in _batches(images, labels, batch_size):
             before = model_outputs(unreduced, _moved(batch, unreduced), last=False)
-            after = model_outputs(model, _moved(batch, model))
-            after = Outputs(*(None if value is None else value.to(before.pooled.device) for value in after))  # type: ignore[arg-type]
-            for name, values in image_fidelity(before, after).items():
-                parts.setdefault(name, []).append(values.cpu())
-            if targets is not None:
-                for side, outputs in zip(right, (before, after), strict=True):
-                    side.append(_correct(outputs.logits, targets))
-    if not parts:
-        raise ValueError("no images were given")
-    found = {name: torch.cat(rows) for name, rows in parts.items()}
-    accuracy = paired_accuracy(torch.cat(right[0]), torch.cat(right[1])) if right[0] else None
-    return Fidelity(found, accuracy)
+            collected.add(before, model_outputs(model, _moved(batch, model)), targets)
+    return collected.fidelity()
+
+
+class _Collected:
+    """What is known of the images so far: a few numbers each."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+        self.right: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def add(self, before: Outputs, after: Outputs, targets: Tensor | None) -> None:
+        """Take the outputs of one batch, and its labels if there are any."""
+        place = before.pooled.device
+        after = Outputs(*(None if value is None else value.to(place) for value in after))  # type: ignore[arg-type]
+        for name, values in image_fidelity(before, after).items():
+            self.parts.setdefault(name, []).append(values.cpu())
+        if targets is not None:
+            for side, outputs in zip(self.right, (before, after), strict=True):
+                side.append(_correct(outputs.logits, targets))
+
+    def fidelity(self) -> Fidelity:
+        """Return all of it; ValueError if there was no image."""
+        if not self.parts:
+            raise ValueError("no images were given")
+        values = {name: torch.cat(rows) for name, rows in self.parts.items()}
+        accuracy = paired_accuracy(torch.cat(self.right[0]), torch.cat(self.right[1])) if self.right[0] else None
+        return Fidelity(values, accuracy)
+
+
+def fidelities(
+    unreduced: nn.Module,
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    seconds: float = math.inf,
+    progress: Callable[[int], None] = lambda images: None,
+) -> dict[str, Fidelity]:
+    """Hold several patched models against one, on the same images.
+
+    Args:
+        unreduced: the model that they are held against.
+        models: patched, by name.
+        batches: as :func:`fidelity` takes them.
+        seconds: no batch is begun after so many, except the first.
+        progress: called with the number of images that are done.
+
+    Returns:
+        The fidelity of each, all on the same images.
+    """
+    collected = {name: _Collected() for name in models}
+    started, images = time.perf_counter(), 0
+    with _evaluating(unreduced, *models.values()):
+        for batch, targets in _batches(batches, None, 1):
+            if images and time.perf_counter() - started > seconds * images / (images + len(batch)):
+                break
+            before = model_outputs(unreduced, _moved(batch, unreduced), last=False)
+            for name, model in models.items():
+                collected[name].add(before, model_outputs(model, _moved(batch, model)), targets)
+            images += len(batch)
+            progress(images)
+    return {name: one.fidelity() for name, one in collected.items()}
 
 
 def _moved(images: Tensor, model: nn.Module) -> Tensor:

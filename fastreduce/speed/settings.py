@@ -85,10 +85,18 @@ def _sources_of_timm() -> str:
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
-def check_model(name: str, pretrained: bool) -> None:
-    """Raise ValueError for a model that timm does not have; one of a hub has to be asked for by ``pretrained``."""
+def check_model(name: str, pretrained: bool | None) -> None:
+    """Raise ValueError for a model that timm does not have, or one of a hub that must not be asked.
+
+    A name of timm's (``timm:`` may stand before it) or of a hub's (``hf-hub:``), or a folder in timm's layout.
+    """
+    name = name.removeprefix("timm:")
+    if os.path.isdir(name) or name.startswith("local-dir:"):
+        return
+    if name.startswith("hf:"):
+        raise ValueError(f"model {name!r} is one of transformers: patch it in Python; the commands build timm's models")
     if ":" in name:
-        if not pretrained:
+        if pretrained is False:
             raise ValueError(f"model {name!r} would be downloaded: give --pretrained if that is wanted")
         return
     base, sources = name.partition(".")[0], _sources_of_timm()
@@ -123,7 +131,12 @@ class _Common:
 
     Attributes:
         model: a timm Vision Transformer.
-        checkpoint: a file with its weights; ``pretrained``: let timm download them.
+        checkpoint: a file with its weights.
+        pretrained: let timm download them; None: if it can, and take random weights if not.
+        images: a folder of pictures for fidelity; None for photographs of scikit-learn and scikit-image.
+        image_count: how many of them; None for as many as fit into the time.
+        at_least: the fidelity that a setting must keep, in (0, 1].
+        at_most_lost: instead, the points of accuracy that it may lose, where ``images`` has labels.
         at: blocks at which the stages stand, from 0; None for a quarter, half and three quarters of the depth.
         rounds: None for as many as fit into ``seconds`` after the start, three at least.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None for a GPU if there is one.
@@ -134,7 +147,11 @@ class _Common:
 
     model: str = "deit_small_patch16_224"
     checkpoint: str | None = None
-    pretrained: bool = False
+    pretrained: bool | None = False
+    images: str | None = None
+    image_count: int | None = None
+    at_least: float | None = None
+    at_most_lost: float | None = None
     at: tuple[int, ...] | None = None
     rounds: int | None = None
     device: str | None = None
@@ -165,6 +182,17 @@ class _Common:
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint)
         check_model(self.model, self.pretrained)
+        _check_whole("image-count", self.image_count)
+        if self.images is not None and not os.path.isdir(self.images):
+            raise ValueError(f"--images: there is no folder {self.images!r}")
+        if self.at_least is not None and not 0 < self.at_least <= 1:
+            raise ValueError(f"at-least must lie in (0, 1], got {self.at_least:g}")
+        if self.at_most_lost is not None and not 0 <= self.at_most_lost <= 100:
+            raise ValueError(f"at-most-lost takes points of accuracy, 0 to 100, got {self.at_most_lost:g}")
+        if self.at_least is not None and self.at_most_lost is not None:
+            raise ValueError("give either --at-least or --at-most-lost")
+        if self.at_most_lost is not None and self.images is None:
+            raise ValueError("--at-most-lost needs --images with class folders: without labels there is no accuracy")
 
     def options_of(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the options that were given for these methods, by method; ValueError for what none of them has."""

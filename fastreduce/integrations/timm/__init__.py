@@ -1,7 +1,7 @@
 """Reduce the tokens of a timm Vision Transformer, in place and reversibly. The only package that imports timm."""
 
 from ...recording import Record, Stage, is_patched, record, reducer_of
-from .models import create_model, imagenet_indices, input_config, model_names
+from .models import create_model, create_pretrained, imagenet_indices, input_config, model_names
 from .patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Stage",
     "config_of",
     "create_model",
+    "create_pretrained",
     "imagenet_indices",
     "input_config",
     "is_patched",
