@@ -204,6 +204,7 @@ def save_tradeoff(
     subtitle: str = "",
     note: str = "",
     chosen: tuple[str, str] | None = None,
+    y_label: str = "fidelity: mean cosine of what the head reads",
 ) -> None:
     """Write a PNG of fidelity against speed-up, a line for every method.
 
@@ -214,6 +215,7 @@ def save_tradeoff(
         subtitle: in grey below that.
         note: a line of small print at the foot.
         chosen: label of a line and of a point in it, which gets a ring.
+        y_label: of the axis of fidelity.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -239,7 +241,7 @@ def save_tradeoff(
             words[-1], (speeds[-1], values[-1]), (4, -9), textcoords="offset points", fontsize=7, color=colour
         )
     axes.set_xlabel("times as fast as the unreduced model", fontsize=9)
-    axes.set_ylabel("fidelity: mean cosine of what the head reads", fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
     axes.tick_params(labelsize=8.5)
     axes.grid(color="#e4e4e4", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)

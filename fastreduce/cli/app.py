@@ -15,6 +15,7 @@ from .output import INTERRUPTED, print_error
 from .plan import plan
 from .screen import Page, hush, is_full
 from .tables import print_methods
+from .tune import tune
 
 __all__ = ["app"]
 
@@ -102,3 +103,4 @@ def methods() -> None:
 
 app.command()(compare)
 app.command()(plan)
+app.command()(tune)

@@ -138,7 +138,7 @@ class Entry:
         return f"{self.label} {self.keep_rate:g}".replace(" ", "-")
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = device_name(name)
@@ -158,7 +158,7 @@ def _deciding(method: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if (method, name) not in _HOW_NOT_WHAT}
 
 
-class _Built(NamedTuple):
+class Built(NamedTuple):
     """A model, where its weights come from in words, and what a checkpoint has for the layers of a method.
 
     ``random`` says whether the weights are; ``note`` why, if others were wanted.
@@ -171,7 +171,7 @@ class _Built(NamedTuple):
     note: str = ""
 
 
-def _build_model(settings: Settings) -> _Built:
+def build_model(settings: Any) -> Built:
     """Build the model of the settings. Where pretrained weights are only wished for, random ones will do."""
     name, note, wanted = settings.model.removeprefix("timm:"), "", settings.pretrained
     if os.path.isdir(name):
@@ -184,7 +184,7 @@ def _build_model(settings: Settings) -> _Built:
     if wanted is None and settings.checkpoint is None:
         model, reason = create_pretrained(name)
         if model is not None:
-            return _Built(model.eval(), "pretrained weights", {})
+            return Built(model.eval(), "pretrained weights", {})
         note = f"pretrained weights cannot be had ({reason}), so they are random"
         torch.manual_seed(settings.seed)
     pretrained = bool(wanted) and settings.checkpoint is None
@@ -202,10 +202,10 @@ def _build_model(settings: Settings) -> _Built:
         layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
         load_official(model, state)
         chosen = f" ({read.taken})" if len(read.sets) > 1 else ""
-        return _Built(model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers)
+        return Built(model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers)
     if pretrained:
-        return _Built(model, "pretrained weights", {})
-    return _Built(model, f"random weights (seed {settings.seed})", {}, True, note)
+        return Built(model, "pretrained weights", {})
+    return Built(model, f"random weights (seed {settings.seed})", {}, True, note)
 
 
 def _share(model: nn.Module) -> Any:
@@ -305,7 +305,7 @@ class Comparison:
         variants = compared_methods(settings.methods)
         self.method_options = settings.options_of([method for method, _ in variants])
         self.refused: dict[str, str] = {}
-        self.device = _device(settings.device)
+        self.device = device_of(settings.device)
         self.dtype = DTYPES[settings.dtype]
         try:
             self.backend = resolve(
@@ -317,7 +317,7 @@ class Comparison:
             torch.set_num_threads(settings.threads)
         self.memory_kept = self.device.type == "cpu" and keep_memory()
         self.photo = _open_photo(settings.image)
-        built = _build_model(settings)
+        built = build_model(settings)
         model, self.weights, self.method_layers = built.model, built.weights, built.layers
         self.random_weights, self.note = built.random, built.note
         self.model = model.to(self.device, self.dtype)

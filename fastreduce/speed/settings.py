@@ -23,6 +23,7 @@ __all__ = [
     "ROUNDS_FOR_A_SPREAD",
     "CompareSettings",
     "PlanSettings",
+    "TuneSettings",
     "check_checkpoint",
     "check_image",
     "check_model",
@@ -284,4 +285,43 @@ class PlanSettings(_Common):
         self.options_of([self.variant.partition("-")[0]])
         if self.graphs and self.device is not None and device_name(self.device) == "cpu":
             raise ValueError(f"CUDA graphs need a CUDA device, and this runs on {self.device!r}")
+        self._check_common()
+
+
+MEASURES = ("pooled_cosine", "class_cosine", "patch_cosine", "patch_cosine_last", "agreement", "kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneSettings(_Common):
+    """Settings of a search for schedules.
+
+    Attributes:
+        methods: names in ``fastreduce.REDUCERS``.
+        batch: images in the batch that is timed.
+        speed_up: how many times as fast the model has to become; None for a row of speed-ups.
+        measure: the measure of fidelity that counts.
+        seconds: not used by a search, which takes as long as its tables take.
+
+    The others are those of :class:`CompareSettings`; ``at`` is what is searched.
+    """
+
+    methods: tuple[str, ...] = ()
+    batch: int = 8
+    speed_up: float | None = None
+    measure: str = "pooled_cosine"
+    seconds: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for everything that is known to be wrong without torch."""
+        _check_whole("batch", self.batch)
+        one_of("measure", self.measure, MEASURES)
+        if self.speed_up is not None and not 1 < self.speed_up < math.inf:
+            raise ValueError(f"speed-up must be above 1, got {self.speed_up:g}")
+        if self.speed_up is not None and (self.at_least is not None or self.at_most_lost is not None):
+            raise ValueError("give one of --speed-up, --at-least and --at-most-lost")
+        if self.at_least is not None and self.measure == "kl":
+            raise ValueError("--at-least takes a fidelity, which kl is not: give another --measure")
+        if self.image_count == 1:
+            raise ValueError("image-count must be at least 2: half of the images check what the others found, got 1")
+        self.options_of([method for method, _ in compared_methods(self.methods)])
         self._check_common()

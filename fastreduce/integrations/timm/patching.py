@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,6 +11,7 @@ from timm.models import vision_transformer as vit
 from torch import nn
 
 from ...backends import check_backend
+from ...config import read_config
 from ...recording import is_patched, patched_model, reducer_of
 from ...reducers import Reducer, make_reducer
 from ...reducers.schedule import Keep, KeepRate
@@ -81,12 +83,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def patch(
     model: Model,
-    method: str,
+    method: str | None = None,
     *,
     keep_rate: KeepRate = None,
     keep: Keep = None,
     at: int | Sequence[int] | None = None,
     backend: str = "auto",
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """Reduce the tokens of a timm Vision Transformer, in place.
@@ -104,6 +107,7 @@ def patch(
         keep: instead, the numbers of patch tokens kept, one for each stage.
         at: blocks at which the stages stand, from 0; the default is a quarter, half and three quarters of the depth.
         backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
+        config: in place of all these, a JSON file that ``fastreduce tune`` wrote, or what :func:`config_of` returned.
         **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
             ``packed`` (no padding between images), ``points``. ``tome``: ``r``, ``rounds``, ``prop_attn``.
             ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``,
@@ -127,6 +131,13 @@ def patch(
         Hooks: what stands in the blocks is called wherever the block itself would call it, on all tokens if it is not
         one of timm's own layers. Forward hooks on a block get :class:`Tokens`, whose ``.x`` is the tensor.
     """
+    if config is not None:
+        given = {"method": method, "keep_rate": keep_rate, "keep": keep, "at": at, **options}
+        if doubled := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"config holds the arguments: give either config or {', '.join(doubled)}")
+        return patch(model, **{"backend": backend, **read_config(config)})
+    if method is None:
+        raise TypeError("give a method, or a config")
     check_backend(backend)
     _check_model(model)
     shape = shape_of(model)

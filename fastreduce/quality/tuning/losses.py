@@ -48,19 +48,35 @@ class Calibration:
         self.entering = [block_inputs(self.model, images[rows]) for rows in self.parts]
         self.before: list[Outputs] = [model_outputs(self.model, images[rows], last=False) for rows in self.parts]
 
-    def measures(self, method: str, **arguments: Any) -> dict[str, Tensor]:
-        """(N,) of every measure, of a schedule that :func:`fastreduce.patch` takes."""
+    def measured(self, method: str, **arguments: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Measure a schedule that :func:`fastreduce.patch` takes.
+
+        Returns:
+            (N,) of every measure, and (N,) top-1 classes of the unreduced and of the reduced model, -1 without a head.
+        """
         found: dict[str, list[Tensor]] = {}
+        classes: tuple[list[Tensor], list[Tensor]] = ([], [])
         with patched(self.model, method, **arguments) as model:
             for rows, entering, before in zip(self.parts, self.entering, self.before, strict=True):
                 after = model_outputs(model, self.images[rows], entering=entering)
                 for name, values in image_fidelity(before, after).items():
                     found.setdefault(name, []).append(values.cpu())
-        return {name: torch.cat(values) for name, values in found.items()}
+                for side, outputs in zip(classes, (before, after), strict=True):
+                    none = outputs.pooled.new_full((len(outputs.pooled),), -1, dtype=torch.int64)
+                    side.append((none if outputs.logits is None else outputs.logits.argmax(1)).cpu())
+        joined = {name: torch.cat(parts) for name, parts in found.items()}
+        return joined, torch.cat(classes[0]), torch.cat(classes[1])
 
     def loss(self, measure: str, method: str, **arguments: Any) -> float:
-        """Return the mean of 1 - measure over the images, or of the measure itself where less of it is better."""
-        mean = float(self.measures(method, **arguments)[measure].double().mean())
+        """Return the mean of 1 - measure over the images, or of the measure itself where less of it is better.
+
+        Raises:
+            ValueError: a measure that the model does not have.
+        """
+        values, _, _ = self.measured(method, **arguments)
+        if measure not in values:
+            raise ValueError(f"this model has no {measure}; it has {', '.join(values)}")
+        mean = float(values[measure].double().mean())
         return max(0.0, 1 - mean if MEASURES[measure] else mean)
 
 
