@@ -2,9 +2,9 @@
 
     python -m bench.tuning --json bench/results/tune-saliency-DATE.json
 
-The network is the one of ``bench.quality``. The search sees crops of scikit-learn's and scikit-image's photographs; both
-schedules are then measured on the ImageNet photographs in the wheel ``foolbox``, by features and by saliency error, and
-timed in turns.
+The network is the one of ``bench.quality``. The search sees crops of scikit-learn's and scikit-image's photographs.
+Both schedules are then measured on the ImageNet photographs in the wheel ``foolbox``, by features and by saliency
+error, and timed in turns.
 """
 
 from __future__ import annotations

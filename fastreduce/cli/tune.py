@@ -245,12 +245,19 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
             words = f"does not beat the paper's schedule on unseen images ({ahead:+.3f}, {faster:.2f} times as fast)"
         lines.append(f"{name}: {words}.")
     if result["chosen"] is None:
-        fastest = max((row["measured"]["speedup"] for row in result["choices"]), default=1.0)
-        lines.append(f"Nothing here pays and keeps what was asked for (fastest: {fastest:.2f} times): do not reduce.")
+        fastest = max((row["measured"]["speedup"] for row in result["choices"]), default=0.0)
+        words = f"; the fastest measured is {fastest:.2f} times as fast" if fastest else _by_the_tables(result)
+        lines.append(f"Do not reduce: nothing here pays and keeps what was asked for{words}.")
     lines += [f"Not searched: {name}: {reason}." for name, reason in result["refused"].items()]
     if result["random_weights"]:
         lines.append("The weights are random: the schedule says nothing about a trained model.")
     return lines
+
+
+def _by_the_tables(result: Mapping[str, Any]) -> str:
+    """Say how fast the fastest schedule could be, where none was worth measuring."""
+    most = max((one["speedup"] for front in result["fronts"].values() for one in front), default=1.0)
+    return f"; by the table of times no schedule is more than {most:.2f} times as fast at this batch"
 
 
 def _save_plot(result: Mapping[str, Any], file: Path) -> None:

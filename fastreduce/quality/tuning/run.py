@@ -113,13 +113,14 @@ class Tuner:
         self.measure_name = measure
         self.batch, self.images = batch, torch.cat([seen, unseen])
         self.patches = int(model.patch_embed.num_patches)  # type: ignore[union-attr, arg-type]
+        self._least_rate = max(0.25, round((2 / self.patches) ** (1 / 3), 2))  # below it, r³ would leave no token
         self.counts = count_levels(self.patches, LEVELS)
         self.saved, self.key = saved, dict(key or {})
         self.refused: dict[str, str] = {}
         self.methods: dict[str, dict[str, Any]] = {}
         for name, arguments in methods.items():
             try:
-                with patched(shared_copy(model), keep_rate=0.7, **arguments):
+                with patched(self.seen.model, keep_rate=0.7, **arguments):
                     self.methods[name] = dict(arguments)
             except ValueError as error:
                 self.refused[name] = str(error)
@@ -207,7 +208,7 @@ class Tuner:
         table, measured, pairs = self.losses[name], {}, []
         for _ in range(_FITS):
             front = self._search(name)
-            for rate in PROBES:
+            for rate in (max(rate, self._least_rate) for rate in PROBES):
                 paper = self.paper(name, rate)
                 pairs = [(paper.at, paper.keep), self._within(front, self.times.of(name, paper.at, paper.keep))]
                 for at, keep in pairs:
@@ -233,9 +234,8 @@ class Tuner:
 
     def paper(self, name: str, rate: float) -> Choice:
         """Return the paper's schedule of a keep rate: r, r², r³ at a quarter, half and three quarters of the depth."""
-        model = shared_copy(self.model)
-        patch(model, keep_rate=rate, **self.methods[name])
-        at, counts = tuple(model.reducers.blocks), tuple(reduced_counts(model))
+        with patched(self.seen.model, keep_rate=rate, **self.methods[name]) as model:
+            at, counts = tuple(model.reducers.blocks), tuple(reduced_counts(model))
         seconds, loss = self.times.of(name, at, counts), self.losses[name].of(at, counts)
         return Choice(
             name,
@@ -252,7 +252,7 @@ class Tuner:
 
     def _paper_of_time(self, name: str, seconds: float) -> Choice:
         """Return the paper's schedule that takes as long by the table, or the next slower one."""
-        low, high = 0.25, 1.0
+        low, high = self._least_rate, 1.0
         for _ in range(12):
             middle = (low + high) / 2
             one = self.paper(name, round(middle, 4))
