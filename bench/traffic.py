@@ -61,7 +61,6 @@ KNOWN_TRAFFIC = {
     "cluster_k_medoids forward deit_tiny-50": Known(1.71, "as above, with tiles of 64 of which 49 rows are tokens"),
     "received_scores forward": Known(1.36, _PAST_THE_END),
     "received_scores forward deit_tiny-50": Known(1.47, "as above, with tiles of 64 of which 50 rows are tokens"),
-    "received_scores backward": Known(1.81, f"{_PAST_THE_END}; a step loads its rows for each of its two products"),
     "sinkhorn_merge forward": Known(1.25, _NORMS_APART),
     "sinkhorn_merge forward deit_tiny-50": Known(1.4, "as above, where one tile holds all clusters"),
     "sample_tokens forward": Known(7.5, "one program an image searches a table of a few KiB that it has just written"),

@@ -133,6 +133,8 @@ def _obstacle(tensors: tuple[Tensor, ...]) -> str | None:
     """Return why the Triton kernels cannot take these tensors, or None."""
     if not HAS_TRITON:
         return "triton is not installed"
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return "an ONNX graph cannot hold Triton's kernels"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         return "kernels do not take part in transforms of torch.func (vmap, grad, jvp)"
     for tensor in tensors:

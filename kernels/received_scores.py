@@ -1,4 +1,4 @@
-"""Attention that every key receives, without the attention matrix: two launches forward, two backward.
+"""Attention that every key receives, without the attention matrix: two launches.
 
 Up to ``MAX_PARTS`` blocks of queries, the programs that normalise the rows also leave the column sums of their block,
 and a second launch adds these up: parallel over heads, images and blocks of queries. Up to 256 keys (64 in float32) a
@@ -56,16 +56,6 @@ def column_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
     return logit_tile(64, 64, head_dim, dtype)
 
 
-@functools.cache
-def gradient_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """The accumulator of a gradient takes up to 32 registers a thread; 64 rows spill at some head dimensions.
-
-    Of float32 whose last 16 channels are not all there, 32 of the other rows spill a few words too.
-    """
-    short = dtype == torch.float32 and head_dim > 64 and head_dim % 16 != 0
-    return logit_tile(32, 16 if short else 32, head_dim, dtype)
-
-
 @triton.jit
 def _dots(
     own_rows,  # (BLOCK_OWN, 1) pointers
@@ -96,8 +86,8 @@ def _dots(
 def row_softmax_kernel(
     q,  # (B, H, M, D)
     k,  # (B, H, N, D)
-    logsumexp,  # (B, H, M) float32, contiguous
-    parts,  # (B, H, P, W) float32, contiguous, W >= N
+    logsumexp,  # (B, H, M) float32, contiguous, or None with parts
+    parts,  # (B, H, P, W) float32, contiguous, W >= N, or None
     scale,
     queries,
     keys,
@@ -110,13 +100,12 @@ def row_softmax_kernel(
     k_stride_n,
     D: tl.constexpr,
     UNIT: tl.constexpr,
-    WITH_PARTS: tl.constexpr,
     ONE_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head. The logsumexp of each, and what every key receives from them all."""
+    """One program: BLOCK_M queries of one head. What every key receives from them, or the logsumexp of each."""
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -129,7 +118,8 @@ def row_softmax_kernel(
     q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
     query = tl.load(q_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
     k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
-    received = parts + (row * tl.num_programs(0) + part) * width
+    if parts is not None:
+        received = parts + (row * tl.num_programs(0) + part) * width
     if ONE_TILE:
         offsets_n = tl.arange(0, BLOCK_N)
         in_n = offsets_n < keys
@@ -139,7 +129,6 @@ def row_softmax_kernel(
         maximum = tl.max(logits, 1)
         weights = tl.exp(logits - maximum[:, None])
         total = tl.sum(weights, 1)
-        tl.store(logsumexp + row * queries + offsets_m, maximum + tl.log(total), mask=in_m)
         inverse = tl.where(in_m, 1.0 / total, 0.0)
         tl.store(received + offsets_n, tl.sum(weights * inverse[:, None], 0), mask=offsets_n < width)
     else:
@@ -155,8 +144,9 @@ def row_softmax_kernel(
             running_sum += tl.sum(tl.exp(logits - new_max[:, None]), 1)
             running_max = new_max
         lse = running_max + tl.log(running_sum)
-        tl.store(logsumexp + row * queries + offsets_m, lse, mask=in_m)
-        if WITH_PARTS:
+        if logsumexp is not None:
+            tl.store(logsumexp + row * queries + offsets_m, lse, mask=in_m)
+        if parts is not None:
             lse = tl.where(in_m, lse, float("inf"))
             for start in range(0, keys, BLOCK_N):
                 offsets_n = start + tl.arange(0, BLOCK_N)
@@ -236,149 +226,23 @@ def column_sum_kernel(
     tl.store(scores + batch * keys + offsets_n, tl.sum(received, 1), mask=offsets_n < keys)
 
 
-@direct
-@triton.jit
-def grad_q_kernel(
-    grad,  # (B, N)
-    q,  # (B, H, M, D)
-    k,  # (B, H, N, D)
-    logsumexp,  # (B, H, M) float32, contiguous
-    mean,  # (B, H, M) float32, contiguous
-    grad_q,  # (B, M, H, D), contiguous
-    scale,
-    queries,
-    keys,
-    grad_stride_b,
-    grad_stride_n,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    D: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALL_D: tl.constexpr,
-):
-    """One program: BLOCK_M queries of one head. First the mean of the upstream gradient under their attention."""
-    head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
-    offsets_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets_d = tl.arange(0, BLOCK_D)
-    channels = tl.arange(0, ALL_D)
-    in_m = offsets_m < queries
-    q_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT)
-    q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
-    query = tl.load(q_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
-    k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
-    saved = (batch * heads + head) * queries + offsets_m
-    lse = tl.load(logsumexp + saved, mask=in_m, other=float("inf"))[:, None]
-    upstream = grad + batch * grad_stride_b
-
-    weighted = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, keys, BLOCK_N):
-        offsets_n = start + tl.arange(0, BLOCK_N)
-        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
-        slope = tl.load(upstream + offsets_n.to(tl.int64) * grad_stride_n, mask=offsets_n < keys, other=0.0)
-        attention = tl.exp(_dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale - lse)
-        weighted += tl.sum(attention * slope.to(tl.float32)[None, :], 1)
-    tl.store(mean + saved, weighted, mask=in_m)
-
-    acc = tl.zeros((BLOCK_M, ALL_D), tl.float32)
-    for start in range(0, keys, BLOCK_N):
-        offsets_n = start + tl.arange(0, BLOCK_N)
-        in_n = offsets_n < keys
-        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
-        slope = tl.load(upstream + offsets_n.to(tl.int64) * grad_stride_n, mask=in_n, other=0.0)
-        attention = tl.exp(_dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale - lse)
-        grad_logits = attention * (slope.to(tl.float32)[None, :] - weighted[:, None])
-        grad_logits = tl.where(in_n[None, :], grad_logits, 0.0)
-        key = tl.load(rows + channels[None, :], mask=(channels < D)[None, :], other=0.0)
-        acc = tl.dot(grad_logits, key.to(tl.float32), acc, input_precision=PRECISION)
-    target = ((batch * queries + offsets_m[:, None]) * heads + head) * D + channels[None, :]
-    mask = in_m[:, None] & (channels < D)[None, :]
-    tl.store(grad_q + target, (acc * scale).to(grad_q.dtype.element_ty), mask=mask)
-
-
-@direct
-@triton.jit
-def grad_k_kernel(
-    grad,  # (B, N)
-    q,  # (B, H, M, D)
-    k,  # (B, H, N, D)
-    logsumexp,  # (B, H, M) float32, contiguous
-    mean,  # (B, H, M) float32, contiguous
-    grad_k,  # (B, N, H, D), contiguous
-    scale,
-    queries,
-    keys,
-    grad_stride_b,
-    grad_stride_n,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    D: tl.constexpr,
-    UNIT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ALL_D: tl.constexpr,
-):
-    """One program: BLOCK_N keys of one head, over the queries."""
-    head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1)
-    batch = tl.program_id(2).to(tl.int64)
-    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offsets_d = tl.arange(0, BLOCK_D)
-    channels = tl.arange(0, ALL_D)
-    in_n = offsets_n < keys
-    k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
-    k_rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
-    key = tl.load(k_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
-    q_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT)
-    slope = tl.load(grad + batch * grad_stride_b + offsets_n.to(tl.int64) * grad_stride_n, mask=in_n, other=0.0)
-    slope = slope.to(tl.float32)[:, None]
-
-    acc = tl.zeros((BLOCK_N, ALL_D), tl.float32)
-    for start in range(0, queries, BLOCK_M):
-        offsets_m = start + tl.arange(0, BLOCK_M)
-        in_m = offsets_m < queries
-        rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
-        saved = (batch * heads + head) * queries + offsets_m
-        lse = tl.load(logsumexp + saved, mask=in_m, other=float("inf"))
-        weighted = tl.load(mean + saved, mask=in_m, other=0.0)
-        attention = tl.exp(_dots(k_rows, key, rows, D, BLOCK_N, BLOCK_M, BLOCK_D) * scale - lse[None, :])
-        grad_logits = attention * (slope - weighted[None, :])
-        query = tl.load(rows + channels[None, :], mask=(channels < D)[None, :], other=0.0)
-        acc = tl.dot(grad_logits, query.to(tl.float32), acc, input_precision=PRECISION)
-    target = ((batch * keys + offsets_n[:, None]) * heads + head) * D + channels[None, :]
-    mask = in_n[:, None] & (channels < D)[None, :]
-    tl.store(grad_k + target, (acc * scale).to(grad_k.dtype.element_ty), mask=mask)
-
-
 @in_parts("q", "k")
-def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two launches; q (B, H, M, D), k (B, H, N, D), dense last axes -> scores (B, N), logsumexp (B, H, M)."""
+def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """Two launches; q (B, H, M, D), k (B, H, N, D), dense last axes -> scores (B, N)."""
     batch, heads, keys, head_dim = k.shape
     queries = q.shape[2]
     scores = torch.empty(batch, keys, dtype=torch.float32, device=k.device)
-    logsumexp = torch.empty(batch, heads, queries, dtype=torch.float32, device=k.device)
-    if logsumexp.numel() == 0:
-        return scores.zero_(), logsumexp
+    if batch == 0 or queries == 0:
+        return scores.zero_()
     tile = row_tile(keys, head_dim, q.dtype)
     num_parts = cdiv(queries, tile.block_own)
     with_parts = num_parts <= MAX_PARTS
     width = 16 * cdiv(keys, 16)  # aligned rows: wide loads
-    parts = torch.empty(batch, heads, num_parts if with_parts else 0, width, dtype=torch.float32, device=k.device)
+    logsumexp = parts = None
+    if with_parts:
+        parts = torch.empty(batch, heads, num_parts, width, dtype=torch.float32, device=k.device)
+    else:
+        logsumexp = torch.empty(batch, heads, queries, dtype=torch.float32, device=k.device)
     # Blocks of queries vary fastest: neighbouring programs read the same keys.
     row_softmax_kernel[(num_parts, heads, batch)](
         q,
@@ -393,7 +257,6 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
         *k.stride()[:3],
         D=head_dim,
         UNIT=unit_of(q, k),
-        WITH_PARTS=with_parts,
         ONE_TILE=with_parts and keys <= tile.block_other,
         BLOCK_M=tile.block_own,
         BLOCK_N=tile.block_other,
@@ -405,7 +268,7 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
         sum_parts_kernel[(cdiv(keys, 64), batch)](
             parts, scores, heads * num_parts, keys, width, BLOCK_P=16, BLOCK_N=64, num_warps=4
         )
-        return scores, logsumexp
+        return scores
     tile = column_tile(head_dim, q.dtype)
     column_sum_kernel[(cdiv(keys, tile.block_own), batch)](
         q,
@@ -426,37 +289,4 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> tuple[tor
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return scores, logsumexp
-
-
-@in_parts("grad", "q", "k", "logsumexp")
-def received_scores_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, logsumexp: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two launches; grad (B, N) of any strides -> gradients of q (B, H, M, D) and of k (B, H, N, D)."""
-    batch, heads, keys, head_dim = k.shape
-    queries = q.shape[2]
-    grad_q = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device)
-    grad_k = torch.empty(batch, keys, heads, head_dim, dtype=k.dtype, device=k.device)
-    if logsumexp.numel() == 0:
-        return grad_q.transpose(1, 2), grad_k.zero_().transpose(1, 2)
-    mean = torch.empty_like(logsumexp)
-    tile = gradient_tile(head_dim, q.dtype)
-    shape = (scale, queries, keys, *grad.stride(), *q.stride()[:3], *k.stride()[:3])
-    settings = {
-        "D": head_dim,
-        "UNIT": unit_of(q, k),
-        # Half precision would lose small gradients on the way; the ten bits of tf32 keep float32's range.
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "BLOCK_D": tile.block_d,
-        "ALL_D": max(next_power_of_2(head_dim), 16),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-    grad_q_kernel[(cdiv(queries, tile.block_own), heads, batch)](
-        grad, q, k, logsumexp, mean, grad_q, *shape, BLOCK_M=tile.block_own, BLOCK_N=tile.block_other, **settings
-    )
-    grad_k_kernel[(cdiv(keys, tile.block_own), heads, batch)](
-        grad, q, k, logsumexp, mean, grad_k, *shape, BLOCK_M=tile.block_other, BLOCK_N=tile.block_own, **settings
-    )
-    return grad_q.transpose(1, 2), grad_k.transpose(1, 2)
+    return scores

@@ -21,7 +21,7 @@ FLOORS = (
     {"reducers"},
     {"recording"},
     {"integrations"},
-    {"speed", "quality", "study"},
+    {"deploy", "speed", "quality", "study"},
     {"cli"},
 )
 DOORS = {"__init__", "__main__"}

@@ -50,7 +50,7 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
 
 
 def _tiles(inputs: Inputs, scored: bool = False) -> Any:
-    from fastreduce.kernels.attention import attention_tiles
+    from fastreduce.kernels._attention import attention_tiles
 
     with_options = scored or any(name in inputs for name in ("bias", "index", "offsets"))
     return attention_tiles(inputs["q"].shape[3], inputs["q"].dtype, aligned=True, with_options=with_options)
@@ -77,8 +77,8 @@ def _policy_backward_tiled(inputs: Inputs) -> int:
     return _backward_tiled(inputs) + nbytes(inputs["policy"])
 
 
-def _call(**arguments: Any) -> Outputs:
-    return (ops.attention(**arguments),)
+def _call(operator: Callable[..., Tensor] = ops.attention, **arguments: Any) -> Outputs:
+    return (operator(**arguments),)
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -231,9 +231,7 @@ def _make_plain(shape: Shape, generator: torch.Generator) -> Inputs:
 
 def _scores(kind: str) -> tuple[Callable[..., Outputs], Callable[[Inputs], Outputs], Callable[[Inputs], Outputs]]:
     """Ours, the whole matrix, and PyTorch's attention beside our small kernel for the scores alone."""
-
-    def call(**arguments: Any) -> Outputs:
-        return ops.attention_scores(**arguments, kind=kind)
+    call: Callable[..., Outputs] = ops.attention_cls_scores if kind == "class" else ops.attention_received_scores
 
     def plain(inputs: Inputs) -> Outputs:
         q, k, v = inputs.values()
@@ -273,7 +271,7 @@ _COMMON: dict[str, Any] = {"floor": _floor, "gradients": ("q", "k", "v"), "backw
 ATTENTION = Primitive(
     "attention",
     make=_make,
-    call=_call,
+    call=functools.partial(_call, ops.attention_policy),
     plain=_plain,
     **(_COMMON | {"gradients": ("q", "k", "v", "policy")}),
     tiled=_tiled,
@@ -304,7 +302,7 @@ ATTENTION_INDEX = Primitive(
 ATTENTION_PACKED = Primitive(
     "attention_packed",
     make=_make_packed,
-    call=_call,
+    call=functools.partial(_call, ops.attention_packed),
     plain=_plain_packed,
     floor=_packed_floor,
     gradients=("q", "k", "v"),
@@ -353,15 +351,20 @@ def _launch(head_dim: int, dtype: torch.dtype, aligned: bool, call: str, bias: s
         options |= {"offsets": tuple(torch.zeros(2, 4, dtype=torch.int32)), "longest": (tokens, tokens)}
     if len(used) == 2:
         options["num_out"] = tokens
-    if call in ("class", "received"):
-        options["kind"] = call
     if bias:
         options["policy" if bias == "policy" else "bias"] = torch.zeros(images, tokens)
     leaves = [heads(tokens).requires_grad_() for _ in "qkv"]
     if bias in ("policy", "learned"):
         leaves.append(options["policy" if bias == "policy" else "bias"].requires_grad_())
-    name = {"": "attention", "logsumexp": "attention_logsumexp"}.get(call, "attention_scores")
-    made = getattr(ops, name)(*leaves[:3], **options, backend="triton")
+    kind = "policy" if bias == "policy" else "packed" if "offsets" in used else call
+    operators = {
+        "": ops.attention,
+        "policy": ops.attention_policy,
+        "packed": ops.attention_packed,
+        "class": ops.attention_cls_scores,
+        "received": ops.attention_received_scores,
+    }
+    made = operators[kind](*leaves[:3], **options, backend="triton")
     outs = made if isinstance(made, tuple) else (made,)
     torch.autograd.grad(outs, leaves, [heads(outs[0].shape[2]), *map(torch.zeros_like, outs[1:])])
 
@@ -374,7 +377,6 @@ def every_launch() -> Iterator[tuple[str, torch.dtype, bool, Callable[[], None]]
     uses: list[tuple[str, str, tuple[str, ...]]] = [("", "policy", ())]
     for bias in ("", "constant", "learned"):
         uses += [("", bias, used) for used in ((), ("index",), ("offsets",), ("index", "offsets"))]
-        uses += [("logsumexp", bias, used) for used in ((), ("index",))]
         uses += [("class", bias, ()), ("received", bias, ())]
     for head_dim, dtype, aligned in itertools.product(HEAD_DIMS, DTYPES.values(), (True, False)):
         for call, bias, used in uses:

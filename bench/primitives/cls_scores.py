@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, packed_qkv, randn
 from bench.primitives.gather_packed import ragged_valid
@@ -71,21 +74,31 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(*inputs.values(), *outputs, *gradients)
 
 
-def _call(**arguments: Any) -> Outputs:
-    return (ops.cls_scores(**arguments),)
+def _call(operator: Callable[..., Tensor], **arguments: Any) -> Outputs:
+    return (operator(**arguments),)
 
 
 CLS_SCORES = Primitive(
     "cls_scores",
     make=_make,
-    call=_call,
+    call=functools.partial(_call, ops.cls_scores),
     plain=_plain,
     floor=_floor,
     gradients=("q", "k"),
     backward_floor=_backward_floor,
 )
-CLS_VALUE_SCORES = Primitive("cls_scores_value", make=_make_value, call=_call, plain=_plain_value, floor=_floor)
+CLS_VALUE_SCORES = Primitive(
+    "cls_scores_value",
+    make=_make_value,
+    call=functools.partial(_call, ops.cls_value_scores),
+    plain=_plain_value,
+    floor=_floor,
+)
 
 CLS_VALUE_SCORES_PACKED = Primitive(
-    "cls_scores_packed", make=_make_packed, call=_call, plain=_plain_packed, floor=_floor_packed
+    "cls_scores_packed",
+    make=_make_packed,
+    call=functools.partial(_call, ops.cls_value_scores_packed),
+    plain=_plain_packed,
+    floor=_floor_packed,
 )

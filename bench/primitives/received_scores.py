@@ -35,20 +35,15 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
     return nbytes(*inputs.values(), *outputs)
 
 
-def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    return nbytes(*inputs.values(), *outputs, *gradients)
-
-
-def _sweep(own: Tensor, other: Tensor, tile: Any, dots: int = 1, sums: int = 0) -> int:
+def _sweep(own: Tensor, other: Tensor, tile: Any, dots: int = 1) -> int:
     """Rows in tiles of their own, each of which walks over all the others, for ``dots`` products with them.
 
-    If one step of a product takes all channels, the own rows are read once, and sums of the other rows find these
-    loaded; else the own rows are read at every step, and the others once more for each of the ``sums``.
+    If one step of a product takes all channels, the own rows are read once; else at every step.
     """
     tiles, steps = math.ceil(own.shape[2] / tile.block_own), math.ceil(other.shape[2] / tile.block_other)
     if own.shape[3] <= tile.block_d:
         return nbytes(own) + dots * tiles * nbytes(other)
-    return dots * steps * nbytes(own) + (dots + sums) * tiles * nbytes(other)
+    return dots * steps * nbytes(own) + dots * tiles * nbytes(other)
 
 
 def _tiled(inputs: Inputs) -> int:
@@ -64,17 +59,6 @@ def _tiled(inputs: Inputs) -> int:
     return _sweep(q, k, tile) + _sweep(k, q, column_tile(head_dim, q.dtype)) + scores
 
 
-def _backward_tiled(inputs: Inputs) -> int:
-    """Twice ceil(M / BLOCK_M) times K, once for the mean of the upstream gradient; ceil(N / BLOCK_N) times Q."""
-    from fastreduce.kernels.received_scores import gradient_tile
-
-    q, k = inputs["q"], inputs["k"]
-    batch, _, keys, head_dim = k.shape
-    tile = gradient_tile(head_dim, q.dtype)
-    upstream = batch * keys * torch.float32.itemsize
-    return _sweep(q, k, tile, dots=2, sums=1) + _sweep(k, q, tile, sums=1) + upstream + nbytes(q, k)
-
-
 def _call(**arguments: Any) -> Outputs:
     return (ops.received_scores(**arguments),)
 
@@ -85,9 +69,6 @@ RECEIVED_SCORES = Primitive(
     call=_call,
     plain=_plain,
     floor=_floor,
-    gradients=("q", "k"),
-    backward_floor=_backward_floor,
     tiled=_tiled,
-    backward_tiled=_backward_tiled,
     others={"flash-colreduce": Other(_flash_colreduce, on_cpu=False, backward=False, module="flash_colreduce")},
 )

@@ -1,4 +1,7 @@
-"""``cls_scores``: how much the class token attends to every patch token, without the attention matrix."""
+"""How much the class token attends to every patch token, without the attention matrix.
+
+``cls_scores`` averages over heads; ``cls_value_scores`` weighs by the lengths of values and sums.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from ._check import check_bool, check_count, check_floating, check_same, check_s
 from ._library import differentiates_again, gradients_again, register, wants_gradient
 from .gather_packed import check_offsets
 
-__all__ = ["cls_scores"]
+__all__ = ["cls_scores", "cls_value_scores", "cls_value_scores_packed"]
 
 
 def _fake_forward(
@@ -107,42 +110,195 @@ def cls_scores_unchecked(
     *,
     prefix: int = 1,
     scale: float | None = None,
-    value: Tensor | None = None,
     valid: Tensor | None = None,
-    offsets: Tensor | None = None,
-    longest: int | None = None,
     backend: Resolved,
 ) -> Tensor:
     """:func:`cls_scores` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
-    by_reference = backend == "reference"
-    if value is not None:
-        q, k, value = q.detach(), k.detach(), value.detach()
-        if offsets is not None and longest is not None:
-            packed = reference.cls_value_scores_packed if by_reference else _value_packed
-            return packed(q, k, value, offsets, longest, prefix, scale)
-        forward = reference.cls_value_scores if by_reference else _value_forward
-        return forward(q, k, value, valid, prefix, scale)
-    if by_reference:
+    if backend == "reference":
         return reference.cls_scores(q, k, prefix, scale, valid)
     if wants_gradient(q, k):
         return ClsScores.apply(q, k, prefix, scale, valid)
     return _forward(q, k, prefix, scale, valid)[0]
 
 
-def _check_packed(
+def cls_value_scores_unchecked(
     q: Tensor,
     k: Tensor,
-    value: Tensor | None,
-    valid: Tensor | None,
+    value: Tensor,
+    *,
+    prefix: int = 1,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    backend: Resolved,
+) -> Tensor:
+    """:func:`cls_value_scores` without checks, by the backend named."""
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    forward = reference.cls_value_scores if backend == "reference" else _value_forward
+    return forward(q.detach(), k.detach(), value.detach(), valid, prefix, scale)
+
+
+def cls_value_scores_packed_unchecked(
+    q: Tensor,
+    k: Tensor,
+    value: Tensor,
     offsets: Tensor,
-    longest: Any,
-    prefix: Any,
-) -> tuple[int, int]:
-    """Raise if they do not fit together; returns longest and prefix as ints."""
+    longest: int,
+    *,
+    prefix: int = 1,
+    scale: float | None = None,
+    backend: Resolved,
+) -> Tensor:
+    """:func:`cls_value_scores_packed` without checks, by the backend named."""
+    scale = k.shape[3] ** -0.5 if scale is None else scale
+    forward = reference.cls_value_scores_packed if backend == "reference" else _value_packed
+    return forward(q.detach(), k.detach(), value.detach(), offsets, longest, prefix, scale)
+
+
+def _check_qk(q: Tensor, k: Tensor) -> None:
+    check_shape("q", q, "B H D")
+    check_shape("k", k, "B H N D")
+    check_floating("q", q)
+    check_same("q", q, "k", k, dtype=True)
+
+
+def _check(q: Tensor, k: Tensor, prefix: Any, valid: Tensor | None) -> int:
+    """Raise if they do not fit together; returns the prefix as an int."""
+    _check_qk(q, k)
+    batch, heads, tokens, head_dim = k.shape
+    if shape_of(q) != (batch, heads, head_dim):
+        raise ValueError(f"q must have shape {(batch, heads, head_dim)} to go with k {shape_of(k)}, got {shape_of(q)}")
+    if min(heads, tokens, head_dim) < 1:
+        raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
+    prefix = check_count("prefix", prefix, 0, tokens)
+    if valid is not None:
+        check_shape("valid", valid, "B N")
+        check_same("k", k, "valid", valid)
+        check_bool("valid", valid)
+        if shape_of(valid) != (batch, tokens):
+            raise ValueError(f"valid must have shape {(batch, tokens)} to go with k, got {shape_of(valid)}")
+    return prefix
+
+
+def cls_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    prefix: int = 1,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score every patch token by the attention that the class token pays to it, averaged over heads (EViT, section 3).
+
+    Equivalent PyTorch::
+
+        logits = scale * q.unsqueeze(2) @ k.transpose(2, 3)  # (B, H, 1, N)
+        torch.softmax(logits.masked_fill(~valid[:, None, None], -inf), dim=-1)[:, :, 0, prefix:].mean(1)
+
+    Args:
+        q: (B, H, D) the class query of every head. float32, float16, bfloat16 (reference: any).
+        k: (B, H, N, D) all keys, those of the prefix included, in q's dtype. Any strides; with a dense last axis, as a
+            view of a packed qkv has it, nothing is copied.
+        prefix: number of leading keys that take part in the softmax but get no score.
+        scale: factor on the dot products; None means ``D ** -0.5``.
+        valid: (B, N) bool, False for keys that take no part and score exactly 0, or None. At least one key of every
+            image must be valid (not checked; its scores are NaN otherwise).
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, N - prefix), float32 (float64 for float64 inputs). Differentiable in q and k.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. N.
+        TypeError: q or k not floating point, or of two dtypes; valid not bool.
+    """
+    prefix = _check(q, k, prefix, valid)
+    scale = check_scale(scale, k.shape[3])
+    return cls_scores_unchecked(q, k, prefix=prefix, scale=scale, valid=valid, backend=resolve(backend, q, k))
+
+
+def cls_value_scores(
+    q: Tensor,
+    k: Tensor,
+    value: Tensor,
+    *,
+    prefix: int = 1,
+    scale: float | None = None,
+    valid: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score every patch token by the class token's attention times the length of its value, summed over heads.
+
+    These are the significance scores of ATS (section 3), which :func:`sample_tokens` takes as they are. They choose
+    indices, and have no gradient.
+
+    Equivalent PyTorch::
+
+        logits = scale * q.unsqueeze(2) @ k.transpose(2, 3)  # (B, H, 1, N)
+        attention = torch.softmax(logits.masked_fill(~valid[:, None, None], -inf), dim=-1)[:, :, 0, prefix:]
+        (attention * value.norm(dim=-1)[:, :, prefix:]).sum(1).detach()
+
+    Args:
+        q: (B, H, D) the class query of every head, as for :func:`cls_scores`.
+        k: (B, H, N, D) all keys.
+        value: (B, H, N, D) value vectors of any strides, in q's dtype.
+        prefix: number of leading keys that take part in the softmax but get no score.
+        scale: factor on the dot products; None means ``D ** -0.5``.
+        valid: (B, N) bool as for :func:`cls_scores`, or None.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, N - prefix), float32 (float64 for float64 inputs), without gradient.
+
+    Raises:
+        ValueError: as :func:`cls_scores`, and if value has not k's shape.
+        TypeError: as :func:`cls_scores`, and if value has another dtype.
+    """
+    prefix = _check(q, k, prefix, valid)
+    scale = check_scale(scale, k.shape[3])
+    check_shape("value", value, "B H N D")
+    check_same("k", k, "value", value, dtype=True)
+    if shape_of(value) != shape_of(k):
+        raise ValueError(f"value must have k's shape {shape_of(k)}, got {shape_of(value)}")
+    backend = resolve(backend, q, k)
+    return cls_value_scores_unchecked(q, k, value, prefix=prefix, scale=scale, valid=valid, backend=backend)
+
+
+def cls_value_scores_packed(
+    q: Tensor,
+    k: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    *,
+    prefix: int = 1,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score the patch tokens of packed images, whose keys lie in one row: :func:`cls_value_scores` of every image.
+
+    Args:
+        q: (B, H, D) the class query of every head and image, as for :func:`cls_scores`.
+        k: (1, H, T, D) keys of all images.
+        value: (1, H, T, D) value vectors, in q's dtype.
+        offsets: (B + 1,) int32; the keys of image b are ``offsets[b] .. offsets[b + 1]``, at least ``prefix`` (not
+            checked).
+        longest: the most keys that an image has (not checked).
+        prefix: number of leading keys of every image that take part in the softmax but get no score.
+        scale: factor on the dot products; None means ``D ** -0.5``.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
+
+    Returns:
+        (B, longest - prefix), float32 (float64 for float64 inputs), 0 behind the last token of an image, without
+        gradient.
+
+    Raises:
+        ValueError: wrong shapes, devices that differ, no head or channel, a prefix outside 0 .. longest.
+        TypeError: as :func:`cls_value_scores`, and if offsets are not int32.
+    """
+    _check_qk(q, k)
     check_offsets("offsets", offsets, "k", k)
-    if value is None or valid is not None or longest is None:
-        raise ValueError("with offsets the scores need value and longest, and no valid")
     check_shape("value", value, "1 H T D")
     check_same("k", k, "value", value, dtype=True)
     one, heads, _, head_dim = k.shape
@@ -154,85 +310,7 @@ def _check_packed(
             f"{shape_of(k)} and offsets {shape_of(offsets)}, got {shape_of(q)}"
         )
     longest = check_count("longest", longest, 0, sys.maxsize)
-    return longest, check_count("prefix", prefix, 0, longest)
-
-
-def cls_scores(
-    q: Tensor,
-    k: Tensor,
-    *,
-    prefix: int = 1,
-    scale: float | None = None,
-    value: Tensor | None = None,
-    valid: Tensor | None = None,
-    offsets: Tensor | None = None,
-    longest: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Score every patch token by the attention that the class token pays to it, averaged over heads (EViT, section 3).
-
-    With ``value`` the attention is weighted by the length of the token's value vector and summed over heads, not
-    averaged: the significance scores of ATS (section 3), which :func:`sample_tokens` takes as they are.
-
-    Equivalent PyTorch::
-
-        logits = scale * q.unsqueeze(2) @ k.transpose(2, 3)  # (B, H, 1, N)
-        attention = torch.softmax(logits.masked_fill(~valid[:, None, None], -inf), dim=-1)[:, :, 0, prefix:]
-        attention.mean(1)  # without value
-        (attention * value.norm(dim=-1)[:, :, prefix:]).sum(1)  # with value
-
-    Args:
-        q: (B, H, D) the class query of every head. float32, float16, bfloat16 (reference: any).
-        k: (B, H, N, D) all keys, those of the prefix included, in q's dtype. Any strides; with a dense last axis, as a
-            view of a packed qkv has it, nothing is copied.
-        prefix: number of leading keys that take part in the softmax but get no score.
-        scale: factor on the dot products; None means ``D ** -0.5``.
-        value: (B, H, N, D) value vectors of any strides, in q's dtype, or None. With them the result has no gradient.
-        valid: (B, N) bool, False for keys that take no part and score exactly 0, or None. At least one key of every
-            image must be valid (not checked; its scores are NaN otherwise).
-        offsets: (B + 1,) int32 or None. With them the keys of all images are packed: k and value are (1, H, T, D), and
-            those of image b are ``offsets[b] .. offsets[b + 1]``, at least ``prefix`` (not checked). It takes
-            ``value`` and no ``valid``.
-        longest: with ``offsets``, the most keys that an image has (not checked). The result has ``longest - prefix``
-            columns, 0 behind the last token of an image.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
-
-    Returns:
-        (B, N - prefix), float32 (float64 for float64 inputs). Without ``value``, differentiable in q and k.
-
-    Raises:
-        ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. N, offsets without
-            value or longest, or with valid.
-        TypeError: q, k or value not floating point, or of two dtypes; valid not bool; offsets not int32.
-    """
-    check_shape("q", q, "B H D")
-    check_shape("k", k, "B H N D")
-    check_floating("q", q)
-    check_same("q", q, "k", k, dtype=True)
-    batch, heads, tokens, head_dim = k.shape
-    options: dict[str, Any] = {"value": value, "valid": valid, "offsets": offsets}
-    if offsets is not None:
-        longest, prefix = _check_packed(q, k, value, valid, offsets, longest, prefix)
-        chosen = resolve(backend, q, k)
-        scale = check_scale(scale, head_dim)
-        return cls_scores_unchecked(q, k, prefix=prefix, scale=scale, **options, longest=longest, backend=chosen)
-    if longest is not None:
-        raise ValueError(f"longest={longest} goes with offsets only")
-    if shape_of(q) != (batch, heads, head_dim):
-        raise ValueError(f"q must have shape {(batch, heads, head_dim)} to go with k {shape_of(k)}, got {shape_of(q)}")
-    if min(heads, tokens, head_dim) < 1:
-        raise ValueError(f"k must have at least one head, key and channel, got shape {shape_of(k)}")
-    prefix = check_count("prefix", prefix, 0, tokens)
+    prefix = check_count("prefix", prefix, 0, longest)
     scale = check_scale(scale, head_dim)
-    if valid is not None:
-        check_shape("valid", valid, "B N")
-        check_same("k", k, "valid", valid)
-        check_bool("valid", valid)
-        if shape_of(valid) != (batch, tokens):
-            raise ValueError(f"valid must have shape {(batch, tokens)} to go with k, got {shape_of(valid)}")
-    if value is not None:
-        check_shape("value", value, "B H N D")
-        check_same("k", k, "value", value, dtype=True)
-        if shape_of(value) != shape_of(k):
-            raise ValueError(f"value must have k's shape {shape_of(k)}, got {shape_of(value)}")
-    return cls_scores_unchecked(q, k, prefix=prefix, scale=scale, **options, backend=resolve(backend, q, k))
+    backend = resolve(backend, q, k)
+    return cls_value_scores_packed_unchecked(q, k, value, offsets, longest, prefix=prefix, scale=scale, backend=backend)

@@ -15,59 +15,39 @@ from ._library import differentiates_again, gradients_again, register, wants_gra
 __all__ = ["received_scores"]
 
 
-def _reference_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return reference.received_scores(q, k, scale), reference.received_logsumexp(q, k, scale)
+def _fake_forward(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return k.new_empty(k.shape[0], k.shape[2], dtype=reference.accumulator(k.dtype))
 
 
-def _fake_forward(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    dtype = reference.accumulator(k.dtype)
-    return k.new_empty(k.shape[0], k.shape[2], dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
-
-
-def _reference_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    grad_q, grad_k = reference.received_scores_backward(grad, q, k, logsumexp, scale)
+def _backward(grad: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    grad_q, grad_k = reference.received_scores_backward(grad, q, k, scale)
     return grad_q.transpose(1, 2).contiguous().transpose(1, 2), grad_k.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _fake_backward(grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    batch, heads, keys, head_dim = k.shape
-    # The memory order of the packed qkv, so that its gradient can be put together without a transposition.
-    grad_q = q.new_empty(batch, q.shape[2], heads, head_dim).transpose(1, 2)
-    return grad_q, k.new_empty(batch, keys, heads, head_dim).transpose(1, 2)
-
-
 _forward = register(
-    "received_scores(Tensor q, Tensor k, float scale) -> (Tensor, Tensor)",
+    "received_scores(Tensor q, Tensor k, float scale) -> Tensor",
     triton="received_scores.received_scores",
     dense="q k",
-    reference=_reference_forward,
+    reference=reference.received_scores,
     fake=_fake_forward,
-)
-_backward = register(
-    "received_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor logsumexp, float scale) -> (Tensor, Tensor)",
-    triton="received_scores.received_scores_backward",
-    dense="q k",
-    reference=_reference_backward,
-    fake=_fake_backward,
 )
 
 
 class ReceivedScores(torch.autograd.Function):
-    """Gradient: that of the softmax, put together again from q, k and the logsumexp kept by the forward pass."""
+    """Gradient: that of the softmax, by PyTorch, as few need it: one head's blocks of the matrix at a time."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
-        scores, logsumexp = _forward(q, k, scale)
-        ctx.save_for_backward(q, k, logsumexp)
+        ctx.save_for_backward(q, k)
         ctx.scale = scale
-        return scores
+        return _forward(q, k, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, logsumexp = ctx.saved_tensors
+        q, k = ctx.saved_tensors
         if differentiates_again():
             return tuple(gradients_again(reference.received_scores, (q, k, ctx.scale), grads))
-        return *_backward(grads[0], q, k, logsumexp, ctx.scale), None
+        return *_backward(grads[0], q, k, ctx.scale), None
 
 
 def received_scores_unchecked(q: Tensor, k: Tensor, *, scale: float | None = None, backend: Resolved) -> Tensor:
@@ -75,7 +55,7 @@ def received_scores_unchecked(q: Tensor, k: Tensor, *, scale: float | None = Non
     scale = k.shape[3] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.received_scores(q, k, scale)
-    return ReceivedScores.apply(q, k, scale) if wants_gradient(q, k) else _forward(q, k, scale)[0]
+    return ReceivedScores.apply(q, k, scale) if wants_gradient(q, k) else _forward(q, k, scale)
 
 
 def received_scores(q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:

@@ -110,8 +110,8 @@ class ATS(ScheduledReducer):
             return self._attend_packed(block, tokens, tokens.packing, stage)
         prefix, backend = tokens.prefix, tokens.backend
         tokens, normed, (q, k, v), late = early_heads(block, tokens)
-        scores = ops.cls_scores(
-            q[:, :, 0], k, prefix=prefix, scale=block.scale, value=v, valid=tokens.valid, backend=backend
+        scores = ops.cls_value_scores(
+            q[:, :, 0], k, v, prefix=prefix, scale=block.scale, valid=tokens.valid, backend=backend
         )
         index, valid = self._sample(scores, tokens, stage)
         index, seen = self._without_padding(index, valid, prefix)
@@ -133,14 +133,14 @@ class ATS(ScheduledReducer):
         prefix, backend = tokens.prefix, tokens.backend
         tokens, normed, (q, k, v), late = early_heads(block, tokens)
         class_rows = q[0] if q.shape[2] < normed.shape[1] else q[0].index_select(1, packing.offsets[:-1])
-        scores = ops.cls_scores(
+        scores = ops.cls_value_scores_packed(
             class_rows.transpose(0, 1),
             k,
+            v,
+            packing.offsets,
+            packing.longest,
             prefix=prefix,
             scale=block.scale,
-            value=v,
-            offsets=packing.offsets,
-            longest=packing.longest,
             backend=backend,
         )
         index, valid = self._sample(scores, tokens, stage)

@@ -10,7 +10,16 @@ promise no such thing for every shape, nor does a compiled graph.
 
 from ._norm import layer_norm, layer_norm_backward, with_norm
 from ._rows import accumulator, with_prefix
-from .attention import attention, attention_backward, attention_scores, attention_with_sums, key_scores
+from .attention import (
+    attention,
+    attention_backward,
+    attention_policy,
+    attention_policy_backward,
+    attention_policy_with_sums,
+    attention_scores,
+    attention_with_sums,
+    key_scores,
+)
 from .cls_scores import (
     cls_scores,
     cls_scores_backward,
@@ -32,7 +41,6 @@ from .gather_tokens import gather_tokens, scatter_tokens
 from .linear_packed import linear_packed, linear_packed_backward
 from .match_tokens import match_tokens
 from .merge_tokens import (
-    group_slots,
     learned_sizes,
     merge_tokens,
     merge_tokens_backward,
@@ -40,16 +48,20 @@ from .merge_tokens import (
     sum_slots,
     unmerge_tokens,
 )
-from .received_scores import received_logsumexp, received_scores, received_scores_backward
+from .received_scores import received_scores, received_scores_backward
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
-from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_blocks
+from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_inference
+from .slots import group_slots
 from .soft_merge import soft_merge, soft_merge_backward
 
 __all__ = [
     "accumulator",
     "attention",
     "attention_backward",
+    "attention_policy",
+    "attention_policy_backward",
+    "attention_policy_with_sums",
     "attention_scores",
     "attention_with_sums",
     "cls_scores",
@@ -75,7 +87,6 @@ __all__ = [
     "merge_tokens",
     "merge_tokens_backward",
     "merge_tokens_size_backward",
-    "received_logsumexp",
     "received_scores",
     "received_scores_backward",
     "sample_tokens",
@@ -83,7 +94,7 @@ __all__ = [
     "select_topk",
     "sinkhorn_merge",
     "sinkhorn_merge_backward",
-    "sinkhorn_merge_blocks",
+    "sinkhorn_merge_inference",
     "soft_merge",
     "soft_merge_backward",
     "sum_slots",

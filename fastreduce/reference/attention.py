@@ -17,7 +17,16 @@ from ._rows import accumulator, take_rows, with_prefix
 from .gather_packed import gather_packed, gather_packed_backward
 from .gather_tokens import scatter_tokens
 
-__all__ = ["attention", "attention_backward", "attention_scores", "attention_with_sums", "key_scores"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_policy",
+    "attention_policy_backward",
+    "attention_policy_with_sums",
+    "attention_scores",
+    "attention_with_sums",
+    "key_scores",
+]
 
 Offsets = tuple[Tensor, Tensor]  # of queries and keys, (B + 1,) each
 
@@ -86,49 +95,67 @@ def attention_with_sums(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    policy: Tensor | None,
     scale: float,
-    eps: float,
     bias: Tensor | None = None,
     index: Tensor | None = None,
     prefix: int = 0,
     offsets: Offsets | None = None,
     num_out: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`attention`, and for its backward pass three more tensors.
-
-    The maximum of a row plus the logarithm of its denominator (B, H, M), -inf for a query without keys, the denominator
-    (B, H, M), the mean (B, H, D) of v; without a policy the last two are empty.
-    """
-    nothing, nothing_more = (q.new_empty(*q.shape[:2], 0, dtype=accumulator(q.dtype)) for _ in range(2))
+) -> tuple[Tensor, Tensor]:
+    """:func:`attention`, and for its backward pass the logsumexp (B, H, M) of every row, -inf for one without keys."""
     if index is not None:
         q = _chosen(q, index, prefix, offsets, num_out)
+    nothing = q.new_empty(0, dtype=accumulator(q.dtype))
     if offsets is not None:
         outs, sums = [], []
         for m, n in _images(offsets):
-            out, logsumexp, *_ = attention_with_sums(
-                q[:, :, m], k[:, :, n], v[:, :, n], None, scale, eps, None if bias is None else bias[:, n]
+            out, logsumexp = attention_with_sums(
+                q[:, :, m], k[:, :, n], v[:, :, n], scale, None if bias is None else bias[:, n]
             )
             outs.append(out)
             sums.append(logsumexp)
         past = nothing.new_full((1, q.shape[1], q.shape[2] - sum(part.shape[2] for part in sums)), -torch.inf)
-        return _join(outs, q, q.shape[2]), torch.cat([*sums, past], dim=2), nothing, nothing_more
+        return _join(outs, q, q.shape[2]), torch.cat([*sums, past], dim=2)
     if k.shape[2] == 0:
-        return torch.zeros_like(q), nothing.new_full(q.shape[:3], -torch.inf), nothing, nothing_more
+        return torch.zeros_like(q), nothing.new_full(q.shape[:3], -torch.inf)
     bias, seen = (None, None) if bias is None else _seen(bias)
     logits, values = _logits(q, k, scale, bias), v.to(accumulator(v.dtype))
-    if policy is None:
-        logsumexp = logits.logsumexp(-1)
-        out = matmul(torch.exp(logits - logsumexp.unsqueeze(-1)), values)
-        if seen is not None:
-            out, logsumexp = out * seen, logsumexp.masked_fill(~seen.squeeze(-1), -torch.inf)
-        return out.to(q.dtype), logsumexp, nothing, nothing_more
+    logsumexp = logits.logsumexp(-1)
+    out = matmul(torch.exp(logits - logsumexp.unsqueeze(-1)), values)
+    if seen is not None:
+        out, logsumexp = out * seen, logsumexp.masked_fill(~seen.squeeze(-1), -torch.inf)
+    return out.to(q.dtype), logsumexp
+
+
+def attention_policy_with_sums(
+    q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`attention_policy`, and for its backward pass three more tensors.
+
+    The maximum of a row plus the logarithm of its denominator (B, H, M), the denominator (B, H, M), the mean (B, H, D)
+    of v.
+    """
+    logits, values = _logits(q, k, scale), v.to(accumulator(v.dtype))
     maximum = logits.max(-1, keepdim=True).values
     weights = torch.exp(logits - maximum) * _visibility(policy, logits.dtype)
     total = weights.sum(-1, keepdim=True) + eps
     mean = values.mean(2, keepdim=True)
     out = (matmul(weights, values) + eps * mean) / total
     return out.to(q.dtype), (maximum + total.log()).squeeze(-1), total.squeeze(-1), mean.squeeze(2)
+
+
+def attention_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> Tensor:
+    """``out = A v`` with S[m, n] = scale * q[m] k[n] and a policy p that hides keys softly.
+
+    Formula::
+
+        G[m, n] = p[n] + (1 - p[n]) * [m == n]            # every token sees itself
+        E[m, n] = exp(S[m, n] - max_n S[m, n]) * G[m, n]  # the hidden keys count for the maximum
+        A[m, n] = (E[m, n] + eps / N) / (sum_n E[m, n] + eps)
+
+    q, k, v (B, H, N, D), policy (B, N) -> (B, H, N, D).
+    """
+    return attention_policy_with_sums(q, k, v, policy, scale, eps)[0]
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -149,9 +176,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    policy: Tensor | None,
     scale: float,
-    eps: float,
     bias: Tensor | None = None,
     index: Tensor | None = None,
     prefix: int = 0,
@@ -160,13 +185,7 @@ def attention(
 ) -> Tensor:
     """``out = A v``, where A = softmax(S) and S[m, n] = scale * q[m] k[n] + bias[n]; zeros where every bias is -inf.
 
-    With a policy p::
-
-        G[m, n] = p[n] + (1 - p[n]) * [m == n]            # every token sees itself
-        E[m, n] = exp(S[m, n] - max_n S[m, n]) * G[m, n]  # the hidden keys count for the maximum
-        A[m, n] = (E[m, n] + eps / N) / (sum_n E[m, n] + eps)
-
-    q (B, H, M, D), k and v (B, H, N, D), policy and bias (B, N) or None -> (B, H, M, D).
+    q (B, H, M, D), k and v (B, H, N, D), bias (B, N) or None -> (B, H, M, D).
 
     With an index (B, K) the queries are ``q[b, :, row[b, m]]``, row = [0 .. prefix-1, index + prefix]. With offsets B
     is 1, the queries of image i are the rows offsets[0][i] .. offsets[0][i + 1], which see the keys of
@@ -177,12 +196,10 @@ def attention(
         q = _chosen(q, index, prefix, offsets, num_out)
     if offsets is not None:
         pieces = [
-            attention(q[:, :, m], k[:, :, n], v[:, :, n], None, scale, eps, None if bias is None else bias[:, n])
+            attention(q[:, :, m], k[:, :, n], v[:, :, n], scale, None if bias is None else bias[:, n])
             for m, n in _images(offsets)
         ]
         return _join(pieces, q, q.shape[2])
-    if policy is not None:
-        return attention_with_sums(q, k, v, policy, scale, eps)[0]
     if k.shape[2] == 0:
         return q * 0.0
     mask = None if bias is None else bias.to(accumulator(q.dtype))[:, None, None, :]
@@ -193,30 +210,33 @@ def attention(
     return _fused(q.detach(), k.detach(), v.detach(), mask.detach(), scale) + (aside - aside.detach())
 
 
+def _through(
+    q: Tensor, k: Tensor, grad_logits: Tensor, weights: Tensor, upstream: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from those of the logits (B, H, M, N) and of the result."""
+    grad_q = (grad_logits @ k.to(grad_logits.dtype)) * scale
+    grad_k = (grad_logits.transpose(2, 3) @ q.to(grad_logits.dtype)) * scale
+    return grad_q, grad_k, weights.transpose(2, 3) @ upstream
+
+
 def attention_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    policy: Tensor | None,
     out: Tensor,
     logsumexp: Tensor,
-    total: Tensor,
-    mean: Tensor,
     scale: float,
-    eps: float,
     bias: Tensor | None = None,
     index: Tensor | None = None,
     prefix: int = 0,
     offsets: Offsets | None = None,
-    grad_logsumexp: Tensor | None = None,
     grad_scores: Tensor | None = None,
     kind: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the policy or the bias, (B, 0) without one, for grad (B, H, M, D).
+    """Gradients of q, k, v and the bias, (B, 0) without one, for grad (B, H, M, D).
 
-    With a policy the maximum of a row has a gradient too, which goes to the first key that reaches it. The gradients
-    of the logsumexp (B, H, M) and of the ``kind`` of :func:`key_scores` join in, where they are given.
+    The gradient of the ``kind`` of :func:`key_scores` joins in, where it is given.
     """
     num_tokens = q.shape[2]
     if index is not None:
@@ -225,9 +245,8 @@ def attention_backward(
         grads_q, grads_k, grads_v, grads_bias = (torch.zeros_like(t) for t in (q, k, v, k if bias is None else bias))
         for m, n in _images(offsets):
             grads_q[:, :, m], grads_k[:, :, n], grads_v[:, :, n], grad_bias = attention_backward(
-                *(grad[:, :, m], q[:, :, m], k[:, :, n], v[:, :, n], None, out[:, :, m], logsumexp[:, :, m]),
-                *(total, mean, scale, eps, None if bias is None else bias[:, n]),
-                grad_logsumexp=None if grad_logsumexp is None else grad_logsumexp[:, :, m],
+                *(grad[:, :, m], q[:, :, m], k[:, :, n], v[:, :, n], out[:, :, m], logsumexp[:, :, m]),
+                *(scale, None if bias is None else bias[:, n]),
             )
             if bias is not None:
                 grads_bias[:, n] = grad_bias
@@ -241,8 +260,6 @@ def attention_backward(
     slope = upstream @ v.to(dtype).transpose(2, 3)
     # A query without keys has a logsumexp of -inf, and weights of zero.
     weights = torch.exp(logits - logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).unsqueeze(-1))
-    if grad_logsumexp is not None:
-        delta = delta - grad_logsumexp.to(dtype).unsqueeze(-1)
     if grad_scores is not None:
         of_scores = grad_scores.to(dtype)[:, None, None, :]  # (B, 1, 1, N) or (B, 1, 1, N - prefix)
         if kind == "class":
@@ -250,26 +267,46 @@ def attention_backward(
             of_scores = torch.nn.functional.pad(of_scores, (0, 0, 0, q.shape[2] - 1))
         slope = slope + of_scores
         delta = delta + (weights * of_scores).sum(-1, keepdim=True)
-    slope = slope - delta
-    grad_keys = q.new_empty(q.shape[0], 0)
-    if policy is None:
-        grad_logits = weights * slope
-        if bias is not None:
-            grad_keys = grad_logits.sum((1, 2)).to(bias.dtype)
-    else:
-        diagonal = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
-        grad_keys = (weights * slope).masked_fill(diagonal, 0.0).sum((1, 2)).to(policy.dtype)
-        weights = weights * _visibility(policy, dtype)
-        share = eps / total.unsqueeze(-1)
-        of_maximum = share * (upstream @ mean.unsqueeze(-1) - delta)
-        grad_logits = (weights * slope).scatter_add(-1, logits.argmax(-1, keepdim=True), of_maximum)
-        weights = weights + share / policy.shape[1]
-    grad_q = (grad_logits @ k.to(dtype)) * scale
-    grad_k = (grad_logits.transpose(2, 3) @ q.to(dtype)) * scale
-    grad_v = weights.transpose(2, 3) @ upstream
+    grad_logits = weights * (slope - delta)
+    grad_bias = q.new_empty(q.shape[0], 0) if bias is None else grad_logits.sum((1, 2)).to(bias.dtype)
+    grad_q, grad_k, grad_v = _through(q, k, grad_logits, weights, upstream, scale)
     if index is not None:
         grad_q = _back(grad_q, index, prefix, None, num_tokens)
-    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_keys
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_bias
+
+
+def attention_policy_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    policy: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    scale: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the policy for grad (B, H, N, D).
+
+    The maximum of a row has a gradient too, which goes to the first key that reaches it.
+    """
+    logits = _logits(q, k, scale)
+    dtype = logits.dtype
+    upstream = grad.to(dtype)
+    delta = (upstream * out.to(dtype)).sum(-1, keepdim=True)
+    weights = torch.exp(logits - logsumexp.unsqueeze(-1))
+    slope = upstream @ v.to(dtype).transpose(2, 3) - delta
+    diagonal = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
+    grad_policy = (weights * slope).masked_fill(diagonal, 0.0).sum((1, 2)).to(policy.dtype)
+    weights = weights * _visibility(policy, dtype)
+    share = eps / total.unsqueeze(-1)
+    of_maximum = share * (upstream @ mean.unsqueeze(-1) - delta)
+    grad_logits = (weights * slope).scatter_add(-1, logits.argmax(-1, keepdim=True), of_maximum)
+    weights = weights + share / policy.shape[1]
+    grad_q, grad_k, grad_v = _through(q, k, grad_logits, weights, upstream, scale)
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), grad_policy
 
 
 def key_scores(
@@ -290,7 +327,7 @@ def key_scores(
 def attention_scores(
     q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention` without a policy, and what its matrix A (B, H, M, N) says about the keys.
+    """:func:`attention`, and what its matrix A (B, H, M, N) says about the keys.
 
     ``kind="class"``: the attention of query 0, averaged over heads, to the keys after the prefix (B, N - prefix).
     ``kind="received"``: the attention that a key receives, summed over heads and queries (B, N).
@@ -304,7 +341,7 @@ def attention_scores(
             logits = logits + shown.to(dtype).unsqueeze(1)
         scores = torch.softmax(logits, dim=-1)[:, :, prefix:].mean(1)
         scores = scores if seen is None else scores * seen[:, 0, 0]
-        return attention(q, k, v, None, scale, 0.0, bias), scores
+        return attention(q, k, v, scale, bias), scores
     outs, received = [], q.new_zeros(k.shape[0], k.shape[2], dtype=dtype)
     rows = block_rows(k.shape[2])
     for queries, keys, values in zip(q.unbind(1), k.unbind(1), v.to(dtype).unbind(1), strict=True):

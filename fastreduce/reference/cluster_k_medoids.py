@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._blocks import block_rows, joined, row_blocks
-from ._images import is_captured, pair_distances
-from ._rows import accumulator, flat_rows, take_rows
+from ._export import cdist, first_of_slots, lowest_first
+from ._images import image_parts, is_captured
+from ._rows import accumulator, flat_rows
 
 __all__ = ["cluster_k_medoids"]
 
@@ -28,7 +28,7 @@ def _finite(weighted: Tensor) -> Tensor:
     return weighted.nan_to_num(nan=largest, posinf=largest)
 
 
-class _Stored:
+class _Distances:
     """All distances, ``distance_to[b, i, n] = d(n, i)``, and the costs over all tokens (B, N).
 
     By ``torch.cdist``, as the released code; what is not a number counts as infinite.
@@ -38,7 +38,7 @@ class _Stored:
         batch, tokens, _ = x.shape
         self.captured = is_captured()
         if self.captured or x.device.type != "cpu" or not batch:
-            distance = torch.cdist(x, x).nan_to_num(nan=torch.inf, posinf=torch.inf)
+            distance = cdist(x, x).nan_to_num(nan=torch.inf, posinf=torch.inf)
             self.distance_to = distance.mT.contiguous()
             self.costs = (distance if weights is None else distance * weights.unsqueeze(2)).sum(2)
         else:  # image by image: in the cache, and no image's bits depend on the others
@@ -83,49 +83,7 @@ class _Stored:
         return self.together.mul_(self.weighted).sum(1)
 
 
-class _Recomputed:
-    """The same for many tokens: distances are computed again, some tokens at a time, wherever they are needed."""
-
-    def __init__(self, x: Tensor, weights: Tensor | None):
-        self.x, self.weights = x, weights
-        blocks = row_blocks(x.shape[1], x.shape[1])
-        self.costs = joined([self._between(rows, x).sum(2) for rows in blocks])
-        if weights is not None:
-            self.costs = self.costs * weights
-
-    def _between(self, rows: slice, columns: Tensor) -> Tensor:
-        return pair_distances(self.x[:, rows], columns).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-
-    def of(self, index: Tensor) -> Tensor:
-        """Distances (B, N) to one token of each image, index (B,)."""
-        return self._between(slice(None), take_rows(self.x, index.unsqueeze(1))).squeeze(2)
-
-    def nearest(self, centers: Tensor) -> Tensor:
-        """Place (B, N) of the nearest of centers (B, k)."""
-        columns = take_rows(self.x, centers)
-        blocks = row_blocks(self.x.shape[1], centers.shape[1])
-        return joined([_first_nearest(self._between(rows, columns).mT) for rows in blocks])
-
-    def costs_of_members(self, label: Tensor) -> Tensor:
-        """Costs (B, N) over the tokens of each one's own label (B, N)."""
-        costs = []
-        place = torch.arange(self.x.shape[1], device=self.x.device)
-        for rows in row_blocks(self.x.shape[1], self.x.shape[1]):
-            distance = self._between(rows, self.x)
-            weighted = _finite(distance if self.weights is None else distance.mul_(self.weights.unsqueeze(1)))
-            others = label[:, rows].unsqueeze(2) == label.unsqueeze(1)
-            others &= place[rows].unsqueeze(1) != place
-            costs.append(weighted.mul_(others).sum(2))
-        return joined(costs)
-
-
-def _distances(x: Tensor, weights: Tensor | None, k: int, members: bool) -> _Stored | _Recomputed:
-    if x.shape[1] <= block_rows(x.shape[1]):
-        return _Stored(x, weights, k, members)
-    return _Recomputed(x, weights)
-
-
-def _farthest_first(distances: _Stored | _Recomputed, k: int, first: int) -> Tensor:
+def _farthest_first(distances: _Distances, k: int, first: int) -> Tensor:
     """Centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
     batch, _ = distances.costs.shape
     centers = [distances.costs.new_full((batch, 1), first, dtype=torch.int64)]
@@ -141,11 +99,8 @@ def _farthest_first(distances: _Stored | _Recomputed, k: int, first: int) -> Ten
 
 def _first_of_each(order: Tensor, label: Tensor, k: int) -> Tensor:
     """The first token of every cluster in order (B, N); token 0 where a cluster is empty."""
-    batch, tokens = order.shape
-    place = torch.arange(tokens, device=order.device).expand(batch, tokens)
-    first = order.new_full((batch, k), tokens)
-    first = first.scatter_reduce(1, label.gather(1, order), place, "amin")
-    return torch.cat([order, order.new_zeros(batch, 1)], dim=1).gather(1, first)
+    first = first_of_slots(label.gather(1, order), k)
+    return torch.cat([order, order.new_zeros(order.shape[0], 1)], dim=1).gather(1, first)
 
 
 def cluster_k_medoids(
@@ -162,16 +117,26 @@ def cluster_k_medoids(
     the members; a cost or weight that is NaN comes last.
     """
     dtype = accumulator(x.dtype)
-    weights = None if weights is None else weights.to(dtype)
-    distances = _distances(x.to(dtype), weights, k, members)
+    x, weights = x.to(dtype), None if weights is None else weights.to(dtype)
+    parts = image_parts(x.shape[0], 4 * x.element_size() * x.shape[1] ** 2)  # up to four matrices an image
+    if len(parts) == 1:
+        return _cluster(x, weights, k, iters, members, first)
+    found = [_cluster(x[part], None if weights is None else weights[part], k, iters, members, first) for part in parts]
+    centers, labels = zip(*found, strict=True)
+    return torch.cat(centers), torch.cat(labels)
+
+
+def _cluster(x: Tensor, weights: Tensor | None, k: int, iters: int, members: bool, first: int) -> tuple[Tensor, Tensor]:
+    """Cluster images whose distances are in memory together."""
+    distances = _Distances(x, weights, k, members)
     if weights is None:
         centers = _farthest_first(distances, k, first)
     else:
-        centers = torch.sort(-weights, dim=1, stable=True)[1][:, :k]
-    order = torch.sort(distances.costs, dim=1, stable=True)[1]
+        centers = lowest_first(-weights, k)
+    order = lowest_first(distances.costs, x.shape[1])
     for _ in range(iters):
         label = distances.nearest(centers)
         if members:
-            order = torch.sort(distances.costs_of_members(label), dim=1, stable=True)[1]
+            order = lowest_first(distances.costs_of_members(label), x.shape[1])
         centers = _first_of_each(order, label, k)
     return centers, distances.nearest(centers)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ._blocks import joined, split
+from ._export import lowest_first, marks
 from ._images import bmm
 from ._rows import accumulator
 
@@ -21,7 +22,8 @@ def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     for rows in split(a, b.shape[1]):
         similarity = bmm(rows, b.mT).nan_to_num_(WORST)
         if prefix:
-            similarity[:, :, :prefix] = float("-inf")
+            hidden = torch.arange(b.shape[1], device=b.device) < prefix
+            similarity = similarity.masked_fill_(hidden, float("-inf"))
         found.append(similarity.max(dim=-1))
     best, destination = zip(*found, strict=True)
     return joined(best), joined(destination)
@@ -45,8 +47,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     best, destination = _nearest(unit[:, ::2], unit[:, 1::2], prefix_b)
     if prefix_a:
         best = pad(best[:, prefix_a:], (prefix_a, 0), value=float("-inf"))
-    merged_first = torch.sort(best, dim=1, descending=True, stable=True)[1][:, :r]
-    merged = torch.zeros_like(best, dtype=torch.bool).scatter_(1, merged_first, True)
+    merged = marks(lowest_first(-best, r), best.shape[1])
 
     first_b = tokens - r - num_b  # the slot of B's first token if there is no prefix
     stays = (~merged).cumsum(1).add_(prefix - prefix_a - 1)  # the slot of a token of A that is not merged

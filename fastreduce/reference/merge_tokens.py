@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._export import for_onnx, greatest_of_slots, sums_of_slots
 from ._rows import accumulator, add_residual, add_rows, flat_rows, take_rows
 
 __all__ = [
-    "group_slots",
     "learned_sizes",
     "merge_tokens",
     "merge_tokens_backward",
@@ -20,18 +20,6 @@ __all__ = [
 _MAX_LOG_SIZE = 40.0
 
 
-def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    """Tokens grouped by slot, in index order within each.
-
-    slot (B, N) -> order (B, N) int32 and offsets (B, num_out + 1) int32: slot m holds the tokens
-    ``order[b, offsets[b, m] : offsets[b, m + 1]]``. Tokens of slot -1 stand before the first offset.
-    """
-    ordered, order = torch.sort(slot, dim=1, stable=True)
-    bounds = torch.arange(num_out + 1, device=slot.device, dtype=slot.dtype).expand(slot.shape[0], -1).contiguous()
-    offsets = torch.searchsorted(ordered.contiguous(), bounds)
-    return order.int(), offsets.int()
-
-
 def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
     """X (B, N, C) -> (B, num_out, C): sum of the rows of each slot; rows of slot -1 are left out."""
     batch, _, channels = x.shape
@@ -39,6 +27,22 @@ def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
     total = torch.zeros(batch * num_out, channels, dtype=rows.dtype, device=x.device)
     total = add_rows(total, flat_rows(slot.long().clamp_min(0), num_out), rows)
     return total.view(batch, num_out, channels).to(x.dtype)
+
+
+def _sums(x: Tensor, slot: Tensor, num_out: int, size: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The size-weighted sums (B, num_out, C) of x and the sums (B, num_out) of the sizes."""
+    batch, tokens, channels = x.shape
+    if for_onnx():
+        return sums_of_slots(x.to(dtype), None if size is None else size.to(dtype), slot, num_out)
+    weights = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size.to(dtype)
+    # One slot more an image, for the tokens that belong nowhere: a mask would be one more pass over x.
+    place = slot.long()
+    place = torch.where(place < 0, num_out, place)
+    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)
+    rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
+    summed = torch.zeros(batch * (num_out + 1), channels, dtype=dtype, device=x.device)
+    summed = add_rows(summed, flat_rows(place, num_out + 1), rows).view(batch, num_out + 1, channels)[:, :num_out]
+    return summed, total[:, :num_out].contiguous()
 
 
 def merge_tokens(
@@ -56,17 +60,8 @@ def merge_tokens(
     None, head (B, P, C) or None -> head and merged rows (B, P + num_out, C), and the sizes (B, num_out), which carry no
     gradient. An empty slot gives zeros and size 0; tokens of slot -1 are left out.
     """
-    batch, tokens, channels = x.shape
     dtype = accumulator(x.dtype)
-    weights = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size.to(dtype)
-    # One slot more an image, for the tokens that belong nowhere: a mask would be one more pass over x.
-    place = slot.long()
-    place = torch.where(place < 0, num_out, place)
-    total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)
-    total = total[:, :num_out].contiguous()
-    rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
-    summed = torch.zeros(batch * (num_out + 1), channels, dtype=dtype, device=x.device)
-    summed = add_rows(summed, flat_rows(place, num_out + 1), rows).view(batch, num_out + 1, channels)[:, :num_out]
+    summed, total = _sums(x, slot, num_out, size, dtype)
     merged = (summed / _divisor(total, eps).unsqueeze(-1)).to(x.dtype)
     merged = add_residual(merged, residual)
     if head is not None:
@@ -86,8 +81,7 @@ def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor, slot: Tensor, num_out
     logarithm = (rows * weight.to(rows.dtype)).sum(-1) + bias.to(rows.dtype)
     logarithm = logarithm.masked_fill(slot < 0, float("-inf"))
     place = slot.long().clamp_min(0)
-    greatest = logarithm.new_full((x.shape[0], num_out), _MAX_LOG_SIZE)
-    greatest = greatest.scatter_reduce(1, place, logarithm.detach(), "amax")
+    greatest = greatest_of_slots(logarithm.detach(), slot.long(), num_out, _MAX_LOG_SIZE)
     return (logarithm - (greatest - _MAX_LOG_SIZE).gather(1, place)).exp()
 
 

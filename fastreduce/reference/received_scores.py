@@ -9,7 +9,7 @@ from ._blocks import block_rows
 from ._images import bmm
 from ._rows import accumulator
 
-__all__ = ["received_logsumexp", "received_scores", "received_scores_backward"]
+__all__ = ["received_scores", "received_scores_backward"]
 
 
 def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -27,31 +27,15 @@ def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.stack(received, dim=1).sum(1)
 
 
-def received_logsumexp(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``out[b, h, m] = logsumexp_n(scale * q[b, h, m] . k[b, h, n])``, which the backward pass starts from.
-
-    q (B, H, M, D), k (B, H, N, D) -> (B, H, M).
-    """
-    dtype = accumulator(k.dtype)
-    heads = []
-    for queries, keys in zip((q.to(dtype) * scale).unbind(1), k.to(dtype).unbind(1), strict=True):
-        blocks = queries.split(block_rows(k.shape[2]), dim=1)
-        heads.append(torch.cat([torch.logsumexp(bmm(rows, keys.transpose(1, 2)), dim=-1) for rows in blocks], dim=1))
-    return torch.stack(heads, dim=1)
-
-
-def received_scores_backward(
-    grad: Tensor, q: Tensor, k: Tensor, logsumexp: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def received_scores_backward(grad: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients (B, H, M, D) of q and (B, H, N, D) of k for grad (B, N)."""
-    upstream = grad.to(logsumexp.dtype).unsqueeze(1)  # (B, 1, N)
+    dtype = accumulator(k.dtype)
+    upstream = grad.to(dtype).unsqueeze(1)  # (B, 1, N)
     grads_q, grads_k = [], []
-    for head in range(k.shape[1]):
-        queries, keys = q[:, head].to(logsumexp.dtype), k[:, head].to(logsumexp.dtype)
+    for queries, keys in zip(q.to(dtype).unbind(1), k.to(dtype).unbind(1), strict=True):
         grad_k, blocks = torch.zeros_like(keys), []
-        rows = block_rows(k.shape[2])
-        for block, lse in zip(queries.split(rows, dim=1), logsumexp[:, head].split(rows, dim=1), strict=True):
-            attention = torch.exp(scale * block @ keys.transpose(1, 2) - lse.unsqueeze(-1))  # (B, rows, N)
+        for block in queries.split(block_rows(k.shape[2]), dim=1):
+            attention = torch.softmax(scale * block @ keys.transpose(1, 2), dim=-1)  # (B, rows, N)
             mean = (attention * upstream).sum(-1, keepdim=True)
             grad_logits = attention * (upstream - mean) * scale
             blocks.append(grad_logits @ keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._export import for_onnx, marks, nearest_in_row, number_below
 from ._rows import accumulator
 
 __all__ = ["nearest_tokens", "sample_tokens", "sampling_grid"]
@@ -25,6 +26,8 @@ def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
     cdf (B, N) non-decreasing and not negative, grid (B, K), both contiguous -> (B, K) int64. Two binary searches
     instead of a (B, K, N) comparison.
     """
+    if for_onnx():
+        return nearest_in_row(cdf, grid)
     above = torch.searchsorted(cdf, grid)
     below = (above - 1).clamp_(min=0)
     above.clamp_(max=cdf.shape[1] - 1)
@@ -47,9 +50,8 @@ def sample_tokens(scores: Tensor, budget: int, prefix: int, parts: int | None = 
     weights = scores / (scores.sum(1, keepdim=True, dtype=torch.float64).to(scores.dtype) + 1e-6)
     cdf = weights.cumsum(1, dtype=torch.float64).to(scores.dtype)
     grid = sampling_grid(budget, parts, scores.device).to(scores.dtype).expand(batch, -1).contiguous()
-    kept = scores.new_zeros(batch, tokens, dtype=torch.bool)
-    rank = kept.scatter_(1, nearest_tokens(cdf, grid), True).cumsum(1)  # (B, N)
+    rank = marks(nearest_tokens(cdf, grid), tokens).cumsum(1)  # (B, N)
     place = torch.arange(1 - prefix, budget + 1, device=scores.device).expand(batch, -1).contiguous()
     valid = place <= rank[:, -1:]
-    index = torch.searchsorted(rank, place[:, prefix:].contiguous())
+    index = number_below(rank, place[:, prefix:].contiguous())
     return index.masked_fill(~valid[:, prefix:], 0), valid

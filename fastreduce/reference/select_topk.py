@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from ._export import lowest_first
 
 __all__ = ["select_topk"]
 
@@ -11,4 +12,4 @@ __all__ = ["select_topk"]
 def select_topk(scores: Tensor, k: int) -> Tensor:
     """Scores (B, N) -> indices (B, k), best first; ties go to the lower index, NaN counts as the worst score."""
     # Ascending order of the negated scores: that is the direction in which torch sorts NaN last.
-    return torch.sort(-scores, dim=1, stable=True)[1][:, :k]
+    return lowest_first(-scores, k)

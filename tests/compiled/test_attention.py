@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastreduce.kernels import attention as kernels
+from fastreduce.kernels import attention_backward as backward
 from fastreduce.kernels._rows import unit_of
 from tests.compiled.gates import ARCHES, check_gates
 
@@ -22,8 +23,12 @@ HIDDEN = [CLASSES[0], *CLASSES[3:]]
 
 def launches(heads, num_tokens, head_dim, dtype, policy):
     q, k, v = torch.zeros(2, num_tokens, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-    out, *sums = kernels.attention(q, k, v, policy, 0.125, 1e-6)
-    kernels.attention_backward(torch.zeros_like(out), q, k, v, policy, out, *sums, 0.125, 1e-6)
+    if policy is None:
+        out, logsumexp = kernels.attention(q, k, v, 0.125)
+        backward.attention_backward(torch.zeros_like(out), q, k, v, out, logsumexp, 0.125)
+    else:
+        out, *sums = kernels.attention_policy(q, k, v, policy, 0.125, 1e-6)
+        backward.attention_policy_backward(torch.zeros_like(out), q, k, v, policy, out, *sums, 0.125, 1e-6)
 
 
 def check_tensor_cores(report, dtype, head_dim):
@@ -78,15 +83,17 @@ def launch_options(
     hidden = torch.zeros(num_tokens, batch, dtype=dtype).t() if policy else None
     of_keys = torch.zeros(batch, num_tokens) if bias else None
     index = torch.zeros(3 if packed else batch, num_tokens // 2, dtype=torch.int64) if chosen else None
-    offsets = (torch.zeros(4, dtype=torch.int32),) * 2 if packed else None
-    options = (of_keys, index, 1, offsets, (num_tokens, num_tokens))
-    out, logsumexp, *rest = kernels.attention(q, k, v, hidden, 0.125, 1e-6, *options, num_out=num_tokens)
+    offsets = (torch.zeros(4, dtype=torch.int32),) * 2 if packed else (None, None)
+    if hidden is not None:
+        out, *sums = kernels.attention_policy(q, k, v, hidden, 0.125, 1e-6)
+        grad = torch.zeros_like(out) if width is None else rows(out.shape[2])
+        backward.attention_policy_backward(grad, q, k, v, hidden, out, *sums, 0.125, 1e-6)
+        return
+    options = (of_keys, index, 1, *offsets, num_tokens, num_tokens)
+    out, logsumexp = kernels.attention(q, k, v, 0.125, *options, num_out=num_tokens)
     scores = kernels.key_scores(q, k, logsumexp, kind, of_keys, 1, 0.125) if kind else None
     grad = torch.zeros_like(out) if width is None else rows(out.shape[2])
-    kernels.attention_backward(
-        *(grad, q, k, v, hidden, out, logsumexp, *rest, 0.125, 1e-6, *options),
-        *(torch.zeros_like(logsumexp), scores, kind),
-    )
+    backward.attention_backward(grad, q, k, v, out, logsumexp, 0.125, *options, scores, kind)
 
 
 # Those that spilled, or could not load 16 bytes at a time, with other tiles or other hints.

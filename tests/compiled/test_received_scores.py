@@ -44,25 +44,9 @@ def test_gates(shape, dtype, arch):
     check(reports, shape, dtype)
 
 
-# Their settings do not depend on the number of tokens, of which any odd one is compiled alike.
-@pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("head_dim", [64, 72, 256])
-def test_gates_of_the_gradients(head_dim, dtype, arch):
-    shape = (3, 197, head_dim)
-    q, k = packed(*shape, dtype)
-    logsumexp, grad = torch.zeros(2, 3, 197), torch.zeros(2, 197)
-    reports = check_gates(arch, lambda: kernels.received_scores_backward(grad, q, k, logsumexp, 0.125))
-    assert [report.name for report in reports] == ["grad_q_kernel", "grad_k_kernel"]
-    assert all(16 in report.load_bytes for report in reports), reports
-    check(reports, shape, dtype)
-
-
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_gates_of_odd_widths_and_strides(dtype, arch):
     q, k = packed(3, 30, 33, dtype)
     q = q[:, :, :9]
     check_gates(arch, lambda: kernels.received_scores(q, k, 0.125), wide=False)
-    logsumexp, grad = torch.zeros(2, 3, 9), torch.zeros(2, 1).expand(2, 30)
-    check_gates(arch, lambda: kernels.received_scores_backward(grad, q, k, logsumexp, 0.125), wide=False)

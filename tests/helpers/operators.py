@@ -53,7 +53,7 @@ def _index(b: int, n: int, k: int, seed: int = 0) -> torch.Tensor:
 
 
 def _norm(c: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {"weight": _random(c, dtype=dtype, seed=3), "bias": _random(c, dtype=dtype, seed=4), "norm_eps": 1e-6}
+    return {"norm_weight": _random(c, dtype=dtype, seed=3), "norm_bias": _random(c, dtype=dtype, seed=4)}
 
 
 def _gather(b=2, h=2, n=6, c=4, dtype=torch.float64):
@@ -129,6 +129,19 @@ def _cls_value(b=2, h=2, n=6, c=4, dtype=torch.float64):
     return {**_cls(b, h, n, c, dtype), "value": _heads(b, h, n, c, dtype)["v"]}
 
 
+def _cls_value_packed(b=2, h=2, n=6, c=4, dtype=torch.float64):
+    packed, rest = _attention_packed(b, h, n, c, dtype), _cls(b, h, n, c, dtype)
+    return {
+        "q": rest["q"],
+        "k": packed["k"],
+        "value": packed["v"],
+        "offsets": packed["offsets"][0],
+        "longest": n,
+        "prefix": rest["prefix"],
+        "scale": 0.4,
+    }
+
+
 def _attention(b=2, h=2, n=6, c=4, dtype=torch.float64):
     return {**_heads(b, h, n, c, dtype), "bias": _random(b, n, dtype=dtype, seed=5), "scale": 0.4}
 
@@ -152,11 +165,8 @@ def _received(b=2, h=2, n=6, c=4, dtype=torch.float64):
     return {"q": heads["q"], "k": heads["k"], "scale": 0.4}
 
 
-def _scores(kind):
-    def make(b=2, h=2, n=6, c=4, dtype=torch.float64):
-        return {**_attention(b, h, n, c, dtype), "kind": kind, **({"prefix": 1} if kind == "class" else {})}
-
-    return make
+def _attention_cls(b=2, h=2, n=6, c=4, dtype=torch.float64):
+    return {**_attention(b, h, n, c, dtype), "prefix": 1}
 
 
 def _soft(b=2, h=2, n=6, c=4, dtype=torch.float64):
@@ -205,14 +215,14 @@ def _medoids(b=2, h=2, n=6, c=4, dtype=torch.float64):
 
 CASES = {
     "attention": Case("attention", _attention, ("q", "k", "v", "bias"), twice=False),
-    "attention with a policy": Case("attention", _attention_policy, ("q", "k", "v", "policy")),
+    "attention with a policy": Case("attention_policy", _attention_policy, ("q", "k", "v", "policy")),
     "attention of chosen queries": Case("attention", _attention_index, ("q", "k", "v", "bias"), twice=False),
-    "attention of packed images": Case("attention", _attention_packed, ("q", "k", "v"), twice=False),
-    "attention_logsumexp": Case("attention_logsumexp", _attention_index, ("q", "k", "v", "bias")),
-    "attention_scores class": Case("attention_scores", _scores("class"), ("q", "k", "v", "bias"), twice=False),
-    "attention_scores received": Case("attention_scores", _scores("received"), ("q", "k", "v", "bias")),
+    "attention of packed images": Case("attention_packed", _attention_packed, ("q", "k", "v"), twice=False),
+    "attention_cls_scores": Case("attention_cls_scores", _attention_cls, ("q", "k", "v", "bias"), twice=False),
+    "attention_received_scores": Case("attention_received_scores", _attention, ("q", "k", "v", "bias")),
     "cls_scores": Case("cls_scores", _cls, ("q", "k")),
-    "cls_scores with values": Case("cls_scores", _cls_value),
+    "cls_value_scores": Case("cls_value_scores", _cls_value),
+    "cls_value_scores_packed": Case("cls_value_scores_packed", _cls_value_packed),
     "cluster_dpc_knn": Case("cluster_dpc_knn", _dpc),
     "cluster_dpc_knn_groups": Case("cluster_dpc_knn_groups", _dpc),
     "cluster_k_medoids": Case("cluster_k_medoids", _medoids),
@@ -226,16 +236,16 @@ CASES = {
     ),
     "fuse_tokens": Case("fuse_tokens", _fuse, ("x", "scores", "residual", "residual_bias")),
     "fuse_tokens_norm": Case(
-        "fuse_tokens_norm",
+        "fuse_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {**_fuse(b, h, n, c, dtype), **_norm(c, dtype)},
-        ("x", "scores", "residual", "residual_bias", "weight", "bias"),
+        ("x", "scores", "residual", "residual_bias", "norm_weight", "norm_bias"),
     ),
     "gather_packed": Case("gather_packed", _packed, ("x", "residual")),
     "gather_tokens": Case("gather_tokens", _gather, ("x", "residual")),
     "gather_tokens_norm": Case(
-        "gather_tokens_norm",
+        "gather_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {**_gather(b, h, n, c, dtype), **_norm(c, dtype)},
-        ("x", "residual", "weight", "bias"),
+        ("x", "residual", "norm_weight", "norm_bias"),
     ),
     "group_slots": Case(
         "group_slots", lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {"slot": _slots(b, n, 3), "num_out": 3}
@@ -259,9 +269,9 @@ CASES = {
         "merge_tokens", _merge_learned, ("x", "residual", "head", "log_weight", "log_bias")
     ),
     "merge_tokens_norm": Case(
-        "merge_tokens_norm",
+        "merge_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {**_merge(b, h, n, c, dtype), **_norm(c, dtype)},
-        ("x", "size", "residual", "head", "weight", "bias"),
+        ("x", "size", "residual", "head", "norm_weight", "norm_bias"),
     ),
     "prepare_merge": Case(
         "prepare_merge", lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {"slot": _slots(b, n, 3), "num_out": 3}
@@ -288,8 +298,10 @@ DIFFERENTIABLE = [name for name, case in CASES.items() if case.differentiable]
 
 
 def as_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """What the operator takes: the layer's weight and bias as one."""
+    """What the operator takes: a layer's weight and bias as one."""
     values = dict(values)
+    if "norm_weight" in values:
+        values["norm"] = values.pop("norm_weight"), values.pop("norm_bias"), 1e-6
     if "log_weight" in values:
         values["log_size"] = values.pop("log_weight"), values.pop("log_bias")
     return values

@@ -33,9 +33,16 @@ def policies(batch, num_tokens, dtype=torch.float32, seed=0):
     return policy.to(dtype)
 
 
+def attend(q, k, v, policy=None, **options):
+    """Plain or under a policy."""
+    if policy is None:
+        return ops.attention(q, k, v, **options)
+    return ops.attention_policy(q, k, v, policy, **options)
+
+
 def run(backend, q, k, v, policy, grad, cast=None, **options):
     leaves = [t.detach().to(cast or t.dtype).requires_grad_() for t in (q, k, v, policy) if t is not None]
-    out = ops.attention(*leaves[:3], policy=leaves[3] if len(leaves) > 3 else None, backend=backend, **options)
+    out = attend(*leaves, backend=backend, **options)
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
@@ -119,7 +126,7 @@ def test_a_policy_of_ones_is_nearly_plain_attention():
     q, k, v = packed(2, 2, 40, 16)
     plain = ops.attention(q, k, v, backend="triton")
     torch.testing.assert_close(
-        ops.attention(q, k, v, policy=torch.ones(2, 40), backend="triton"), plain, atol=1e-5, rtol=0
+        ops.attention_policy(q, k, v, torch.ones(2, 40), backend="triton"), plain, atol=1e-5, rtol=0
     )
 
 
@@ -131,8 +138,8 @@ def test_keys_below_every_number():
     slightly = policy.clone()
     slightly[0, 3] = -1e-9
     torch.testing.assert_close(
-        ops.attention(q, k, v, policy=slightly, backend="triton"),
-        ops.attention(q, k, v, policy=policy, backend="triton"),
+        attend(q, k, v, slightly, backend="triton"),
+        attend(q, k, v, policy, backend="triton"),
         atol=0,
         rtol=0,
     )
@@ -145,16 +152,16 @@ def test_keys_below_every_number():
 @pytest.mark.parametrize("policy", [None, policies(2, 21)])
 def test_strided_inputs_are_read_in_place(policy):
     q, k, v = packed(2, 2, 21, 16)
-    ours = ops.attention(q, k, v, policy=policy, backend="triton")
+    ours = attend(q, k, v, policy, backend="triton")
     dense = [t.contiguous() for t in (q, k, v)]
     sequence_first = [t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for t in (q, k, v)]
     sparse_channels = [torch.stack([t, t], -1).flatten(-2)[..., ::2] for t in (q, k, v)]
     for views in (dense, sequence_first, sparse_channels):
         other = None if policy is None else policy.t().contiguous().t()
-        assert torch.equal(ours, ops.attention(*views, policy=other, backend="triton"))
+        assert torch.equal(ours, attend(*views, other, backend="triton"))
     shared = [t[:1].expand(2, -1, -1, -1) for t in (q, k, v)]
-    expected = ops.attention(*(t.clone() for t in shared), policy=policy, backend="triton")
-    assert torch.equal(ops.attention(*shared, policy=policy, backend="triton"), expected)
+    expected = attend(*(t.clone() for t in shared), policy, backend="triton")
+    assert torch.equal(attend(*shared, policy, backend="triton"), expected)
 
 
 @pytest.mark.parametrize("policy", [None, policies(2, 21)])
@@ -183,8 +190,8 @@ def test_nan_stays_in_its_image():
             assert torch.equal(a[1:], b[1:])
     unknown = policy.clone()
     unknown[0, 7] = float("nan")
-    out = ops.attention(q, k, v, policy=unknown, backend="triton")
-    expected = ops.attention(q, k, v, policy=unknown, backend="reference")
+    out = attend(q, k, v, unknown, backend="triton")
+    expected = attend(q, k, v, unknown, backend="reference")
     assert torch.equal(out.isnan(), expected.isnan())
 
 
@@ -192,9 +199,13 @@ def test_nan_stays_in_its_image():
 @pytest.mark.parametrize("policy", [None, policies(2, 40)])
 def test_sums_for_the_backward_pass(policy, dtype):
     q, k, v = packed(2, 2, 40, 16, dtype)
-    _, *sums = kernels.attention(q, k, v, policy, 0.25, 1e-6)
-    mask = None if policy is None else policy.double()
-    _, *exact = reference.attention_with_sums(q.double(), k.double(), v.double(), mask, 0.25, 1e-6)
+    wide = [t.double() for t in (q, k, v)]
+    if policy is None:
+        _, *sums = kernels.attention(q, k, v, 0.25)
+        _, *exact = reference.attention_with_sums(*wide, 0.25)
+    else:
+        _, *sums = kernels.attention_policy(q, k, v, policy, 0.25, 1e-6)
+        _, *exact = reference.attention_policy_with_sums(*wide, policy.double(), 0.25, 1e-6)
     for ours, best in zip(sums, exact, strict=True):
         torch.testing.assert_close(ours.double(), best, atol=2e-6, rtol=2e-6)
 
@@ -238,7 +249,7 @@ def one_row(q, k, v, bias=None, **options):
     most = k.shape[2]
     bounds = [0, most - 20, most - 20, most - 18, most - 15], [0, most - 22, most - 20, most - 20, most - 19]
     offsets = tuple(torch.tensor(bound, dtype=torch.int32) for bound in bounds)
-    return ops.attention(q, k, v, bias=bias, offsets=offsets, longest=(most - 20, most - 20), **options)
+    return ops.attention_packed(q, k, v, offsets, (most - 20, most - 20), bias=bias, **options)
 
 
 def chosen_in_one_row(q, k, v, bias=None, **options):
@@ -250,7 +261,7 @@ def chosen_in_one_row(q, k, v, bias=None, **options):
     index[0, :11] = torch.randperm(most - 11, generator=seeded(6))[:11].sort().values
     index[2, :4] = torch.arange(4)
     options = {"longest": (12, most - 10), "num_out": 23, **options}
-    return ops.attention(q, k, v, bias=bias, index=index, offsets=offsets, **options)
+    return ops.attention_packed(q, k, v, offsets, bias=bias, index=index, **options)
 
 
 # What is called with q, k, v, a bias and options.
@@ -260,13 +271,10 @@ OPTIONS = {
     "index, bias": lambda q, k, v, b, **options: ops.attention(
         q, k, v, bias=b, index=index_of(2, k.shape[2], 9).int(), prefix=0, **options
     ),
-    "logsumexp": lambda q, k, v, b, **options: ops.attention_logsumexp(q, k, v, bias=b, **options),
-    "class": lambda q, k, v, b, **options: ops.attention_scores(q, k, v, kind="class", **options),
-    "class, bias": lambda q, k, v, b, **options: ops.attention_scores(
-        q, k, v, kind="class", bias=b, prefix=2, **options
-    ),
-    "received": lambda q, k, v, b, **options: ops.attention_scores(q, k, v, kind="received", **options),
-    "received, bias": lambda q, k, v, b, **options: ops.attention_scores(q, k, v, kind="received", bias=b, **options),
+    "class": lambda q, k, v, b, **options: ops.attention_cls_scores(q, k, v, **options),
+    "class, bias": lambda q, k, v, b, **options: ops.attention_cls_scores(q, k, v, bias=b, prefix=2, **options),
+    "received": lambda q, k, v, b, **options: ops.attention_received_scores(q, k, v, **options),
+    "received, bias": lambda q, k, v, b, **options: ops.attention_received_scores(q, k, v, bias=b, **options),
     "one row": lambda q, k, v, b, **options: one_row(q[:1], k[:1], v[:1], **options),
     "one row, bias": lambda q, k, v, b, **options: one_row(q[:1], k[:1], v[:1], b[:1], **options),
     "one row, index": lambda q, k, v, b, **options: chosen_in_one_row(q[:1], k[:1], v[:1], **options),
@@ -297,7 +305,7 @@ def run_option(name, backend, inputs, cast=None):
     [
         *((name, 37, 16, torch.float32) for name in OPTIONS),
         *((name, 70, 9, torch.float16) for name in ("bias", "received, bias", "one row, bias", "one row, index, bias")),
-        *((name, 70, 16, torch.bfloat16) for name in ("index, bias", "logsumexp", "class, bias")),
+        *((name, 70, 16, torch.bfloat16) for name in ("index, bias", "class, bias")),
     ],
 )
 @pytest.mark.usefixtures("unwritten_is_nan")
@@ -356,15 +364,15 @@ def test_empty_options():
         tensor.requires_grad_()
     out = ops.attention(q, k, v, index=none, prefix=1, backend="triton")
     torch.testing.assert_close(out, ops.attention(q, k, v)[:, :, :1])
-    scores = ops.attention_scores(q[:, :, :0], k, v, kind="received", backend="triton")[1]
+    scores = ops.attention_received_scores(q[:, :, :0], k, v, backend="triton")[1]
     assert not scores.any()
-    assert ops.attention_scores(q, k, v, kind="class", prefix=5, backend="triton")[1].shape == (2, 0)
-    assert ops.attention_scores(q[:0], k[:0], v[:0], kind="class", backend="triton")[1].shape == (0, 4)
+    assert ops.attention_cls_scores(q, k, v, prefix=5, backend="triton")[1].shape == (2, 0)
+    assert ops.attention_cls_scores(q[:0], k[:0], v[:0], backend="triton")[1].shape == (0, 4)
     bound = torch.zeros(1, dtype=torch.int32)
     for offsets in ((bound, bound), (torch.zeros(3, dtype=torch.int32),) * 2):
         chosen = {"index": torch.zeros(len(offsets[0]) - 1, 2, dtype=torch.int64), "num_out": 3}
         for options in ({}, chosen):
-            out = ops.attention(q[:1], k[:1], v[:1], offsets=offsets, longest=(0, 0), backend="triton", **options)
+            out = ops.attention_packed(q[:1], k[:1], v[:1], offsets, (0, 0), backend="triton", **options)
             grads = torch.autograd.grad(out.sum(), (q, k, v))
             assert not any(t.any() for t in (out, *grads))
 
@@ -372,7 +380,6 @@ def test_empty_options():
 LAUNCHES = {
     "bias": (["attention"], ["grad_queries", "grad_keys", "sum_heads"]),
     "index": (["attention"], ["grad_queries", "grad_keys", "group_slots", "reduce_slots"]),
-    "logsumexp": (["attention"], ["grad_queries", "grad_keys", "sum_heads"]),
     "class": (["attention", "class"], ["grad_queries", "grad_keys"]),
     "received": (["attention", "received", "sum_heads"], ["grad_queries", "grad_keys"]),
     "one row": (["attention"], ["grad_queries", "grad_keys"]),

@@ -82,7 +82,7 @@ def test_value_scores(batch, heads, num_tokens, head_dim, prefix, masked, dtype)
     _, value = packed(batch, heads, num_tokens, head_dim, dtype, seed=1)
     valid = some_valid(batch, num_tokens) if masked else None
     ours, reference, exact = (
-        ops.cls_scores(*(t.to(cast) for t in (q, k)), prefix=prefix, value=value.to(cast), valid=valid, backend=backend)
+        ops.cls_value_scores(*(t.to(cast) for t in (q, k, value)), prefix=prefix, valid=valid, backend=backend)
         for backend, cast in (("triton", dtype), ("reference", dtype), ("reference", torch.float64))
     )
     assert_within_budget(ours, reference, exact, steps=4)
@@ -94,7 +94,7 @@ def test_strided_values_and_masks_are_read_in_place():
     q, k = packed(2, 2, 21, 24, torch.float16)
     _, value = packed(2, 2, 21, 24, torch.float16, seed=1)
     valid = some_valid(2, 21)
-    ours = ops.cls_scores(q, k, value=value, valid=valid, backend="triton")
+    ours = ops.cls_value_scores(q, k, value, valid=valid, backend="triton")
     strided = torch.stack([valid, ~valid], -1)[..., 0]
     for other_value, other_valid in (
         (value.contiguous(), strided),
@@ -102,13 +102,13 @@ def test_strided_values_and_masks_are_read_in_place():
         (torch.stack([value, value], -1).flatten(-2)[..., ::2], valid),
         (F.pad(value, (1, 0))[..., 1:], valid),  # rows of 25, and none begins at a multiple of 16 bytes
     ):
-        assert torch.equal(ours, ops.cls_scores(q, k, value=other_value, valid=other_valid, backend="triton"))
-    alone = ops.cls_scores(q[1:], k[1:], value=value[1:], valid=valid[1:], backend="triton")
+        assert torch.equal(ours, ops.cls_value_scores(q, k, other_value, valid=other_valid, backend="triton"))
+    alone = ops.cls_value_scores(q[1:], k[1:], value[1:], valid=valid[1:], backend="triton")
     assert torch.equal(ours[1:], alone)
     shared = valid[:1].expand(2, -1)
     assert torch.equal(
-        ops.cls_scores(q, k, value=value, valid=shared, backend="triton"),
-        ops.cls_scores(q, k, value=value, valid=shared.clone(), backend="triton"),
+        ops.cls_value_scores(q, k, value, valid=shared, backend="triton"),
+        ops.cls_value_scores(q, k, value, valid=shared.clone(), backend="triton"),
     )
 
 
@@ -120,7 +120,7 @@ def test_what_is_not_valid_is_not_read():
     for fill in (0.0, float("nan")):
         spoilt = [t.masked_fill(~valid[:, None, :, None], fill) for t in (k, value)]
         for backend in ("triton", "reference"):
-            results.append(ops.cls_scores(q, spoilt[0], value=spoilt[1], valid=valid, backend=backend))
+            results.append(ops.cls_value_scores(q, spoilt[0], spoilt[1], valid=valid, backend=backend))
             results.append(ops.cls_scores(q, spoilt[0], valid=valid, backend=backend))
     for clean, spoilt in zip(results[:4], results[4:], strict=True):
         assert torch.equal(clean, spoilt)
@@ -131,8 +131,8 @@ def test_all_valid_changes_no_bit():
     everything = torch.ones(2, 70, dtype=torch.bool)
     plain_scores = ops.cls_scores(q, k, backend="triton")
     assert torch.equal(plain_scores, ops.cls_scores(q, k, valid=everything, backend="triton"))
-    weighted = ops.cls_scores(q, k, value=k, backend="triton")
-    assert torch.equal(weighted, ops.cls_scores(q, k, value=k, valid=everything, backend="triton"))
+    weighted = ops.cls_value_scores(q, k, k, backend="triton")
+    assert torch.equal(weighted, ops.cls_value_scores(q, k, k, valid=everything, backend="triton"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -43,7 +43,7 @@ def test_packed_attention(monkeypatch):
     found = []
     for most in (65_535, 2):
         monkeypatch.setattr(_launch, "MOST_IMAGES", most)
-        out = ops.attention(q, k, v, offsets=(offsets, offsets), longest=(6, 6), backend="triton")
+        out = ops.attention_packed(q, k, v, (offsets, offsets), (6, 6), backend="triton")
         found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
     for one, several in zip(*found, strict=True):
         assert torch.equal(one, several)

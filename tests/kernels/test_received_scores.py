@@ -126,8 +126,7 @@ def test_backward_takes_an_expanded_gradient_and_keeps_the_packed_layout():
     ours, expected = (run(q, k, upstream, backend=backend) for backend in ("triton", "reference"))
     for first, second in zip(ours, expected, strict=True):
         torch.testing.assert_close(first, second, atol=1e-7, rtol=1e-4)
-    _, logsumexp = kernels.received_scores(q, k, 1.0)
-    for grad in kernels.received_scores_backward(upstream, q, k, logsumexp, 1.0):
+    for grad in ours[1:]:
         assert grad.transpose(1, 2).is_contiguous()
 
 
@@ -142,14 +141,6 @@ def test_small_gradients_survive_half_precision(factor):
         assert_within_budget(*triple)
 
 
-@ROUTES
-def test_saved_logsumexp(max_parts):
-    q, k = packed(2, 3, 70, 65, 16, torch.float32)
-    _, logsumexp = kernels.received_scores(q, k, 0.25)
-    exact = (0.25 * q.double() @ k.double().transpose(2, 3)).logsumexp(-1)
-    torch.testing.assert_close(logsumexp.double(), exact, atol=1e-6, rtol=1e-6)
-
-
 def test_more_parts_than_one_step_adds_up():
     q, k = packed(1, 7, 200, 70, 16, torch.float16)
     ours = ops.received_scores(q, k, backend="triton")
@@ -157,7 +148,7 @@ def test_more_parts_than_one_step_adds_up():
 
 
 @ROUTES
-def test_two_launches_each_way(max_parts, monkeypatch):
+def test_two_launches_and_none_backward(max_parts, monkeypatch):
     from triton.runtime.interpreter import GridExecutor
 
     launched, call = [], GridExecutor.__call__
@@ -166,7 +157,7 @@ def test_two_launches_each_way(max_parts, monkeypatch):
     )
     run(*packed(1, 2, 9, 9, 8, torch.float32), tokens(1, 9), backend="triton")
     second = "sum_parts_kernel" if max_parts else "column_sum_kernel"
-    assert launched == ["row_softmax_kernel", second, "grad_q_kernel", "grad_k_kernel"]
+    assert launched == ["row_softmax_kernel", second]
 
 
 @ROUTES

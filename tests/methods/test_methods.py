@@ -9,6 +9,7 @@ from bench.proof import tiny
 from fastreduce.reducers.dynamicvit import KeepPredictor
 from fastreduce.reducers.soft import MergerQueries, SliceWeights
 from tests import golden
+from tests.helpers.inputs import seeded
 
 SEVEN = ("dynamicvit", "ats", "kmedoids", "dpcknn", "sit", "patchmerger", "sinkhorn")
 
@@ -47,7 +48,7 @@ class TestEdges:
         model, plain = tiny.reduced_and_plain(
             tiny.build(dynamic_img_size=True).double(), method=method, keep=(12, 3), at=(1, 2)
         )
-        images = torch.randn(2, 3, 48, 48, dtype=torch.float64, generator=tiny.seeded(3))
+        images = torch.randn(2, 3, 48, 48, dtype=torch.float64, generator=seeded(3))
         with fastreduce.record(model) as seen:
             torch.testing.assert_close(_run(model, images), _run(plain, images), rtol=1e-8, atol=1e-8)
         assert seen.stages[0].num_in == 9

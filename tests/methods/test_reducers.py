@@ -20,6 +20,7 @@ from fastreduce.reducers.ats import official_points
 from fastreduce.reducers.base import is_bare, is_unhooked
 from fastreduce.reducers.radial import ring_radius
 from fastreduce.reference.sample_tokens import sampling_grid
+from tests.helpers.inputs import seeded
 
 LEARNED = ("dynamicvit", "dpcknn", "sit", "patchmerger", "sinkhorn")
 AT = (1, 2)
@@ -114,7 +115,7 @@ class TestSmallImages:
         model, plain = tiny.reduced_and_plain(
             tiny.build(dynamic_img_size=True).double(), keep_rate=0.45, at=tiny.AT, **tiny.METHODS[name]
         )
-        images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=tiny.seeded(3))
+        images = torch.randn(2, 3, size, size, dtype=torch.float64, generator=seeded(3))
         if name.split("-")[0] in ("sit", "patchmerger", "sinkhorn") and size < 48:
             with pytest.raises(ValueError, match="image is too small"):
                 _run(model, images)
@@ -424,7 +425,7 @@ class TestDynamicViTLoss:
 
     def test_compiles_in_one_graph(self):
         torch._dynamo.reset()
-        generator = tiny.seeded(1)
+        generator = seeded(1)
         decisions = [torch.rand(2, 9, generator=generator) for _ in range(2)]
         student, teacher = torch.randn(2, 5, generator=generator), torch.randn(2, 5, generator=generator)
 

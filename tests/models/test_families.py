@@ -11,6 +11,7 @@ from torch import nn
 
 import fastreduce
 from bench.proof import tiny
+from tests.helpers.inputs import seeded
 
 FAMILIES = {
     "deit": ("deit_tiny_patch16_224", {}),
@@ -157,7 +158,7 @@ def test_gated_attention(arguments):
 def test_images_of_another_size(arguments):
     """Counts follow the patches that are there."""
     model = model_of("dynamic")
-    images = torch.randn(2, 3, 80, 64, dtype=torch.float64, generator=tiny.seeded(3))
+    images = torch.randn(2, 3, 80, 64, dtype=torch.float64, generator=seeded(3))
     with torch.no_grad():
         reduced, plain = tiny.reduced_and_plain(model, **arguments)
         expected = plain(images)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastreduce import ops, reference
-from fastreduce.ops.attention import Attention, AttentionScores
+from fastreduce.ops.attention import Attention, AttentionPolicy
+from fastreduce.ops.attention_scores import AttentionScores
 from fastreduce.reference import _blocks
 from tests.helpers.inputs import DTYPES, seeded, tokens
 
@@ -32,6 +33,20 @@ def policies(batch=2, num_tokens=7, dtype=torch.float64, seed=0):
 
 def leaf(tensor):
     return tensor.detach().clone().requires_grad_()
+
+
+def attend(q, k, v, policy, scale=None, eps=1e-6, **options):
+    """Plain or under a policy, by the public functions."""
+    if policy is None:
+        return ops.attention(q, k, v, scale=scale, **options)
+    return ops.attention_policy(q, k, v, policy, scale=scale, eps=eps, **options)
+
+
+def by_kernels(q, k, v, policy, scale=0.5, eps=1e-6):
+    """The same by the functions that differentiate kernels."""
+    if policy is None:
+        return Attention.apply(q, k, v, scale)
+    return AttentionPolicy.apply(q, k, v, policy, scale, eps)
 
 
 def plain(q, k, v, policy, scale, eps):
@@ -71,14 +86,10 @@ def test_against_plain_loops(batch, heads, queries, keys, head_dim, scale, eps, 
     _, k, v = packed(batch, heads, keys, head_dim)
     policy = policies(batch, keys) if masked else None
     expected = plain(q, k, v, policy, head_dim**-0.5 if scale is None else scale, eps)
-    ours = ops.attention(q, k, v, policy=policy, scale=scale, eps=eps)
+    ours = attend(q, k, v, policy, scale, eps)
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
-    torch.testing.assert_close(
-        Attention.apply(q, k, v, policy, head_dim**-0.5 if scale is None else scale, eps)[0],
-        expected,
-        atol=1e-12,
-        rtol=1e-12,
-    )
+    ours = by_kernels(q, k, v, policy, head_dim**-0.5 if scale is None else scale, eps)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
 
 
 def textbook(q, k, v, policy, scale, eps):
@@ -99,10 +110,7 @@ def test_values_and_gradients_against_the_textbook(scale, eps):
     expected = textbook(*leaves, scale, eps)
     grad = tokens(*expected.shape, seed=5).double()
     grads = torch.autograd.grad(expected, leaves, grad)
-    for out in (
-        ops.attention(*leaves[:3], policy=leaves[3], scale=scale, eps=eps),
-        Attention.apply(*leaves, scale, eps)[0],
-    ):
+    for out in (attend(*leaves, scale, eps), by_kernels(*leaves, scale, eps)):
         torch.testing.assert_close(out, expected, atol=1e-13, rtol=1e-12)
         for a, b in zip(torch.autograd.grad(out, leaves, grad), grads, strict=True):
             torch.testing.assert_close(a, b, atol=1e-12 * b.abs().max().item(), rtol=1e-11)
@@ -121,38 +129,41 @@ def test_opcheck(masked, layout, dtype):
         q, k, v = (t.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3) for t in (q, k, v))
     policy = policies(dtype=torch.float32).t().contiguous().t() if masked else None
     check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
-    check(NATIVE.attention.default, (q, k, v, policy, 0.5, 1e-6))
-    out, *sums = NATIVE.attention(q, k, v, policy, 0.5, 1e-6)
+    inputs, numbers = (q, k, v, policy) if masked else (q, k, v), (0.5, 1e-6) if masked else (0.5,)
+    operators = NATIVE.attention_policy, NATIVE.attention_policy_backward
+    forward, backward = operators if masked else (NATIVE.attention, NATIVE.attention_backward)
+    check(forward.default, (*inputs, *numbers))
+    saved = forward(*inputs, *numbers)
     for grad in (torch.ones_like(q), torch.ones(2, 1, 1, 1, dtype=dtype).expand(2, 3, 7, 4)):
-        check(NATIVE.attention_backward.default, (grad, q, k, v, policy, out, *sums, 0.5, 1e-6))
+        check(backward.default, (grad, *inputs, *saved, *numbers))
 
 
 def test_opcheck_of_fewer_queries_and_of_empty_batches():
     check = functools.partial(torch.library.opcheck, test_utils=OPCHECKS)
     q, k, v = packed(dtype=torch.float32)
-    check(NATIVE.attention.default, (q[:, :, :2], k, v, None, 0.5, 1e-6))
+    check(NATIVE.attention.default, (q[:, :, :2], k, v, 0.5))
     policy = policies(dtype=torch.float32)
-    check(NATIVE.attention.default, (q[:0], k[:0], v[:0], policy[:0], 0.5, 1e-6))
+    check(NATIVE.attention_policy.default, (q[:0], k[:0], v[:0], policy[:0], 0.5, 1e-6))
 
 
 # The CPU implementation of the operators is the reference, so gradcheck checks its explicit backward formulas.
 @pytest.mark.parametrize(("scale", "eps"), [(0.7, 1e-6), (0.7, 0.05), (3.0, 0.05)])
 def test_gradcheck_with_a_policy(scale, eps):
     leaves = [leaf(t) for t in (*packed(num_tokens=5, head_dim=3), policies(num_tokens=5))]
-    assert torch.autograd.gradcheck(lambda *inputs: Attention.apply(*inputs, scale, eps)[0], leaves)
-    assert torch.autograd.gradcheck(lambda *inputs: reference.attention(*inputs, scale, eps), leaves)
+    assert torch.autograd.gradcheck(lambda *inputs: AttentionPolicy.apply(*inputs, scale, eps), leaves)
+    assert torch.autograd.gradcheck(lambda *inputs: reference.attention_policy(*inputs, scale, eps), leaves)
 
 
 def test_gradcheck_without():
     q, k, v = (leaf(t) for t in packed(num_tokens=5, head_dim=3))
-    assert torch.autograd.gradcheck(lambda q, k, v: Attention.apply(q[:, :, :2], k, v, None, 0.7, 1e-6)[0], (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: Attention.apply(q[:, :, :2], k, v, 0.7), (q, k, v))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("policy_dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_of_result_and_gradients(dtype, policy_dtype):
     leaves = [leaf(t) for t in (*packed(dtype=dtype), policies(dtype=policy_dtype))]
-    for out in (ops.attention(*leaves[:3], policy=leaves[3]), Attention.apply(*leaves, 0.5, 1e-6)[0]):
+    for out in (attend(*leaves), by_kernels(*leaves)):
         assert out.dtype == dtype
         for tensor, grad in zip(leaves, torch.autograd.grad(out.float().sum(), leaves), strict=True):
             assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape)
@@ -160,7 +171,7 @@ def test_dtypes_of_result_and_gradients(dtype, policy_dtype):
 
 def test_a_constant_policy_gets_no_gradient():
     q, k, v = (leaf(t) for t in packed())
-    out = Attention.apply(q, k, v, policies(), 0.5, 1e-6)[0]
+    out = by_kernels(q, k, v, policies())
     assert all(grad is not None for grad in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
@@ -168,7 +179,7 @@ def test_hidden_tokens_hardly_matter_to_the_others():
     q, k, v = packed(dtype=torch.float32)
     policy = torch.ones(2, 7)
     policy[:, 4:] = 0.0
-    ours = ops.attention(q, k, v, policy=policy)
+    ours = attend(q, k, v, policy)
     alone = ops.attention(q[:, :, :4], k[:, :, :4], v[:, :, :4])
     torch.testing.assert_close(ours[:, :, :4], alone, atol=1e-4, rtol=0)
 
@@ -177,17 +188,17 @@ def test_hidden_tokens_hardly_matter_to_the_others():
 def test_half_precision_is_summed_in_float32(dtype):
     inputs = packed(2, 2, 40, 8, dtype)
     policy = policies(2, 40, dtype)
-    ours = ops.attention(*inputs, policy=policy)
+    ours = attend(*inputs, policy)
     exact = textbook(*(t.double() for t in inputs), policy.double(), 8**-0.5, 1e-6)
     torch.testing.assert_close(ours, exact.to(dtype), atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
 
 
 def by_function(q, k, v, policy):
-    return Attention.apply(q, k, v, policy, 0.5, 1e-6)[0]
+    return by_kernels(q, k, v, policy)
 
 
 def by_reference(q, k, v, policy):
-    return ops.attention(q, k, v, policy=policy, scale=0.5, backend="reference")
+    return attend(q, k, v, policy, 0.5, backend="reference")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -213,7 +224,7 @@ def test_bitwise_batch_invariance_and_determinism(dtype):
 
     def run(part):
         leaves = [leaf(tensor[part]) for tensor in (q, k, v, policy)]
-        out = Attention.apply(*leaves, 0.25, 1e-6)[0]
+        out = by_kernels(*leaves, 0.25)
         return [out, *torch.autograd.grad(out.float().square().sum(), leaves)]
 
     for first, second, one in zip(run(slice(None)), run(slice(None)), run(slice(2, 3)), strict=True):
@@ -248,7 +259,7 @@ def test_refuses():
         (RuntimeError, "'triton' was asked for", {"backend": "triton"}),
     ):
         with pytest.raises(kind, match=message):
-            ops.attention(**{**good, **changed})
+            ops.attention_policy(**{**good, **changed})
 
 
 INDEX = torch.tensor([[4, 0, 0], [2, 5, 2]])  # as ATS pads: the same query several times
@@ -273,7 +284,8 @@ def chosen(q, prefix=1):
 
 def spelled_out(q, k, v, bias):
     """The matrix, the result and the logsumexp; a query without keys has weights of zero."""
-    logits = q.shape[3] ** -0.5 * q @ k.transpose(2, 3) + bias[:, None, None, :]
+    logits = q.shape[3] ** -0.5 * q @ k.transpose(2, 3)
+    logits = logits if bias is None else logits + bias[:, None, None, :]
     weights = torch.nan_to_num(torch.softmax(logits, -1), nan=0.0)
     return weights, weights @ v, logits.logsumexp(-1)
 
@@ -286,13 +298,13 @@ def in_one_row(*tensors):
 def ragged(q, k, v, bias=None, **options):
     """All images in one row, of which the last is past the end."""
     bias = None if bias is None else bias.reshape(1, -1)
-    return ops.attention(*in_one_row(q, k, v), bias=bias, offsets=OFFSETS, longest=(3, 2), **options)
+    return ops.attention_packed(*in_one_row(q, k, v), OFFSETS, (3, 2), bias=bias, **options)
 
 
 def ragged_index(q, k, v, bias, **options):
     """The class token of every image and at most two others attend, and there is room for two more."""
     options = {"index": KEPT, "offsets": CHOSEN_OFFSETS, "longest": (3, 5), "num_out": 8, **options}
-    return ops.attention(*in_one_row(q, k, v), bias=bias.reshape(1, -1), **options)
+    return ops.attention_packed(*in_one_row(q, k, v), bias=bias.reshape(1, -1), **options)
 
 
 def by_parts(scale=None):
@@ -300,22 +312,21 @@ def by_parts(scale=None):
     half = 0.5 if scale is None else scale
     return {
         "bias": lambda q, k, v, b: (ops.attention(q, k, v, bias=b, scale=scale),),
-        "bias, by function": lambda q, k, v, b: Attention.apply(q, k, v, None, half, 0.0, b),
+        "bias, by function": lambda q, k, v, b: (Attention.apply(q, k, v, half, b),),
         "index": lambda q, k, v, b: (ops.attention(q, k, v, index=INDEX, scale=scale),),
-        "index, by function": lambda q, k, v, b: Attention.apply(q, k, v, None, half, 0.0, b, INDEX, 1),
-        "logsumexp": lambda q, k, v, b: ops.attention_logsumexp(q, k, v, bias=b, index=INDEX, scale=scale),
-        "class": lambda q, k, v, b: ops.attention_scores(q, k, v, kind="class", bias=b, prefix=2, scale=scale),
+        "index, by function": lambda q, k, v, b: (Attention.apply(q, k, v, half, b, INDEX, 1),),
+        "class": lambda q, k, v, b: ops.attention_cls_scores(q, k, v, bias=b, prefix=2, scale=scale),
         "class, by function": lambda q, k, v, b: AttentionScores.apply(q, k, v, "class", b, 2, half),
-        "received": lambda q, k, v, b: ops.attention_scores(q, k, v, kind="received", bias=b, scale=scale),
+        "received": lambda q, k, v, b: ops.attention_received_scores(q, k, v, bias=b, scale=scale),
         "received, by function": lambda q, k, v, b: AttentionScores.apply(q, k, v, "received", b, 0, half),
         "ragged": lambda q, k, v, b: (ragged(q, k, v, b, scale=scale),),
         "ragged, index": lambda q, k, v, b: (ragged_index(q, k, v, b, scale=scale),),
-        "ragged, index, by function": lambda q, k, v, b: Attention.apply(
-            *in_one_row(q, k, v), None, half, 0.0, b.reshape(1, -1), KEPT, 1, *CHOSEN_OFFSETS, 3, 5, 8
-        )[:1],
-        "ragged, by function": lambda q, k, v, b: Attention.apply(
-            *in_one_row(q, k, v), None, half, 0.0, b.reshape(1, -1), None, 0, *OFFSETS, 3, 2
-        )[:1],
+        "ragged, index, by function": lambda q, k, v, b: (
+            Attention.apply(*in_one_row(q, k, v), half, b.reshape(1, -1), KEPT, 1, *CHOSEN_OFFSETS, 3, 5, 8),
+        ),
+        "ragged, by function": lambda q, k, v, b: (
+            Attention.apply(*in_one_row(q, k, v), half, b.reshape(1, -1), None, 0, *OFFSETS, 3, 2),
+        ),
     }
 
 
@@ -338,16 +349,21 @@ def test_gradcheck_of_options(name):
 def test_options_against_the_matrix(by_function, dtype):
     q, k, v = packed(dtype=dtype)
     bias = bias_of(q)
-    weights, exact, logsumexp = spelled_out(*(t.double() for t in (q, k, v, bias)))
+    wide = [t.double() for t in (q, k, v)]
+    weights, exact, logsumexp = spelled_out(*wide, bias.double())
     calls = by_parts()
     suffix = ", by function" if by_function else ""
     close = functools.partial(
         torch.testing.assert_close, atol=4 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps
     )
     close(calls["bias" + suffix](q, k, v, bias)[0].double(), exact)
-    out, sums = calls["logsumexp"](q, k, v, bias)
-    close(out.double(), chosen(exact))
-    close(sums.double(), chosen(logsumexp.unsqueeze(-1)).squeeze(-1), atol=1e-5, rtol=1e-5)
+    close(
+        calls["index" + suffix](q, k, v, bias)[0].double(),
+        chosen(spelled_out(*wide, None)[1] if not by_function else exact),
+    )
+    if by_function:
+        sums = NATIVE.attention(q, k, v, q.shape[3] ** -0.5, bias, INDEX, 1)[1]
+        close(sums.double(), chosen(logsumexp.unsqueeze(-1)).squeeze(-1), atol=1e-5, rtol=1e-5)
     for kind, scores in (("class", weights[:, :, 0, 2:].mean(1)), ("received", weights.sum((1, 2)))):
         out, ours = calls[kind + suffix](q, k, v, bias)
         close(out.double(), exact)
@@ -359,23 +375,21 @@ def test_scores_are_those_of_the_primitives(monkeypatch):
     q, k, v = packed(dtype=torch.float32)
     for most in (1 << 20, 20):  # a few rows of the matrix at a time
         monkeypatch.setattr(_blocks, "MATRIX", most)
-        out, scores = ops.attention_scores(q[:, :, 1:], k, v, kind="received")
+        out, scores = ops.attention_received_scores(q[:, :, 1:], k, v)
         torch.testing.assert_close(scores, ops.received_scores(q[:, :, 1:], k))
         torch.testing.assert_close(out, ops.attention(q[:, :, 1:], k, v))
         torch.testing.assert_close(
             AttentionScores.apply(q[:, :, 1:], k, v, "received", None, 0, 0.5)[1],
             ops.received_scores(q[:, :, 1:], k, scale=0.5),
         )
-    torch.testing.assert_close(
-        ops.attention_scores(q, k, v, kind="class", prefix=2)[1], ops.cls_scores(q[:, :, 0], k, prefix=2)
-    )
+    torch.testing.assert_close(ops.attention_cls_scores(q, k, v, prefix=2)[1], ops.cls_scores(q[:, :, 0], k, prefix=2))
 
 
 def test_images_of_one_row_see_their_own_keys_only():
     q, k, v = packed(1, 2, 9, dtype=torch.float32)
     q, k, v = (t.clone().requires_grad_() for t in (q, k, v))
     bias = bias_of(q, hidden=False)
-    out = ops.attention(q, k, v, bias=bias, offsets=OFFSETS, longest=(3, 2))
+    out = ops.attention_packed(q, k, v, OFFSETS, (3, 2), bias=bias)
     for m, n in ((slice(0, 3), slice(0, 2)), (slice(5, 6), slice(4, 6))):
         alone = ops.attention(q[:, :, m], k[:, :, n], v[:, :, n], bias=bias[:, n])
         torch.testing.assert_close(out[:, :, m], alone)
@@ -386,7 +400,7 @@ def test_images_of_one_row_see_their_own_keys_only():
         assert not grad[:, :, count:].any()
         assert grad.isfinite().all()
     none = torch.zeros(1, dtype=torch.int32)
-    assert not ops.attention(q, k, v, offsets=(none, none), longest=(0, 0)).any()
+    assert not ops.attention_packed(q, k, v, (none, none), (0, 0)).any()
 
 
 @pytest.mark.parametrize("name", [name for name in by_parts() if "function" in name])
@@ -414,51 +428,42 @@ def test_opcheck_and_compile_options(name):
         options = (bias[:1], None, 0, *OFFSETS, 3, 2)
     else:
         options = (bias, INDEX if name.startswith("index") else None, 1, None, None, 0, 0)
-    arguments = (q, k, v, None, 0.5, 0.0, *options, *num_out)
+    arguments = (q, k, v, 0.5, *options, *num_out)
     check(NATIVE.attention.default, arguments)
-    out, logsumexp, *rest = NATIVE.attention(*arguments)
+    out, logsumexp = NATIVE.attention(*arguments)
     of_scores = ()
     if name.startswith(("class", "received")):
         kind = name.split(",")[0]
         check(NATIVE.attention_scores.default, (q, k, logsumexp, kind, bias, 1, 0.5))
-        of_scores = (None, torch.ones(2, 7 if kind == "received" else 6), kind, False)
-    for more in ((torch.ones_like(logsumexp),), of_scores):
-        check(
-            NATIVE.attention_backward.default,
-            (out, q, k, v, None, out, logsumexp, *rest, 0.5, 0.0, *options, *more),
-        )
+        of_scores = (torch.ones(2, 7 if kind == "received" else 6), kind, False)
+    for more in ((), of_scores):
+        check(NATIVE.attention_backward.default, (out, q, k, v, out, logsumexp, 0.5, *options, *more))
 
 
 def test_refuses_options():
     q, k, v = packed(dtype=torch.float32)
     one = [t[:1] for t in (q, k, v)]
-    bias, policy, bounds = bias_of(q), torch.ones(2, 7), OFFSETS[0]
-    call, scores = ops.attention, ops.attention_scores
+    bias, bounds = bias_of(q), OFFSETS[0]
+    call, row, scores = ops.attention, ops.attention_packed, ops.attention_cls_scores
     images = {"offsets": OFFSETS, "longest": (3, 2)}
     for kind, message, refused in (
         (ValueError, r"bias must have shape .*, got \(2, 6\)", lambda: call(q, k, v, bias=bias[:, 1:])),
         (TypeError, "bias must be floating point", lambda: call(q, k, v, bias=bias > 0)),
-        (ValueError, "policy and bias exclude", lambda: call(q, k, v, bias=bias, policy=policy)),
-        (ValueError, "policy and index exclude", lambda: call(q, k, v, index=INDEX, policy=policy)),
-        (ValueError, "policy and offsets exclude", lambda: call(q, k, v, policy=policy, **images)),
-        (ValueError, "needs num_out", lambda: call(*one, index=KEPT, **images)),
-        (ValueError, "num_out=6 goes with both", lambda: call(*one, num_out=6, **images)),
-        (ValueError, "num_out must be between 0", lambda: call(*one, index=KEPT, num_out=-1, **images)),
-        (ValueError, r"each of the 4 images, got shape \(2, 3\)", lambda: call(*one, index=INDEX, num_out=6, **images)),
-        (ValueError, "lie as the keys", lambda: call(one[0][:, :, 1:], *one[1:], index=KEPT, num_out=6, **images)),
+        (ValueError, "needs num_out", lambda: row(*one, index=KEPT, **images)),
+        (ValueError, "num_out=6 goes with an index", lambda: row(*one, num_out=6, **images)),
+        (ValueError, "num_out must be between 0", lambda: row(*one, index=KEPT, num_out=-1, **images)),
+        (ValueError, r"each of the 4 images, got shape \(2, 3\)", lambda: row(*one, index=INDEX, num_out=6, **images)),
+        (ValueError, "lie as the keys", lambda: row(one[0][:, :, 1:], *one[1:], index=KEPT, num_out=6, **images)),
         (TypeError, "index must hold int64 or int32", lambda: call(q, k, v, index=INDEX.float())),
         (ValueError, r"index must have q's batch size 2, got shape \(1, 3\)", lambda: call(q, k, v, index=INDEX[:1])),
         (ValueError, "prefix must be between 0 and 7, got 8", lambda: call(q, k, v, index=INDEX, prefix=8)),
-        (ValueError, "the rows of all images", lambda: call(q, k, v, **images)),
-        (ValueError, "offsets need longest", lambda: call(*one, offsets=OFFSETS)),
-        (ValueError, r"longest=\(3, 2\) goes with offsets", lambda: call(*one, longest=(3, 2))),
-        (TypeError, "keys must be int32", lambda: call(*one, offsets=(bounds, bounds.long()), longest=(3, 2))),
-        (ValueError, "of one length, images", lambda: call(*one, offsets=(bounds, bounds[1:]), longest=(3, 2))),
-        (ValueError, "longest must be between 0", lambda: call(*one, offsets=OFFSETS, longest=(-1, 2))),
-        (ValueError, "kind must be one of 'class', 'received', got 'key'", lambda: scores(q, k, v, kind="key")),
-        (ValueError, "class token's query", lambda: scores(q[:, :, :0], k, v, kind="class")),
-        (ValueError, "prefix must be", lambda: scores(q, k, v, kind="class", prefix=8)),
-        (ValueError, "bias must have shape", lambda: ops.attention_logsumexp(q, k, v, bias=bias[:1])),
+        (ValueError, "the rows of all images", lambda: row(q, k, v, **images)),
+        (TypeError, "keys must be int32", lambda: row(*one, offsets=(bounds, bounds.long()), longest=(3, 2))),
+        (ValueError, "of one length, images", lambda: row(*one, offsets=(bounds, bounds[1:]), longest=(3, 2))),
+        (ValueError, "longest must be between 0", lambda: row(*one, offsets=OFFSETS, longest=(-1, 2))),
+        (ValueError, "class token's query", lambda: scores(q[:, :, :0], k, v)),
+        (ValueError, "prefix must be", lambda: scores(q, k, v, prefix=8)),
+        (ValueError, "bias must have shape", lambda: scores(q, k, v, bias=bias[:1])),
     ):  # fmt: skip
         with pytest.raises(kind, match=message):
             refused()

@@ -81,16 +81,15 @@ def _operators(tokens, channels, heads, dtype):
     return {
         "attention": (ops.attention, q, k, v),
         "attention, bias": (lambda q, k, v, b: ops.attention(q, k, v, bias=b), q, k, v, bias),
-        "attention, policy": (lambda q, k, v, p: ops.attention(q, k, v, policy=p.round()), q, k, v, policy),
+        "attention, policy": (lambda q, k, v, p: ops.attention_policy(q, k, v, p.round()), q, k, v, policy),
         "attention, index": (lambda q, k, v, i: ops.attention(q, k, v, index=i, prefix=1), q, k, v, index),
-        "attention_logsumexp": (lambda q, k, v: ops.attention_logsumexp(q, k, v), q, k, v),
-        "attention_scores, class": (lambda q, k, v: ops.attention_scores(q, k, v, kind="class", prefix=1), q, k, v),
-        "attention_scores, received": (
-            lambda q, k, v, b: ops.attention_scores(q, k, v, kind="received", bias=b),
+        "attention_cls_scores": (ops.attention_cls_scores, q, k, v),
+        "attention_received_scores": (
+            lambda q, k, v, b: ops.attention_received_scores(q, k, v, bias=b),
             *(q, k, v, bias),
         ),
         "cls_scores": (lambda q, k: ops.cls_scores(q[:, :, 0], k), q, k),
-        "cls_scores, value": (lambda q, k, v, m: ops.cls_scores(q[:, :, 0], k, value=v, valid=m), q, k, v, valid),
+        "cls_value_scores": (lambda q, k, v, m: ops.cls_value_scores(q[:, :, 0], k, v, valid=m), q, k, v, valid),
         "cluster_dpc_knn": (lambda x: ops.cluster_dpc_knn(x, keep), x),
         "cluster_k_medoids": (lambda x, w: ops.cluster_k_medoids(x, w, keep), x, scores),
         "cluster_k_medoids, members": (
@@ -115,7 +114,7 @@ def _operators(tokens, channels, heads, dtype):
         "sample_tokens": (lambda s: ops.sample_tokens(s, keep), scores),
         "select_topk": (lambda s: ops.select_topk(s, keep), scores),
         "sinkhorn_merge": (lambda x: ops.sinkhorn_merge(x, centers, **transport), x),
-        "sinkhorn_merge, blocks": (lambda x: ops.sinkhorn_merge(x, centers, **transport, similarity=False), x),
+        "sinkhorn_merge, not kept": (lambda x: ops.sinkhorn_merge(x, centers, **transport, similarity=False), x),
         "soft_merge": (ops.soft_merge, logits, x),
         "unmerge_tokens": (ops.unmerge_tokens, after, slot),
     }

@@ -85,13 +85,6 @@ def test_opcheck_received_scores(layout, dtype):
     if layout == "dense":
         q, k = q.contiguous(), k.contiguous()
     torch.library.opcheck(torch.ops.fastreduce.received_scores.default, (q, k, 0.5), test_utils=OPCHECKS)
-    scores, logsumexp = torch.ops.fastreduce.received_scores(q, k, 0.5)
-    for grad in (torch.ones_like(scores), torch.ones(2, 1, dtype=scores.dtype).expand(2, 7)):
-        torch.library.opcheck(
-            torch.ops.fastreduce.received_scores_backward.default,
-            (grad, q, k, logsumexp, 0.5),
-            test_utils=OPCHECKS,
-        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -309,16 +302,20 @@ def test_cls_scores_refuses():
         raises(kind, message, ops.cls_scores, q_, k_)
     valid = torch.ones(2, 7, dtype=torch.bool)
     for kind, message, options in (
-        (ValueError, r"value must have shape \(B, H, N, D\), got \(2, 3, 4\)", {"value": q}),
-        (ValueError, r"value must have k's shape \(2, 3, 7, 4\), got \(2, 3, 6, 4\)", {"value": k[:, :, 1:]}),
-        (TypeError, "k is torch.float32 and value torch.float16", {"value": k.half()}),
-        (ValueError, "k is on cpu and value on meta", {"value": k.to("meta")}),
         (TypeError, r"valid must be a tensor of shape \(B, N\), got bool", {"valid": True}),
         (TypeError, "valid must be bool, got torch.float32", {"valid": valid.float()}),
         (ValueError, r"valid must have shape \(2, 7\) to go with k, got \(2, 6\)", {"valid": valid[:, 1:]}),
         (ValueError, "k is on cpu and valid on meta", {"valid": valid.to("meta")}),
     ):
         refuse(kind, message, q=q, k=k, **options)
+        raises(kind, message, ops.cls_value_scores, q, k, k, **options)
+    for kind, message, value in (
+        (ValueError, r"value must have shape \(B, H, N, D\), got \(2, 3, 4\)", q),
+        (ValueError, r"value must have k's shape \(2, 3, 7, 4\), got \(2, 3, 6, 4\)", k[:, :, 1:]),
+        (TypeError, "k is torch.float32 and value torch.float16", k.half()),
+        (ValueError, "k is on cpu and value on meta", k.to("meta")),
+    ):
+        raises(kind, message, ops.cls_value_scores, q, k, value)
     refuse(ValueError, "prefix must be between 0 and 7, got 8", q=q, k=k, prefix=8)
     refuse(ValueError, "prefix must be between 0 and 7, got -1", q=q, k=k, prefix=-1)
     refuse(TypeError, "prefix must be an integer, got 1.0", q=q, k=k, prefix=1.0)
@@ -535,7 +532,7 @@ def test_cls_scores_of_valid_keys_and_values_against_loops(batch, heads, num_tok
     ours = ops.cls_scores(q, k, prefix=prefix, scale=0.6, valid=given_mask)
     torch.testing.assert_close(ours, plain[:, prefix:], atol=1e-13, rtol=1e-12)
     for ours in (
-        ops.cls_scores(q, k, prefix=prefix, scale=0.6, value=value, valid=given_mask),
+        ops.cls_value_scores(q, k, value, prefix=prefix, scale=0.6, valid=given_mask),
         torch.ops.fastreduce.cls_value_scores(q, k, value, given_mask, prefix, 0.6),
     ):
         torch.testing.assert_close(ours, weighted[:, prefix:], atol=1e-13, rtol=1e-12)
@@ -544,7 +541,7 @@ def test_cls_scores_of_valid_keys_and_values_against_loops(batch, heads, num_tok
 
 def test_cls_scores_with_values_have_no_gradient():
     q, k = class_query_and_keys()
-    assert not ops.cls_scores(leaf(q), leaf(k), value=leaf(k)).requires_grad
+    assert not ops.cls_value_scores(leaf(q), leaf(k), leaf(k)).requires_grad
     assert ops.cls_scores(leaf(q), leaf(k), valid=torch.ones(2, 7, dtype=torch.bool)).requires_grad
 
 
@@ -558,7 +555,9 @@ def test_compile_cls_scores_with_options(with_value):
         return ClsScores.apply(q, k, 1, 0.5, valid)
 
     def by_reference(q, k, valid):
-        return ops.cls_scores(q, k, scale=0.5, valid=valid, value=k if with_value else None)
+        if with_value:
+            return ops.cls_value_scores(q, k, k, scale=0.5, valid=valid)
+        return ops.cls_scores(q, k, scale=0.5, valid=valid)
 
     for run in (by_functions, by_reference):
         compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -7,9 +7,10 @@ sees. Every case is a ``Primitive``, so that it is checked against float64 as al
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from bench.primitives import Inputs, Outputs, Primitive, Shape
 from bench.primitives.match_tokens import MATCH_TOKENS
 from bench.primitives.sample_tokens import SAMPLE_TOKENS
 from fastreduce import ops
+from fastreduce.kernels import _workspace
 
 __all__ = ["edge_cases", "special_cases"]
 
@@ -83,15 +85,28 @@ class _Draw:
         return self.weights(batch, count).argsort(1)
 
 
+def in_parts(call: Callable[..., Any], workspace: int) -> Callable[..., Any]:
+    """Return the call under a workspace of so many bytes: then launches take some images at a time."""
+
+    @functools.wraps(call)
+    def within(**arguments: Any) -> Any:
+        with mock.patch.object(_workspace, "WORKSPACE", workspace):
+            return call(**arguments)
+
+    return within
+
+
+def _normed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the call with the weight and bias of a norm, or neither, as arguments of their own."""
+    return lambda *, weight=None, bias=None, **arguments: call(**arguments, norm=(weight, bias, 1e-6))
+
+
 def _clusters(draw: _Draw) -> list[Primitive]:
     few, many, weights = draw.whole(2, 50, 64), draw.whole(1, 1030, 64), draw.weights(2, 50)
     medoids, peaks = ops.cluster_k_medoids, ops.cluster_dpc_knn
     tokens, noise = draw.whole(1, 300, 192), draw.weights(1, 300) * 1e-2
     return [
-        _case("k_medoids members", medoids, x=few, weights=weights, k=20, cost="members"),
-        _case("k_medoids first", medoids, x=few, weights=None, k=20, first=3),
-        _case("k_medoids first members", medoids, x=few, weights=None, k=20, first=3, cost="members"),
-        _case("k_medoids 1030 first", medoids, x=many, weights=None, k=5, first=3, cost="members", iters=1),
+        _case("k_medoids in parts", in_parts(medoids, 50 * 64 * 4), x=few, weights=weights, k=20),
         _case("k_medoids 1030", medoids, x=many, weights=draw.weights(1, 1030), k=40, iters=1),
         _case("dpc_knn 300", peaks, x=tokens, k=100, noise=noise),
         _case("dpc_knn 20 neighbours", peaks, x=tokens[:, :70], k=30, neighbors=20, noise=noise[:, :70]),
@@ -126,9 +141,14 @@ def _fusions(draw: _Draw) -> list[Primitive]:
     short = {"x": x[:, :300], "order": draw.order(2, 299), "scores": scores[:, :299], "k": 100}
     norm = {"weight": weight, "bias": bias}
     return [
-        _case("fuse_tokens_norm 900", ops.fuse_tokens_norm, x=x, order=order, scores=scores, k=100, **norm),
+        _case("fuse_tokens_norm 900", _normed(ops.fuse_tokens), x=x, order=order, scores=scores, k=100, **norm),
         _case(
-            "fuse_tokens_norm 300", ops.fuse_tokens_norm, residual=x[:, 600:702], residual_bias=bias, **short, **norm
+            "fuse_tokens_norm 300",
+            _normed(ops.fuse_tokens),
+            residual=x[:, 600:702],
+            residual_bias=bias,
+            **short,
+            **norm,
         ),
     ]
 
@@ -136,18 +156,12 @@ def _fusions(draw: _Draw) -> list[Primitive]:
 def _transport(draw: _Draw) -> list[Primitive]:
     x, centers = draw.tokens(2, 130, 192), torch.nn.functional.normalize(draw.tokens(40, 192).float(), dim=-1)
     near = centers.to(draw.dtype)
-    module = importlib.import_module("fastreduce.ops.sinkhorn_merge")
-
-    def blocks(x: Tensor, centers: Tensor, backend: str) -> Any:
-        if backend == "reference":
-            return ops.sinkhorn_merge(x, centers, backend=backend)[0]
-        return module._blocks(x, centers, 1.0, 3, None)[0]
 
     def merged(**arguments: Any) -> Any:
         return ops.sinkhorn_merge(**arguments)[0]
 
     return [
-        _case("sinkhorn_merge in blocks", blocks, x=x, centers=near),
+        _case("sinkhorn_merge in parts", in_parts(merged, 136 * 48 * 4), x=x, centers=near, similarity=False),
         _case("sinkhorn_merge float32 centres", merged, x=x, centers=centers),
     ]
 
@@ -159,7 +173,7 @@ def _attentions(draw: _Draw) -> list[Primitive]:
     found = [
         _case(
             "attention packed, indexed",
-            ops.attention,
+            ops.attention_packed,
             index=index,
             prefix=1,
             num_out=70,
@@ -194,12 +208,18 @@ def _edge_choices(draw: _Draw) -> list[Primitive]:
 def _edge_rows(draw: _Draw, none: Tensor) -> list[Primitive]:
     one, wide, score = draw.tokens(1, 1, 1), draw.tokens(1, 1, 64), draw.weights(1, 1)
     two, head, size = draw.tokens(1, 2, 64), draw.tokens(1, 1, 64), draw.weights(1, 1) + 1
-    fuse, merge = ops.fuse_tokens_norm, ops.merge_tokens_norm
+    fuse, merge = _normed(ops.fuse_tokens), _normed(ops.merge_tokens)
     fused = {"order": none, "scores": score}
     return [
         _case("gather_tokens 1", ops.gather_tokens, x=draw.tokens(1, 2, 1), index=none),
         _case(
-            "gather_tokens_norm 1", ops.gather_tokens_norm, "x residual", x=wide, index=none, prefix=0, residual=head
+            "gather_tokens_norm 1",
+            _normed(ops.gather_tokens),
+            "x residual",
+            x=wide,
+            index=none,
+            prefix=0,
+            residual=head,
         ),
         _case("merge_tokens 1", ops.merge_tokens, x=one, slot=none, num_out=1),
         _case(
@@ -228,22 +248,10 @@ def _edge_clusters(draw: _Draw) -> list[Primitive]:
             _case(f"dpc_knn 2 tokens k={k}", peaks, x=draw.whole(2, 2, 64), k=k, neighbors=1),
             _case(f"dpc_knn 300 tokens k={k}", peaks, x=draw.whole(1, 300, 64), k=k, neighbors=1),
             _case(f"k_medoids k={k}", medoids, x=five, weights=weights, k=k, iters=1),
-            _case(f"k_medoids members k={k}", medoids, x=five, weights=weights, k=k, iters=1, cost="members"),
-            _case(f"k_medoids first k={k}", medoids, x=five, weights=None, k=k, iters=0, first=1),
         ]
     match = ops.match_tokens
     return [
         *found,
-        _case(
-            "k_medoids 1100 tokens",
-            medoids,
-            x=draw.whole(1, 1100, 64),
-            weights=None,
-            k=1,
-            iters=1,
-            first=1,
-            cost="members",
-        ),
         _case("k_medoids one token", medoids, x=draw.whole(2, 1, 64), weights=weights[:, :1], k=1, iters=1),
         _case("dpc_knn one token", peaks, x=draw.whole(2, 1, 64), k=1),
         _case("match_tokens r=0", match, metric=draw.tokens(1, 1, 2, 64), r=0, prefix=1),
@@ -255,17 +263,22 @@ def _edge_clusters(draw: _Draw) -> list[Primitive]:
 def _edge_attentions(draw: _Draw) -> list[Primitive]:
     one = {name: draw.tokens(1, 1, 1, 64) for name in "qkv"}
     pair = {name: one[name] for name in "qk"}
-    scores, two = ops.attention_scores, draw.tokens(1, 1, 2, 64)
+    two = draw.tokens(1, 1, 2, 64)
     return [
         _case("cls_scores 1", ops.cls_scores, "q k", q=one["q"][:, :, 0], k=one["k"], prefix=0),
         _case(
-            "cls_scores value", ops.cls_scores, q=draw.tokens(1, 1, 64), k=two, prefix=1, value=draw.tokens(1, 1, 2, 64)
+            "cls_value_scores",
+            ops.cls_value_scores,
+            q=draw.tokens(1, 1, 64),
+            k=two,
+            prefix=1,
+            value=draw.tokens(1, 1, 2, 64),
         ),
         _case("received_scores 1", ops.received_scores, "q k", **pair),
         _case("attention 1", ops.attention, "q k v", **one),
-        _case("attention policy", ops.attention, "q k v policy", policy=torch.ones(1, 1), **one),
-        _case("attention_scores class", scores, "q k v", kind="class", prefix=0, **one),
-        _case("attention_scores received", scores, "q k v", kind="received", **one),
+        _case("attention policy", ops.attention_policy, "q k v policy", policy=torch.ones(1, 1), **one),
+        _case("attention_cls_scores 1", ops.attention_cls_scores, "q k v", prefix=0, **one),
+        _case("attention_received_scores 1", ops.attention_received_scores, "q k v", **one),
     ]
 
 
@@ -292,10 +305,10 @@ def _edge_packed(draw: _Draw, none: Tensor) -> list[Primitive]:
         _case("gather_packed 1", ops.gather_packed, x=one, index=none, offsets=both, num_out=1, prefix=0),
         _case("unpack_tokens 1", ops.unpack_tokens, x=one, offsets=offsets, longest=1),
         _case("linear_packed 1", ops.linear_packed, "x weight bias", **linear),
-        _case("attention packed 1", ops.attention, offsets=both, longest=(1, 1), **parts),
+        _case("attention packed 1", ops.attention_packed, offsets=both, longest=(1, 1), **parts),
         _case(
             "attention packed, indexed 1",
-            ops.attention,
+            ops.attention_packed,
             index=none,
             prefix=0,
             num_out=1,

@@ -382,7 +382,7 @@ class ReducedBlock(vit.Block):
         self, q: Tensor, k: Tensor, v: Tensor, keys: Packing, queries: Packing, **chosen: Any
     ) -> Tensor:
         """Every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
-        return ops.attention(
+        return ops.attention_packed(
             q,
             k,
             v,
@@ -410,7 +410,7 @@ class ReducedBlock(vit.Block):
                     f"{self._reducer.name} masks attention in training, whose weights the attn_drop of block "
                     f"{self.index} ({type(attn.attn_drop).__name__}) would not see"
                 )
-            out = ops.attention(q, k, v, policy=keys.policy, scale=attn.scale, backend=keys.backend)
+            out = ops.attention_policy(q, k, v, keys.policy, scale=attn.scale, backend=keys.backend)
         elif keys.bias is not None and self._has_kernel(q, keys):  # SDPA's fastest kernels take no bias
             out = ops.attention(q, k, v, bias=keys.bias, scale=attn.scale, backend=keys.backend)
         elif attn.fused_attn:
@@ -430,7 +430,7 @@ class ReducedBlock(vit.Block):
         """:meth:`attention`, and (B, N - prefix) the class token's, from the same pass where that is cheaper."""
         options: dict[str, Any] = {"prefix": keys.prefix, "scale": self.scale, "backend": keys.backend}
         if self._has_kernel(q, keys) and k.shape[2] <= MOST_KEYS_BY_OURS:
-            out, scores = ops.attention_scores(q, k, v, kind="class", bias=keys.bias, **options)
+            out, scores = ops.attention_cls_scores(q, k, v, bias=keys.bias, **options)
             return self._attended(out, normed), scores
         assert keys.bias is None  # cls_scores has none
         return self.attention(q, k, v, normed, keys), ops.cls_scores(q[:, :, 0], k, **options)
@@ -443,7 +443,7 @@ class ReducedBlock(vit.Block):
         # The CPU computes the matrix once, a head at a time, with a gradient as without; for long inputs not at all.
         on_cpu = not q.is_cuda and k.shape[2] <= MOST_KEYS_BY_OURS and self._is_plain(keys)
         if on_cpu or self._has_kernel(q, keys):
-            out, received = ops.attention_scores(q, k, v, kind="received", bias=keys.bias, **options)
+            out, received = ops.attention_received_scores(q, k, v, bias=keys.bias, **options)
             return self._attended(out, normed), received if differentiable else received.detach()
         assert keys.bias is None  # received_scores has none
         scored = (q, k) if differentiable else (q.detach(), k.detach())

@@ -1,0 +1,101 @@
+"""What some of PyTorch's operators become in an ONNX graph, which has no stable sort, no search and no safe scatter.
+
+Every function here is the operator itself anywhere else. In the graph it is made of operators that every runtime has
+and that give ties to the lower index: a scatter that adds is silently wrong in some of them, and is a product with a
+matrix of zeros and ones instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cdist",
+    "first_of_slots",
+    "for_onnx",
+    "greatest_of_slots",
+    "lowest_first",
+    "marks",
+    "nearest_in_row",
+    "number_below",
+    "sums_of_slots",
+]
+
+
+def for_onnx() -> bool:
+    """Whether ``torch.onnx.export`` is capturing the graph."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def lowest_first(values: Tensor, k: int) -> Tensor:
+    """Values (B, N) -> places (B, k) of the k lowest, ascending; ties go to the lower place, NaN comes last."""
+    if not for_onnx():
+        return torch.sort(values, dim=1, stable=True)[1][:, :k]
+    if values.is_floating_point():
+        values = torch.where(values.isnan(), torch.inf, values)
+    # ONNX gives ties to the lower place, which torch.topk, run eagerly, does not.
+    return values.topk(k, dim=1, largest=False)[1]
+
+
+def number_below(ascending: Tensor, values: Tensor) -> Tensor:
+    """How many of ascending (B, N) are below each of values (B, K) -> (B, K): the place before which it belongs."""
+    if not for_onnx():
+        return torch.searchsorted(ascending, values)
+    return (ascending.unsqueeze(1) < values.unsqueeze(2)).sum(2)
+
+
+def nearest_in_row(row: Tensor, values: Tensor) -> Tensor:
+    """``argmin_n |values[b, i] - row[b, n]|``, the lowest n on ties: row (B, N), values (B, K) -> (B, K)."""
+    return (values.unsqueeze(2) - row.unsqueeze(1)).abs().argmin(2)
+
+
+def _members(slot: Tensor, num_out: int) -> Tensor:
+    """(B, N) -> (B, num_out, N) bool: whether a token is of a slot."""
+    return slot.unsqueeze(1) == torch.arange(num_out, dtype=slot.dtype, device=slot.device).unsqueeze(1)
+
+
+def marks(index: Tensor, count: int) -> Tensor:
+    """(B, K) places -> (B, count) bool: whether a place is among them."""
+    if not for_onnx():
+        return index.new_zeros(index.shape[0], count, dtype=torch.bool).scatter_(1, index, True)
+    return _members(index, count).any(2)
+
+
+def sums_of_slots(x: Tensor, weights: Tensor | None, slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    """``sum of weights[n] x[n]`` and of weights[n] over the tokens of each slot: (B, num_out, C) and (B, num_out).
+
+    x (B, N, C), weights (B, N) or None for ones, slot (B, N), of which -1 is none. In an ONNX graph only.
+    """
+    share = _members(slot, num_out).to(x.dtype)
+    if weights is not None:
+        share = share * weights.unsqueeze(1)
+    return share @ x, share.sum(2)
+
+
+def greatest_of_slots(values: Tensor, slot: Tensor, num_out: int, least: float) -> Tensor:
+    """The greatest of values (B, N) in each slot and of ``least``, which an empty slot gets: (B, num_out)."""
+    if not for_onnx():
+        start = values.new_full((values.shape[0], num_out), least)
+        return start.scatter_reduce(1, slot.clamp_min(0), values, "amax")
+    return torch.where(_members(slot, num_out), values.unsqueeze(1), least).amax(2).clamp_min(least)
+
+
+def first_of_slots(slot: Tensor, num_out: int) -> Tensor:
+    """The first place of each slot in a row, N where a slot is empty: slot (B, N) -> (B, num_out)."""
+    batch, tokens = slot.shape
+    place = torch.arange(tokens, device=slot.device).expand(batch, tokens)
+    if not for_onnx():
+        return place.new_full((batch, num_out), tokens).scatter_reduce(1, slot, place, "amin")
+    return torch.where(_members(slot, num_out), place.unsqueeze(1), tokens).amin(2)
+
+
+def cdist(rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, M, C), (B, N, C) -> (B, M, N) Euclidean distances, as torch rounds them for more than 25 tokens."""
+    if not for_onnx():
+        return torch.cdist(rows, columns)
+    of_rows, of_columns = (x.square().sum(2, keepdim=True) for x in (rows, columns))
+    ones = torch.ones_like(of_rows), torch.ones_like(of_columns)
+    left = torch.cat([rows * -2, of_rows, ones[0]], dim=2)
+    right = torch.cat([columns, ones[1], of_columns], dim=2)
+    return (left @ right.mT).clamp_min(0.0).sqrt()

@@ -1,0 +1,173 @@
+"""What the forward and the backward pass of attention share: tiles, pieces of kernels, and sums over heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ._direct import cdiv, direct, is_compiled, next_power_of_2
+from ._launch import parts_of_images
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTile:
+    """Rows that a program owns, rows of the other side at a time, warps, and whether registers are given out freely.
+
+    Else the assembler spills a few words where a few registers less let one more program run.
+    """
+
+    own: int
+    step: int
+    num_warps: int
+    all_registers: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionTiles:
+    """The three passes: over the keys for the result, over the keys for q, over the queries for k and v."""
+
+    forward: AttentionTile
+    grad_queries: AttentionTile
+    grad_keys: AttentionTile
+
+
+# By the padded head dimension, found by compiling: nothing spills for sm_80 and sm_90, whatever the options.
+HALF_TILES = {
+    64: AttentionTiles(AttentionTile(64, 64, 4), AttentionTile(64, 32, 4), AttentionTile(64, 32, 4)),
+    128: AttentionTiles(AttentionTile(128, 32, 8), AttentionTile(64, 32, 8), AttentionTile(64, 32, 8)),
+    256: AttentionTiles(AttentionTile(64, 32, 8), AttentionTile(32, 32, 8), AttentionTile(32, 64, 8)),
+}
+# At 128 channels a few words would spill, of an index or scores with a bias on sm_80.
+SHORT_GRAD_QUERIES = AttentionTile(64, 16, 8)
+# Rows that are not aligned to 16 bytes take an address for every element, and with twice as many a few words spill;
+# of float32 at 128 channels with any option too.
+SMALL_HALF = AttentionTile(16, 16, 4, all_registers=True)
+SMALL_FLOAT = AttentionTile(16, 16, 8, all_registers=True)
+# Exact dots hold their operands in registers, those of two gradients the most.
+FLOAT_TILES = {
+    64: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), AttentionTile(32, 16, 8)),
+    128: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), SMALL_FLOAT),
+    256: AttentionTiles(SMALL_FLOAT, SMALL_FLOAT, SMALL_FLOAT),
+}
+FLOAT_WITH_OPTIONS = AttentionTile(32, 16, 8, all_registers=True)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """A power of two, and the least that tensor cores take."""
+    return max(16, next_power_of_2(head_dim))
+
+
+@functools.cache
+def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_options: bool = False) -> AttentionTiles:
+    """The tiles of a head dimension up to 256.
+
+    ``with_options``: keys have a bias, queries an index, images offsets, or scores a gradient.
+    """
+    width = max(64, padded_head_dim(head_dim))
+    if aligned and dtype != torch.float32:
+        tiles = HALF_TILES[width]
+        return dataclasses.replace(tiles, grad_queries=SHORT_GRAD_QUERIES) if width == 128 and with_options else tiles
+    if dtype != torch.float32:
+        return AttentionTiles(SMALL_HALF, SMALL_HALF, SMALL_HALF)
+    if aligned and not with_options:
+        return FLOAT_TILES[width]
+    tile = FLOAT_WITH_OPTIONS if aligned and width == 64 else SMALL_FLOAT
+    # 16 rows of 32 channels are 16 bytes for each of 128 threads.
+    grad_keys = dataclasses.replace(SMALL_FLOAT, num_warps=4) if head_dim <= 32 else SMALL_FLOAT
+    return AttentionTiles(tile, tile, grad_keys)
+
+
+def settings(tile: AttentionTile) -> dict[str, int]:
+    settings = {"num_warps": tile.num_warps, "num_stages": 2}
+    compiles = tile.all_registers and is_compiled(sum_heads_kernel)
+    if compiles and triton.runtime.driver.active.get_current_target().backend == "cuda":
+        settings["maxnreg"] = 255
+    return settings
+
+
+@triton.jit
+def load_bias(row, columns, mask, stride, log2_e):
+    """Of these keys, in units of log 2; -inf past the end."""
+    return tl.load(row + columns.to(tl.int64) * stride, mask=mask, other=float("-inf")).to(tl.float32) * log2_e
+
+
+@triton.jit
+def chosen_rows(places, index, index_stride_k, prefix, mask, first):
+    """Rows of q for places in this image, which begins at ``first``: of the prefix, then those that the index names."""
+    patches = places - prefix
+    chosen = tl.load(index + patches.to(tl.int64) * index_stride_k, mask=mask & (patches >= 0), other=0)
+    return tl.where(patches >= 0, chosen.to(tl.int64) + prefix, places.to(tl.int64)) + first
+
+
+@triton.jit
+def clear_rows(target, offsets, rows, heads, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros in this head's rows past the last image: all programs of a head share them."""
+    first = tl.load(offsets + tl.num_programs(2))
+    part = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    offsets_d = tl.arange(0, BLOCK_D)
+    for start in range(first + part * BLOCK, rows, tl.num_programs(0) * tl.num_programs(2) * BLOCK):
+        past = start + tl.arange(0, BLOCK)
+        targets = target + (past.to(tl.int64)[:, None] * heads + tl.program_id(1)) * D + offsets_d[None, :]
+        nothing = tl.zeros((BLOCK, BLOCK_D), target.dtype.element_ty)
+        tl.store(targets, nothing, mask=(past < rows)[:, None] & (offsets_d < D)[None, :])
+
+
+@direct
+@triton.jit
+def sum_heads_kernel(
+    parts,  # (B, H, N) float32, contiguous
+    offsets,  # (images + 1,) int32 or None: only keys before the last of them have parts
+    summed,  # (B, N), contiguous
+    images,
+    heads,
+    keys,
+    BLOCK_N: tl.constexpr,
+):
+    """One program: BLOCK_N keys, heads in order."""
+    batch = tl.program_id(1).to(tl.int64)
+    offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_n = offsets_n < keys
+    with_parts = in_n
+    if offsets is not None:
+        with_parts = offsets_n < tl.load(offsets + images)
+    acc = tl.zeros((BLOCK_N,), tl.float32)
+    for head in range(heads):
+        acc += tl.load(parts + (batch * heads + head) * keys + offsets_n, mask=with_parts, other=0.0)
+    tl.store(summed + batch * keys + offsets_n, acc.to(summed.dtype.element_ty), mask=in_n)
+
+
+Parts = list[tuple[int, torch.Tensor | None, tuple[torch.Tensor | None, torch.Tensor | None]]]
+
+
+def launches(
+    images: int, index: torch.Tensor | None, query_offsets: torch.Tensor | None, key_offsets: torch.Tensor | None
+) -> Parts:
+    """Number, index and offsets of the images of each launch: several for more packed ones than a grid takes."""
+    parts = parts_of_images(images)
+    if len(parts) == 1 or query_offsets is None or key_offsets is None:
+        return [(images, index, (query_offsets, key_offsets))]
+    return [
+        (
+            part.stop - part.start,
+            None if index is None else index[part],
+            (query_offsets[part.start : part.stop + 1], key_offsets[part.start : part.stop + 1]),
+        )
+        for part in parts
+    ]
+
+
+def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
+    """Two strides, 0 for a tensor that is not there."""
+    return (0, 0) if tensor is None else tensor.stride()
+
+
+def sum_heads(parts: torch.Tensor, summed: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
+    batch, heads, keys = parts.shape
+    images = 0 if offsets is None else offsets.shape[0] - 1
+    sum_heads_kernel[(cdiv(keys, 256), batch)](parts, offsets, summed, images, heads, keys, BLOCK_N=256, num_warps=4)

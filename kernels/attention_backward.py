@@ -1,0 +1,523 @@
+"""Gradients of attention: the logits once more in tiles, from the sums of every row.
+
+Launches: 2; with a policy 3 (its gradient summed over heads), as with a bias that needs a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._attention import (
+    LOG2_E,
+    attention_tiles,
+    chosen_rows,
+    clear_rows,
+    launches,
+    load_bias,
+    padded_head_dim,
+    settings,
+    strides,
+    sum_heads,
+)
+from ._direct import cdiv, direct
+from ._launch import in_parts
+from ._rows import head_of, steps, unit_of
+
+
+@triton.jit
+def _upstream_of_scores(row, columns, mask, stride, prefix, heads, CLASS: tl.constexpr):
+    """The gradient of the scores of these keys; of the class token's, what one head adds to them."""
+    if CLASS:
+        columns -= prefix
+        mask = mask & (columns >= 0)
+    upstream = tl.load(row + columns.to(tl.int64) * stride, mask=mask, other=0.0).to(tl.float32)
+    if CLASS:
+        upstream = upstream / heads
+    return upstream
+
+
+@direct
+@triton.jit
+def grad_queries_kernel(
+    grad,  # (B, H, M, D)
+    q,  # (B, H, M, D), with an index (B, H, any, D)
+    k,  # (B, H, N, D)
+    v,  # (B, H, N, D)
+    policy,  # (B, N) or None
+    bias,  # (B, N) or None
+    index,  # (B, M - prefix), of packed images (images, K), or None
+    query_offsets,  # (images + 1,) int32 or None; then B is 1
+    key_offsets,  # (images + 1,) int32 or None
+    grad_scores,  # (B, N), with CLASS (B, N - prefix), or None
+    out,  # (B, H, M, D)
+    logsumexp,  # (B, H, M) float32, contiguous
+    total,  # (B, H, M) float32, contiguous, or None
+    mean,  # (B, H, D) float32, contiguous, or None
+    grad_q,  # (B, M, H, D), contiguous
+    delta,  # (B, H, M) float32, contiguous
+    peak,  # (B, H, M) int32, contiguous, or None
+    peak_grad,  # (B, H, M) float32, contiguous, or None
+    scale,
+    scale_log2,
+    log2_e,
+    eps,
+    heads,
+    queries,
+    keys,
+    prefix,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_m,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    policy_stride_b,
+    policy_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    index_stride_b,
+    index_stride_k,
+    scores_stride_b,
+    scores_stride_n,
+    out_stride_b,
+    out_stride_h,
+    out_stride_m,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    POLICY: tl.constexpr,
+    CLASS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_M queries of one head; it also leaves what the pass over the keys needs of every query.
+
+    With a policy the maximum of a row, over all keys, has a gradient of eps / total: small, unless hidden keys dominate
+    the row. It goes to the first key that reaches the maximum.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if index is not None:
+        index += batch * index_stride_b
+    if query_offsets is not None:
+        first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
+        first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
+        last_n = tl.where(first_m + tl.program_id(0) * BLOCK_M < last_m, last_n, first_n)  # nothing to do
+        batch = tl.full((), 0, tl.int64)
+    offsets_m = first_m + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offsets_n = tl.arange(0, BLOCK_N)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_m = offsets_m < last_m
+    in_d = offsets_d < D
+    in_md = in_m[:, None] & in_d[None, :]
+    rows_q = offsets_m
+    if index is not None:
+        rows_q = chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
+    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+    grad_rows = head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
+    upstream = tl.load(grad_rows + steps(offsets_m, grad_stride_m, UNIT), mask=in_md, other=0.0)
+    out_rows = head_of(out, batch, head, out_stride_b, out_stride_h, UNIT) + offsets_d[None, :]
+    result = tl.load(out_rows + steps(offsets_m, out_stride_m, UNIT), mask=in_md, other=0.0).to(tl.float32)
+    row = (batch * heads + head) * queries + offsets_m
+    lse = tl.load(logsumexp + row, mask=in_m, other=0.0) * log2_e
+    if bias is not None:
+        bias_row = bias + batch * bias_stride_b
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    offset = tl.sum(upstream.to(tl.float32) * result, 1)
+    if grad_scores is not None:
+        score_row = grad_scores + batch * scores_stride_b
+        # The mean of the scores' gradient under the attention; of the class token's only the first row has one.
+        end = tl.where(tl.program_id(0) == 0, last_n, 0) if CLASS else last_n
+        weighted = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, end, BLOCK_N):
+            columns = start + offsets_n
+            in_n = columns < last_n
+            mask = in_n[:, None] & in_d[None, :]
+            key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=mask, other=0.0)
+            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+            if bias is not None:
+                logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+            else:
+                logit = tl.where(in_n[None, :], logit, float("-inf"))  # else 0, whose weight may be infinite
+            of_scores = _upstream_of_scores(score_row, columns, in_n, scores_stride_n, prefix, heads, CLASS)
+            weighted += tl.sum(tl.exp2(logit - lse[:, None]) * of_scores[None, :], 1)
+        offset += tl.where(offsets_m == 0, weighted, 0.0) if CLASS else weighted
+    tl.store(delta + row, offset, mask=in_m)
+    if POLICY:
+        average = tl.load(mean + (batch * heads + head) * D + offsets_d, mask=in_d, other=0.0)
+        denominator = tl.load(total + row, mask=in_m, other=1.0)
+        slope_of_max = (tl.sum(upstream.to(tl.float32) * average[None, :], 1) - offset) * (eps / denominator)
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        row_peak = tl.zeros((BLOCK_M,), tl.int32)
+
+    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    if POLICY:
+        policy_row = policy + batch * policy_stride_b
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(first_n, last_n, BLOCK_N):
+        columns = start + offsets_n
+        in_n = columns < last_n
+        in_nd = in_n[:, None] & in_d[None, :]
+        key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
+        value = tl.load(value_rows + steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
+        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        if bias is not None:
+            logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+        else:
+            logit = tl.where(in_n[None, :], logit, float("-inf"))
+        weight = tl.exp2(logit - lse[:, None])
+        if POLICY:
+            tile_max, tile_peak = tl.max(logit, 1, return_indices=True, return_indices_tie_break_left=True)
+            row_peak = tl.where(tile_max > row_max, start + tile_peak, row_peak)
+            row_max = tl.maximum(row_max, tile_max)
+            shown = tl.load(policy_row + columns.to(tl.int64) * policy_stride_n, mask=in_n, other=0.0)
+            visible = shown.to(tl.float32)
+            own = offsets_m[:, None] == columns[None, :]
+            weight = tl.where(own, weight, weight * visible[None, :])
+        slope = tl.dot(upstream, tl.trans(value), input_precision="ieee") - offset[:, None]
+        if grad_scores is not None:
+            of_scores = _upstream_of_scores(score_row, columns, in_n, scores_stride_n, prefix, heads, CLASS)[None, :]
+            slope += tl.where(offsets_m[:, None] == 0, of_scores, 0.0) if CLASS else of_scores
+        acc = tl.dot((weight * slope).to(key.dtype), key, acc, input_precision="ieee")
+
+    if POLICY:
+        tl.store(peak + row, row_peak, mask=in_m)
+        tl.store(peak_grad + row, slope_of_max, mask=in_m)
+        key = tl.load(key_rows + steps(row_peak, k_stride_n, UNIT), mask=in_md, other=0.0).to(tl.float32)
+        acc += slope_of_max[:, None] * key
+    targets = grad_q + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
+    tl.store(targets, (acc * scale).to(grad_q.dtype.element_ty), mask=in_md)
+    if query_offsets is not None:
+        clear_rows(grad_q, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
+
+
+@direct
+@triton.jit
+def grad_keys_kernel(
+    grad,  # (B, H, M, D)
+    q,  # (B, H, M, D), with an index (B, H, any, D)
+    k,  # (B, H, N, D)
+    v,  # (B, H, N, D)
+    policy,  # (B, N) or None
+    bias,  # (B, N) or None
+    index,  # (B, M - prefix), of packed images (images, K), or None
+    query_offsets,  # (images + 1,) int32 or None; then B is 1
+    key_offsets,  # (images + 1,) int32 or None
+    grad_scores,  # (B, N), with CLASS (B, N - prefix), or None
+    logsumexp,  # (B, H, M) float32, contiguous
+    total,  # (B, H, M) float32, contiguous, or None
+    delta,  # (B, H, M) float32, contiguous
+    peak,  # (B, H, M) int32, contiguous, or None
+    peak_grad,  # (B, H, M) float32, contiguous, or None
+    grad_k,  # (B, N, H, D), contiguous
+    grad_v,  # (B, N, H, D), contiguous
+    parts,  # (B, H, N) float32, contiguous: of the policy's or the bias's gradient, or None
+    scale,
+    scale_log2,
+    log2_e,
+    eps,
+    heads,
+    queries,
+    keys,
+    prefix,
+    grad_stride_b,
+    grad_stride_h,
+    grad_stride_m,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    policy_stride_b,
+    policy_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    index_stride_b,
+    index_stride_k,
+    scores_stride_b,
+    scores_stride_n,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    POLICY: tl.constexpr,
+    CLASS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_N keys of one head; logits stand on their side, so that they go into the next dot as they are.
+
+    Rows past the last query have a gradient of zero, so that their weights do not matter.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    first_m, last_m, first_n, last_n = 0, queries, 0, keys
+    if index is not None:
+        index += batch * index_stride_b
+    if query_offsets is not None:
+        first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
+        first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
+        last_m = tl.where(first_n + tl.program_id(0) * BLOCK_N < last_n, last_m, first_m)  # nothing to do
+        batch = tl.full((), 0, tl.int64)
+    offsets_n = first_n + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offsets_m = tl.arange(0, BLOCK_M)
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_n = offsets_n < last_n
+    in_d = offsets_d < D
+    in_nd = in_n[:, None] & in_d[None, :]
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    key = tl.load(key_rows + steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
+    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    value = tl.load(value_rows + steps(offsets_n, v_stride_n, UNIT), mask=in_nd, other=0.0)
+    if POLICY:
+        sources = policy + batch * policy_stride_b + offsets_n.to(tl.int64) * policy_stride_n
+        visible = tl.load(sources, mask=in_n, other=0.0).to(tl.float32)
+    if bias is not None:
+        added = load_bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
+    if grad_scores is not None:
+        score_row = grad_scores + batch * scores_stride_b
+        of_scores = _upstream_of_scores(score_row, offsets_n, in_n, scores_stride_n, prefix, heads, CLASS)[:, None]
+    if parts is not None:
+        acc_part = tl.zeros((BLOCK_N,), tl.float32)
+    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    grad_rows = head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
+    first_row = (batch * heads + head) * queries
+    acc_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    acc_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for start in range(first_m, last_m, BLOCK_M):
+        rows = start + offsets_m
+        in_m = rows < last_m
+        in_md = in_m[:, None] & in_d[None, :]
+        rows_q = rows
+        if index is not None:
+            rows_q = chosen_rows(rows - first_m, index, index_stride_k, prefix, in_m, first_n)
+        query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+        upstream = tl.load(grad_rows + steps(rows, grad_stride_m, UNIT), mask=in_md, other=0.0)
+        lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=0.0) * log2_e
+        offset = tl.load(delta + first_row + rows, mask=in_m, other=0.0)
+        logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+        if bias is not None:
+            logit += added[:, None]
+            lse = tl.where(in_m & (lse > float("-inf")), lse, float("inf"))  # no key, or no query: weights of zero
+        weight = tl.exp2(logit - lse[None, :])
+        slope = tl.dot(value, tl.trans(upstream), input_precision="ieee") - offset[None, :]
+        if grad_scores is not None:
+            slope += tl.where(rows[None, :] == 0, of_scores, 0.0) if CLASS else of_scores
+        if POLICY:
+            own = offsets_n[:, None] == rows[None, :]
+            acc_part += tl.sum(tl.where(own, 0.0, weight * slope), 1)
+            weight = tl.where(own, weight, weight * visible[:, None])
+            grad_logit = weight * slope
+            of_max = tl.load(peak + first_row + rows, mask=in_m, other=-1)
+            slope_of_max = tl.load(peak_grad + first_row + rows, mask=in_m, other=0.0)
+            grad_logit += tl.where(offsets_n[:, None] == of_max[None, :], slope_of_max[None, :], 0.0)
+            floor = (eps / keys) / tl.load(total + first_row + rows, mask=in_m, other=1.0)
+            weight += floor[None, :]
+        else:
+            grad_logit = weight * slope
+            if parts is not None:
+                acc_part += tl.sum(grad_logit, 1)
+        acc_value = tl.dot(weight.to(upstream.dtype), upstream, acc_value, input_precision="ieee")
+        acc_key = tl.dot(grad_logit.to(query.dtype), query, acc_key, input_precision="ieee")
+
+    targets = ((batch * keys + offsets_n[:, None]) * heads + head) * D + offsets_d[None, :]
+    tl.store(grad_v + targets, acc_value.to(grad_v.dtype.element_ty), mask=in_nd)
+    tl.store(grad_k + targets, (acc_key * scale).to(grad_k.dtype.element_ty), mask=in_nd)
+    if parts is not None:
+        tl.store(parts + (batch * heads + head) * keys + offsets_n, acc_part, mask=in_n)
+    if key_offsets is not None:
+        clear_rows(grad_k, key_offsets, keys, heads, D, BLOCK_N, BLOCK_D)
+        clear_rows(grad_v, key_offsets, keys, heads, D, BLOCK_N, BLOCK_D)
+
+
+_SAVED = ("out", "logsumexp")  # by the forward pass
+
+
+@in_parts("grad", "q", "k", "v", *_SAVED, "bias", "index", "grad_scores")
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+    prefix: int = 0,
+    query_offsets: torch.Tensor | None = None,
+    key_offsets: torch.Tensor | None = None,
+    longest_queries: int = 0,
+    longest_keys: int = 0,
+    grad_scores: torch.Tensor | None = None,
+    kind: str = "",
+    with_bias: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two launches; grad (B, H, M, D) -> gradients of q, k, v and the bias, (B, 0) without.
+
+    A third with a bias if ``with_bias``. With an index the first gradient is that of the chosen queries,
+    (B, H, prefix + K, D). The gradient of the ``kind`` of :func:`key_scores` joins.
+    """
+    of_keys = bias if with_bias else None
+    offsets = None if query_offsets is None or key_offsets is None else (query_offsets, key_offsets)
+    longest = longest_queries, longest_keys
+    grad_q, grad_k, grad_v, grad_bias = _backward(
+        *(grad, q, k, v, None, out, logsumexp, None, None, scale, 0.0),
+        *(bias, index, prefix, offsets, longest, grad_scores, kind, of_keys),
+    )
+    if grad_bias is None:
+        grad_bias = torch.empty(grad.shape[0], 0, dtype=(q if bias is None else bias).dtype, device=q.device)
+    return grad_q, grad_k, grad_v, grad_bias
+
+
+@in_parts("grad", "q", "k", "v", "policy", *_SAVED, "total", "mean")
+def attention_policy_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy: torch.Tensor,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    total: torch.Tensor,
+    mean: torch.Tensor,
+    scale: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three launches; grad (B, H, N, D) -> gradients of q, k, v (B, H, N, D) and the policy (B, N)."""
+    grad_q, grad_k, grad_v, grad_policy = _backward(
+        *(grad, q, k, v, policy, out, logsumexp, total, mean, scale, eps),
+        *(None, None, 0, None, (0, 0), None, "", policy),
+    )
+    assert grad_policy is not None
+    return grad_q, grad_k, grad_v, grad_policy
+
+
+def _backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    policy: torch.Tensor | None,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    total: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    scale: float,
+    eps: float,
+    bias: torch.Tensor | None,
+    index: torch.Tensor | None,
+    prefix: int,
+    offsets: tuple[torch.Tensor, torch.Tensor] | None,
+    longest: tuple[int, int],
+    grad_scores: torch.Tensor | None,
+    kind: str,
+    of_keys: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Launch; gradients of q, k, v, and of what ``of_keys`` says about the keys."""
+    batch, heads, queries, head_dim = grad.shape
+    keys = k.shape[2]
+    hidden = policy is not None
+    grad_q = torch.empty(batch, queries, heads, head_dim, dtype=q.dtype, device=q.device)
+    grad_k = torch.empty(batch, keys, heads, head_dim, dtype=k.dtype, device=k.device)
+    grad_v = torch.empty_like(grad_k)
+    grad_of_keys = None if of_keys is None else torch.empty(batch, keys, dtype=of_keys.dtype, device=q.device)
+    images, rows, columns = batch, queries, keys
+    if offsets is not None:
+        images, rows, columns = offsets[0].shape[0] - 1, max(1, longest[0]), max(1, longest[1])
+    if images == 0 or queries == 0:
+        for gradient in (grad_q, grad_k, grad_v, grad_of_keys):
+            if gradient is not None:
+                gradient.zero_()
+        return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_of_keys
+    delta = torch.empty_like(logsumexp)
+    peak_grad = torch.empty_like(logsumexp) if hidden else None
+    peak = torch.empty(logsumexp.shape, dtype=torch.int32, device=q.device) if hidden else None
+    parts = None if of_keys is None else torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
+    numbers = (scale, scale * LOG2_E, LOG2_E, eps, heads, queries, keys, prefix)
+    all_strides = (
+        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+        *(*strides(policy), *strides(bias), *strides(index), *strides(grad_scores)),
+    )
+    unit = unit_of(grad, q, k, v, out)
+    used = any(option is not None for option in (bias, index, offsets, grad_scores))
+    tiles = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
+    shape = {
+        "D": head_dim,
+        "UNIT": unit,
+        "POLICY": hidden,
+        "CLASS": kind == "class",
+        "BLOCK_D": padded_head_dim(head_dim),
+    }
+    tile = tiles.grad_queries
+    for count, chosen, bounds in launches(images, index, *(offsets or (None, None))):
+        grad_queries_kernel[(cdiv(rows, tile.own), heads, count)](
+            grad,
+            q,
+            k,
+            v,
+            policy,
+            bias,
+            chosen,
+            *bounds,
+            grad_scores,
+            out,
+            logsumexp,
+            total,
+            mean,
+            grad_q,
+            delta,
+            peak,
+            peak_grad,
+            *numbers,
+            *all_strides,
+            *out.stride()[:3],
+            BLOCK_M=tile.own,
+            BLOCK_N=tile.step,
+            **shape,
+            **settings(tile),
+        )
+    tile = tiles.grad_keys
+    for count, chosen, bounds in launches(images, index, *(offsets or (None, None))):
+        grad_keys_kernel[(cdiv(columns, tile.own), heads, count)](
+            grad,
+            q,
+            k,
+            v,
+            policy,
+            bias,
+            chosen,
+            *bounds,
+            grad_scores,
+            logsumexp,
+            total,
+            delta,
+            peak,
+            peak_grad,
+            grad_k,
+            grad_v,
+            parts,
+            *numbers,
+            *all_strides,
+            BLOCK_M=tile.step,
+            BLOCK_N=tile.own,
+            **shape,
+            **settings(tile),
+        )
+    if parts is not None and grad_of_keys is not None:
+        sum_heads(parts, grad_of_keys, None if offsets is None else offsets[1])
+    return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_of_keys
