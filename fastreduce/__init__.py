@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .backends import backend
     from .checkpoints import load_official
     from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
+    from .quality import Fidelity, fidelity
     from .recording import Record, Stage, is_patched, record
     from .reducers import REDUCERS, register
     from .reducers.dynamicvit import dynamicvit_loss
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # Torch and timm are imported with the first name that needs them, so that `fastreduce --help` does not wait for them.
 _HOMES = {
+    "Fidelity": "quality",
     "REDUCERS": "reducers",
     "Plan": "tokens",
     "Record": "recording",
@@ -33,6 +35,7 @@ _HOMES = {
     "backend": "backends",
     "config_of": "integrations.patching",
     "dynamicvit_loss": "reducers.dynamicvit",
+    "fidelity": "quality",
     "is_patched": "recording",
     "load_official": "checkpoints",
     "ops": "ops",
@@ -46,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "REDUCERS",
+    "Fidelity",
     "Plan",
     "Record",
     "Stage",
@@ -53,6 +57,7 @@ __all__ = [
     "backend",
     "config_of",
     "dynamicvit_loss",
+    "fidelity",
     "is_patched",
     "load_official",
     "ops",

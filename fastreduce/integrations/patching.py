@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ..backends import check_backend
+from ..config import read_config
 from ..recording import is_patched, patched_model, reducer_of
 from ..reducers import ModelShape, Reducer, make_reducer
 from ..reducers.schedule import Keep, KeepRate
@@ -79,7 +81,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def patch(
     model: Model,
-    method: str,
+    method: str | None = None,
     *,
     keep_rate: KeepRate = None,
     keep: Keep = None,
@@ -87,6 +89,7 @@ def patch(
     backend: str = "auto",
     positions: Literal["place", "mean"] = "place",
     fill: Literal["last", "zero"] = "last",
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """Reduce the tokens of a Vision Transformer, in place.
@@ -108,6 +111,7 @@ def patch(
             whose ``"place"`` it is (of a cluster the centre's), or by the ``"mean"`` of its patches' angles.
         fill: what a dropped patch shows in dense features (``forward_intermediates``): its ``"last"`` value, as it
             entered the block that dropped it, or ``"zero"``.
+        config: in place of all these, a JSON file that ``fastreduce tune`` wrote, or what :func:`config_of` returned.
         **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
             ``packed`` (no padding between images), ``points``. ``tome``: ``r``, ``rounds``, ``prop_attn``, ``metric``.
             ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``,
@@ -131,6 +135,13 @@ def patch(
         Hooks: what stands in the blocks is called wherever the block itself would call it, on all tokens if it is not
         one of timm's own layers. Forward hooks on a block get :class:`Tokens`, whose ``.x`` is the tensor.
     """
+    if config is not None:
+        arguments = {"method": method, "keep_rate": keep_rate, "keep": keep, "at": at, **options}
+        if doubled := [name for name, value in arguments.items() if value is not None]:
+            raise ValueError(f"config holds the arguments: give either config or {', '.join(doubled)}")
+        return patch(model, **{"backend": backend, "positions": positions, "fill": fill, **read_config(config)})
+    if method is None:
+        raise TypeError("give a method, or a config")
     check_backend(backend)
     if positions not in ("place", "mean"):
         raise ValueError(f"positions must be 'place' or 'mean', got {positions!r}")
