@@ -83,6 +83,7 @@ def patch(
     backend: str = "auto",
     positions: Literal["place", "mean"] = "place",
     fill: Literal["last", "zero"] = "last",
+    hidden_states: Literal["full", "reduced"] = "full",
     **options: Any,
 ) -> Model:
     """Reduce the tokens of a Vision Transformer, in place.
@@ -90,7 +91,8 @@ def patch(
     Weights, checkpoint keys and the calling interface stay as they are; :func:`unpatch` undoes it.
 
     Args:
-        model: a Vision Transformer of timm (DeiT, AugReg, DINOv2, DINOv3, EVA-02, CLIP, SigLIP, BEiT, ...).
+        model: a Vision Transformer of timm (DeiT, AugReg, DINOv2, DINOv3, EVA-02, CLIP, SigLIP, BEiT, ...), one of
+            Hugging Face (alone, with a head, or inside a model of images and text), or one of open_clip.
         method: ``"topk"``, ``"evit"``, ``"dynamicvit"``, ``"ats"``, ``"tome"``, ``"kmedoids"``, ``"dpcknn"``,
             ``"sit"``, ``"patchmerger"``, ``"sinkhorn"`` or ``"radial"``. DynamicViT, DPC-KNN, SiT, PatchMerger and
             Sinkhorn add parameters, under ``model.reducers``, which have to be trained (or loaded:
@@ -102,8 +104,10 @@ def patch(
         backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
         positions: of models that rotate queries and keys by position, how a merged token is rotated: as the patch at
             whose ``"place"`` it is (of a cluster the centre's), or by the ``"mean"`` of its patches' angles.
-        fill: what a dropped patch shows in dense features (``forward_intermediates``): its ``"last"`` value, as it
-            entered the block that dropped it, or ``"zero"``.
+        fill: what a dropped patch shows in dense features (``forward_intermediates``, hidden states): its ``"last"``
+            value, as it entered the block that dropped it, or ``"zero"``.
+        hidden_states: what Hugging Face's ``hidden_states``, and ``last_hidden_state`` of a model without a head, show:
+            the ``"full"`` grid of patches, or the ``"reduced"`` tokens.
         **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
             ``packed`` (no padding between images), ``points``. ``tome``: ``r``, ``rounds``, ``prop_attn``, ``metric``.
             ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``,
@@ -131,15 +135,18 @@ def patch(
     if positions not in ("place", "mean"):
         raise ValueError(f"positions must be 'place' or 'mean', got {positions!r}")
     check_fill(fill)
+    if hidden_states not in ("full", "reduced"):
+        raise ValueError(f"hidden_states must be 'full' or 'reduced', got {hidden_states!r}")
     host = _check_model(model)
     shape = host.shape(model)
     reducer = make_reducer(method, shape, at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
-    reducer.positions, reducer.fill = positions, fill
+    reducer.positions, reducer.fill, reducer.hidden_states = positions, fill, hidden_states
     _check_method(host, model, reducer)
     _check_blocks(host.blocks(model), reducer, type(model).__name__)
     given: dict[str, Any] = {"method": reducer.name, "keep_rate": keep_rate, "keep": keep, "at": at, "backend": backend}
     given |= {} if positions == "place" else {"positions": positions}
     given |= {} if fill == "last" else {"fill": fill}
+    given |= {} if hidden_states == "full" else {"hidden_states": hidden_states}
     reducer.config = {**given, **options}
     _place_layers(reducer, host.blocks(model))
     reducer.warn(shape)

@@ -14,7 +14,8 @@ __all__ = ["pairs_at", "rows_at", "table_at"]
 
 def table_at(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (cos, sin, place) for :func:`fastreduce.ops.rotate_tokens`: place (B, n), None for rows in order."""
-    cos, sin = tokens.beside.table
+    table = tokens.beside.table
+    cos, sin = table(tokens.patches) if callable(table) else table
     if not tokens.plans:
         return cos, sin, None
     if tokens.beside.positions == "mean":
