@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import ops
     from .backends import backend
     from .checkpoints import load_official
+    from .config import load_config, save_config
     from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
     from .recording import Record, Stage, is_patched, record
     from .reducers import REDUCERS
@@ -34,11 +35,13 @@ _HOMES = {
     "config_of": "integrations.patching",
     "dynamicvit_loss": "reducers.dynamicvit",
     "is_patched": "recording",
+    "load_config": "config",
     "load_official": "checkpoints",
     "ops": "ops",
     "patch": "integrations.patching",
     "record": "recording",
     "reduced_counts": "integrations.patching",
+    "save_config": "config",
     "set_keep_rate": "integrations.patching",
     "unpatch": "integrations.patching",
 }
@@ -53,11 +56,13 @@ __all__ = [
     "config_of",
     "dynamicvit_loss",
     "is_patched",
+    "load_config",
     "load_official",
     "ops",
     "patch",
     "record",
     "reduced_counts",
+    "save_config",
     "set_keep_rate",
     "unpatch",
 ]

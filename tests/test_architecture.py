@@ -21,14 +21,19 @@ FLOORS = (
     {"reducers"},
     {"recording"},
     {"integrations"},
-    {"speed", "study"},
+    {"config", "speed", "study"},
     {"cli"},
 )
 DOORS = {"__init__", "__main__"}
 # Neither imports the other: they meet in ops.
 APART = ({"kernels", "reference"},)
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
-ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}
+ONLY_HERE = {
+    "timm": {"integrations", "study"},
+    "triton": {"kernels"},
+    "transformers": {"integrations"},
+    "open_clip": {"integrations"},
+}
 
 
 def _imports(path: Path) -> list[str]:
