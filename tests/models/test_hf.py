@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fastreduce
@@ -213,7 +212,7 @@ def test_gradients_and_checkpointing(name):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     plain = gradients()
-    assert any("layer" in key and key.endswith("q_proj.weight") or key.endswith("query.weight") for key in plain)
+    assert any(("layer" in key and key.endswith("q_proj.weight")) or key.endswith("query.weight") for key in plain)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     again = gradients()
     assert plain.keys() == again.keys()
