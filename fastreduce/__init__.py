@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .backends import backend
     from .checkpoints import load_official
     from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
+    from .integrations.saving import load_config, save_config
     from .quality import Fidelity, fidelity
     from .recording import Record, Stage, is_patched, record
     from .reducers import REDUCERS, register
@@ -37,12 +38,14 @@ _HOMES = {
     "dynamicvit_loss": "reducers.dynamicvit",
     "fidelity": "quality",
     "is_patched": "recording",
+    "load_config": "integrations.saving",
     "load_official": "checkpoints",
     "ops": "ops",
     "patch": "integrations.patching",
     "record": "recording",
     "reduced_counts": "integrations.patching",
     "register": "reducers",
+    "save_config": "integrations.saving",
     "set_keep_rate": "integrations.patching",
     "unpatch": "integrations.patching",
 }
@@ -59,12 +62,14 @@ __all__ = [
     "dynamicvit_loss",
     "fidelity",
     "is_patched",
+    "load_config",
     "load_official",
     "ops",
     "patch",
     "record",
     "reduced_counts",
     "register",
+    "save_config",
     "set_keep_rate",
     "unpatch",
 ]

@@ -130,9 +130,11 @@ class Radial(Reducer):
             raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
         if schedule is None:
             blocks = tuple(range(blocks[0], blocks[-1] + 1))
+        if len(shape.grid) != 2:
+            raise ValueError(f"radial patterns are for grids of rows and columns, and this model's is {shape.grid}")
         super().__init__(blocks, backend)
         self.norm, self.schedule, self.min_radius = norm, schedule, number("min_radius", min_radius)
-        self.grid = shape.grid
+        self.grid = (shape.grid[0], shape.grid[1])
         self._placed: dict[str, Tensor] = {}
         self._check_innermost()
 
