@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.compile_report import compiled_for
+from bench.proof.compiler import compiled_for
 from fastreduce.kernels import attention as kernels
 from fastreduce.kernels import attention_backward as backward
 from fastreduce.kernels._attention import last_rows, takes_whole, whole_tile
