@@ -112,11 +112,11 @@ class _InParts:
     block: Any
     tokens: Tokens
 
-    def forward(self, normed: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, N, C) -> (B, N, C), as the attention itself; ``made`` keeps queries, keys and values."""
+    def forward(self, normed: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """(B, N, C) -> what the attention itself returns; ``made`` keeps queries, keys and values."""
         heads = self.block._project(normed, self.tokens, self.block.parts.geometry(self.block), late=False)
         object.__setattr__(self, "made", heads)
-        return self.block._projected(self.block.attend(heads), heads.tokens.packing)
+        return self.block.parts.as_returned(self.block._projected(self.block.attend(heads), heads.tokens.packing))
 
 
 class ReducedBlock:
@@ -207,7 +207,7 @@ class ReducedBlock:
         called = object.__new__(_in_parts_class(kind))
         for name, value in (("__dict__", module.__dict__), ("block", self), ("tokens", tokens)):
             object.__setattr__(called, name, value)
-        projected = called(normed)
+        projected = self.parts.as_added(called(normed))
         return called.made, self._added(projected, tokens.packing)
 
     def _check(self, now: Geometry) -> None:
@@ -501,7 +501,7 @@ class ReducedBlock:
         if site.positions:
             place = torch.arange(patches, dtype=torch.int32, device=x.device).expand(x.shape[0], -1)
         recorded = ACTIVE.records
-        inputs = () if whole or recorded or host.needs_grid else None
+        inputs = () if whole or recorded or host.asks_for_inputs(model) else None
         backend = resolve(reducer.backend, x)
         tokens = Tokens(
             x, prefix=prefix, patches=patches, backend=backend, whole=whole, grid=grid, place=place, inputs=inputs
@@ -548,6 +548,11 @@ class ReducedBlock:
 
     def forward(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Any:
         """Tokens to Tokens; the first reduced block also takes a tensor (B, N, C), the last block returns one."""
+        if self.parts.returns_tuple:
+            return self._reduced(x, *args, **kwargs), None
+        return self._reduced(x, *args, **kwargs)
+
+    def _reduced(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Tensor | Tokens:
         if isinstance(x, torch.fx.Proxy) or (
             kwargs and any(isinstance(one, torch.fx.Proxy) for one in kwargs.values())
         ):
@@ -567,7 +572,8 @@ class ReducedBlock:
         as_it_is = site.stage is None and (beside is None or len(tokens.plans) == 0) and tokens.normed is None
         as_it_is = as_it_is and tokens.packing is None and tokens.policy is None and tokens.bias is None
         if as_it_is and not model.reducers.opens(site.index):
-            tokens = tokens.replace(self.kind.forward(self, tokens.x, *args, **kwargs))
+            made = self.kind.forward(self, tokens.x, *args, **kwargs)
+            tokens = tokens.replace(made[0] if parts.returns_tuple else made)
         else:
             reducer: Reducer = model.reducers
             if site.stage is None:

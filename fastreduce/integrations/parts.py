@@ -53,14 +53,15 @@ class Beside(NamedTuple):
     """What a model hands a block beside the tokens, on the full grid of patches.
 
     Attributes:
-        table: (cos, sin) of a rotation, each (P, D), (H, P, D) or (B, 1 or H, P, D), or None.
+        table: (cos, sin) of a rotation, each (P, D), (H, P, D) or (B, 1 or H, P, D); or what makes that pair of the
+            number of patches P; or None.
         pair: what gives (1 or B, H, prefix + P, prefix + P) the bias of every pair, or None.
         call: what the block's own attention is called with on the full grid, or None for what :meth:`Parts.call` makes
             of the table.
         positions: ``"place"`` to rotate a merged token by the row of its place, ``"mean"`` by the mean of its patches'.
     """
 
-    table: tuple[Tensor, Tensor] | None = None
+    table: Any = None
     pair: Callable[[], Tensor] | None = None
     call: dict[str, Any] | None = None
     positions: str = "place"
@@ -86,6 +87,7 @@ class Parts(abc.ABC):
         scales: classes of layers that multiply a row by a vector or a number.
         layer_norms: classes of norms that compute ``F.layer_norm``, so that a kernel may do their work.
         reads_itself: whether :meth:`beside` has something to say of a block that is called with tokens alone.
+        returns_tuple: whether blocks return (tokens, something), of which the model takes the first.
     """
 
     wanted: str = "a block of a known layout"
@@ -93,6 +95,7 @@ class Parts(abc.ABC):
     scales: tuple[type, ...] = (nn.Identity,)
     layer_norms: tuple[type, ...] = (nn.LayerNorm,)
     reads_itself: bool = False
+    returns_tuple: bool = False
 
     # ---- what it is
 
@@ -172,6 +175,14 @@ class Parts(abc.ABC):
     def call(self, beside: Beside) -> dict[str, Any]:
         """Return what the attention is to be called with for a table (B, 1 or H, n, D) of the tokens at hand."""
         raise NotImplementedError
+
+    def as_returned(self, projected: Tensor) -> Any:
+        """Return what calling the attention gives, hooks on it included, for what it adds, (B, N, C)."""
+        return projected
+
+    def as_added(self, returned: Any) -> Tensor:
+        """Return what attention adds, (B, N, C), for what calling it gave."""
+        return returned
 
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
         """Norm or gate between attention and projection: (B, M, H * D), and rows (B, M, C) if :meth:`gated`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ..backends import check_backend
+from ..config import read_config
 from ..recording import is_patched, patched_model, reducer_of
 from ..reducers import ModelShape, Reducer, make_reducer
 from ..reducers.schedule import Keep, KeepRate
@@ -79,7 +81,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def patch(
     model: Model,
-    method: str,
+    method: str | None = None,
     *,
     keep_rate: KeepRate = None,
     keep: Keep = None,
@@ -87,6 +89,8 @@ def patch(
     backend: str = "auto",
     positions: Literal["place", "mean"] = "place",
     fill: Literal["last", "zero"] = "last",
+    hidden_states: Literal["full", "reduced"] = "full",
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """Reduce the tokens of a Vision Transformer, in place.
@@ -94,7 +98,8 @@ def patch(
     Weights, checkpoint keys and the calling interface stay as they are; :func:`unpatch` undoes it.
 
     Args:
-        model: a Vision Transformer of timm (DeiT, AugReg, DINOv2, DINOv3, EVA-02, CLIP, SigLIP, BEiT, ...).
+        model: a Vision Transformer of timm (DeiT, AugReg, DINOv2, DINOv3, EVA-02, CLIP, SigLIP, BEiT, ...), one of
+            Hugging Face (alone, with a head, or inside a model of images and text), or one of open_clip.
         method: ``"topk"``, ``"evit"``, ``"dynamicvit"``, ``"ats"``, ``"tome"``, ``"kmedoids"``, ``"dpcknn"``,
             ``"sit"``, ``"patchmerger"``, ``"sinkhorn"`` or ``"radial"``. DynamicViT, DPC-KNN, SiT, PatchMerger and
             Sinkhorn add parameters, under ``model.reducers``, which have to be trained (or loaded:
@@ -106,8 +111,12 @@ def patch(
         backend: ``"auto"`` (Triton on CUDA, the PyTorch reference elsewhere), ``"triton"`` or ``"reference"``.
         positions: of models that rotate queries and keys by position, how a merged token is rotated: as the patch at
             whose ``"place"`` it is (of a cluster the centre's), or by the ``"mean"`` of its patches' angles.
-        fill: what a dropped patch shows in dense features (``forward_intermediates``): its ``"last"`` value, as it
-            entered the block that dropped it, or ``"zero"``.
+        fill: what a dropped patch shows in dense features (``forward_intermediates``, hidden states): its ``"last"``
+            value, as it entered the block that dropped it, or ``"zero"``.
+        hidden_states: what Hugging Face's ``hidden_states``, and ``last_hidden_state`` of a model without a head, show:
+            the ``"full"`` grid of patches, or the ``"reduced"`` tokens.
+        config: in place of method and schedule, a JSON file of ``fastreduce tune`` or :func:`save_config`, or what
+            :func:`config_of` returned.
         **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
             ``packed`` (no padding between images), ``points``. ``tome``: ``r``, ``rounds``, ``prop_attn``, ``metric``.
             ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``,
@@ -131,19 +140,32 @@ def patch(
         Hooks: what stands in the blocks is called wherever the block itself would call it, on all tokens if it is not
         one of timm's own layers. Forward hooks on a block get :class:`Tokens`, whose ``.x`` is the tensor.
     """
+    if config is not None:
+        arguments = {"method": method, "keep_rate": keep_rate, "keep": keep, "at": at, **options}
+        if doubled := [name for name, value in arguments.items() if value is not None]:
+            raise ValueError(f"config holds the arguments: give either config or {', '.join(doubled)}")
+        settings = read_config(config)
+        chosen = {"backend": (backend, "auto"), "positions": (positions, "place"), "fill": (fill, "last")}
+        chosen["hidden_states"] = (hidden_states, "full")
+        return patch(model, **(settings | {name: value for name, (value, usual) in chosen.items() if value != usual}))
+    if method is None:
+        raise TypeError("give a method, or a config")
     check_backend(backend)
     if positions not in ("place", "mean"):
         raise ValueError(f"positions must be 'place' or 'mean', got {positions!r}")
     check_fill(fill)
+    if hidden_states not in ("full", "reduced"):
+        raise ValueError(f"hidden_states must be 'full' or 'reduced', got {hidden_states!r}")
     host = _check_model(model)
     shape = host.shape(model)
     reducer = make_reducer(method, shape, at=at, keep_rate=keep_rate, keep=keep, backend=backend, **options)
-    reducer.positions, reducer.fill = positions, fill
+    reducer.positions, reducer.fill, reducer.hidden_states = positions, fill, hidden_states
     _check_method(host, model, reducer)
     _check_blocks(host.blocks(model), reducer, type(model).__name__)
     given: dict[str, Any] = {"method": reducer.name, "keep_rate": keep_rate, "keep": keep, "at": at, "backend": backend}
     given |= {} if positions == "place" else {"positions": positions}
     given |= {} if fill == "last" else {"fill": fill}
+    given |= {} if hidden_states == "full" else {"hidden_states": hidden_states}
     reducer.config = {**given, **options}
     _place_layers(reducer, host.blocks(model))
     reducer.warn(shape)

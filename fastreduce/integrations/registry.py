@@ -28,12 +28,16 @@ from .parts import Parts
 __all__ = ["LIBRARIES", "Host", "find_host", "host_of", "parts_of", "register_host", "register_parts", "shape_of"]
 
 # Top-level packages of models -> the module here that registers their hosts and parts.
-LIBRARIES = {"timm": "fastreduce.integrations.timm.bridge"}
+LIBRARIES = {
+    "open_clip": "fastreduce.integrations.open_clip.hosts",
+    "timm": "fastreduce.integrations.timm.bridge",
+    "transformers": "fastreduce.integrations.hf.hosts",
+}
 
 Looks = Literal["class", "patches", "tokens"]
 
-_hosts: dict[type, Host] = {}
-_parts: dict[type, Parts] = {}
+_hosts: dict[type | str, Host] = {}
+_parts: dict[type | str, Parts] = {}
 
 
 class Host(abc.ABC):
@@ -78,7 +82,12 @@ class Host(abc.ABC):
         shape = self.shape(model)
         if shape.patches != patches:
             raise ValueError(f"the grid of these {patches} patches is not known: the model's own is {shape.grid}")
-        return shape.grid
+        rows, columns = shape.grid
+        return rows, columns
+
+    def asks_for_inputs(self, model: Any) -> bool:
+        """Whether somebody will ask in the pass at hand what dropped patches were."""
+        return self.needs_grid
 
     def keeps_every_patch(self, model: Any) -> bool:
         """Whether no patch is dropped before the blocks, as patch dropout does in training."""
@@ -145,13 +154,19 @@ class Host(abc.ABC):
         return None
 
 
-def register_host(kind: type, host: Host) -> None:
-    """Let models of a class, and of subclasses without a host of their own, be reduced through ``host``."""
+def register_host(kind: type | str, host: Host) -> None:
+    """Let models of a class, and of subclasses without a host of their own, be reduced through ``host``.
+
+    ``kind`` may be ``"library.ClassName"``, of a class that nobody needs to import for it.
+    """
     _hosts[kind] = host
 
 
-def register_parts(kind: type, parts: Parts) -> None:
-    """Let blocks of a class (not of subclasses, which may have another forward) be done through ``parts``."""
+def register_parts(kind: type | str, parts: Parts) -> None:
+    """Let blocks of a class (not of subclasses, which may have another forward) be done through ``parts``.
+
+    ``kind`` may be ``"library.ClassName"``, as for :func:`register_host`.
+    """
     _parts[kind] = parts
     parts_of.cache_clear()
 
@@ -164,11 +179,19 @@ def _load(kind: type) -> None:
             importlib.import_module(LIBRARIES[library])
 
 
+def name_of(kind: type) -> str:
+    """Return ``"library.ClassName"``."""
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
 def find_host(model: object) -> Host | None:
     """Return the host of a model's class, or None where no library's bridge knows it."""
     kind = type(model)
     _load(kind)
-    return next((_hosts[base] for base in kind.__mro__ if base in _hosts), None)
+    for base in kind.__mro__:
+        if (host := _hosts.get(base) or _hosts.get(name_of(base))) is not None:
+            return host
+    return None
 
 
 def hosted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -195,7 +218,7 @@ def host_of(model: object) -> Host:
 def parts_of(kind: Any) -> Parts | None:
     """Return what blocks of a class are made of, or None where that is not known."""
     _load(kind)
-    return _parts.get(kind)
+    return _parts.get(kind) or _parts.get(name_of(kind))
 
 
 def shape_of(model: Any) -> ModelShape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -20,10 +21,18 @@ __all__ = ["ModelShape", "Reducer", "ScheduledReducer", "idle_stages", "new_sche
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a reducer may know of the model when it is made."""
+    """What a reducer may know of the model when it is made.
+
+    Attributes:
+        depth: number of blocks.
+        grid: patches along every axis: (rows, columns) of images, (frames, rows, columns) of videos.
+        prefix: leading tokens that are never reduced.
+        has_class_token: whether the first of them is a class token.
+        channels: width of a token.
+    """
 
     depth: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     prefix: int
     has_class_token: bool
     channels: int
@@ -31,7 +40,7 @@ class ModelShape:
     @property
     def patches(self) -> int:
         """Number of patch tokens."""
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.grid)
 
 
 _said: set[str] = set()
@@ -58,6 +67,8 @@ class Reducer(nn.Module, abc.ABC):
         packed: whether such tokens are packed in one row instead.
         positions: how merged tokens are rotated, by ``"place"`` or ``"mean"``; see :func:`fastreduce.patch`.
         fill: what dropped patches show in dense features, ``"last"`` or ``"zero"``; see :func:`fastreduce.patch`.
+        hidden_states: what a model that hands out the tokens of its blocks shows, the ``"full"`` grid or the
+            ``"reduced"`` tokens; see :func:`fastreduce.patch`.
         blocks: the blocks at which the stages stand, ascending.
         backend: passed to every op.
         config: what :func:`fastreduce.patch` was called with.
@@ -70,6 +81,7 @@ class Reducer(nn.Module, abc.ABC):
     packed: bool = False
     positions: str = "place"
     fill: str = "last"
+    hidden_states: str = "full"
 
     def __init__(self, blocks: tuple[int, ...], backend: str = "auto"):
         super().__init__()

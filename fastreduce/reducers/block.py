@@ -37,6 +37,7 @@ __all__ = [
     "importance",
     "is_bare",
     "is_captured",
+    "is_plain_tensor",
     "is_unhooked",
     "keep_tokens",
     "merge",
@@ -172,12 +173,17 @@ def is_unhooked(module: nn.Module) -> bool:
 _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
+def is_plain_tensor(weight: object) -> bool:
+    """Whether a weight is no tensor of its own kind (quantised, sharded)."""
+    return type(weight) in _PLAIN_TENSORS
+
+
 def is_bare(layer: nn.Module) -> bool:
     """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output.
 
     A subclass (parametrised, quantised, an adapter, sharded) is not, nor a weight that is a tensor of its own kind.
     """
-    if type(layer) is not nn.Linear or type(layer.weight) not in _PLAIN_TENSORS:
+    if type(layer) is not nn.Linear or not is_plain_tensor(layer.weight):
         return False
     # As is_unhooked, which this is asked instead of in every pass.
     forward = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__

@@ -47,7 +47,7 @@ def _linspace(start: float, end: float, steps: int) -> list[float]:
 
 def _square_roots(values: list[float]) -> list[float]:
     """Return the square roots as torch's float32 has them, which are not always the nearest floats."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with _disable_current_modes():  # no others: torch.export puts a change of the gradient's mode into its graph
         return torch.sqrt(torch.tensor(values, dtype=torch.float32, device="cpu")).tolist()
 
 
@@ -130,9 +130,11 @@ class Radial(Reducer):
             raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
         if schedule is None:
             blocks = tuple(range(blocks[0], blocks[-1] + 1))
+        if len(shape.grid) != 2:
+            raise ValueError(f"radial patterns are for grids of rows and columns, and this model's is {shape.grid}")
         super().__init__(blocks, backend)
         self.norm, self.schedule, self.min_radius = norm, schedule, number("min_radius", min_radius)
-        self.grid = shape.grid
+        self.grid = (shape.grid[0], shape.grid[1])
         self._placed: dict[str, Tensor] = {}
         self._check_innermost()
 
