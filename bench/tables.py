@@ -149,7 +149,7 @@ def tuned() -> list[str]:
     """Return tuned schedules beside the paper's, on photographs that the search did not see, of ``bench.tuning``."""
     rows = []
     for row in _read(TUNED)["choices"]:
-        stages = ", ".join(f"{block}: {tokens}" for block, tokens in zip(row["at"], row["tokens"], strict=True))
+        stages = " ".join(f"{block}:{tokens}" for block, tokens in zip(row["at"], row["tokens"], strict=True))
         measures = (row["unseen"][name]["mean"] for name in ("class_cosine", "patch_cosine"))
         rows.append(
             [
@@ -160,7 +160,7 @@ def tuned() -> list[str]:
             ]
         )
     head = ["method", "schedule", "times as fast", "predicted", "class token", "patches", "predicted"]
-    return markdown_table([*head, "saliency error", "block: tokens"], rows)
+    return markdown_table([*head, "saliency error", "block:tokens"], rows)
 
 
 TABLES = {
