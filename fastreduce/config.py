@@ -1,4 +1,4 @@
-"""Settings of :func:`fastreduce.patch` in a file: those that ``fastreduce tune`` found, or one's own."""
+"""Settings of :func:`fastreduce.patch` in a file: found by ``fastreduce tune``, saved beside a model, or one's own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
     """Return the arguments of :func:`fastreduce.patch`.
 
     Args:
-        config: a JSON file of ``fastreduce tune``, or one with the arguments in it (``method``, ``at``, ``keep`` or
-            ``keep_rate``, and options of the method); or such a mapping, say of :func:`fastreduce.config_of`.
+        config: a JSON file of ``fastreduce tune`` or :func:`fastreduce.save_config`, or one with the arguments in it
+            (``method``, ``at``, ``keep`` or ``keep_rate``, and options of the method); or such a mapping, say of
+            :func:`fastreduce.config_of`.
 
     Raises:
         ValueError: no such file, a file that is not JSON, or one without a method; the message says which.

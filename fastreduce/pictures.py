@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ._files import one_line, silent
 
-__all__ = ["SAMPLES", "cut", "open_photo", "open_picture", "sample_photos"]
+__all__ = ["SAMPLES", "cut", "open_photo", "open_picture", "read_picture", "sample_photos"]
 
 SAMPLES = ("flower.jpg", "china.jpg")
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
@@ -92,9 +92,22 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     if not os.path.isfile(name):
         raise ValueError(f"there is no image {name!r}")
     try:
+        # Given a name, Pillow maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
+        with open(name, "rb") as file:
+            return read_picture(file, name)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read as an image: {one_line(error)}") from error
+
+
+def read_picture(file: IO[bytes], name: str) -> Image.Image:
+    """Read a picture from an open file, as :func:`open_picture` does.
+
+    Raises:
+        ValueError: it cannot be read as an image; the message begins with ``name``.
+    """
+    try:
         # Pillow warns of many pixels, damaged EXIF data, transparent palettes: none changes what is read.
-        # Given a name, it maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
-        with silent(), open(name, "rb") as file, Image.open(file) as photo:
+        with silent(), Image.open(file) as photo:
             photo.load()
             return _to_eight_bits(_upright(photo), photo).convert("RGB")
     except UnidentifiedImageError as error:

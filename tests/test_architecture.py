@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastreduce"
 # `python -m fastreduce`) stand on no floor.
 FLOORS = (
     {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version", "config"},
-    {"ops", "checkpoints", "pictures", "measure", "losses"},
+    {"ops", "checkpoints", "pictures", "measure"},
     {"tokens"},
     {"reducers"},
     {"recording"},
@@ -28,7 +28,12 @@ DOORS = {"__init__", "__main__"}
 # Neither imports the other: they meet in ops.
 APART = ({"kernels", "reference"},)
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
-ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}
+ONLY_HERE = {
+    "timm": {"integrations", "study"},
+    "triton": {"kernels"},
+    "transformers": {"integrations"},
+    "open_clip": {"integrations"},
+}
 
 
 def _imports(path: Path) -> list[str]:
