@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastreduce.cli.study import _model_options
 from fastreduce.integrations.timm import patch
+from fastreduce.study import data as reading
 from fastreduce.study import run as running
 from fastreduce.study.data import Augmentation, Crops, Shifts, open_data
 from fastreduce.study.protocol import Backbone, Reduction
@@ -193,8 +194,11 @@ def test_a_study_off_the_shelf(tars, tmp_path, monkeypatch):
     options = [word for one in (*SMALL, "img_size=16") for word in ("--model-option", one)]
     command = ("run", "--dataset", "folder", "--root", tars, "--model", "vit_tiny_patch16_224", *options)
     command += ("--checkpoint", tmp_path / "w.safetensors", "--epochs", 0, "--workers", 0, "--cpu", "--jobs", 1)
+    scans, read_split = [], reading._read_split
+    monkeypatch.setattr(reading, "_read_split", lambda path: scans.append(path) or read_split(path))
     done = run(*command, "--keep-rate", 0.5, "--methods", "topk,tome,dpcknn", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
+    assert len(scans) == 4  # for training and for judging, whatever the number of models
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["recipe"]["backbone"]["checkpoint"] == "w.safetensors"
     found = written["models"]
