@@ -10,7 +10,7 @@ from timm.loss import AsymmetricLossMultiLabel, LabelSmoothingCrossEntropy, Soft
 from torch import Tensor, nn
 
 from ..integrations.timm import record
-from ..losses import dynamicvit_loss
+from ..reducers.dynamicvit import dynamicvit_loss
 from .protocol import Protocol
 
 __all__ = ["Objective", "Observed"]
