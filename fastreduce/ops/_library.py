@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import INTERPRETING
+from ._flops import count_by_reference
 
 __all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", "register", "wants_gradient"]
 
@@ -67,6 +68,7 @@ def register(
     _library.impl(name, on_cpu, "CPU")
     _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"fastreduce::{name}", fake, lib=_library)
+    count_by_reference(name, reference)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _runs_here(args):
