@@ -21,7 +21,6 @@ WRONG = {
     "rounds": (["--out", "model.pt2", "--rounds", "-1"], "rounds must not be negative, got -1"),
     "batch": (["--out", "model.pt2", "--batch", "0"], "batch must be positive, got 0"),
     "no config": (["--out", "model.pt2", "--config", "none.json"], "--config: 'none.json' cannot be read"),
-    "no folder": (["--out", "\0/model.pt2"], "--out"),
 }
 
 
@@ -77,5 +76,7 @@ def test_an_onnx_file_held_against_eager_mode(tmp_path):
     assert found["fidelity"]["relative"] < 1e-5
     assert found["bytes"] == out.stat().st_size
     assert len(found["speeds"]) == 1
-    assert "decisions differ" in done.stdout
-    assert "times as fast" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "0 of " in said
+    assert "decisions differ; largest difference" in said
+    assert "times as fast" in said
