@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fastreduce.integrations.timm.block import MOST_KEYS_BY_OURS
+from fastreduce.integrations.block import MOST_KEYS_BY_OURS
 
 from .children import Row
 

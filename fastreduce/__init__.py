@@ -17,34 +17,42 @@ if TYPE_CHECKING:
     from . import ops
     from .backends import backend
     from .checkpoints import load_official
-    from .integrations.timm import config_of, patch, reduced_counts, set_keep_rate, unpatch
-    from .losses import dynamicvit_loss
+    from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
+    from .integrations.saving import load_config, save_config
+    from .quality import Fidelity, fidelity
     from .recording import Record, Stage, is_patched, record
-    from .reducers import REDUCERS
+    from .reducers import REDUCERS, register
+    from .reducers.dynamicvit import dynamicvit_loss
     from .tokens import Plan, Tokens
 
 # Torch and timm are imported with the first name that needs them, so that `fastreduce --help` does not wait for them.
 _HOMES = {
+    "Fidelity": "quality",
     "REDUCERS": "reducers",
     "Plan": "tokens",
     "Record": "recording",
     "Stage": "recording",
     "Tokens": "tokens",
     "backend": "backends",
-    "config_of": "integrations.timm",
-    "dynamicvit_loss": "losses",
+    "config_of": "integrations.patching",
+    "dynamicvit_loss": "reducers.dynamicvit",
+    "fidelity": "quality",
     "is_patched": "recording",
+    "load_config": "integrations.saving",
     "load_official": "checkpoints",
     "ops": "ops",
-    "patch": "integrations.timm",
+    "patch": "integrations.patching",
     "record": "recording",
-    "reduced_counts": "integrations.timm",
-    "set_keep_rate": "integrations.timm",
-    "unpatch": "integrations.timm",
+    "reduced_counts": "integrations.patching",
+    "register": "reducers",
+    "save_config": "integrations.saving",
+    "set_keep_rate": "integrations.patching",
+    "unpatch": "integrations.patching",
 }
 
 __all__ = [
     "REDUCERS",
+    "Fidelity",
     "Plan",
     "Record",
     "Stage",
@@ -52,12 +60,16 @@ __all__ = [
     "backend",
     "config_of",
     "dynamicvit_loss",
+    "fidelity",
     "is_patched",
+    "load_config",
     "load_official",
     "ops",
     "patch",
     "record",
     "reduced_counts",
+    "register",
+    "save_config",
     "set_keep_rate",
     "unpatch",
 ]

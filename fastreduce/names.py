@@ -118,6 +118,7 @@ METHODS: dict[str, Method] = {
             "r": Option(None, "ints", instead="it takes the place of the keep rate: give it to fastreduce.patch"),
             "rounds": Option("official", ("official", "exact")),
             "prop_attn": Option(True),
+            "metric": Option("before", ("before", "after")),
         },
     ),
     "kmedoids": Method(

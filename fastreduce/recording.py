@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .reducers import Reducer
-from .tokens import Plan, Tokens, compose_kept, compose_slots, compose_sources, unmerge
+from .tokens import Plan, Tokens, check_fill, compose_kept, compose_slots, compose_sources, unmerge
 
-__all__ = ["Record", "Stage", "is_patched", "note", "patched_model", "record", "reducer_of"]
+__all__ = ["ACTIVE", "Record", "Stage", "is_patched", "note", "patched_model", "record", "reducer_of"]
 
 
 def _path_of_reducer(model: nn.Module) -> list[str] | None:
@@ -77,8 +77,8 @@ class Stage:
             when it is asked for; None for the other methods.
     """
 
-    def __init__(self, plans: Sequence[Plan], batch: int, prefix: int):
-        self._plans, self._prefix = tuple(plans), prefix
+    def __init__(self, plans: Sequence[Plan], batch: int, prefix: int, inputs: Sequence[Tensor] | None = None):
+        self._plans, self._prefix, self._inputs = tuple(plans), prefix, inputs
         plan = plans[-1]
         self.block, self.num_in, self.num_out = plan.block, plan.num_in, plan.num_out
         kept = plan.kept_indices(batch)
@@ -102,18 +102,34 @@ class Stage:
         weights = self._plans[-1].weights
         return None if weights is None else weights.log().exp()
 
-    def unmerge(self, features: Tensor) -> Tensor:
-        """Bring this stage's features to the full grid: (B, num_out, C) -> (B, P, C), zeros where a patch was dropped.
+    def unmerge(self, features: Tensor, *, fill: Literal["last", "zero"] = "last") -> Tensor:
+        """Bring this stage's features to the full grid.
 
-        (B, prefix + num_out, C) works too and keeps its prefix: (B, prefix + P, C).
+        Args:
+            features: (B, num_out, C) of the tokens behind the stage, or (B, prefix + num_out, C) with the prefix.
+            fill: what a dropped patch shows: ``"last"``, its value as it entered the block that dropped it, for
+                features of the tokens' width; ``"zero"`` for any.
+
+        Returns:
+            (B, P, C), or (B, prefix + P, C).
+
+        Raises:
+            ValueError: another number of tokens; with ``"last"``, features of another width.
         """
+        check_fill(fill)
         rows = features.shape[1]
         if rows not in (self.num_out, self.num_out + self._prefix):
             raise ValueError(
                 f"features must have {self.num_out} tokens (or {self.num_out + self._prefix} with the prefix), "
                 f"got {rows}"
             )
-        return unmerge(features, self._plans, rows - self.num_out)
+        inputs = self._inputs if fill == "last" else None
+        if inputs and inputs[0].shape[2] != features.shape[2]:
+            raise ValueError(
+                f"fill='last' shows dropped patches as the blocks saw them, with {inputs[0].shape[2]} channels, got "
+                f"features of {features.shape[2]}: give fill='zero'"
+            )
+        return unmerge(features, self._plans, rows - self.num_out, inputs=inputs)
 
 
 class Record:
@@ -127,6 +143,7 @@ class Record:
     def __init__(self, model: nn.Module) -> None:
         self._model: nn.Module | None = model
         self._plans: tuple[Plan, ...] = ()
+        self._inputs: tuple[Tensor, ...] | None = None
         self._made: list[Stage] | None = None
         self._batch = self._prefix = 0
         self.decisions: list[Tensor] = []
@@ -134,14 +151,18 @@ class Record:
     def _note(self, tokens: Tokens) -> None:
         """Take over where a pass has come to. Tensors only: a compiled model runs this in its graph."""
         self._plans, self._batch, self._prefix = tokens.plans, tokens.batch, tokens.prefix
+        self._inputs = tokens.inputs
         self.decisions, self._made = list(tokens.decisions), None
 
     @property
     def stages(self) -> list[Stage]:
         """See the class."""
         if self._made is None:
-            plans = self._plans
-            self._made = [Stage(plans[: end + 1], self._batch, self._prefix) for end in range(len(plans))]
+            plans, inputs = self._plans, self._inputs
+            self._made = [
+                Stage(plans[: end + 1], self._batch, self._prefix, None if inputs is None else inputs[: end + 1])
+                for end in range(len(plans))
+            ]
         return self._made
 
     def __repr__(self) -> str:
@@ -157,12 +178,12 @@ class _Active(threading.local):
         self.records: tuple[Record, ...] = ()
 
 
-_ACTIVE = _Active()
+ACTIVE = _Active()  # whether anybody records is looked up here, before note is called
 
 
 def note(model: nn.Module, tokens: Tokens) -> None:
     """Tell the records of this thread where a pass of ``model`` has come to, at its start and at every stage."""
-    for recorder in _ACTIVE.records:
+    for recorder in ACTIVE.records:
         if recorder._model is model:
             # Gradient checkpointing runs blocks again in the backward pass; a compiled graph does that by itself.
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -187,9 +208,9 @@ def record(model: nn.Module) -> Iterator[Record]:
         ValueError: if the model is not patched, or if the patched model is inside of it; the message says where.
     """
     recorder = Record(patched_model(model))
-    _ACTIVE.records = (*_ACTIVE.records, recorder)
+    ACTIVE.records = (*ACTIVE.records, recorder)
     try:
         yield recorder
     finally:
-        _ACTIVE.records = tuple(other for other in _ACTIVE.records if other is not recorder)
+        ACTIVE.records = tuple(other for other in ACTIVE.records if other is not recorder)
         recorder._model = None

@@ -12,7 +12,17 @@ from torch import Tensor
 from . import ops
 from .backends import Resolved
 
-__all__ = ["Packing", "Plan", "SoftWeights", "Tokens", "compose_kept", "compose_slots", "compose_sources", "unmerge"]
+__all__ = [
+    "Packing",
+    "Plan",
+    "SoftWeights",
+    "Tokens",
+    "check_fill",
+    "compose_kept",
+    "compose_slots",
+    "compose_sources",
+    "unmerge",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +80,8 @@ class Plan:
         slot_prefix: prefix tokens that ``slot`` counts, among the tokens as in its values.
         valid: (B, K) bool, which of the kept ones are real (ATS, whose images keep different numbers), or None for all.
         weights: the weights of a soft merge, or None.
+        seat: (B, num_out) the input token whose position each output token takes over, where neither ``kept`` nor
+            ``weights`` says it (ToMe); made only where positions are asked for.
     """
 
     block: int
@@ -81,6 +93,32 @@ class Plan:
     slot_prefix: int = 0
     valid: Tensor | None = None
     weights: SoftWeights | None = None
+    seat: Tensor | None = None
+
+    @property
+    def merges(self) -> bool:
+        """Whether an output token can stand for several input tokens."""
+        return self.fused or self.slot is not None or self.weights is not None
+
+    def place(self, place: Tensor) -> Tensor:
+        """Return where the output tokens are, (B, num_out) int32, for where the input tokens are, (B, num_in).
+
+        Kept tokens keep their place, clusters have their centre's, soft merges that of their strongest source, other
+        merges that of :attr:`seat`, or of their first member; a fused token and padding have none, -1.
+        """
+        batch = place.shape[0]
+        index = self.seat if self.seat is not None else self.sources(batch)
+        if index is None:
+            index = self._first_members(batch)
+        index = index.long()
+        return torch.where(index < 0, -1, place.gather(1, index.clamp_min(0))).to(place.dtype)
+
+    def _first_members(self, batch: int) -> Tensor:
+        """(B, num_out) the first input token that went into each output token."""
+        slot = self.slots(batch).long()
+        order = torch.arange(self.num_in, device=slot.device).expand_as(slot)
+        first = slot.new_full((batch, self.num_out), self.num_in)
+        return first.scatter_reduce(1, slot, order, "amin").remainder(self.num_in)
 
     def _kept(self, batch: int) -> Tensor:
         """(B, K) int64, -1 where an entry is not real."""
@@ -144,24 +182,52 @@ def compose_sources(plans: Sequence[Plan], batch: int) -> Tensor | None:
     return _compose([plan.sources(batch) for plan in plans])
 
 
-def unmerge(x: Tensor, plans: Sequence[Plan], prefix: int, *, backend: str | None = None) -> Tensor:
-    """Bring tokens back to the full sequence: every patch gets the token that it is in, dropped patches get zeros.
+def _with_prefix(slot: Tensor, prefix: int) -> Tensor:
+    """(B, P) slots of patches, -1 for none -> (B, prefix + P) rows of the whole sequence, prefix rows first."""
+    slot = torch.where(slot < 0, slot, slot + prefix)
+    if not prefix:
+        return slot
+    head = torch.arange(prefix, device=slot.device, dtype=slot.dtype).expand(slot.shape[0], prefix)
+    return torch.cat([head, slot], dim=1)
+
+
+def check_fill(fill: str) -> None:
+    """Raise unless ``fill`` says what a dropped patch shows."""
+    if fill not in ("last", "zero"):
+        raise ValueError(f"fill must be 'last' or 'zero', got {fill!r}")
+
+
+def unmerge(
+    x: Tensor,
+    plans: Sequence[Plan],
+    prefix: int,
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Bring tokens back to the full sequence: every patch gets the token that it is in.
 
     Args:
         x: (B, prefix + n, C) tokens after the last of ``plans``.
         plans: the plans from the first stage on, at least one.
         prefix: leading tokens that are never reduced.
+        inputs: (B, any prefix + num_in, C) the tokens that entered the block of each plan, or None. A dropped patch
+            shows the last of these that it was in; without them zeros.
         backend: see :func:`fastreduce.backend`.
 
     Returns:
         (B, prefix + P, C).
     """
-    slot = compose_slots(plans, x.shape[0])
-    slot = torch.where(slot < 0, slot, slot + prefix)
-    if prefix:
-        head = torch.arange(prefix, device=slot.device).expand(slot.shape[0], prefix)
-        slot = torch.cat([head, slot], dim=1)
-    return ops.unmerge_tokens(x, slot, backend=backend)
+    if inputs is None:
+        return ops.unmerge_tokens(x, _with_prefix(compose_slots(plans, x.shape[0]), prefix), backend=backend)
+    for plan, before in zip(reversed(plans), reversed(inputs), strict=True):
+        slot = plan.slots(x.shape[0])
+        x = ops.unmerge_tokens(x, _with_prefix(slot, prefix), backend=backend)
+        if not plan.merges:  # a merge drops nothing
+            patches = before[:, before.shape[1] - plan.num_in :].to(x.dtype)
+            seen = torch.where((slot < 0).unsqueeze(2), patches, x[:, prefix:])
+            x = torch.cat([x[:, :prefix], seen], dim=1) if prefix else seen
+    return x
 
 
 _NOT_A_TENSOR = (
@@ -218,6 +284,9 @@ class _Fields(NamedTuple):
     packing: Packing | None = None
     grid: tuple[int, int] | None = None
     whole: bool = False
+    place: Tensor | None = None
+    beside: Any = None
+    inputs: tuple[Tensor, ...] | None = None
 
 
 class Tokens(_Fields):
@@ -245,6 +314,12 @@ class Tokens(_Fields):
         packing: where the tokens of every image are, if they lie packed in one row, else None.
         grid: (rows, columns) of the patches before any reduction, for methods that ask for it, else None.
         whole: whether the last block hands on Tokens too, for somebody who wants dense features.
+        place: (B, n) int32, the original patch whose position each patch token has, -1 for none (EViT's fused token,
+            padding); or None where the model asks for no positions inside its blocks.
+        beside: what the model gave the block at hand beside the tokens (a rotary table, a bias for each pair), as its
+            host reads it; or None.
+        inputs: the ``x`` that entered the block of each plan, where somebody will ask what dropped patches were, else
+            None.
     """
 
     @property
@@ -263,7 +338,27 @@ class Tokens(_Fields):
         kept: dict[str, Any] = {"prefix": self.prefix, "patches": self.patches, "backend": self.backend}
         kept |= {"sizes": self.sizes, "bias": self.bias, "valid": self.valid, "received": self.received}
         kept |= {"policy": self.policy, "decisions": self.decisions, "plans": self.plans, "packing": self.packing}
-        return Tokens(x, **(kept | {"grid": self.grid, "whole": self.whole} | changes))
+        kept |= {"grid": self.grid, "whole": self.whole, "place": self.place, "beside": self.beside}
+        return Tokens(x, **(kept | {"inputs": self.inputs} | changes))
+
+    def reduced(self, x: Tensor, plan: Plan, **changes: Any) -> Tokens:
+        """Return what a stage leaves: other tokens ``x``, one plan more, and the places that follow from it.
+
+        Args:
+            x: (B, prefix + plan.num_out, C).
+            plan: what the stage decided.
+            **changes: other fields, as in :meth:`replace`; ``before=`` the x that entered, where it is not ``self.x``.
+        """
+        before = changes.pop("before", self.x)
+        kept: dict[str, Any] = {"prefix": self.prefix, "patches": self.patches, "backend": self.backend}
+        kept |= {"sizes": self.sizes, "bias": self.bias, "valid": self.valid, "received": self.received}
+        kept |= {"policy": self.policy, "decisions": self.decisions, "packing": self.packing, "grid": self.grid}
+        kept |= {"whole": self.whole, "beside": self.beside, "plans": (*self.plans, plan)}
+        if self.place is not None:
+            kept["place"] = plan.place(self.place)
+        if self.inputs is not None:
+            kept["inputs"] = (*self.inputs, before)
+        return Tokens(x, **(kept | changes))
 
     def packed(self) -> tuple[Tokens, Packing]:
         """The same in one row, and how they lie in it. If they are not packed yet, all must be real."""
@@ -282,11 +377,22 @@ class Tokens(_Fields):
         x = ops.unpack_tokens(self.x, self.packing.offsets, longest=self.packing.longest, backend=self.backend)
         return self.replace(x, packing=None)
 
-    def dense(self) -> Tensor:
-        """(B, prefix + patches, C): ``x`` on the full grid, zeros where a patch was dropped."""
+    def dense(self, fill: str = "zero") -> Tensor:
+        """(B, prefix + patches, C): ``x`` on the full grid.
+
+        Args:
+            fill: what a dropped patch shows: ``"zero"``, or ``"last"``, its value as it entered the block that dropped
+                it, for which ``inputs`` must have been kept.
+        """
         if self.packing is not None:
-            return self.unpacked().dense()
-        return unmerge(self.x, self.plans, self.prefix, backend=self.backend) if self.plans else self.x
+            return self.unpacked().dense(fill)
+        if not self.plans:
+            return self.x
+        inputs = None
+        if fill == "last":
+            assert self.inputs is not None
+            inputs = self.inputs
+        return unmerge(self.x, self.plans, self.prefix, inputs=inputs, backend=self.backend)
 
     def __getattr__(self, name: str) -> Any:
         """Look at ``x`` as at a tensor; what would change it without what belongs to it explains itself."""

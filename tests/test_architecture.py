@@ -15,20 +15,25 @@ PACKAGE = ROOT / "fastreduce"
 # The floors of the house, from the ground up: a room imports rooms of lower floors only. Doors (`fastreduce`,
 # `python -m fastreduce`) stand on no floor.
 FLOORS = (
-    {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version"},
-    {"ops", "checkpoints", "pictures", "measure", "losses"},
+    {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version", "config"},
+    {"ops", "checkpoints", "pictures", "measure"},
     {"tokens"},
     {"reducers"},
     {"recording"},
     {"integrations"},
-    {"deploy", "speed", "study"},
+    {"deploy", "speed", "quality", "study"},
     {"cli"},
 )
 DOORS = {"__init__", "__main__"}
 # Neither imports the other: they meet in ops.
 APART = ({"kernels", "reference"},)
 # The study trains with timm's transforms, losses and schedulers; models it takes from integrations as all do.
-ONLY_HERE = {"timm": {"integrations", "study"}, "triton": {"kernels"}}
+ONLY_HERE = {
+    "timm": {"integrations", "study"},
+    "triton": {"kernels"},
+    "transformers": {"integrations"},
+    "open_clip": {"integrations"},
+}
 
 
 def _imports(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, randn
 from fastreduce import ops
-from fastreduce.reducers import soft
+from fastreduce.reducers import _soft as soft
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:

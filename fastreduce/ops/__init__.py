@@ -12,6 +12,7 @@ from .linear_packed import linear_packed
 from .match_tokens import match_tokens, match_tokens_groups
 from .merge_tokens import merge_tokens, unmerge_tokens
 from .received_scores import received_scores
+from .rotate_tokens import rotate_tokens
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
 from .sinkhorn_merge import sinkhorn_merge
@@ -40,6 +41,7 @@ __all__ = [
     "merge_tokens",
     "prepare_merge",
     "received_scores",
+    "rotate_tokens",
     "sample_tokens",
     "select_topk",
     "sinkhorn_merge",

@@ -26,6 +26,7 @@ from .match_tokens import match_tokens_unchecked as match_tokens
 from .merge_tokens import merge_tokens_unchecked as merge_tokens
 from .merge_tokens import unmerge_tokens_unchecked as unmerge_tokens
 from .received_scores import received_scores_unchecked as received_scores
+from .rotate_tokens import rotate_tokens_unchecked as rotate_tokens
 from .sample_tokens import sample_tokens_unchecked as sample_tokens
 from .select_topk import select_topk_unchecked as select_topk
 from .sinkhorn_merge import sinkhorn_merge_unchecked as sinkhorn_merge
@@ -55,6 +56,7 @@ __all__ = [
     "merge_tokens",
     "prepare_merge",
     "received_scores",
+    "rotate_tokens",
     "sample_tokens",
     "select_topk",
     "sinkhorn_merge",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import PlainAttention
-from .walk import Walk
+from .walk import Walk, moved
 
 __all__ = ["Mixtures"]
 
@@ -26,6 +26,8 @@ class Mixtures(PlainAttention):
 
         hidden = F.gelu(F.linear(F.layer_norm(patches, patches.shape[-1:], *parts("0")), *parts("1")))
         weights = (self._layer(stage, "scale") * F.linear(hidden, *parts("3"))).softmax(dim=1)
+        self._move_home(walk, weights.argmax(dim=2))
+        walk.place = moved(walk.place, weights.argmax(dim=1))
         walk.x = torch.cat([head, weights.transpose(1, 2) @ patches], dim=1)
 
     def _patchmerger(self, walk: Walk, stage: int) -> None:
@@ -36,7 +38,10 @@ class Mixtures(PlainAttention):
         logits = self._layer(stage, "queries") @ patches.transpose(1, 2)
         if self.options["scaled"]:
             logits = logits * patches.shape[-1] ** -0.5
-        walk.x = torch.cat([head, logits.softmax(dim=-1) @ patches], dim=1)
+        weights = logits.softmax(dim=-1)
+        self._move_home(walk, weights.argmax(dim=1))
+        walk.place = moved(walk.place, weights.argmax(dim=2))
+        walk.x = torch.cat([head, weights @ patches], dim=1)
 
     def _sinkhorn(self, walk: Walk, stage: int) -> None:
         """Before the block, transport normalised tokens to normalised centres."""
@@ -52,4 +57,7 @@ class Mixtures(PlainAttention):
         for _ in range(self.options["iters"]):
             rows = margin - (logits + columns).logsumexp(dim=2, keepdim=True)
             columns = margin - (logits + rows).logsumexp(dim=1, keepdim=True)
-        walk.x = torch.cat([head, (logits + rows + columns - margin).exp() @ patches], dim=1)
+        plan = (logits + rows + columns - margin).exp()
+        self._move_home(walk, plan.argmax(dim=1))
+        walk.place = moved(walk.place, plan.argmax(dim=2))
+        walk.x = torch.cat([head, plan @ patches], dim=1)

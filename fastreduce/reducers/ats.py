@@ -11,7 +11,8 @@ from torch import Tensor
 from ..arguments import switch
 from ..ops import unchecked as ops
 from ..tokens import Packing, Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, early_heads, gather, is_captured
+from .base import ModelShape, Reducer, ScheduledReducer
+from .block import AttentionBlock, Heads, class_attention, is_captured, keep_tokens
 from .schedule import KeepSchedule
 
 __all__ = ["ATS", "official_points"]
@@ -119,75 +120,35 @@ class ATS(ScheduledReducer):
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with sampling; the kept tokens come out in ascending position, padding behind them."""
-        if tokens.packing is not None:
-            return self._attend_packed(block, tokens, tokens.packing, stage)
-        prefix, backend = tokens.prefix, tokens.backend
-        tokens, normed, (q, k, v), late = early_heads(block, tokens)
-        scores = ops.cls_value_scores(
-            q[:, :, 0], k, v, prefix=prefix, scale=block.scale, valid=tokens.valid, backend=backend
-        )
-        index, valid = self._sample(scores, tokens, stage)
-        index, seen = self._without_padding(index, valid, prefix)
-        if self.packed and seen is not None and not _stays_padded(backend):
-            keys, packing = tokens.packed()
-            rows = normed.reshape(1, -1, normed.shape[2])
-            row_q, row_k, row_v = (_in_one_row(heads) for heads in (q, k, v))
-            return self._keep_packed(block, keys, packing, rows, row_q, row_k, row_v, index, seen, late)
-        residual = block.branch(block.attend_kept(q, k, v, normed, index, tokens)) if late else None
-        x, following = gather(
-            block.mlp_norm(tokens), tokens.x, index, prefix=prefix, residual=residual, backend=backend
-        )
+        heads = block.heads(tokens, "select")
+        index, valid = self._sample(_scores(heads), tokens, stage)
+        index, seen = self._without_padding(index, valid, tokens.prefix)
+        packs = self.packed and seen is not None and not _stays_padded(tokens.backend)
+        if tokens.packing is not None or packs:
+            return self._keep_packed(block, tokens, heads, index, seen)
+        x, normed = keep_tokens(block, heads, index)
         bias = None if seen is None else seen.log()  # 0 and -inf
-        plans = (*tokens.plans, _plan(block, tokens, index, seen))
-        return tokens.replace(x, normed=following, bias=bias, valid=seen, plans=plans)
-
-    def _attend_packed(self, block: AttentionBlock, tokens: Tokens, packing: Packing, stage: int) -> Tokens:
-        """The same on tokens of all images in one row, from which one comes out."""
-        prefix, backend = tokens.prefix, tokens.backend
-        tokens, normed, (q, k, v), late = early_heads(block, tokens)
-        class_rows = q[0] if q.shape[2] < normed.shape[1] else q[0].index_select(1, packing.offsets[:-1])
-        scores = ops.cls_value_scores_packed(
-            class_rows.transpose(0, 1),
-            k,
-            v,
-            packing.offsets,
-            packing.longest,
-            prefix=prefix,
-            scale=block.scale,
-            backend=backend,
-        )
-        index, valid = self._sample(scores, tokens, stage)
-        index, seen = self._without_padding(index, valid, prefix)
-        return self._keep_packed(block, tokens, packing, normed, q, k, v, index, seen, late)
+        return tokens.reduced(x, _plan(block, tokens, index, seen), normed=normed, bias=bias, valid=seen)
 
     def _keep_packed(
-        self,
-        block: AttentionBlock,
-        keys: Tokens,
-        packing: Packing,
-        normed: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        index: Tensor,
-        seen: Tensor | None,
-        late: bool,
+        self, block: AttentionBlock, tokens: Tokens, heads: Heads, index: Tensor, seen: Tensor | None
     ) -> Tokens:
-        """Attention of the kept tokens over packed keys, and their sum with what they were."""
+        """Attention of the kept tokens over packed keys, and their sum with what they were, in one row."""
+        before = tokens.x if tokens.inputs is None else tokens.unpacked().x
+        heads = _in_one_row(heads)
+        keys, packing = heads.tokens.packed()
         longest = keys.prefix + index.shape[1]
         valid = index.new_ones(len(index), longest, dtype=torch.bool) if seen is None else seen
         offsets = ops.token_offsets(valid, backend=keys.backend)
         queries = Packing(offsets, longest)
         rows = int(offsets[-1]) if self._trims(index) else len(index) * longest
-        if block.rowwise:
-            x, residual = (
-                keys.x,
-                block.branch(block.attend_packed(q, k, v, normed, index, keys, queries, rows), queries),
-            )
+        x, residual = keys.x, None
+        if heads.added is None:
+            residual = block.branch(block.attend(heads, index, queries=queries, rows=rows), queries)
         else:
-            x, residual = keys.x + block.branch(block.attention(q, k, v, normed, keys), packing), None
+            x = x + heads.added
         x = ops.gather_packed(
-            keys.x,
+            x,
             index,
             (packing.offsets, offsets),
             num_out=rows,
@@ -195,8 +156,7 @@ class ATS(ScheduledReducer):
             residual=residual,
             backend=keys.backend,
         )
-        plans = (*keys.plans, _plan(block, keys, index, seen))
-        return keys.replace(x, valid=seen, plans=plans, packing=queries)
+        return keys.reduced(x, _plan(block, keys, index, seen), valid=seen, packing=queries, before=before)
 
 
 def _stays_padded(backend: str) -> bool:
@@ -204,9 +164,32 @@ def _stays_padded(backend: str) -> bool:
     return backend == "reference" and torch.compiler.is_exporting()
 
 
-def _in_one_row(heads: Tensor) -> Tensor:
-    """(B, H, N, D) -> (1, H, B * N, D), of a packed projection a view."""
-    return heads.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
+def _scores(heads: Heads) -> Tensor:
+    """(B, N - prefix) class attention summed over heads, times the length of each value."""
+    tokens, packing, q = heads.tokens, heads.tokens.packing, heads.q
+    if heads.pair is not None:
+        return (class_attention(heads) * heads.v[:, :, tokens.prefix :].norm(dim=-1)).sum(1)
+    options: dict[str, Any] = {"prefix": tokens.prefix, "scale": heads.scale, "backend": tokens.backend}
+    if packing is None:
+        return ops.cls_value_scores(q[:, :, 0], heads.k, heads.v, valid=tokens.valid, **options)
+    rows = q[0] if q.shape[2] < heads.k.shape[2] else q[0].index_select(1, packing.offsets[:-1])
+    place = packing.offsets, packing.longest
+    return ops.cls_value_scores_packed(rows.transpose(0, 1), heads.k, heads.v, *place, **options)
+
+
+def _in_one_row(heads: Heads) -> Heads:
+    """Return the same with the tokens of all images in one row, (1, H, B * N, D) each; of a packed projection views."""
+    if heads.tokens.packing is not None:
+        return heads
+
+    def row(part: Tensor) -> Tensor:
+        return part.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
+
+    tokens, _ = heads.tokens.packed()
+    normed = heads.normed.reshape(1, -1, heads.normed.shape[2])
+    added = None if heads.added is None else heads.added.reshape(1, -1, heads.added.shape[2])
+    q, k, v = row(heads.q), row(heads.k), row(heads.v)
+    return heads._replace(tokens=tokens, normed=normed, q=q, k=k, v=v, added=added)
 
 
 def _plan(block: AttentionBlock, tokens: Tokens, index: Tensor, seen: Tensor | None) -> Plan:

@@ -1,179 +1,38 @@
-"""What a reducer is, and what it may ask of a transformer block."""
+"""What a reducer is."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch import nn
 
-from ..backends import Resolved
-from ..ops import unchecked as ops
-from ..tokens import Packing, Tokens
+from ..tokens import Tokens
+from .block import AttentionBlock, attend_all
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
-__all__ = [
-    "AttentionBlock",
-    "ModelShape",
-    "Norm",
-    "Reducer",
-    "ScheduledReducer",
-    "attend_all",
-    "attend_with_importance",
-    "early_heads",
-    "fuse",
-    "gather",
-    "idle_stages",
-    "importance",
-    "is_bare",
-    "is_captured",
-    "is_unhooked",
-    "merge",
-    "new_schedule",
-    "warn_once",
-]
-
-
-class Norm(NamedTuple):
-    """A layer normalisation that the kernel which makes its rows can apply in the same launch."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    norm_eps: float
-
-
-class AttentionBlock(Protocol):
-    """The attention half of a pre-norm transformer block, in the pieces between which a reducer can act.
-
-    Shapes: tokens (B, N, C); H heads of dimension D; M query rows. Where a ``packing`` is given, or ``keys`` have one,
-    the tokens of all images lie in one row: B is 1, and N and M are lengths of rows.
-    """
-
-    @property
-    def index(self) -> int:
-        """Number of the block, from 0."""
-        ...
-
-    @property
-    def has_class_token(self) -> bool:
-        """Whether the first token is a class token."""
-        ...
-
-    @property
-    def scale(self) -> float:
-        """Factor of the attention logits."""
-        ...
-
-    @property
-    def rowwise(self) -> bool:
-        """Whether a selection may come before what follows attention, because that treats every token alike."""
-        ...
-
-    @property
-    def commutes(self) -> bool:
-        """Whether the branch is linear in each token, so that merging may come before it (no dropout is active)."""
-        ...
-
-    @property
-    def hooked(self) -> bool:
-        """Whether something hangs on the attention, which then has to be called: :meth:`heads_and_branch` does so."""
-        ...
-
-    def heads_and_branch(self, normed: Tensor, tokens: Tokens) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Return query, key and value of every token, three of (B, H, N, D), and what attention adds to each."""
-        ...
-
-    def whole_branch(self, normed: Tensor, tokens: Tokens) -> Tensor:
-        """Return what attention adds to every token, (B, N, C), by calling the block's own wherever that gives it."""
-        ...
-
-    def norm(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C), the norm before attention."""
-        ...
-
-    def attention_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before attention, where the kernel that reduces the tokens may apply it: see ``Tokens.normed``."""
-        ...
-
-    def mlp_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before the MLP, likewise."""
-        ...
-
-    def query_key_value(self, normed: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) -> three of (B, H, N, D)."""
-        ...
-
-    def early_query_key_value(self, normed: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, C) -> q (B, H, 1 or N, D), k and v (B, H, N, D), for methods that decide before they attend.
-
-        q may hold the class token's row alone (packed, those of all images), which is what their scores need.
-        """
-        ...
-
-    def attend_kept(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens) -> Tensor:
-        """Attention of the prefix and the kept patch tokens over all keys -> (B, prefix + M, H * D).
-
-        q, k, v are what :meth:`early_query_key_value` made of ``normed`` (B, N, C); ``kept`` (B, M) are indices of
-        patch tokens; for ``keys`` see :meth:`attention`.
-        """
-        ...
-
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens) -> Tensor:
-        """Attention of M queries over N keys -> (B, M, H * D), before the output projection.
-
-        ``normed`` (B, M, C) are the rows that the queries came from (a gate needs them). ``keys`` are the tokens that k
-        and v came from: their ``bias`` is added to the logits, and a ``policy`` masks as DynamicViT's training does.
-        """
-        ...
-
-    def attend_packed(
-        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, kept: Tensor, keys: Tokens, queries: Packing, rows: int
-    ) -> Tensor:
-        """As :meth:`attend_kept`, of packed keys -> (1, rows, H * D), which lie as ``queries`` says."""
-        ...
-
-    def attention_and_class(
-        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`attention`, and that of the class token to every patch, (B, N - prefix), averaged over heads."""
-        ...
-
-    def attention_and_received(
-        self, q: Tensor, k: Tensor, v: Tensor, normed: Tensor | None, keys: Tokens, *, differentiable: bool
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`attention`, and how much attention every key got, (B, N), summed over heads and queries.
-
-        Where the second need not be ``differentiable`` it may be had without what a gradient would take.
-        """
-        ...
-
-    def branch(self, attended: Tensor, packing: Packing | None = None) -> Tensor:
-        """Output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
-        ...
-
-    @property
-    def branch_bias(self) -> Tensor | None:
-        """(C,): what the branch adds to every row alike while no path is dropped, or None."""
-        ...
-
-    @property
-    def drops_paths(self) -> bool:
-        """Whether the branch is left out for some images now, by chance."""
-        ...
+__all__ = ["ModelShape", "Reducer", "ScheduledReducer", "idle_stages", "new_schedule", "warn_once"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a reducer may know of the model when it is made."""
+    """What a reducer may know of the model when it is made.
+
+    Attributes:
+        depth: number of blocks.
+        grid: patches along every axis: (rows, columns) of images, (frames, rows, columns) of videos.
+        prefix: leading tokens that are never reduced.
+        has_class_token: whether the first of them is a class token.
+        channels: width of a token.
+    """
 
     depth: int
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     prefix: int
     has_class_token: bool
     channels: int
@@ -181,12 +40,7 @@ class ModelShape:
     @property
     def patches(self) -> int:
         """Number of patch tokens."""
-        return self.grid[0] * self.grid[1]
-
-
-def is_captured() -> bool:
-    """Whether tensors stand for others, under torch.compile or torch.func: nothing to wait for, nothing to keep."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+        return math.prod(self.grid)
 
 
 _said: set[str] = set()
@@ -211,6 +65,10 @@ class Reducer(nn.Module, abc.ABC):
         generator: where the method draws its noise from, or None for torch's global generator or no noise.
         ragged: whether images keep different numbers of tokens, so that ``Tokens.valid`` and padding occur.
         packed: whether such tokens are packed in one row instead.
+        positions: how merged tokens are rotated, by ``"place"`` or ``"mean"``; see :func:`fastreduce.patch`.
+        fill: what dropped patches show in dense features, ``"last"`` or ``"zero"``; see :func:`fastreduce.patch`.
+        hidden_states: what a model that hands out the tokens of its blocks shows, the ``"full"`` grid or the
+            ``"reduced"`` tokens; see :func:`fastreduce.patch`.
         blocks: the blocks at which the stages stand, ascending.
         backend: passed to every op.
         config: what :func:`fastreduce.patch` was called with.
@@ -221,6 +79,9 @@ class Reducer(nn.Module, abc.ABC):
     generator: torch.Generator | None = None
     ragged: ClassVar[bool] = False
     packed: bool = False
+    positions: str = "place"
+    fill: str = "last"
+    hidden_states: str = "full"
 
     def __init__(self, blocks: tuple[int, ...], backend: str = "auto"):
         super().__init__()
@@ -378,95 +239,3 @@ def idle_stages(name: str, schedule: KeepSchedule) -> dict[str, str]:
         f"{stages} will do nothing, since the entries are fractions of all patches (or counts), not of what the stage "
         "before left; for a rate at every stage give a single number"
     }
-
-
-def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module does what its class does: no hook on it, and no forward of its own.
-
-    Hooks on all modules (``register_module_forward_hook``) do not count: counters of operations use them, and are to
-    count what is done without them.
-    """
-    forward = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-    backward = module._backward_pre_hooks or module._backward_hooks
-    return not forward and not backward
-
-
-# Subclasses of Tensor that stand for one while a graph is captured; others (quantised, sharded) multiply on their own.
-_PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-
-
-def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output.
-
-    A subclass (parametrised, quantised, an adapter, sharded) is not, nor a weight that is a tensor of its own kind.
-    """
-    return type(layer) is nn.Linear and type(layer.weight) in _PLAIN_TENSORS and is_unhooked(layer)
-
-
-def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
-    """Run the attention half of a block that reduces nothing."""
-    normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
-    return tokens.replace(tokens.x + block.whole_branch(normed, tokens))
-
-
-def early_heads(block: AttentionBlock, tokens: Tokens) -> tuple[Tokens, Tensor, tuple[Tensor, Tensor, Tensor], bool]:
-    """Begin the attention half for a method that selects: tokens, (B, N, C) normed, query, key and value, whether late.
-
-    Late: the selected tokens have yet to attend. Where something in the block may look at more than one token (a hook,
-    a module of the user's), all tokens have attended, and the residual is in ``tokens.x`` already.
-    """
-    normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
-    if block.rowwise:
-        return tokens, normed, block.early_query_key_value(normed, tokens), True
-    heads, branch = block.heads_and_branch(normed, tokens)
-    return tokens.replace(tokens.x + branch), normed, heads, False
-
-
-def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """:func:`ops.gather_tokens`, and what the norm makes of its rows if there is one."""
-    if norm is None:
-        return ops.gather_tokens(x, index, **options), None
-    return ops.gather_tokens(x, index, norm=norm, **options)
-
-
-def fuse(
-    norm: Norm | None, x: Tensor, order: Tensor, scores: Tensor, k: int, **options: Any
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`ops.fuse_tokens`, and what the norm makes of its rows if there is one."""
-    if norm is None:
-        return ops.fuse_tokens(x, order, scores, k, **options), None
-    return ops.fuse_tokens(x, order, scores, k, norm=norm, **options)
-
-
-def merge(
-    norm: Norm | None, x: Tensor, slot: Tensor, num_out: int, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`ops.merge_tokens`, and what the norm makes of its rows if there is one."""
-    if norm is None:
-        return *ops.merge_tokens(x, slot, num_out, **options), None
-    return ops.merge_tokens(x, slot, num_out, norm=norm, **options)
-
-
-def importance(block: AttentionBlock, q: Tensor, k: Tensor, prefix: int, *, backend: Resolved) -> Tensor:
-    """Score of every patch token, (B, N - prefix): class attention, or what it receives where there is no class token.
-
-    Both are averages over heads of softmax weights, the second also over queries; each sums to at most one per image.
-    Scores are those before attention dropout. ``q`` (B, H, M, D) needs only row 0 where there is a class token.
-    """
-    if block.has_class_token:
-        return ops.cls_scores(q[:, :, 0], k, prefix=prefix, scale=block.scale, backend=backend)
-    return _received_importance(ops.received_scores(q, k, scale=block.scale, backend=backend), q, prefix)
-
-
-def attend_with_importance(
-    block: AttentionBlock, q: Tensor, k: Tensor, v: Tensor, normed: Tensor, tokens: Tokens
-) -> tuple[Tensor, Tensor]:
-    """Attention of all tokens (B, N, H * D), and their :func:`importance`."""
-    if block.has_class_token:
-        return block.attention_and_class(q, k, v, normed, tokens)
-    attended, received = block.attention_and_received(q, k, v, normed, tokens, differentiable=True)
-    return attended, _received_importance(received, q, tokens.prefix)
-
-
-def _received_importance(received: Tensor, q: Tensor, prefix: int) -> Tensor:
-    return received[:, prefix:] / (q.shape[1] * q.shape[2])

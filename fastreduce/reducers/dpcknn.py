@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ..arguments import integer, switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, is_bare, is_unhooked, merge
+from .base import ModelShape, Reducer, ScheduledReducer
+from .block import AttentionBlock, is_bare, is_unhooked, merge
 from .schedule import KeepSchedule
 
 __all__ = ["DPCKNN"]
@@ -114,4 +115,4 @@ class DPCKNN(ScheduledReducer):
             backend=backend,
         )
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=centers, slot=label)
-        return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))
+        return tokens.reduced(x, plan, normed=normed)

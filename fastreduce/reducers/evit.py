@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..arguments import switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, ScheduledReducer, attend_all, attend_with_importance, fuse, importance
+from .base import ModelShape, ScheduledReducer
+from .block import AttentionBlock, attend_all, attend_with_importance, fuse, importance
 from .schedule import KeepSchedule
 
 __all__ = ["EViT"]
@@ -42,24 +43,21 @@ class EViT(ScheduledReducer):
         if keep >= tokens.num_patches:
             return attend_all(block, tokens)
         prefix, backend = tokens.prefix, tokens.backend
-        normed = block.norm(tokens.x)
-        late = block.commutes and (self.normalize or not block.drops_paths)
-        if late:
-            q, k, v = block.query_key_value(normed)
-            attended, scores = attend_with_importance(block, q, k, v, normed, tokens)
+        heads = block.heads(tokens, "merge" if self.normalize else "sum")
+        if heads.added is None:
+            attended, scores = attend_with_importance(block, heads)
         else:
-            (q, k, _), branch = block.heads_and_branch(normed, tokens)
-            scores = importance(block, q, k, prefix, backend=backend)
+            scores = importance(heads)
         order = ops.select_topk(scores, tokens.num_patches, backend=backend)
         if self.normalize:
             scores = scores / scores.gather(1, order[:, keep:].long()).sum(1, keepdim=True)
-        if late:
+        x, added = tokens.x, {}
+        if heads.added is None:
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)
-            residual = block.branch(fused)
             bias = None if self.normalize else block.branch_bias  # normalised weights sum to one
-            x, added = tokens.x, {"residual": residual, "residual_bias": bias}
+            added = {"residual": block.branch(fused), "residual_bias": bias}
         else:
-            x, added = tokens.x + branch, {}
-        x, following = fuse(block.mlp_norm(tokens), x, order, scores, keep, prefix=prefix, **added, backend=backend)
+            x = x + heads.added
+        x, normed = fuse(block.mlp_norm(tokens), x, order, scores, keep, prefix=prefix, **added, backend=backend)
         plan = Plan(block.index, tokens.num_patches, keep + 1, kept=order[:, :keep], fused=True)
-        return tokens.replace(x, normed=following, plans=(*tokens.plans, plan))
+        return tokens.reduced(x, plan, normed=normed)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from ..arguments import as_tuple, integer, is_number, plain, switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, ScheduledReducer, attend_all, gather, new_schedule
+from .base import ModelShape, Reducer, ScheduledReducer, new_schedule
+from .block import AttentionBlock, attend_all, gather, received
 from .schedule import Keep, KeepRate, KeepSchedule
 
 __all__ = ["KMedoids"]
@@ -131,7 +132,7 @@ class KMedoids(ScheduledReducer):
         )
         x, normed = gather(block.attention_norm(tokens), tokens.x, centers, prefix=prefix, backend=backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, keep, kept=centers, slot=label)
-        return tokens.replace(x, normed=normed, received=None, plans=(*tokens.plans, plan))
+        return tokens.reduced(x, plan, normed=normed, received=None)
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half; where the next block has a stage, with the attention that every token receives."""
@@ -141,12 +142,12 @@ class KMedoids(ScheduledReducer):
         """Attention half; where the next block has a stage, with the attention that every token receives."""
         if self.equal_weight or block.index + 1 not in self.blocks:
             return attend_all(block, tokens)
-        normed = block.norm(tokens.x) if tokens.normed is None else tokens.normed
-        if block.hooked:
-            (q, k, _), branch = block.heads_and_branch(normed, tokens)
-            received = ops.received_scores(q.detach(), k.detach(), scale=block.scale, backend=tokens.backend)
+        if self.schedule.count(self.blocks.index(block.index + 1), tokens.patches) >= tokens.num_patches:
+            return attend_all(block, tokens)  # the next stage keeps every token
+        heads = block.heads(tokens)
+        if heads.added is None:
+            attended, weights = block.attend(heads, scores="constant")
+            added = block.branch(attended)
         else:
-            q, k, v = block.query_key_value(normed)
-            attended, received = block.attention_and_received(q, k, v, normed, tokens, differentiable=False)
-            branch = block.branch(attended)
-        return tokens.replace(tokens.x + branch, received=received.detach())
+            added, weights = heads.added, received(heads._replace(q=heads.q.detach(), k=heads.k.detach()))
+        return tokens.replace(tokens.x + added, received=weights.detach())

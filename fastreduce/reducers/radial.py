@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..arguments import number
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, gather, idle_stages, is_captured, new_schedule
+from .base import ModelShape, Reducer, idle_stages, new_schedule
+from .block import AttentionBlock, gather, is_captured
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
 __all__ = ["Radial", "contiguous_radii", "radii_of_counts", "ring_radius"]
@@ -129,9 +130,11 @@ class Radial(Reducer):
             raise ValueError(f"norm must be 'l1', 'l2' or 'linf', got {norm!r}")
         if schedule is None:
             blocks = tuple(range(blocks[0], blocks[-1] + 1))
+        if len(shape.grid) != 2:
+            raise ValueError(f"radial patterns are for grids of rows and columns, and this model's is {shape.grid}")
         super().__init__(blocks, backend)
         self.norm, self.schedule, self.min_radius = norm, schedule, number("min_radius", min_radius)
-        self.grid = shape.grid
+        self.grid = (shape.grid[0], shape.grid[1])
         self._placed: dict[str, Tensor] = {}
         self._check_innermost()
 
@@ -239,4 +242,4 @@ class Radial(Reducer):
         index = kept.expand(tokens.x.shape[0], -1)
         x, normed = gather(block.attention_norm(tokens), tokens.x, index, prefix=tokens.prefix, backend=tokens.backend)
         plan = Plan(self.blocks[stage], tokens.num_patches, len(kept), kept=kept)
-        return tokens.replace(x, normed=normed, plans=(*tokens.plans, plan))
+        return tokens.reduced(x, plan, normed=normed)

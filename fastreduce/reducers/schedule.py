@@ -29,7 +29,9 @@ class KeepSchedule:
 
     def count(self, stage: int, patches: int) -> int:
         """Tokens that stage ``stage`` (from 0) keeps of ``patches`` original ones, at least one."""
-        return max(1, self.wanted(stage, patches))
+        if self.fractions is None:
+            return max(1, self.wanted(stage, patches))
+        return max(1, int(self.fractions[stage] * patches))
 
     def wanted(self, stage: int, patches: int) -> int:
         """Tokens that the schedule comes to, which can be none."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from ..arguments import as_tuple, is_number, plain, switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
-from .base import AttentionBlock, ModelShape, Reducer, attend_all, idle_stages, merge, new_schedule
+from .base import ModelShape, Reducer, idle_stages, new_schedule
+from .block import AttentionBlock, attend_all, merge
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
 
 __all__ = ["ToMe"]
@@ -30,6 +32,8 @@ class ToMe(Reducer):
             count is met.
         prop_attn: proportional attention: a token that stands for n patches weighs n times in every later softmax.
             ``False`` leaves it out, as for models pre-trained by masked autoencoding (MAE).
+        metric: of models that rotate their keys by position, whether to compare the keys ``"before"`` the rotation, by
+            what they hold, or ``"after"`` it, where keys far apart hardly match. The same for all other models.
         backend: see :func:`fastreduce.backend`.
     """
 
@@ -42,9 +46,13 @@ class ToMe(Reducer):
         r: Sequence[int] | None = None,
         rounds: Rounds = "official",
         prop_attn: bool = True,
+        metric: Literal["before", "after"] = "before",
         backend: str = "auto",
     ):
         super().__init__(blocks, backend)
+        if metric not in ("before", "after"):
+            raise ValueError(f"metric must be 'before' or 'after', got {metric!r}")
+        self.metric = metric
         self.prop_attn = switch("prop_attn", prop_attn)
         if rounds not in ("official", "exact"):
             raise ValueError(f"rounds must be 'official' or 'exact', got {rounds!r}")
@@ -140,13 +148,14 @@ class ToMe(Reducer):
             counts.append(present)
         return counts
 
-    def _match(self, keys: Tensor, tokens: Tokens, merges: list[int]) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """(B, H, N, D) -> (B, N) slot of every token after all rounds, and its groups.
+    def _match(self, keys: Tensor, tokens: Tokens, merges: list[int]) -> tuple[Tensor, Any, Tensor | None]:
+        """(B, H, N, D) -> (B, N) slot of every token after all rounds, its groups, and (B, n) seats if asked for.
 
         Later rounds compare the mean keys of what was merged.
         """
         slot, groups = ops.match_tokens_groups(keys, merges[0], prefix=tokens.prefix, backend=tokens.backend)
         present = keys.shape[2] - merges[0]
+        seat = None if tokens.place is None else _seat(slot, present)
         metric = keys.mean(1) if len(merges) > 1 else keys
         for count in merges[1:]:
             merged, _ = ops.merge_tokens(
@@ -155,38 +164,37 @@ class ToMe(Reducer):
             following = ops.match_tokens(merged, count, prefix=tokens.prefix, backend=tokens.backend)
             slot = following.gather(1, slot)
             present -= count
+            seat = None if seat is None else seat.gather(1, _seat(following, present))
             groups = ops.prepare_merge(slot, present, backend=tokens.backend)
-        return slot, groups
+        return slot, groups, None if seat is None else seat[:, tokens.prefix :] - tokens.prefix
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with merging: prefix, unmerged tokens of even position, then those of odd position."""
         merges = self._merges(stage, tokens.patches, tokens.num_patches)
         if not merges:
             return attend_all(block, tokens)
-        backend = tokens.backend
-        normed = block.norm(tokens.x)
+        backend, prefix = tokens.backend, tokens.prefix
         num_out = tokens.x.shape[1] - sum(merges)
-        if block.commutes:
-            q, k, v = block.query_key_value(normed)
-            slot, groups = self._match(k.detach(), tokens, merges)  # (B, N)
-            attended = block.attention(q, k, v, normed, tokens)
-            merged, _ = ops.merge_tokens(attended, slot, num_out, size=tokens.sizes, groups=groups, backend=backend)
-            x, residual = tokens.x, block.branch(merged)
+        heads = block.heads(tokens, "merge")
+        keys = heads.metric if self.metric == "before" else heads.k
+        slot, groups, seat = self._match(keys.detach(), tokens, merges)  # (B, N)
+        options: dict[str, Any] = {"size": tokens.sizes, "groups": groups, "backend": backend}
+        x, residual = tokens.x, None
+        if heads.added is None:
+            merged, _ = ops.merge_tokens(block.attend(heads), slot, num_out, **options)
+            residual = block.branch(merged)
         else:
-            (_, k, _), branch = block.heads_and_branch(normed, tokens)
-            slot, groups = self._match(k.detach(), tokens, merges)
-            x, residual = tokens.x + branch, None
-        x, size, following = merge(
-            block.mlp_norm(tokens),
-            x,
-            slot,
-            num_out,
-            size=tokens.sizes,
-            residual=residual,
-            groups=groups,
-            backend=backend,
-        )
-        prefix = tokens.prefix
-        plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot, slot_prefix=prefix)
-        bias = size.log() if self.prop_attn else None
-        return tokens.replace(x, normed=following, sizes=size, bias=bias, plans=(*tokens.plans, plan))
+            x = x + heads.added
+        x, size, normed = merge(block.mlp_norm(tokens), x, slot, num_out, residual=residual, **options)
+        plan = Plan(block.index, tokens.num_patches, num_out - prefix, slot=slot, slot_prefix=prefix, seat=seat)
+        return tokens.reduced(x, plan, normed=normed, sizes=size, bias=size.log() if self.prop_attn else None)
+
+
+def _seat(slot: Tensor, num_out: int) -> Tensor:
+    """(B, N) slot of one matching -> (B, num_out) the token at whose place each output token is: the destination."""
+    order = torch.arange(slot.shape[1], device=slot.device)
+    seat = slot.new_zeros(slot.shape[0], num_out, dtype=torch.int64)
+    for first in (0, 1):  # tokens of odd position are the destinations, and come last
+        some = slot[:, first::2].long()
+        seat = seat.scatter(1, some, order[first::2].expand_as(some))
+    return seat

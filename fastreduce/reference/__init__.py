@@ -49,6 +49,7 @@ from .merge_tokens import (
     unmerge_tokens,
 )
 from .received_scores import received_scores, received_scores_backward
+from .rotate_tokens import rotate_tokens, rotate_tokens_backward, rotate_tokens_table_backward, table_rows
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
 from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_inference
@@ -89,6 +90,9 @@ __all__ = [
     "merge_tokens_size_backward",
     "received_scores",
     "received_scores_backward",
+    "rotate_tokens",
+    "rotate_tokens_backward",
+    "rotate_tokens_table_backward",
     "sample_tokens",
     "scatter_tokens",
     "select_topk",
@@ -98,6 +102,7 @@ __all__ = [
     "soft_merge",
     "soft_merge_backward",
     "sum_slots",
+    "table_rows",
     "token_offsets",
     "unmerge_tokens",
     "unpack_tokens",

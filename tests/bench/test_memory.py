@@ -11,7 +11,7 @@ from bench import memory
 from bench.memory import peak_bytes
 from bench.proof.gates import Known
 from fastreduce.kernels import _workspace
-from fastreduce.reducers import soft
+from fastreduce.reducers import _soft as soft
 
 CPU = torch.device("cpu")
 compiles = pytest.mark.skipif(

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import fastreduce
-from fastreduce.losses import token_distillation_loss
 from fastreduce.plain import PlainModel
+from fastreduce.reducers.dynamicvit import token_distillation_loss
 from fastreduce.reducers.radial import contiguous_radii, radii_of_counts, ring_radius
 from fastreduce.tokens import Tokens
 from tests import golden

@@ -67,6 +67,17 @@ def _gather(b=2, h=2, n=6, c=4, dtype=torch.float64):
     }
 
 
+def _rotate(b=2, h=2, n=6, c=4, dtype=torch.float64):
+    prefix = min(1, n)
+    angles = _random(7, c, dtype=dtype, seed=6)
+    return {
+        "x": _random(b, h, n, c, dtype=dtype),
+        "table": (angles.cos(), angles.sin()),
+        "place": _index(b, 7, 7).repeat(1, 1 + n // 7)[:, : n - prefix],
+        "prefix": prefix,
+    }
+
+
 def _fuse(b=2, h=2, n=6, c=4, dtype=torch.float64):
     k = max(0, n - 1) // 2
     return {
@@ -277,6 +288,7 @@ CASES = {
         "prepare_merge", lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {"slot": _slots(b, n, 3), "num_out": 3}
     ),
     "received_scores": Case("received_scores", _received, ("q", "k")),
+    "rotate_tokens": Case("rotate_tokens", _rotate, ("x",)),
     "sample_tokens": Case(
         "sample_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {"scores": _random(b, n, dtype=dtype).abs(), "budget": 3},

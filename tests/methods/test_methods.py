@@ -7,7 +7,8 @@ import torch.nn.functional as F
 import fastreduce
 from bench.proof import tiny
 from fastreduce.reducers.dynamicvit import KeepPredictor
-from fastreduce.reducers.soft import MergerQueries, SliceWeights
+from fastreduce.reducers.patchmerger import MergerQueries
+from fastreduce.reducers.sit import SliceWeights
 from tests import golden
 from tests.helpers.inputs import seeded
 
@@ -281,7 +282,7 @@ class TestDPCKNN:
     def test_noise_breaks_ties(self):
         """Two equal tokens are equally dense, so neither stands below the other: only noise makes one the peak."""
         block = fastreduce.patch(tiny.build(), "dpcknn", keep=8, at=1, equal_weight=True).blocks[1]
-        reducer = block._reducer
+        reducer = block._site.model.reducers
         # Far from one another, and no sum of squares of which rounding could make the two distances differ.
         pairs = torch.arange(8.0).repeat_interleave(2).view(1, 16, 1).expand(1, 16, 48) ** 2
         tokens = fastreduce.Tokens(torch.cat([torch.zeros(1, 1, 48), pairs], dim=1), prefix=1, patches=16)

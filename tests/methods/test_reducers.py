@@ -13,11 +13,11 @@ from torch.nn.utils import parametrize, prune
 import fastreduce
 from bench.proof import tiny
 from fastreduce import ops
-from fastreduce.integrations.timm.block import shape_of as _shape_of
+from fastreduce.integrations.registry import shape_of as _shape_of
 from fastreduce.reducers import REDUCERS, make_reducer
 from fastreduce.reducers import base as reducer_base
 from fastreduce.reducers.ats import official_points
-from fastreduce.reducers.base import is_bare, is_unhooked
+from fastreduce.reducers.block import is_bare, is_unhooked
 from fastreduce.reducers.radial import ring_radius
 from fastreduce.reference.sample_tokens import sampling_grid
 from tests.helpers.inputs import seeded

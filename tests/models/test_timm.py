@@ -294,15 +294,12 @@ class _OwnForward(timm.models.vision_transformer.VisionTransformer):
 
 REFUSED = [
     ("swin_tiny_patch4_window7_224", {"img_size": 224}, TypeError, "SwinTransformer cannot be reduced: its windows"),
-    ("eva02_tiny_patch14_224", {"img_size": 56}, TypeError, "Eva cannot be reduced: .*rotary"),
-    ("vit_small_patch16_rope_224", {}, TypeError, "Eva cannot be reduced: .*rotary"),
-    ("beit_base_patch16_224", {}, TypeError, "Beit cannot be reduced: .*relative positions"),
-    ("vit_relpos_small_patch16_224", {}, TypeError, "VisionTransformerRelPos cannot be reduced: .*relative positions"),
     ("samvit_base_patch16_224", {}, TypeError, "VisionTransformerSAM cannot be reduced"),
     ("vit_base_patch16_xp_224", {}, TypeError, "block 1 is a ParallelScalingBlock"),
     ("vit_small_patch16_18x2_224", {}, TypeError, "block 1 is a ParallelThingsBlock"),
     ("vit_base_patch16_rpn_224", {}, TypeError, "block 1 is a ResPostBlock"),
     ("vit_dwee_patch16_reg1_gap_256", {}, TypeError, "block 1 has a DiffAttention"),
+    ("xcit_nano_12_p8_224", {}, TypeError, "Xcit cannot be reduced: its attention is over channels"),
     ("resnet18", None, TypeError, "ResNet cannot be reduced: it is a ResNet of timm.models.resnet"),
 ]
 
@@ -519,17 +516,21 @@ class TestRecord:
             run(model)
         for stage in seen.stages:
             features = torch.randn(2, stage.num_out, 5)
-            full = stage.unmerge(features)
+            full = stage.unmerge(features, fill="zero")
             assert full.shape == (2, 16, 5)
             for image in range(2):
                 for patch, slot in enumerate(stage.patch_slot[image].tolist()):
                     expected = torch.zeros(5) if slot < 0 else features[image, slot]
                     assert torch.equal(full[image, patch], expected)
             prefix = torch.randn(2, 1, 5)
-            both = stage.unmerge(torch.cat([prefix, features], 1))
+            both = stage.unmerge(torch.cat([prefix, features], 1), fill="zero")
             assert torch.equal(both, torch.cat([prefix, full], 1))
             with pytest.raises(ValueError, match=f"{stage.num_out} tokens.*got {stage.num_out + 2}"):
                 stage.unmerge(torch.zeros(2, stage.num_out + 2, 5))
+            with pytest.raises(ValueError, match="48 channels, got features of 5: give fill='zero'"):
+                stage.unmerge(features)
+            with pytest.raises(ValueError, match="'last' or 'zero', got 'mean'"):
+                stage.unmerge(features, fill="mean")
 
     def test_gradient_checkpointing_adds_nothing(self):
         """It runs blocks again in the backward pass."""
@@ -615,7 +616,7 @@ class TestForwards:
             pooled = model.forward_head(features, pre_logits=True)
         assert pooled.shape == ((2, 48) if pool else features.shape)
         left = fastreduce.reduced_counts(model)[-1]
-        dense = arguments["method"] == "tome" and pool not in ("token", "")
+        dense = arguments["method"] in ("tome", "evit") and pool not in ("token", "")
         assert features.shape == (2, 1 + (16 if dense else left), 48)
 
     def test_merged_tokens_are_pooled_by_size(self):
@@ -797,13 +798,23 @@ class TestIntermediates:
             assert torch.equal(grid.flatten(2).transpose(1, 2), spatial[index])
             if prefix:
                 torch.testing.assert_close(heads, expected[:, :prefix])
-            # Dropped patches are zeros, also after the norm.
-            here = torch.ones(2, 15, dtype=torch.bool) if not stages else stages[-1].patch_slot >= 0
-            assert (normed[index][~here] == 0).all()
-            assert (spatial[index][~here] == 0).all()
+            # Dropped patches are what they were as they entered the block that dropped them.
+            here = torch.ones(2, 15, dtype=torch.bool)
+            for stage in stages:
+                dropped = here & (stage.patch_slot < 0)
+                assert torch.equal(spatial[index][dropped], spatial[stage.block - 1][dropped])
+                here = stage.patch_slot >= 0
             with torch.no_grad():
-                again = model.norm(spatial[index])
-            torch.testing.assert_close(normed[index][here], again[here])
+                torch.testing.assert_close(normed[index], model.norm(spatial[index]))
+        layers = model.reducers.state_dict()
+        fastreduce.patch(fastreduce.unpatch(model), fill="zero", **arguments)
+        model.reducers.load_state_dict(layers)
+        with torch.no_grad():
+            zeros = model.forward_intermediates(images, norm=True, output_fmt="NLC", intermediates_only=True)
+        if seen.stages:
+            here = seen.stages[-1].patch_slot >= 0
+            assert (zeros[-1][~here] == 0).all()
+            torch.testing.assert_close(zeros[-1][here], normed[-1][here])
 
     def test_options(self):
         model = fastreduce.patch(tiny.build(), "tome", **SCHEDULE)

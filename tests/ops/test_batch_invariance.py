@@ -181,7 +181,7 @@ def test_models(name):
 @pytest.mark.usefixtures("_invariant_backbone")
 def test_soft_merges_some_clusters_at_a_time(method, monkeypatch):
     """Of long inputs, with gradients as without."""
-    monkeypatch.setattr(fastreduce.reducers.soft, "LOGITS", 100)
+    monkeypatch.setattr(fastreduce.reducers._soft, "LOGITS", 100)
     monkeypatch.setattr(fastreduce.reference._blocks, "MATRIX", 100)
     model = fastreduce.patch(tiny.build(), method, keep=(14, 9), at=(1, 2))
     tiny.randomize(model.reducers, seed=7)

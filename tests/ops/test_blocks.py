@@ -7,7 +7,7 @@ import fastreduce
 from bench.proof import tiny
 from fastreduce import ops, reference
 from fastreduce.ops import unchecked
-from fastreduce.reducers import soft
+from fastreduce.reducers import _soft as soft
 from fastreduce.reference import _blocks, _images
 from tests.helpers.density_peaks import on_a_line
 from tests.helpers.inputs import DTYPES, seeded, tokens

@@ -190,10 +190,23 @@ def _attentions(draw: _Draw) -> list[Primitive]:
     return [*found, _case("received_scores D=72", ops.received_scores, "q k", q=q, k=k)]
 
 
+def _rotations(draw: _Draw) -> list[Primitive]:
+    """Both layouts, odd widths, tables for each head or image, tokens without a place."""
+    x = draw.tokens(2, 3, 21, 88)
+    place = torch.randint(-1, 30, (2, 20), generator=draw.generator, dtype=torch.int32)
+    shared, mixed, own = (draw.tokens(*shape, 30, 88) for shape in ((), (3,), (2, 1)))
+    return [
+        _case("rotate_tokens half", ops.rotate_tokens, "x", x=x, table=(shared, shared), place=place, layout="half"),
+        _case("rotate_tokens heads", ops.rotate_tokens, "x", x=x, table=(mixed, mixed), place=place),
+        _case("rotate_tokens images", ops.rotate_tokens, "x", x=x, table=(own, own), place=place),
+        _case("rotate_tokens in order", ops.rotate_tokens, "x", x=x[:, :, :20], table=(shared[:20],) * 2, prefix=0),
+    ]
+
+
 def special_cases(dtype: torch.dtype) -> dict[str, Primitive]:
     """Return the cases of the kernels' other routes, by name."""
     draw = _Draw(dtype)
-    groups = (_clusters, _matches, _choices, _fusions, _transport, _attentions)
+    groups = (_clusters, _matches, _choices, _fusions, _transport, _attentions, _rotations)
     return {case.name: case for group in groups for case in group(draw)}
 
 
@@ -211,6 +224,7 @@ def _edge_rows(draw: _Draw, none: Tensor) -> list[Primitive]:
     fuse, merge = _normed(ops.fuse_tokens), _normed(ops.merge_tokens)
     fused = {"order": none, "scores": score}
     return [
+        _case("rotate_tokens 1", ops.rotate_tokens, x=draw.tokens(1, 1, 2, 2), table=(draw.tokens(1, 2),) * 2),
         _case("gather_tokens 1", ops.gather_tokens, x=draw.tokens(1, 2, 1), index=none),
         _case(
             "gather_tokens_norm 1",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from timm.models._features import feature_take_indices
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...tokens import Tokens
-from .block import reduced_block
+from ..block import reduced_block
+from ..registry import host_of
 
 __all__ = ["ForwardIntermediates"]
 
@@ -28,7 +29,7 @@ def _forward_intermediates(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Any:
-    """As timm's, on the full grid: every patch shows the token that it is in, dropped patches zeros."""
+    """As timm's, on the full grid: every patch shows the token that it is in, a dropped one what it was, or zeros."""
     if output_fmt not in ("NCHW", "NLC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
     if attn_mask is not None or is_causal:
@@ -36,15 +37,12 @@ def _forward_intermediates(
     take, last = feature_take_indices(
         len(model.blocks), indices if indices is None or isinstance(indices, int) else list(indices)
     )
-    height, width = x.shape[-2:]
-    prefix = model.num_prefix_tokens
-    state: Tensor | Tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    host: Any = host_of(model)
+    prefix, final_norm = host.prefix(model), getattr(model, "norm", None) or nn.Identity()
+    state: Tensor | Tokens
+    state, beside = host.embed(model, x)
     spatial: list[Tensor] = []
     heads: list[Tensor] = []
-
-    def run(function: Callable[[Any], Any], value: Any) -> Any:
-        return checkpoint(function, value, use_reentrant=False) if model.grad_checkpointing else function(value)
-
     final = None
     for index, block in enumerate(model.blocks):
         if stop_early and index > last:
@@ -54,22 +52,23 @@ def _forward_intermediates(
             final = reduced
             if not isinstance(state, Tokens):
                 state = reduced.start(state, whole=True)
-        state = run(block, state)
+        state = _run(block, state, beside[index], host.is_checkpointing(model))
         if index in take:
             if isinstance(state, Tokens):
-                normed = state.replace(model.norm(state.x)) if norm else state
-                full = normed.dense()
+                full = _full(state, final_norm if norm else None, model.reducers.fill)
             else:
-                full = model.norm(state) if norm else state
+                full = final_norm(state) if norm else state
             heads.append(full[:, :prefix])
             spatial.append(full[:, prefix:])
     if output_fmt == "NCHW":
-        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+        rows, columns = host.embedding(model).dynamic_feat_size(x.shape[-2:])
         spatial = [y.reshape(len(y), rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in spatial]
     with_prefix = return_prefix_tokens and prefix > 0
 
     def features() -> Tensor:
-        return model.norm(final.finish(state) if final is not None and isinstance(state, Tokens) else state)
+        return host.features(
+            model, final.finish(state) if final is not None and isinstance(state, Tokens) else state, x
+        )
 
     if output_dict:
         result: dict[str, Any] = {"image_intermediates": spatial}
@@ -80,6 +79,20 @@ def _forward_intermediates(
         return result
     intermediates = list(zip(spatial, heads, strict=True)) if with_prefix else spatial
     return intermediates if intermediates_only else (features(), intermediates)
+
+
+def _run(block: nn.Module, state: Any, beside: dict[str, Any], checkpoints: bool) -> Any:
+    """Call a block, twice where the model checkpoints: the second time in the backward pass."""
+    if checkpoints:
+        return checkpoint(block, state, use_reentrant=False, **beside)
+    return block(state, **beside)
+
+
+def _full(tokens: Tokens, norm: nn.Module | None, fill: str) -> Tensor:
+    """(B, prefix + P, C) on the full grid, behind the norm if there is one; zeros stay zeros."""
+    if norm is None:
+        return tokens.dense(fill)
+    return norm(tokens.dense(fill)) if fill == "last" else tokens.replace(norm(tokens.x)).dense(fill)
 
 
 class ForwardIntermediates:

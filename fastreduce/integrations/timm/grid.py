@@ -20,31 +20,27 @@ class _Grid:
         self.grid = module.dynamic_feat_size((height, width))
 
 
-def _hooks(model: Any) -> dict[int, Any]:
-    return model.patch_embed._forward_hooks
-
-
-def watch_grid(model: Any) -> None:
+def watch_grid(embedding: Any) -> None:
     """Keep the grid of every pass from now on."""
-    model.patch_embed.register_forward_hook(_Grid())
+    embedding.register_forward_hook(_Grid())
 
 
-def forget_grid(model: Any) -> None:
+def forget_grid(embedding: Any) -> None:
     """Undo :func:`watch_grid`."""
-    hooks = _hooks(model)
+    hooks = embedding._forward_hooks
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Grid)]:
         del hooks[key]
 
 
-def grid_of(model: Any, patches: int) -> tuple[int, int]:
+def grid_of(embedding: Any, patches: int) -> tuple[int, int]:
     """Return (rows, columns) of the pass at hand, which has so many patches.
 
     Raises:
         ValueError: if the patch embedding is not the one that was there when the model was patched, or is not called.
     """
-    for hook in _hooks(model).values():
+    for hook in embedding._forward_hooks.values():
         if isinstance(hook, _Grid):
-            for grid in (hook.grid, tuple(model.patch_embed.grid_size or ())):
+            for grid in (hook.grid, tuple(getattr(embedding, "grid_size", None) or ())):
                 if grid and grid[0] * grid[1] == patches:
                     return grid
     raise ValueError(

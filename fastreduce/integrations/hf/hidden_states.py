@@ -1,0 +1,115 @@
+"""Hidden states of a reduced encoder: what the library collects after each layer, on the full grid of patches."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...tokens import Tokens, unmerge
+
+__all__ = ["PASS", "forget_passes", "watch_passes"]
+
+
+class _Pass(threading.local):
+    """The pass at hand in this thread. No ContextVar, which torch.compile does not read.
+
+    Attributes:
+        wanted: whether the caller wants hidden states on the full grid.
+        tokens: what came out of the last layer, where they are wanted.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.tokens: Tokens | None = None
+
+
+PASS = _Pass()
+
+
+def _asked(module: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """Return an option of the call, or else of the configuration."""
+    return kwargs.get(name, getattr(module.config, name, None))
+
+
+class _Before:
+    """Forward pre-hook on the module that hands out hidden states of a patched model."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if _asked(module, kwargs, "output_attentions"):
+            raise ValueError(
+                "a reduced encoder gives no attentions, since it computes them for some of its tokens and layers: call "
+                "it with output_attentions=False, or look at what it keeps with fastreduce.record"
+            )
+        reducer: Any = self.model.reducers
+        # False, 0 and [0] differ: numbers choose layers.
+        asked = _asked(module, kwargs, "output_hidden_states")
+        wanted = asked is not None and asked is not False and reducer.hidden_states == "full"
+        if wanted and reducer.packed:
+            raise ValueError(
+                "hidden states on the full grid cannot be made of packed tokens: patch the model with packed=False, or "
+                "with hidden_states='reduced'"
+            )
+        if wanted != PASS.wanted:
+            PASS.wanted = wanted
+
+
+class _After:
+    """Forward hook on the same module: gives every patch the token that it is in."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        tokens = None
+        if PASS.wanted:
+            tokens, PASS.tokens, PASS.wanted = PASS.tokens, None, False
+        reducer: Any = self.model.reducers
+        if isinstance(output, tuple):  # return_dict=False: the only tuple in it
+            return tuple(_full(one, tokens, reducer.fill) if isinstance(one, tuple) else one for one in output)
+        if getattr(output, "hidden_states", None) is None:
+            return None
+        output.hidden_states = _full(output.hidden_states, tokens, reducer.fill)
+        return output
+
+
+def _full(states: Sequence[Any], tokens: Tokens | None, fill: str) -> tuple[Tensor | None, ...]:
+    """Bring what entered the first layer, and came out of each, to the full grid if tokens say how; None stays None."""
+    states = [state.x if isinstance(state, Tokens) else state for state in states]
+    if tokens is None:
+        return tuple(states)
+    last = len(states) - 1
+    made: list[Tensor | None] = []
+    for index, state in enumerate(states):
+        number = sum(plan.block < index for plan in tokens.plans)  # stages up to layer index - 1
+        if state is None or not number:
+            made.append(state)
+        elif index == last:  # the model may have got something else for its pooling
+            made.append(tokens.dense(fill))
+        else:
+            inputs = tokens.inputs[:number] if fill == "last" and tokens.inputs is not None else None
+            plans = tokens.plans[:number]
+            made.append(unmerge(state, plans, tokens.prefix, inputs=inputs, backend=tokens.backend))
+    return tuple(made)
+
+
+def watch_passes(module: nn.Module, model: nn.Module) -> None:
+    """Let a module of a patched model hand out full grids from now on."""
+    module.register_forward_pre_hook(_Before(model), with_kwargs=True)
+    module.register_forward_hook(_After(model), with_kwargs=True)
+
+
+def forget_passes(module: nn.Module) -> None:
+    """Undo :func:`watch_passes`."""
+    for hooks, more, kind in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, _Before),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, _After),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:  # type: ignore[arg-type]
+            del hooks[key]
+            more.pop(key, None)

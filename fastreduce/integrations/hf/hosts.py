@@ -1,0 +1,211 @@
+"""Hugging Face's models: an encoder alone, with a head, or inside a model of images and text."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...reducers import ModelShape
+from ...tokens import Tokens
+from ..registry import Host, Looks, register_host
+from . import parts as _parts
+from .hidden_states import PASS, forget_passes, watch_passes
+from .towers import TOWERS, Tower, towers_in
+
+__all__ = ["EncoderHost"]
+
+assert _parts  # registers the layers
+
+# Heads that take a mean over patches, and whether a norm comes before it.
+_MEANS = {
+    "CLIPForImageClassification": False,
+    "MetaClip2ForImageClassification": False,
+    "VideoMAEForVideoClassification": False,
+    "Dinov2ForImageClassification": True,
+    "Dinov2WithRegistersForImageClassification": True,
+    "IJepaForImageClassification": True,
+    "SiglipForImageClassification": True,
+    "Siglip2ForImageClassification": True,
+}
+# Heads that look at the class token (and the distillation token) alone.
+_BY_CLASS = frozenset(
+    {"ViTForImageClassification", "ViTMSNForImageClassification", "VivitForVideoClassification"}
+    | {"DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "ASTForAudioClassification"}
+    | {"CLIPModel", "CLIPVisionModelWithProjection", "MetaClip2Model", "MetaClip2VisionModelWithProjection"}
+)
+_REASONS = {
+    "swin": "its windows need the full grid",
+    "swinv2": "its windows need the full grid",
+    "hiera": "its hierarchy of grids needs every patch in its place",
+    "sam": "its windows need the full grid",
+}
+
+
+def _at(module: nn.Module, path: str) -> Any:
+    """Return what a dotted path of attributes leads to."""
+    found: Any = module
+    for name in path.split(".") if path else ():
+        found = found._modules[name]
+    return found
+
+
+class EncoderHost(Host):
+    """``PreTrainedModel``, wherever there is one known encoder in it."""
+
+    container = None
+
+    # ---- what it is
+
+    def _tower(self, model: Any) -> tuple[Any, Tower]:
+        """Return the encoder, and what is known of its class."""
+        path = model.__dict__.get("_path_to_tower")
+        if path is None:
+            _, tower, known = next(towers_in(model))
+            return tower, known
+        tower = _at(model, path)
+        return tower, TOWERS[type(tower).__name__]
+
+    def check(self, model: Any) -> None:
+        """Raise unless there is one encoder, and what is behind it can do with some of its tokens."""
+        kind, found = type(model).__name__, list(towers_in(model))
+        if not found:
+            raise TypeError(f"{kind} cannot be reduced: {self._obstacle(model)}")
+        if len(found) > 1:
+            inside = " and ".join(f"the {type(tower).__name__} .{path}" for path, tower, _ in found)
+            raise TypeError(f"{kind} cannot be reduced: it has {inside}; give one of them")
+        path, tower, known = found[0]
+        if kind.endswith(("ForMaskedImageModeling", "ForPreTraining")):
+            raise TypeError(f"{kind} cannot be reduced: it reconstructs images, which needs every patch in its place")
+        if kind == "VideoMAEForVideoClassification" and not model.config.use_mean_pooling:
+            raise TypeError(f"{kind} cannot be reduced: with use_mean_pooling=False it looks at the first patch alone")
+        layers = _at(tower, known.layers)
+        if type(layers) is not nn.ModuleList:
+            raise TypeError(
+                f"{kind} cannot be reduced: its layers, .{'.'.join(filter(None, (path, known.layers)))}, are a "
+                f"{type(layers).__name__} where an nn.ModuleList is wanted"
+            )
+
+    def _obstacle(self, model: Any) -> str:
+        """Say why there is no encoder to be reduced."""
+        if (wrapped := getattr(model, "timm_model", None)) is not None:
+            return f"give the {type(wrapped).__name__} of timm inside of it, .timm_model"
+        kind = getattr(getattr(model, "config", None), "model_type", "")
+        return _REASONS.get(kind, "the reducers know none of the encoders of images, videos or sounds in it")
+
+    def blocks(self, model: Any) -> Any:
+        """Return the encoder's layers."""
+        tower, known = self._tower(model)
+        return _at(tower, known.layers)
+
+    def shape(self, model: Any) -> ModelShape:
+        """Return depth, grid, prefix and width."""
+        tower, known = self._tower(model)
+        config = tower.config
+        return ModelShape(
+            depth=len(_at(tower, known.layers)),
+            grid=known.axes(config),
+            prefix=self.prefix(model),
+            has_class_token=known.leading > 0,
+            channels=config.hidden_size,
+        )
+
+    def prefix(self, model: Any) -> int:
+        """Return class and distillation tokens, and registers."""
+        tower, known = self._tower(model)
+        return known.leading + (getattr(tower.config, "num_register_tokens", 0) or 0)
+
+    def has_class_token(self, model: Any) -> bool:
+        """Whether there is a class token."""
+        return self._tower(model)[1].leading > 0
+
+    def positions(self, model: Any) -> bool:
+        """Whether queries and keys are rotated."""
+        return self._tower(model)[1].rotary
+
+    def grid(self, model: Any, patches: int) -> tuple[int, int]:
+        """Return the configuration's grid, if the pass at hand has as many patches."""
+        tower, _ = self._tower(model)
+        if type(tower).__name__ == "Siglip2VisionModel":
+            raise ValueError("every image brings its own grid to SigLIP 2, of which the layers do not know")
+        return super().grid(model, patches)
+
+    # ---- what is behind the layers
+
+    def looks(self, model: Any) -> Looks:
+        """Return what the head looks at, or the pooling of the encoder itself."""
+        kind = type(model).__name__
+        if kind in _BY_CLASS:
+            return "class"
+        if kind in _MEANS or kind == "VJEPA2ForVideoClassification":
+            return "patches"
+        return "patches" if self._pools(model) else "tokens"
+
+    def _pools(self, model: Any) -> bool:
+        """Whether the encoder itself pools by attention."""
+        return getattr(self._tower(model)[0], "head", None) is not None
+
+    def weighs(self, model: Any) -> str | None:
+        """Say why a pooling cannot leave rows out: only a mean can, that no norm comes before."""
+        if self.looks(model) != "patches" or _MEANS.get(type(model).__name__) is False:
+            return None
+        return f"the pooling of {type(model).__name__}, by attention or behind a norm, cannot respect"
+
+    def pooled_prefix(self, model: Any) -> int:
+        """Return the class token, which means leave out."""
+        return self._tower(model)[1].leading
+
+    def _is_full(self, model: Any) -> bool:
+        """Whether what is behind the layers gets every patch: no head is known that could do with less."""
+        tower, kind = self._tower(model)[0], type(model).__name__
+        if type(tower).__name__ == "VJEPA2Model":  # its predictor counts patches
+            return kind != "VJEPA2ForVideoClassification"
+        if type(tower).__name__ == "IJepaModel" and getattr(tower, "pooler", None) is not None:  # of the first patch
+            return True
+        return model.reducers.hidden_states == "full" and self.looks(model) == "tokens"
+
+    def asks_for_inputs(self, model: Any) -> bool:
+        """Whether dropped patches will be shown as they were."""
+        return model.reducers.fill == "last" and (PASS.wanted or self._is_full(model))
+
+    def finish(self, model: Any, tokens: Tokens) -> Tensor:
+        """Return what the model's own code behind the layers gets."""
+        if tokens.packing is not None:
+            tokens = tokens.unpacked()
+        if PASS.wanted:
+            PASS.tokens = tokens
+        return tokens.dense(model.reducers.fill) if self._is_full(model) else super().finish(model, tokens)
+
+    # ---- training, and what belongs to a patched model
+
+    def is_checkpointing(self, model: Any) -> bool:
+        """Whether some layer runs again in the backward pass."""
+        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.blocks(model))
+
+    def check_checkpointing(self, model: Any) -> None:
+        """Raise for reentrant checkpoints."""
+        for layer in self.blocks(model):
+            function = getattr(layer, "_gradient_checkpointing_func", None)
+            if function is None or not getattr(layer, "gradient_checkpointing", False):
+                continue
+            if not isinstance(function, functools.partial) or function.keywords.get("use_reentrant", True):
+                raise ValueError(
+                    "reentrant gradient checkpointing would lose the gradients of a reduced model: enable it with "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+
+    def install(self, model: Any) -> None:
+        """Keep the way to the encoder, and let hidden states show the full grid."""
+        path, tower, known = next(towers_in(model))
+        object.__setattr__(model, "_path_to_tower", path)
+        watch_passes(_at(tower, known.owner), model)
+
+    def remove(self, model: Any) -> None:
+        """Undo :meth:`install`."""
+        tower, known = self._tower(model)
+        forget_passes(_at(tower, known.owner))
+        object.__delattr__(model, "_path_to_tower")
+
+
+register_host("transformers.PreTrainedModel", EncoderHost())

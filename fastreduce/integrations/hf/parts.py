@@ -1,0 +1,328 @@
+"""Where the layers of Hugging Face's encoders keep their pieces: one skeleton under many names."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...reducers.block import is_bare
+from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
+from ..registry import register_parts
+
+__all__ = ["Layer", "RotaryLayer", "VJEPA2Layer", "VideoMAELayer"]
+
+
+def _is_librarys(kind: Any, endings: tuple[str, ...]) -> bool:
+    return kind.__name__.endswith(endings) and kind.__module__.startswith("transformers.")
+
+
+def _hooked_by_user(module: nn.Module) -> bool:
+    """Whether hooks hang on a module that are not the library's own, which collect hidden states and attentions."""
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks.values())
+
+
+class Layer(Parts):
+    """Norm, attention, scale; norm, MLP, scale, under the names of one class of layers.
+
+    Args:
+        kind: name of the class of its attention.
+        norms: attributes of the two norms.
+        attention: attribute of the attention.
+        qkv: attributes of the three projections, in the attention.
+        out: attribute of the output projection, in the attention.
+        drop: attribute of the probability that attention drops a weight.
+        mlp: attribute of the MLP.
+        scaled: whether there are ``layer_scale1`` and ``layer_scale2``.
+    """
+
+    wanted = "a layer of Hugging Face's"
+
+    def __init__(
+        self,
+        kind: str,
+        norms: tuple[str, str],
+        attention: str = "attention",
+        qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"),
+        out: str = "o_proj",
+        drop: str = "attention_dropout",
+        mlp: str = "mlp",
+        scaled: bool = False,
+    ):
+        self.kind, self.norms, self.attn, self.qkv, self.out = kind, norms, attention, qkv, out
+        self.drop, self.mlp_name, self.scaled = drop, mlp, scaled
+
+    # ---- what it is
+
+    def attention(self, block: Any) -> Any:
+        """Return the layer's attention."""
+        return getattr(block, self.attn)
+
+    def inside(self, block: Any) -> Any:
+        """Return the module that has the three projections."""
+        return getattr(block, self.attn)
+
+    def strange(self, block: Any, *, opened: bool) -> tuple[type[Exception], str] | None:
+        """Say why a layer cannot be done in parts: another attention, or a forward that is not the library's."""
+        inside = self.inside(block)
+        if type(inside).__name__ != self.kind:
+            return TypeError, (
+                f"{{model}} cannot be reduced: block {{index}} has a {type(inside).__name__} attention, where a "
+                f"{self.kind} is wanted"
+            )
+        strange = self.geometry(block).strange if opened else None
+        if strange:
+            return ValueError, f"block {{index}} is to be reduced in its attention, but that {strange}"
+        return None
+
+    def geometry(self, block: Any) -> Geometry:
+        """Return what the attention is now."""
+        inside, attention = self.inside(block), self.attention(block)
+        kind: Any = type(inside)
+        strange = None
+        if kind.__name__ != self.kind:
+            strange = f"is a {kind.__name__}, of which the reducers do not know what it does"
+        elif "forward" in inside.__dict__ or not kind.forward.__module__.startswith("transformers."):
+            strange = "has a forward of its own, which would not be called"
+        elif inside is not attention and _hooked_by_user(inside):
+            strange = f"has hooks on its {kind.__name__}, which would not be called: hang them on the attention"
+        scale = inside.scaling if hasattr(inside, "scaling") else inside.scale
+        return Geometry(attention if _hooked_by_user(attention) else None, scale, 1, self.half(), strange)
+
+    def half(self) -> bool:
+        """Whether a rotation pairs channels half a head apart."""
+        return True
+
+    def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
+        """Take no mask."""
+        if any(one is not None for one in (*args, kwargs.get("attention_mask"), kwargs.get("position_mask"))):
+            raise ValueError(
+                "a reduced encoder takes no mask: it is of the input's tokens, and others are left. Padded images (of "
+                "SigLIP 2, with fewer patches than max_num_patches) have to be given in batches of one size"
+            )
+        return None
+
+    # ---- norms
+
+    def norm1(self, block: Any) -> Any:
+        """Return the norm before attention."""
+        return getattr(block, self.norms[0])
+
+    def norm2(self, block: Any) -> Any:
+        """Return the norm before the MLP."""
+        return getattr(block, self.norms[1])
+
+    # ---- queries, keys, values
+
+    def splits(self, block: Any) -> bool:
+        """Whether the projection of queries is bare."""
+        return is_bare(getattr(self.inside(block), self.qkv[0]))
+
+    def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
+        """Call the projections, which are modules of their own."""
+        inside = self.inside(block)
+        width = inside.head_dim if hasattr(inside, "head_dim") else inside.attention_head_size
+        made = (linear(getattr(inside, name), normed) for name in self.qkv[first:last])
+        return tuple(one.unflatten(2, (-1, width)).transpose(1, 2) for one in made)
+
+    # ---- attention to residual
+
+    def softmax(self, block: Any) -> tuple[bool, float | None]:
+        """Return whether the attention implementation is a fused one, and the probability that it drops a weight."""
+        inside = self.inside(block)
+        return inside.config._attn_implementation != "eager", getattr(inside, self.drop) if inside.training else 0.0
+
+    def dropped(self, block: Any, weights: Tensor) -> Tensor:
+        """Attention weights behind dropout."""
+        inside = self.inside(block)
+        return F.dropout(weights, getattr(inside, self.drop), inside.training)
+
+    def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
+        """Call the attention, with the implementation that the model has chosen."""
+        return self.attention(block)(normed)[0]
+
+    def as_returned(self, projected: Tensor) -> Any:
+        """Return the pair that the attention returns."""
+        return projected, None
+
+    def as_added(self, returned: Any) -> Tensor:
+        """Return the first of the pair."""
+        return returned[0]
+
+    def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
+        """Output projection."""
+        return linear(getattr(self.inside(block), self.out), attended)
+
+    def tail(self, block: Any, projected: Tensor) -> Tensor:
+        """Dropout and layer scale, of layers that have them."""
+        if (drop := block._modules.get("dropout")) is not None:
+            projected = drop(projected)
+        return block.layer_scale1(projected) if self.scaled else projected
+
+    def _outs(self, block: Any) -> tuple[Any, ...]:
+        """Return output projection, dropout, layer scale and drop path, None for those that it has not."""
+        names = "dropout", "layer_scale1", "drop_path"
+        return getattr(self.inside(block), self.out), *map(block._modules.get, names)
+
+    def is_rowwise(self, block: Any) -> bool:
+        """Whether every layer between attention and residual treats rows alike, with nothing hung on it."""
+        outs = self._outs(block)
+        known = tuple(type(one) for one in outs if _is_librarys(type(one), ("LayerScale", "DropPath")))
+        return are_plain(outs, (*self.row_by_row, *known))
+
+    def is_linear(self, block: Any) -> bool:
+        """Whether projection, tail and drop path are linear in each row now."""
+        out, drop, *tail = self._outs(block)
+        known = tuple(type(one) for one in tail if _is_librarys(type(one), ("LayerScale", "DropPath")))
+        return is_bare(out) and is_idle_dropout(drop) and are_plain(tuple(tail), (nn.Identity, *known))
+
+    def bias(self, block: Any) -> Tensor | None:
+        """Return what becomes of the projection's bias."""
+        bias = self._outs(block)[0].bias
+        return None if bias is None else self.tail(block, bias)
+
+    def path1(self, block: Any) -> nn.Module | None:
+        """Return the drop path, one for both halves."""
+        return block._modules.get("drop_path")
+
+    def path2(self, block: Any) -> nn.Module | None:
+        """Return the drop path, one for both halves."""
+        return block._modules.get("drop_path")
+
+    # ---- MLP
+
+    def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
+        """Norm, MLP, dropout, layer scale."""
+        made = getattr(block, self.mlp_name)(self.norm2(block)(x) if normed is None else normed)
+        if (drop := block._modules.get("dropout")) is not None:
+            made = drop(made)
+        return block.layer_scale2(made) if self.scaled else made
+
+
+class RotaryLayer(Layer):
+    """A layer that is handed a rotary table, of DINOv3."""
+
+    def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
+        """Take the table of all patches."""
+        super().beside(block, args, kwargs)
+        table = kwargs.get("position_embeddings")
+        return None if table is None else Beside(table=table)
+
+    def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
+        """Call the attention with the rows of the tokens at hand."""
+        assert beside is not None
+        return self.attention(block)(normed, position_embeddings=beside.table)[0]
+
+
+class VJEPA2Layer(Layer):
+    """A layer whose attention counts the tokens to know where they are, of V-JEPA 2."""
+
+    reads_itself = True
+    returns_tuple = True
+
+    def half(self) -> bool:
+        """Neighbouring channels are paired."""
+        return False
+
+    def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
+        """Make the table that the attention stands for."""
+        super().beside(block, args, kwargs)
+        return Beside(table=functools.partial(_table_of_clip, self.inside(block)))
+
+    def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
+        """Call the attention while all tokens are there, in order."""
+        assert beside is not None
+        return super().whole_attention(block, normed, None) if callable(beside.table) else None
+
+
+def _table_of_clip(attention: Any, patches: int) -> tuple[Tensor, Tensor]:
+    """(patches, D) cosines and sines: a third of the channels turned by frame, row and column each, the rest still.
+
+    As the released weights have it, the angles of a third are repeated one after another, while neighbours are paired.
+    """
+    weight = attention.query.weight
+    place = torch.arange(patches, device=weight.device)
+    side = attention.grid_size
+    axes = place // (side * side), place // side % side, place % side
+    angles = []
+    for position, width in zip(axes, (attention.d_dim, attention.h_dim, attention.w_dim), strict=True):
+        steps = torch.arange(width // 2, dtype=weight.dtype, device=weight.device)
+        angle = position[:, None] * (1.0 / 10000 ** (steps / (width / 2.0)))
+        angles += [angle, angle]
+    still = attention.attention_head_size - 2 * sum(angle.shape[1] for angle in angles[::2])
+    together = torch.cat([*angles, weight.new_zeros(patches, still)], dim=1)
+    return together.cos(), together.sin()
+
+
+class VideoMAELayer(Layer):
+    """A layer whose attention and MLP are modules of modules, of VideoMAE."""
+
+    def inside(self, block: Any) -> Any:
+        """Return the self-attention in the attention."""
+        return block.attention.attention
+
+    def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
+        """Call the attention, which returns a tensor."""
+        return block.attention(normed)
+
+    def as_returned(self, projected: Tensor) -> Any:
+        """Return the tensor."""
+        return projected
+
+    def as_added(self, returned: Any) -> Tensor:
+        """Return the tensor."""
+        return returned
+
+    def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
+        """Output projection and dropout."""
+        output = block.attention.output
+        return output.dropout(linear(output.dense, attended))
+
+    def tail(self, block: Any, projected: Tensor) -> Tensor:
+        """Return it as it is."""
+        return projected
+
+    def _outs(self, block: Any) -> tuple[Any, ...]:
+        """Return output projection and dropout."""
+        output = block.attention.output
+        return output.dense, output.dropout
+
+    def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
+        """Norm and MLP, without the residual that the library's output adds."""
+        made = block.intermediate(self.norm2(block)(x) if normed is None else normed)
+        return block.output.dropout(linear(block.output.dense, made))
+
+    def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
+        """Call the modules, the last of which adds the residual."""
+        return block.output(block.intermediate(self.norm2(block)(x) if normed is None else normed), x)
+
+
+_VIT = ("layernorm_before", "layernorm_after")
+_CLIP = ("layer_norm1", "layer_norm2")
+_DINO = ("norm1", "norm2")
+
+for _name in ("ViT", "DeiT", "ViTMSN", "IJepa", "Vivit", "AST"):
+    register_parts(f"transformers.{_name}Layer", Layer(f"{_name}Attention", _VIT))
+for _name in ("CLIP", "MetaClip2", "Siglip", "Siglip2"):
+    _parts = Layer(f"{_name}Attention", _CLIP, attention="self_attn", out="out_proj", drop="dropout")
+    register_parts(f"transformers.{_name}EncoderLayer", _parts)
+for _name in ("Dinov2", "Dinov2WithRegisters"):
+    register_parts(f"transformers.{_name}Layer", Layer(f"{_name}Attention", _DINO, scaled=True))
+register_parts("transformers.DINOv3ViTLayer", RotaryLayer("DINOv3ViTAttention", _DINO, drop="dropout", scaled=True))
+register_parts(
+    "transformers.Aimv2EncoderLayer",
+    Layer("Aimv2Attention", ("rms_norm1", "rms_norm2"), out="out_proj", drop="dropout", mlp="ffn"),
+)
+_QKV = ("query", "key", "value")
+register_parts(
+    "transformers.VideoMAELayer", VideoMAELayer("VideoMAESelfAttention", _VIT, qkv=_QKV, drop="dropout_prob")
+)
+register_parts(
+    "transformers.VJEPA2Layer", VJEPA2Layer("VJEPA2RopeAttention", _DINO, qkv=_QKV, out="proj", drop="dropout_prob")
+)

@@ -1,0 +1,1 @@
+"""Reduce the tokens of open_clip's image towers."""

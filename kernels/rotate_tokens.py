@@ -1,0 +1,205 @@
+"""Rotary positions: one read of queries or keys and of the table's rows at their places, one write."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from ._direct import cdiv, direct, next_power_of_2
+from ._launch import in_parts
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTile:
+    """Tokens and heads of one program, and channels of one head."""
+
+    rows: int
+    heads: int
+    block_d: int
+    num_warps: int
+
+
+ENOUGH_PROGRAMS = 1024  # for any GPU of today; from there on a program takes more heads, and reads the table once
+
+
+@functools.cache
+def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool) -> HeadTile:
+    """About 2,048 elements a step, 16 a thread at 4 warps; heads that share a table stay together if GPUs are full."""
+    block_d = next_power_of_2(channels)
+    rows = max(1, 2048 // block_d)
+    together = heads
+    while together > 1 and images * cdiv(tokens, rows) * cdiv(heads, together) < ENOUGH_PROGRAMS:
+        together = cdiv(together, 2)
+    return HeadTile(rows=rows, heads=together if shared else 1, block_d=block_d, num_warps=4)
+
+
+@triton.jit
+def _read(tensor, row, offsets, mask, other: tl.constexpr):
+    """(ROWS, COLUMNS) float32 of rows that begin at ``row``."""
+    return tl.load(tensor + row[:, None] + offsets[None, :], mask=mask, other=other).to(tl.float32)
+
+
+@triton.jit
+def _turned(x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, BLOCK_D): (-x1, x0, -x3, x2, ...) of every row."""
+    first, second = tl.split(tl.reshape(x, (ROWS, BLOCK_D // 2, 2)))
+    return tl.reshape(tl.join(-second, first), (ROWS, BLOCK_D))
+
+
+@direct
+@triton.jit
+def rotate_tokens_kernel(
+    x,  # (B, H, N, D), channels contiguous
+    cos,  # (B or 1, H or 1, P, D), channels contiguous; strides of 0 where rows are shared
+    sin,  # the same
+    place,  # (B, N - PREFIX) or None for 0, 1, ...
+    out,  # (B, N, H, D), contiguous
+    tokens,
+    heads,
+    channels,
+    x_stride_b,
+    x_stride_h,
+    x_stride_n,
+    cos_stride_b,
+    cos_stride_h,
+    cos_stride_p,
+    sin_stride_b,
+    sin_stride_h,
+    sin_stride_p,
+    place_stride_b,
+    place_stride_n,
+    BACKWARD: tl.constexpr,
+    HALF: tl.constexpr,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program turns ROWS tokens of HEADS heads of one image, which share rows of the table if HEADS > 1."""
+    batch = tl.program_id(1).to(tl.int64)
+    first_head = tl.program_id(2).to(tl.int64) * HEADS
+    last_head = tl.minimum(tl.program_id(2) * HEADS + HEADS, heads)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    in_tokens = n < tokens
+    is_patch = in_tokens & (n >= PREFIX)
+    seat = n - PREFIX
+    if place is not None:
+        seat = tl.load(place + batch * place_stride_b + seat * place_stride_n, mask=is_patch, other=-1)
+    turns = is_patch & (seat >= 0)
+    seat = tl.where(turns, seat, 0).to(tl.int64)
+    x += batch * x_stride_b + first_head * x_stride_h
+    out += (batch * tokens * heads + first_head) * channels
+    row_cos = batch * cos_stride_b + first_head * cos_stride_h + seat * cos_stride_p
+    row_sin = batch * sin_stride_b + first_head * sin_stride_h + seat * sin_stride_p
+    row = n.to(tl.int64) * x_stride_n
+    target = n.to(tl.int64) * heads * channels
+    if HALF:
+        half = channels // 2
+        low = tl.arange(0, BLOCK_D // 2)
+        in_half = low < half
+        mask = in_tokens[:, None] & in_half[None, :]
+        seen = turns[:, None] & in_half[None, :]
+        cos_low = _read(cos, row_cos, low, seen, 1.0)
+        cos_high = _read(cos, row_cos, low + half, seen, 1.0)
+        sin_low = _read(sin, row_sin, low, seen, 0.0)
+        sin_high = _read(sin, row_sin, low + half, seen, 0.0)
+        for _ in tl.range(tl.program_id(2) * HEADS, last_head):
+            x_low = _read(x, row, low, mask, 0.0)
+            x_high = _read(x, row, low + half, mask, 0.0)
+            if BACKWARD:
+                out_low = x_low * cos_low + x_high * sin_high
+                out_high = x_high * cos_high - x_low * sin_low
+            else:
+                out_low = x_low * cos_low - x_high * sin_low
+                out_high = x_high * cos_high + x_low * sin_high
+            place_low = out + target[:, None] + low[None, :]
+            tl.store(place_low, out_low.to(out.dtype.element_ty), mask=mask)
+            tl.store(place_low + half, out_high.to(out.dtype.element_ty), mask=mask)
+            x += x_stride_h
+            out += channels
+    else:
+        channel = tl.arange(0, BLOCK_D)
+        in_channels = channel < channels
+        mask = in_tokens[:, None] & in_channels[None, :]
+        seen = turns[:, None] & in_channels[None, :]
+        cosine = _read(cos, row_cos, channel, seen, 1.0)
+        sine = _read(sin, row_sin, channel, seen, 0.0)
+        for _ in tl.range(tl.program_id(2) * HEADS, last_head):
+            value = _read(x, row, channel, mask, 0.0)
+            if BACKWARD:
+                rotated = value * cosine - _turned(value * sine, ROWS, BLOCK_D)
+            else:
+                rotated = value * cosine + _turned(value, ROWS, BLOCK_D) * sine
+            tl.store(out + target[:, None] + channel[None, :], rotated.to(out.dtype.element_ty), mask=mask)
+            x += x_stride_h
+            out += channels
+
+
+@in_parts("x", "place", "cos", "sin")
+def _launch(
+    x: torch.Tensor,
+    place: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    prefix: int,
+    half: bool,
+    backward: bool,
+) -> torch.Tensor:
+    batch, heads, tokens, channels = x.shape
+    out = torch.empty(batch, tokens, heads, channels, dtype=x.dtype, device=x.device)
+    if out.numel():
+        shared = cos.shape[1] == 1 and sin.shape[1] == 1
+        tile = head_tile(batch, tokens, heads, channels, shared)
+        rotate_tokens_kernel[cdiv(tokens, tile.rows), batch, cdiv(heads, tile.heads)](
+            x,
+            cos,
+            sin,
+            place,
+            out,
+            tokens,
+            heads,
+            channels,
+            *x.stride()[:3],
+            *_strides(cos),
+            *_strides(sin),
+            *((0, 0) if place is None else place.stride()),
+            BACKWARD=backward,
+            HALF=half,
+            PREFIX=prefix,
+            ROWS=tile.rows,
+            HEADS=tile.heads,
+            BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps,
+        )
+    return out.transpose(1, 2)
+
+
+def _strides(table: torch.Tensor) -> tuple[int, int, int]:
+    """Strides over images, heads and places of a table (B, 1 or H, P, D)."""
+    stride_b, stride_h, stride_p, _ = table.stride()
+    return stride_b, stride_h if table.shape[1] > 1 else 0, stride_p
+
+
+def _for_images(table: torch.Tensor, images: int) -> torch.Tensor:
+    """View a table (P, D), (1 or H, P, D) or (1 or B, 1 or H, P, D) as (B, 1 or H, P, D)."""
+    return table[(None,) * (4 - table.ndim)].expand(images, -1, -1, -1)
+
+
+def rotate_tokens(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: torch.Tensor | None, prefix: int, half: bool
+) -> torch.Tensor:
+    """Launch; x (B, H, N, D) and tables with contiguous channels, place (B, N - prefix) of any strides or None."""
+    batch = x.shape[0]
+    return _launch(x, place, _for_images(cos, batch), _for_images(sin, batch), prefix, half, False)
+
+
+def rotate_tokens_backward(
+    grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: torch.Tensor | None, prefix: int, half: bool
+) -> torch.Tensor:
+    """Launch; gradient of x for the gradient (B, H, N, D) of the result."""
+    batch = grad.shape[0]
+    return _launch(grad, place, _for_images(cos, batch), _for_images(sin, batch), prefix, half, True)
