@@ -20,7 +20,7 @@ WRONG = {
     "keep rate": (["--out", "model.pt2", "--keep-rate", "2"], "keep_rate must lie in (0, 1], got 2"),
     "rounds": (["--out", "model.pt2", "--rounds", "-1"], "rounds must not be negative, got -1"),
     "batch": (["--out", "model.pt2", "--batch", "0"], "batch must be positive, got 0"),
-    "no config": (["--out", "model.pt2", "--config", "none.json"], "--config: 'none.json' cannot be read"),
+    "no config": (["--out", "model.pt2", "--config", "none.json"], "there is no file 'none.json'"),
 }
 
 
@@ -36,13 +36,10 @@ def test_errors_are_one_line(name, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "is not JSON"), ("[1]", "must hold"), ('{"keep_rate": 1}', "must hold")]
-)
-def test_configurations_that_are_none(tmp_path, text, message):
+def test_a_configuration_that_is_none(tmp_path):
     file = tmp_path / "config.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    file.write_text('{"keep_rate": 1}')
+    with pytest.raises(ValueError, match="names no method"):
         ExportSettings(out="model.pt2", config=str(file)).check()
 
 
