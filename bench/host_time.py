@@ -70,7 +70,7 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     x, residual = torch.randn(b, n, c).to(dtype), torch.randn(b, 1 + _KEPT, c).to(dtype)
     scores, index = torch.rand(b, n - 1), torch.randint(n - 1, (b, _KEPT))
     order = torch.randperm(n - 1).expand(b, -1)
-    norm: dict[str, Any] = {"weight": torch.ones(c, dtype=dtype), "bias": torch.zeros(c, dtype=dtype)}
+    norm = torch.ones(c, dtype=dtype), torch.zeros(c, dtype=dtype), 1e-6
     slot = torch.randint(1 + _KEPT, (b, n))
     groups = reference.group_slots(slot, 1 + _KEPT)
     size, bias = torch.ones(b, n), torch.zeros(b, n)
@@ -80,7 +80,7 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     def topk_stage(room: Any, backend: str) -> Any:
         kept = room.select_topk(room.cls_scores(q[:, :, 0], k, backend=backend), _KEPT, backend=backend)
         room.attention(q, k, v, index=kept, backend=backend)
-        return room.gather_tokens_norm(x, kept, **norm, residual=residual, backend=backend)
+        return room.gather_tokens(x, kept, norm=norm, residual=residual, backend=backend)
 
     return [
         Contender(
@@ -94,8 +94,8 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
             lambda: reference.gather_tokens(x, index, 1, residual),
         ),
         Contender(
-            "gather_tokens_norm",
-            lambda room, backend: room.gather_tokens_norm(x, index, **norm, residual=residual, backend=backend),
+            "gather_tokens (norm)",
+            lambda room, backend: room.gather_tokens(x, index, norm=norm, residual=residual, backend=backend),
         ),
         Contender(
             "cls_scores",
@@ -122,17 +122,15 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
             lambda: reference.merge_tokens(x, slot, 1 + _KEPT, size, None),
         ),
         Contender(
-            "merge_tokens_norm",
-            lambda room, backend: room.merge_tokens_norm(
-                x, slot, 1 + _KEPT, **norm, size=size, residual=residual, groups=groups, backend=backend
+            "merge_tokens (norm)",
+            lambda room, backend: room.merge_tokens(
+                x, slot, 1 + _KEPT, norm=norm, size=size, residual=residual, groups=groups, backend=backend
             ),
         ),
         Contender("unmerge_tokens", lambda room, backend: room.unmerge_tokens(x, slot, groups=None, backend=backend)),
         Contender(
-            "fuse_tokens_norm",
-            lambda room, backend: room.fuse_tokens_norm(
-                x, order, scores, _KEPT, **norm, residual=fused, backend=backend
-            ),
+            "fuse_tokens (norm)",
+            lambda room, backend: room.fuse_tokens(x, order, scores, _KEPT, norm=norm, residual=fused, backend=backend),
         ),
         Contender(
             "cluster_k_medoids", lambda room, backend: room.cluster_k_medoids(x[:, 1:], scores, _KEPT, backend=backend)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .config import load_config, save_config
     from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
     from .recording import Record, Stage, is_patched, record
-    from .reducers import REDUCERS
+    from .reducers import REDUCERS, register
     from .reducers.dynamicvit import dynamicvit_loss
     from .tokens import Plan, Tokens
 
@@ -41,6 +41,7 @@ _HOMES = {
     "patch": "integrations.patching",
     "record": "recording",
     "reduced_counts": "integrations.patching",
+    "register": "reducers",
     "save_config": "config",
     "set_keep_rate": "integrations.patching",
     "unpatch": "integrations.patching",
@@ -62,6 +63,7 @@ __all__ = [
     "patch",
     "record",
     "reduced_counts",
+    "register",
     "save_config",
     "set_keep_rate",
     "unpatch",

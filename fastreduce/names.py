@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = [
+    "EXPORT_FORMATS",
     "FAMILIES",
     "METHODS",
     "TITLES",
+    "ExportFormat",
     "Method",
     "Option",
     "compared_methods",
@@ -32,6 +34,28 @@ TITLES = {
     **{"topk": "Top-K", "evit": "EViT", "dynamicvit": "DynamicViT", "ats": "ATS", "tome": "ToMe"},
     **{"kmedoids": "K-Medoids", "dpcknn": "DPC-KNN", "sit": "SiT", "patchmerger": "PatchMerger"},
     **{"sinkhorn": "Sinkhorn", "radial_l1": "Radial ℓ1", "radial_l2": "Radial ℓ2", "radial_linf": "Radial ℓ∞"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFormat:
+    """What a model can be exported to.
+
+    Attributes:
+        runtime: what runs it.
+        ending: of its file.
+        packages: that writing and running it take, beside torch.
+    """
+
+    runtime: str
+    ending: str
+    packages: tuple[str, ...] = ()
+
+
+EXPORT_FORMATS = {
+    "onnx": ExportFormat("ONNX Runtime", ".onnx", ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": ExportFormat("OpenVINO", ".xml", ("onnx", "onnxscript", "openvino")),
+    "pt2": ExportFormat("AOTInductor", ".pt2"),
 }
 
 
@@ -94,6 +118,7 @@ METHODS: dict[str, Method] = {
             "r": Option(None, "ints", instead="it takes the place of the keep rate: give it to fastreduce.patch"),
             "rounds": Option("official", ("official", "exact")),
             "prop_attn": Option(True),
+            "metric": Option("before", ("before", "after")),
         },
     ),
     "kmedoids": Method(

@@ -13,24 +13,14 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
+from ._distances import DistanceTile, squared_distances, squared_lengths
 from ._launch import in_parts
-from ._squares import squared_lengths
-from .merge_tokens import _group, group_slots
-from .select_topk import _packed_keys, select_topk
+from ._order import ordered_bits, packed_keys
+from .select_topk import select_topk
+from .slots import group, group_slots
 
 # Nearest tokens that stay in registers: 16 spill. More are found in as many sweeps over the image as it takes.
 MAX_NEAREST = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class DistanceTile:
-    """Tokens, other tokens (or centres) and channels of one step."""
-
-    block_i: int
-    block_j: int
-    block_c: int
-    num_warps: int
-    num_stages: int
 
 
 @functools.cache
@@ -62,35 +52,6 @@ def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> Dista
         return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=3)
     tile = distance_tile(channels, dtype)
     return dataclasses.replace(tile, block_j=128, num_warps=16) if aligned else tile
-
-
-@triton.jit
-def _squared_distances(
-    pointers_i,
-    pointers_j,
-    squares_i,  # (BLOCK_I,)
-    squares_j,  # (BLOCK_J,) pointers: loaded late, they cost no registers in the loop
-    channels,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """``|i|^2 + |j|^2 - 2ij``, not below zero; NaN stays. Squares are not summed in the loop: see ``_squares``."""
-    offsets_c = tl.arange(0, BLOCK_C)
-    dots = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
-    for start_c in range(0, channels, BLOCK_C):
-        in_c = (start_c + offsets_c < channels)[None, :]
-        row_i = tl.load(pointers_i + start_c, mask=in_c, other=0.0)
-        row_j = tl.load(pointers_j + start_c, mask=in_c, other=0.0)
-        dots = tl.dot(row_i, tl.trans(row_j), dots, input_precision="ieee")
-    squared = squares_i[:, None] + tl.load(squares_j)[None, :] - 2.0 * dots
-    return tl.where(squared < 0.0, 0.0, squared)
-
-
-@triton.jit
-def _ordered_bits(squared):
-    """Integers in the order of floats that are not negative; NaN is above infinity."""
-    return squared.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @direct
@@ -139,11 +100,11 @@ def density_kernel(
             row_j = tl.minimum(j, tokens - 1)
             pointers_j = rows + row_j.to(tl.int64)[:, None] * stride_n
             squares_j = squares + row_j
-            squared = _squared_distances(
+            squared = squared_distances(
                 pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C
             )
             squared = tl.where(i[:, None] == j[None, :], squared - squared, squared)  # zero, unless it is NaN
-            bits = _ordered_bits(squared)
+            bits = ordered_bits(squared)
             farthest_bits = tl.maximum(farthest_bits, tl.max(tl.where(in_j, bits, 0), 1))
             keys = (bits.to(tl.int64) << 32) | j.to(tl.int64)[None, :]
             keys = tl.where(in_j & (keys > taken[:, None]), keys, beyond)
@@ -193,12 +154,12 @@ def _scores(
         j = tl.minimum(column, tokens - 1)
         pointers_j = rows + j.to(tl.int64)[:, None] * stride_n
         squares_j = squares + j
-        squared = _squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+        squared = squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         # Columns past the end are denser than none: the last token's dot may round otherwise when it is repeated.
         density_j = tl.load(density + column, mask=column < tokens, other=float("-inf"))
         denser = density_j[None, :] > density_i[:, None]
         nearest = tl.minimum(nearest, tl.min(tl.where(denser, squared, float("inf")), 1))
-        farthest_bits = tl.maximum(farthest_bits, _ordered_bits(tl.load(farthest + j)))
+        farthest_bits = tl.maximum(farthest_bits, ordered_bits(tl.load(farthest + j)))
     largest = tl.max(farthest_bits, 0).to(tl.float32, bitcast=True)
     height = tl.sqrt(tl.where(nearest < largest, nearest, largest) / channels)  # NaN in the image: NaN everywhere
     tl.store(score + i, density_i * height, mask=i < tokens)
@@ -259,7 +220,7 @@ def _labels(
         center = tl.load(centers + tl.minimum(j, num_centers - 1))
         pointers_j = rows + center[:, None] * stride_n
         squares_j = squares + center
-        squared = _squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+        squared = squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         squared = tl.where(squared == squared, squared, -1.0)  # as torch orders NaN: before every number
         squared = tl.where(center[None, :] == i[:, None], -2.0, squared)
         # Columns past the end repeat the last centre, whose dot may round otherwise there: they never win.
@@ -336,7 +297,7 @@ def cluster_kernel(
         _scores(rows, squares, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
     tl.debug_barrier()
     n = tl.arange(0, BLOCK_N)
-    keys = tl.sort(_packed_keys(score + n, n, n < tokens), descending=True)
+    keys = tl.sort(packed_keys(score + n, n, n < tokens), descending=True)
     tl.store(centers + n, 0x7FFFFFFF - (keys & 0xFFFFFFFF), mask=n < num_centers)
     tl.debug_barrier()
     for start_i in range(0, tokens, BLOCK_I):
@@ -345,17 +306,7 @@ def cluster_kernel(
         )
     tl.debug_barrier()
     for start_i in range(0, tokens + 1, GROUP_I):
-        _group(label, order, offsets, start_i, tokens, num_centers, 1, GROUP_I, GROUP_J)
-
-
-def _settings(tile: DistanceTile) -> dict[str, int]:
-    return {
-        "BLOCK_I": tile.block_i,
-        "BLOCK_J": tile.block_j,
-        "BLOCK_C": tile.block_c,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+        group(label, order, offsets, start_i, tokens, num_centers, 1, GROUP_I, GROUP_J)
 
 
 @in_parts("x", "noise")
@@ -375,7 +326,7 @@ def cluster_dpc_knn(
         return centers, label, order, offsets
     neighbors = min(neighbors, tokens)
     tile = distance_tile(channels, x.dtype)
-    settings = _settings(tile)
+    settings = tile.settings()
     grid = (cdiv(tokens, tile.block_i), batch)
     squares = squared_lengths(x)
     density_kernel[grid](
@@ -416,6 +367,6 @@ def cluster_dpc_knn(
         BLOCK_N=most_tokens(x.dtype),
         GROUP_I=8 * image.num_warps,  # 8 pairs a thread
         GROUP_J=512 // image.num_warps,
-        **_settings(image),
+        **image.settings(),
     )
     return centers, label, order, offsets

@@ -420,55 +420,6 @@ def fuse_tokens_norm_backward_kernel(
             _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
 
 
-def _launch(
-    x: torch.Tensor,
-    order: torch.Tensor,
-    scores: torch.Tensor,
-    k: int,
-    prefix: int,
-    residual: torch.Tensor | None,
-    residual_bias: torch.Tensor | None,
-    kept: RowTile,
-    rest: RestTile,
-    norm: tuple[torch.Tensor | None, torch.Tensor | None, float] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    batch, tokens, channels = x.shape
-    num_kept = prefix + k
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = torch.empty(batch, num_kept + 1, channels, dtype=dtype, device=x.device)
-    weight, bias, norm_eps = norm or (None, None, None)
-    normed, statistics = (None, None) if norm is None else normed_like(out)
-    if out.numel():
-        copies = cdiv(num_kept, kept.rows) * cdiv(channels, kept.block_c)
-        fuse_tokens_kernel[(cdiv(channels, rest.block_c) + copies, batch)](
-            x,
-            order,
-            scores,
-            residual,
-            residual_bias,
-            out,
-            weight,
-            bias,
-            normed,
-            statistics,
-            num_kept,
-            tokens,
-            channels,
-            *x.stride()[:2],
-            *order.stride(),
-            *scores.stride(),
-            *((0, 0) if residual is None else residual.stride()[:2]),
-            NORM_EPS=norm_eps,
-            PREFIX=prefix,
-            ROWS=kept.rows,
-            BLOCK_C=kept.block_c,
-            SUM_ROWS=rest.rows,
-            SUM_BLOCK_C=rest.block_c,
-            num_warps=rest.num_warps,
-        )
-    return out, normed, statistics
-
-
 @in_parts("x", "order", "scores", "residual")
 def fuse_tokens(
     x: torch.Tensor,
@@ -478,35 +429,55 @@ def fuse_tokens(
     prefix: int,
     residual: torch.Tensor | None,
     residual_bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """Launch; x (B, N, C), residual, residual_bias (C,) with dense channels, order and scores (B, N - prefix)."""
-    return _launch(x, order, scores, k, prefix, residual, residual_bias, row_tile(x.shape[2]), SUM_TILE)[0]
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Launch; x (B, N, C), residual, residual_bias (C,) with dense channels, order and scores (B, N - prefix) -> rows.
 
-
-@in_parts("x", "order", "scores", "residual")
-def fuse_tokens_norm(
-    x: torch.Tensor,
-    order: torch.Tensor,
-    scores: torch.Tensor,
-    k: int,
-    prefix: int,
-    residual: torch.Tensor | None,
-    residual_bias: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    norm_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, or two for long rows or many of them -> rows, normed rows, and statistics (B, prefix + k + 1, 2)."""
-    arguments = x, order, scores, k, prefix, residual, residual_bias
-    tile = whole_rows(x.shape[2])
-    if order.shape[1] - k > MOST_SUMMED or tile.block_c > NORM_ELEMENTS // 4:
-        return norm_rows(fuse_tokens(*arguments), weight, bias, norm_eps)
-    kept = RowTile(rows=2 * tile.rows, block_c=tile.block_c, num_warps=NORM_WARPS)
-    rest = RestTile(rows=NORM_ELEMENTS // tile.block_c, block_c=tile.block_c, num_warps=NORM_WARPS)
-    out, normed, statistics = _launch(*arguments, kept, rest, (weight, bias, norm_eps))
-    assert normed is not None
-    assert statistics is not None
-    return out, normed, statistics
+    With a norm_eps also normed rows, and statistics (B, prefix + k + 1, 2): a launch more for long rows or many.
+    """
+    batch, tokens, channels = x.shape
+    num_kept = prefix + k
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = torch.empty(batch, num_kept + 1, channels, dtype=dtype, device=x.device)
+    kept, rest, whole = row_tile(channels), SUM_TILE, whole_rows(channels)
+    together = order.shape[1] - k <= MOST_SUMMED and whole.block_c <= NORM_ELEMENTS // 4
+    normed, statistics = normed_like(out) if together and norm_eps is not None else (None, None)
+    if normed is not None:
+        kept = RowTile(rows=2 * whole.rows, block_c=whole.block_c, num_warps=NORM_WARPS)
+        rest = RestTile(rows=NORM_ELEMENTS // whole.block_c, block_c=whole.block_c, num_warps=NORM_WARPS)
+    if out.numel():
+        copies = cdiv(num_kept, kept.rows) * cdiv(channels, kept.block_c)
+        fuse_tokens_kernel[(cdiv(channels, rest.block_c) + copies, batch)](
+            x,
+            order,
+            scores,
+            residual,
+            residual_bias,
+            out,
+            None if normed is None else weight,
+            None if normed is None else bias,
+            normed,
+            statistics,
+            num_kept,
+            tokens,
+            channels,
+            *x.stride()[:2],
+            *order.stride(),
+            *scores.stride(),
+            *((0, 0) if residual is None else residual.stride()[:2]),
+            NORM_EPS=None if normed is None else norm_eps,
+            PREFIX=prefix,
+            ROWS=kept.rows,
+            BLOCK_C=kept.block_c,
+            SUM_ROWS=rest.rows,
+            SUM_BLOCK_C=rest.block_c,
+            num_warps=rest.num_warps,
+        )
+    if normed is not None and statistics is not None:
+        return out, normed, statistics
+    return (out,) if norm_eps is None else norm_rows(out, weight, bias, norm_eps)
 
 
 @in_parts("grad", "x", "order", "scores")

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import RowTile, in_parts, row_tile, whole_rows
+from ._launch import in_parts, row_tile, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -145,23 +145,28 @@ def gather_tokens_norm_backward_kernel(
         _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
 
 
-def _launch(
+@in_parts("x", "index", "residual")
+def gather_tokens(
     x: torch.Tensor,
     index: torch.Tensor,
     prefix: int,
     residual: torch.Tensor | None,
-    tile: RowTile,
-    norm: tuple[torch.Tensor | None, torch.Tensor | None, float] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Launch; x (B, N, C) and residual with contiguous channels, index (B, K) of any strides -> kept rows.
+
+    With a norm_eps also normed rows, and statistics (B, prefix + K, 2); a program then holds whole rows.
+    """
     batch, _, channels = x.shape
     num_out = prefix + index.shape[1]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty(batch, num_out, channels, dtype=dtype, device=x.device)
-    weight, bias, norm_eps = norm or (None, None, None)
-    normed, statistics = (None, None) if norm is None else normed_like(out)
+    normed, statistics = (None, None) if norm_eps is None else normed_like(out)
+    tile = row_tile(channels) if norm_eps is None else whole_rows(channels)
     if out.numel():
-        grid = (cdiv(num_out, tile.rows), batch, cdiv(channels, tile.block_c))
-        gather_tokens_kernel[grid](
+        gather_tokens_kernel[(cdiv(num_out, tile.rows), batch, cdiv(channels, tile.block_c))](
             x,
             index,
             residual,
@@ -181,30 +186,7 @@ def _launch(
             BLOCK_C=tile.block_c,
             num_warps=tile.num_warps,
         )
-    return out, normed, statistics
-
-
-@in_parts("x", "index", "residual")
-def gather_tokens(x: torch.Tensor, index: torch.Tensor, prefix: int, residual: torch.Tensor | None) -> torch.Tensor:
-    """Launch; x (B, N, C) and residual with contiguous channels, index (B, K) of any strides."""
-    return _launch(x, index, prefix, residual, row_tile(x.shape[2]))[0]
-
-
-@in_parts("x", "index", "residual")
-def gather_tokens_norm(
-    x: torch.Tensor,
-    index: torch.Tensor,
-    prefix: int,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    norm_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch -> kept rows, normed rows, and statistics (B, prefix + K, 2); a program holds whole rows."""
-    out, normed, statistics = _launch(x, index, prefix, residual, whole_rows(x.shape[2]), (weight, bias, norm_eps))
-    assert normed is not None
-    assert statistics is not None
-    return out, normed, statistics
+    return (out,) if normed is None or statistics is None else (out, normed, statistics)
 
 
 @in_parts("grad_normed", "grad_out", "out", "statistics", "order", "offsets", added=(2,))

@@ -149,7 +149,7 @@ def packed_weight_kernel(
 ):
     """One tile of ``grad.T @ x`` over one of P parts of the rows; if wanted, the first programs sum ``grad`` instead.
 
-    Not those that multiply: what feeds a dot must not feed a sum, see ``_squares``.
+    Not those that multiply: what feeds a dot must not feed a sum, see ``_distances``.
     """
     part = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)

@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
+from ._distances import squared_lengths
 from ._launch import in_parts, row_tile
+from ._order import unsigned_bits
 from ._rows import steps, unit_of
-from ._squares import squared_lengths
-from .merge_tokens import _group, group_slots
+from .slots import group, group_slots
 
 # Up to 512 tokens the keys stay in registers, each against 16 candidates; more are read again in every round.
 MAX_KEYS = 256
@@ -154,7 +155,7 @@ def best_match_kernel(
     """One program compares BLOCK_A even tokens with every odd one; similarities never leave the registers.
 
     Of channels in chunks, squares are summed in the loop only where heads are averaged, so that the dot does not read
-    what was loaded: see ``_squares``.
+    what was loaded: see ``_distances``.
     """
     batch = tl.program_id(1).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
@@ -225,11 +226,10 @@ def best_match_kernel(
 
 @triton.jit
 def _load_keys(best, position, num_a, PREFIX: tl.constexpr):
-    """Unsigned integers in the order of the floats; both zeros give one key, prefix tokens the least."""
+    """Unsigned integers in the order of the best similarities; prefix tokens have the least."""
     searching = (position >= (PREFIX + 1) // 2) & (position < num_a)
     value = tl.load(best + position, mask=searching, other=float("-inf"))
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
-    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+    return unsigned_bits(value)
 
 
 @direct
@@ -308,7 +308,7 @@ def assign_slots_kernel(
         order += batch * tokens
         offsets += batch * (tokens - r + 1)
         for start_i in range(0, tokens + 1, BLOCK_I):
-            _group(slot, order, offsets, start_i, tokens, tokens - r, 1, BLOCK_I, BLOCK_J)
+            group(slot, order, offsets, start_i, tokens, tokens - r, 1, BLOCK_I, BLOCK_J)
 
 
 def mean_keys(keys: torch.Tensor) -> torch.Tensor:

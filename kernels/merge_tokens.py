@@ -19,6 +19,7 @@ from ._norm import (
     empty_sums,
     normed_like,
 )
+from .slots import group_slots
 
 # Slots that a program walks side by side where it loads weights of a layer or of a norm, which they share: 4 keep these
 # at a tenth of the traffic, more would wait for the largest. With wider rows two of them spill on sm_80.
@@ -27,47 +28,6 @@ SHARING_CHANNELS = 1024
 # The greatest logarithm of a size. A slot that has a greater one has all its sizes divided alike, so that it becomes
 # this: the mean is the same in float32, as eps is nothing beside e^40, and no exponential overflows.
 MAX_LOG_SIZE = tl.constexpr(40.0)
-
-
-@triton.jit
-def _group(slot, order, offsets, start_i, tokens, num_out, slot_stride_n, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Stable counting sort by ranks: BLOCK_I tokens of one image (and as many slot bounds) against all."""
-    i = start_i + tl.arange(0, BLOCK_I)
-    in_i = i < tokens
-    slot_i = tl.load(slot + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)
-    before = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
-    below = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
-    for start in range(0, tokens, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        in_j = j < tokens
-        slot_j = tl.load(slot + j * slot_stride_n, mask=in_j, other=0x7FFFFFFF).to(tl.int32)  # beyond every slot
-        smaller = slot_j[None, :] < slot_i[:, None]
-        tied = (slot_j[None, :] == slot_i[:, None]) & (j[None, :] < i[:, None])
-        before += (smaller | tied).to(tl.int32)
-        below += (slot_j[None, :] < i[:, None]).to(tl.int32)
-    tl.store(order + tl.sum(before, 1), i, mask=in_i)
-    tl.store(offsets + i, tl.sum(below, 1), mask=i <= num_out)
-
-
-@direct
-@triton.jit
-def group_slots_kernel(
-    slot,  # (B, N), -1 for tokens that belong nowhere
-    order,  # (B, N) int32
-    offsets,  # (B, M + 1) int32
-    tokens,
-    num_out,
-    slot_stride_b,
-    slot_stride_n,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-):
-    """One program ranks BLOCK_I tokens of one image."""
-    batch = tl.program_id(1).to(tl.int64)
-    slot += batch * slot_stride_b
-    order += batch * tokens
-    offsets += batch * (num_out + 1)
-    _group(slot, order, offsets, tl.program_id(0) * BLOCK_I, tokens, num_out, slot_stride_n, BLOCK_I, BLOCK_J)
 
 
 @direct
@@ -456,20 +416,6 @@ def merge_tokens_norm_backward_kernel(
         _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels)
 
 
-@in_parts("slot")
-def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; slot (B, N) -> order (B, N) and offsets (B, num_out + 1), both int32."""
-    batch, tokens = slot.shape
-    order = torch.empty(batch, tokens, dtype=torch.int32, device=slot.device)
-    offsets = torch.empty(batch, num_out + 1, dtype=torch.int32, device=slot.device)
-    if batch:
-        grid = (cdiv(max(tokens, num_out + 1), 32), batch)
-        group_slots_kernel[grid](
-            slot, order, offsets, tokens, num_out, *slot.stride(), BLOCK_I=32, BLOCK_J=64, num_warps=4
-        )
-    return order, offsets
-
-
 def _side_by_side(block_c, *shared):
     sharing = block_c <= SHARING_CHANNELS and any(weights is not None for weights in shared)
     return SHARING_SLOTS if sharing else 1
@@ -519,7 +465,7 @@ def _reduce(
             BLOCK_C=block_c,
             num_warps=slots * row_warps(block_c),
         )
-    return out, total, learned, normed, statistics
+    return out, total, normed, statistics, learned
 
 
 @in_parts("x", "order", "offsets")
@@ -543,42 +489,20 @@ def merge_tokens(
     residual: torch.Tensor | None,
     eps: float = 0.0,
     head: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; x (B, N, C) grouped by order and offsets -> merged (B, P + M, C) and sizes (B, M) float32."""
-    return _reduce(x, size, residual, order, offsets, mean=True, eps=eps, head=head)[:2]
+    log_weight: torch.Tensor | None = None,
+    log_bias: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    norm_eps: float | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Launch; x (B, N, C) grouped by order and offsets -> merged (B, P + M, C) and sizes (B, M) float32.
 
-
-@in_parts("x", "order", "offsets", "residual", "head")
-def merge_tokens_learned(
-    x: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor | None,
-    eps: float = 0.0,
-    head: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch; weight (1, C) and bias (1,) -> as merge_tokens, and the sizes (B, N) float32 that they give."""
-    return _reduce(x, None, residual, order, offsets, mean=True, eps=eps, head=head, log_size=(weight, bias))[:3]
-
-
-@in_parts("x", "order", "offsets", "size", "residual", "head")
-def merge_tokens_norm(
-    x: torch.Tensor,
-    order: torch.Tensor,
-    offsets: torch.Tensor,
-    size: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
-    head: torch.Tensor | None,
-    log_size: tuple[torch.Tensor | None, torch.Tensor | None],
-    norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch -> as merge_tokens_learned ((B, 0) without a layer), normed (B, P + M, C), statistics (B, P + M, 2)."""
-    options = {"mean": True, "eps": eps, "head": head, "log_size": log_size, "norm": norm}
-    merged, total, learned, normed, statistics = _reduce(x, size, residual, order, offsets, **options)
-    return merged, total, total.new_empty(x.shape[0], 0) if learned is None else learned, normed, statistics
+    With a norm_eps also normed (B, P + M, C) and statistics (B, P + M, 2); with log_weight (1, C) and log_bias (1,)
+    the tokens' sizes (B, N) float32 that they give.
+    """
+    options = {"mean": True, "eps": eps, "head": head, "log_size": (log_weight, log_bias)}
+    found = _reduce(x, size, residual, order, offsets, norm=(weight, bias, norm_eps), **options)
+    return tuple(one for one in found if one is not None)
 
 
 def _size_gradients(x, tokens, partner):

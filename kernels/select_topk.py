@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
 from ._launch import in_parts
+from ._order import packed_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +35,6 @@ def sort_settings(tokens: int) -> SortSettings:
     return SortSettings(block, num_warps=max(1, block // 128))
 
 
-@triton.jit
-def _packed_keys(scores, offsets, in_bounds):
-    """int64 keys whose descending order is (score descending, index ascending), NaN last and -0.0 equal to 0.0."""
-    value = tl.load(scores, mask=in_bounds, other=float("nan")).to(tl.float32)
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = tl.where(value == value, ordered, -0x80000000)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - offsets).to(tl.int64)
-
-
 @direct
 @triton.jit
 def sort_scores_kernel(
@@ -59,7 +50,7 @@ def sort_scores_kernel(
     batch = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     row = scores + batch * scores_stride_b + offsets.to(tl.int64) * scores_stride_n
-    keys = tl.sort(_packed_keys(row, offsets, offsets < tokens), descending=True)
+    keys = tl.sort(packed_keys(row, offsets, offsets < tokens), descending=True)
     tl.store(out + batch * keep + offsets, 0x7FFFFFFF - (keys & 0xFFFFFFFF), mask=offsets < keep)
 
 
@@ -79,11 +70,11 @@ def rank_scores_kernel(
     batch = tl.program_id(1).to(tl.int64)
     base = scores + batch * scores_stride_b
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    keys_i = _packed_keys(base + i.to(tl.int64) * scores_stride_n, i, i < tokens)
+    keys_i = packed_keys(base + i.to(tl.int64) * scores_stride_n, i, i < tokens)
     before = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
     for start in range(0, tokens, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        keys_j = _packed_keys(base + j.to(tl.int64) * scores_stride_n, j, j < tokens)
+        keys_j = packed_keys(base + j.to(tl.int64) * scores_stride_n, j, j < tokens)
         before += (keys_j[None, :] > keys_i[:, None]).to(tl.int32)
     rank = tl.sum(before, 1)
     tl.store(out + batch * keep + rank, i.to(tl.int64), mask=(i < tokens) & (rank < keep))

@@ -21,7 +21,7 @@ FLOORS = (
     {"reducers"},
     {"recording"},
     {"integrations"},
-    {"config", "speed", "study"},
+    {"config", "deploy", "speed", "study"},
     {"cli"},
 )
 DOORS = {"__init__", "__main__"}

@@ -15,6 +15,7 @@ RUNS = {
     "finetune_dynamicvit": (["--steps", "3"], r"loss \d+\.\d+, kept \[(0\.\d+(, )?){3}\]", None),
     "dense_features": ([], r"^67 tokens became a grid of \(2, 192, 14, 14\), by hand \(2, 196, 192\)\n.* 0\.\d", None),
     "draw_what_stays": (["--out", "kept.png"], r"^written: kept\.png", "kept.png"),
+    "own_method": ([], r"^\[137, 96, 67\] tokens stay; the first to go in image 0: \d+\n", None),
     "export_model": (
         ["--out", "reduced.pt2"],
         r"^written: reduced\.pt2; .*(\d\.\de-0[5-9]|0\.0e\+00)\n",

@@ -67,22 +67,15 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """The distances in tiles, written once, k of their rows read once a labelling; weights and results once.
-
-    Of many tokens nothing is written; every labelling takes tiles of tokens and centers.
-    """
-    from fastreduce.kernels.cluster_k_medoids import STORED, distance_tile
+    """The distances in tiles, written once, k of their rows read once a labelling; weights and results once."""
+    from fastreduce.kernels.cluster_k_medoids import distance_tile
 
     x, weights, k, iters = inputs.values()
     batch, tokens, channels = x.shape
-    stored = tokens <= STORED
-    tile = distance_tile(channels, x.dtype, stored=stored)
-
-    def rows(columns: int) -> int:
-        return swept(tokens, columns, tile.block_i, tile.block_n) * channels * x.element_size()
-
-    labellings = 4 * tokens * (tokens + (iters + 1) * k) if stored else (iters + 1) * rows(k)
-    return batch * (rows(tokens) + labellings + 8 * (k + tokens)) + nbytes(weights)
+    tile = distance_tile(channels, x.dtype)
+    rows = swept(tokens, tokens, tile.block_i, tile.block_j) * channels * x.element_size()
+    labellings = 4 * tokens * (tokens + (iters + 1) * k)
+    return batch * (rows + labellings + 8 * (k + tokens)) + nbytes(weights)
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:

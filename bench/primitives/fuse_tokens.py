@@ -57,8 +57,8 @@ def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
     return _make(shape, generator) | affine(shape, generator)
 
 
-def _call_norm(**arguments: Any) -> Outputs:
-    return ops.fuse_tokens_norm(**arguments)
+def _call_norm(*, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any) -> Outputs:
+    return ops.fuse_tokens(**arguments, norm=(weight, bias, 1e-6))
 
 
 def _plain_norm(inputs: Inputs) -> Outputs:

@@ -73,8 +73,8 @@ def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
     return _make(shape, generator) | affine(shape, generator)
 
 
-def _call_norm(*, indices: Any, **arguments: Any) -> Outputs:
-    return ops.merge_tokens_norm(**arguments)
+def _call_norm(*, indices: Any, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any) -> Outputs:
+    return ops.merge_tokens(**arguments, norm=(weight, bias, 1e-6))
 
 
 def _plain_norm(inputs: Inputs) -> Outputs:
@@ -109,7 +109,7 @@ def _make_learned(shape: Shape, generator: torch.Generator) -> Inputs:
     }
 
 
-def _call_learned(*, weight: Tensor, bias: Tensor, **arguments: Any) -> Outputs:
+def _call_learned(*, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any) -> Outputs:
     return ops.merge_tokens(log_size=(weight, bias), **arguments)
 
 

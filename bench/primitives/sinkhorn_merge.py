@@ -12,8 +12,6 @@ from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, randn
 from fastreduce import ops
 from fastreduce.reducers import _soft as soft
 
-from ._clusters import swept
-
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
     """Similarities are wanted if they are not too many, as by the reducer."""
@@ -50,30 +48,11 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(inputs["x"], inputs["centers"], outputs[0][:, 1:], *gradients[:2])
 
 
-def _again_tiled(inputs: Inputs) -> int:
-    """Similarities once for the start, twice an iteration but the last and once a tile of channels of the sums."""
-    from fastreduce.kernels import sinkhorn_merge as kernels
-
-    x, centers, _, iters, head, _ = inputs.values()
-    (batch, tokens, channels), clusters = x.shape, len(centers)
-    exact = x.dtype == torch.float32
-    tile, last = kernels.again_tile(exact), kernels.sums_again_tile(channels, exact)
-    c_blocks, k_blocks = math.ceil(channels / last.channels), math.ceil(clusters / last.clusters)
-    rows = iters * (swept(clusters, tokens, tile.rows, tile.columns) + swept(tokens, clusters, tile.rows, tile.columns))
-    rows += c_blocks * swept(clusters, tokens, last.clusters, last.tokens) + k_blocks * tokens
-    vectors = tokens * (1 + 4 * iters + 3 * (iters - 1 + c_blocks) * k_blocks)
-    vectors += clusters * (iters * math.ceil(tokens / tile.rows) + 2 * iters - 1 + c_blocks)
-    merged = centers  # as many bytes an image
-    return 2 * nbytes(head) + batch * (rows * channels * x.element_size() + 4 * vectors + nbytes(merged))
-
-
 def _tiled(inputs: Inputs) -> int:
     """Two products, x times centres and plan times x, and the similarities once an iteration and a tile of channels."""
     from fastreduce.kernels import sinkhorn_merge as kernels
 
-    x, centers, _, iters, head, similarity = inputs.values()
-    if not similarity:
-        return _again_tiled(inputs)
+    x, centers, _, iters, head, _ = inputs.values()
     (batch, tokens, channels), clusters = x.shape, len(centers)
     padded, exact = kernels.padded_clusters(clusters), x.dtype == torch.float32
     first, second = kernels.similarity_tile(clusters, exact), kernels.sums_tile(channels, exact)
@@ -88,17 +67,18 @@ def _tiled(inputs: Inputs) -> int:
 def _backward_tiled(inputs: Inputs) -> int:
     """Four products in tiles; similarities and their gradients, once an iteration and thrice a tile of channels."""
     from fastreduce.kernels import sinkhorn_merge as kernels
+    from fastreduce.kernels import sinkhorn_merge_backward as backward
 
     x, centers, _, iters, *_ = inputs.values()
     (batch, tokens, channels), clusters = x.shape, len(centers)
     padded, exact = kernels.padded_clusters(clusters), x.dtype == torch.float32
-    first, last = kernels.similarity_tile(clusters, exact), kernels.backward_tile(channels, exact)
+    first, last = kernels.similarity_tile(clusters, exact), backward.backward_tile(channels, exact)
     sweeps = math.ceil(padded / first.columns) + 1 + math.ceil(clusters / last.rows)
     passes = 6 + iters + 3 * math.ceil(channels / last.columns)
     upstream = centers  # as many bytes an image
     an_image = math.ceil(tokens / first.rows) * nbytes(upstream)
     an_image += math.ceil(tokens / last.rows) * nbytes(upstream, centers)
-    parts = math.ceil(batch / math.ceil(batch / kernels.CENTER_PARTS))
+    parts = math.ceil(batch / math.ceil(batch / backward.CENTER_PARTS))
     sums = 4 * parts * centers.numel()  # which torch adds up: what that moves is not the tiles'
     return (sweeps + 1) * nbytes(x) + batch * (an_image + 4 * passes * tokens * padded) + sums
 

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from ..names import FAMILIES
 from .compare import compare
+from .export import export
 from .options import UserError
 from .output import INTERRUPTED, print_error
 from .plan import plan
@@ -102,3 +103,4 @@ def methods() -> None:
 
 app.command()(compare)
 app.command()(plan)
+app.command()(export)

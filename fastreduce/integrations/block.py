@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -245,10 +245,11 @@ class ReducedBlock:
 
     def _rotated(self, x: Tensor, tokens: Tokens, now: Geometry, kept: Tensor | None = None) -> Tensor:
         """Queries or keys (B, H, prefix + n, D) turned by the places of the tokens, or of the kept ones (B, K)."""
-        cos, sin, place = table_at(tokens)
+        table, place = table_at(tokens)
         if kept is not None:
             place = kept if place is None else place.gather(1, kept.long())
-        return ops.rotate_tokens(x, cos, sin, place, prefix=tokens.prefix, half=now.half, backend=tokens.backend)
+        layout: Literal["interleaved", "half"] = "half" if now.half else "interleaved"
+        return ops.rotate_tokens(x, table, place, prefix=tokens.prefix, layout=layout, backend=tokens.backend)
 
     # ---- attention
 
@@ -406,7 +407,7 @@ class ReducedBlock:
             norm = parts.norm1(self)
             normed = tokens.x if norm is None else norm(tokens.x)
         as_it_is = tokens.packing is None and tokens.policy is None and tokens.bias is None
-        if as_it_is and beside is not None and tokens.plans:
+        if as_it_is and beside is not None and len(tokens.plans) > 0:
             # Where kernels run, one turns the rows at their places; the module would need a table of them.
             module = parts.attention(self)
             calls = tokens.backend != "triton" or (module is not None and _hangs_on(module))
@@ -478,7 +479,17 @@ class ReducedBlock:
         reducer: Reducer = model.reducers
         if self.__dict__.get("_is_replica") and not model.__dict__.get("_is_replica"):
             raise ValueError("call the replicas of nn.DataParallel as models: their blocks alone would use the first's")
-        if not self.is_first:
+        first = torch.compiler.is_compiling() and self._site.index == reducer.first
+        if (
+            not torch.compiler.is_compiling()
+        ):  # a block that is compiled by itself must not come upon itself in the tree
+            for block in getattr(model, host.container) if host.container else host.blocks(model):
+                if isinstance(block, ReducedBlock) or not _WRAPPED.isdisjoint(block._modules):
+                    reduced = block if isinstance(block, ReducedBlock) else reduced_block(block)
+                    if reduced is not None:
+                        first = reduced is self
+                        break
+        if not first:
             raise TypeError(
                 f"block {self.index} of a reduced model takes fastreduce.Tokens, as the block before it gives them, "
                 f"got {type(x).__name__}"
@@ -530,20 +541,6 @@ class ReducedBlock:
                 return other is self
         return True
 
-    @property
-    def is_first(self) -> bool:
-        """Whether no reduced block comes before this one."""
-        site = self._site
-        if torch.compiler.is_compiling():
-            return site.index == site.model.reducers.first
-        model, host = site.model, site.host
-        for block in getattr(model, host.container) if host.container else host.blocks(model):
-            if isinstance(block, ReducedBlock):
-                return block is self
-            if not _WRAPPED.isdisjoint(block._modules) and (reduced := reduced_block(block)) is not None:
-                return reduced is self
-        return True
-
     def finish(self, tokens: Tokens) -> Tensor:
         """Return what the model's own code behind the blocks gets."""
         site = self._site
@@ -570,9 +567,10 @@ class ReducedBlock:
             if beside is not None:
                 beside = beside._replace(positions=self._site.model.reducers.positions)
             tokens = tokens.replace(tokens.x, normed=tokens.normed, beside=beside)
-        site, odd = self._site, (tokens.normed, tokens.packing, tokens.policy, tokens.bias)
+        site = self._site
         model = site.model
-        as_it_is = site.stage is None and (beside is None or len(tokens.plans) == 0) and odd == (None, None, None, None)
+        as_it_is = site.stage is None and (beside is None or len(tokens.plans) == 0) and tokens.normed is None
+        as_it_is = as_it_is and tokens.packing is None and tokens.policy is None and tokens.bias is None
         if as_it_is and not model.reducers.opens(site.index):
             made = self.kind.forward(self, tokens.x, *args, **kwargs)
             tokens = tokens.replace(made[0] if parts.returns_tuple else made)

@@ -12,20 +12,20 @@ from .parts import Beside
 __all__ = ["pairs_at", "rows_at", "table_at"]
 
 
-def table_at(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (cos, sin, place) for :func:`fastreduce.ops.rotate_tokens`: place (B, n), None for rows in order."""
-    table = tokens.beside.table
-    cos, sin = table(tokens.patches) if callable(table) else table
-    if not tokens.plans:
-        return cos, sin, None
+def table_at(tokens: Tokens) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Return table and place for :func:`fastreduce.ops.rotate_tokens`: place (B, n), None for rows in order."""
+    given = tokens.beside.table
+    table: tuple[Tensor, Tensor] = given(tokens.patches) if callable(given) else given
+    if len(tokens.plans) == 0:  # torch.compile knows no truth of a tuple
+        return table, None
     if tokens.beside.positions == "mean":
-        return *_mean_rows(cos, sin, tokens), None
-    return cos, sin, tokens.place
+        return _mean_rows(table[0], table[1], tokens), None
+    return table, tokens.place
 
 
 def rows_at(tokens: Tokens) -> Beside:
     """Return what the model would have given the tokens at hand: tables (B, 1 or H, n, D), of each its own rows."""
-    cos, sin, place = table_at(tokens)
+    (cos, sin), place = table_at(tokens)
     table = reference.table_rows(cos, place, 1.0), reference.table_rows(sin, place, 0.0)
     return tokens.beside._replace(table=table, call=None)
 
@@ -50,7 +50,7 @@ def _mean_rows(cos: Tensor, sin: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor
 
 def pairs_at(pair: Tensor, tokens: Tokens) -> Tensor:
     """(1 or B, H, T, T) biases on the full grid -> (1 or B, H, N, N) at hand; zero for tokens without a place."""
-    if not tokens.plans:
+    if len(tokens.plans) == 0:
         return pair
     place, prefix = tokens.place, tokens.prefix
     assert place is not None

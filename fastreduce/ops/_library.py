@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from ..backends import INTERPRETING
 
-__all__ = ["dense_rows", "differentiates_again", "gradients_again", "register", "wants_gradient"]
+__all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", "register", "wants_gradient"]
 
 _library = torch.library.Library("fastreduce", "FRAGMENT")
 # What a call may be made of to be launched directly: subclasses of tensors and symbolic sizes go to the dispatcher.
@@ -39,6 +39,7 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     dense: str = "",
+    skip: str = "",
 ) -> Callable[..., Any]:
     """Define ``fastreduce::<schema>`` and return the function that calls it.
 
@@ -51,12 +52,14 @@ def register(
         reference: the same result in PyTorch.
         fake: shapes and dtypes of the result.
         dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
+        skip: names of the arguments that are for the reference alone.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.fastreduce, name).default
     names = [argument.name for argument in overload._schema.arguments]
-    launch = _on_its_device(_launcher(triton, [names.index(one) for one in dense.split()]))
+    dense_places, skipped = ([names.index(one) for one in words.split()] for words in (dense, skip))
+    launch = _on_its_device(_launcher(triton, dense_places, sorted(skipped, reverse=True)))
 
     def on_cpu(*args: Any) -> Any:
         return launch(*args) if INTERPRETING else reference(*args)
@@ -71,6 +74,35 @@ def register(
         return launch(*args)
 
     return call
+
+
+def operator(
+    triton: str | Callable[..., Any],
+    reference: Callable[..., Any],
+    *,
+    name: str = "",
+    dense: str = "",
+    skip: str = "",
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a function that says by its signature what an operator takes, and by its result the shapes and dtypes.
+
+    The schema is the signature's: ``Tensor``, ``Tensor | None``, ``int``, ``float``, ``float | None``, ``bool``, and a
+    result of ``Tensor``, ``list[Tensor]`` or a tuple of tensors.
+
+    Args:
+        triton: the launcher, as for :func:`register`.
+        reference: the same result in PyTorch.
+        name: of the operator; the launcher's if there is none.
+        dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
+        skip: names of the arguments that are for the reference alone.
+    """
+
+    def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
+        own = name or str(triton).rpartition(".")[2]
+        schema = own + torch.library.infer_schema(fake, mutates_args=())
+        return register(schema, triton=triton, reference=reference, fake=fake, dense=dense, skip=skip)
+
+    return declare
 
 
 def _runs_here(args: tuple[Any, ...]) -> bool:
@@ -102,21 +134,24 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _launcher(place: str | Callable[..., Any], dense: Sequence[int]) -> Callable[..., Any]:
-    """Return the function that makes the arguments at the ``dense`` places so, and calls the launcher."""
-    if callable(place):
-        return place
-    module, function = place.split(".")
-    found: list[Callable[..., Any]] = []
+def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[int]) -> Callable[..., Any]:
+    """Return the function that makes the arguments at the ``dense`` places so, and calls the launcher.
+
+    Those at the places of ``skip``, in descending order, it leaves out.
+    """
+    found: list[Callable[..., Any]] = [place] if callable(place) else []
 
     def launch(*args: Any) -> Any:
         if not found:
+            module, function = str(place).split(".")
             found.append(getattr(importlib.import_module(f"..kernels.{module}", __package__), function))
         for which in dense:
             if which < len(args) and args[which] is not None:
                 rows = dense_rows(args[which])
                 if rows is not args[which]:
                     args = (*args[:which], rows, *args[which + 1 :])
+        for which in skip:
+            args = (*args[:which], *args[which + 1 :])
         return found[0](*args)
 
     return launch

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from .. import reference
 from ._check import check_floating, check_number, check_same, check_shape, shape_of
-from ._library import dense_rows, gradients_again
+from ._library import gradients_again
 
 __all__ = [
+    "NO_NORM",
+    "Norm",
     "affine_gradients",
     "again_through_norm",
     "check_norm",
-    "dense_gradients",
     "fake_norm",
     "fake_sums",
     "rows_if",
@@ -24,12 +25,21 @@ __all__ = [
 ]
 
 
-def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: Any) -> tuple[list[Tensor], float]:
-    """Raise unless weight and bias are None or (C,), and norm_eps is usable.
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight (C,), bias (C,), what is added to the variance
+NO_NORM = (None, None, None)
+
+
+def check_norm(x: Tensor, norm: Any) -> tuple[list[Tensor], Norm | None]:
+    """Raise unless norm is None, or weight and bias are None or (C,) and its eps is usable.
 
     Returns:
-        Those of weight and bias that are not None, and norm_eps as a float.
+        Those of weight and bias that are not None, and the norm with its eps as a float.
     """
+    if norm is None:
+        return [], None
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        raise TypeError(f"norm must be None or (weight, bias, eps), got {norm!r}")
+    weight, bias, eps = norm
     given = [(name, tensor) for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None]
     for name, tensor in given:
         check_shape(name, tensor, "C")
@@ -37,13 +47,15 @@ def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm_eps: 
         check_same("x", x, name, tensor)
         if shape_of(tensor) != shape_of(x)[2:]:
             raise ValueError(f"{name} must have shape {shape_of(x)[2:]}, got {shape_of(tensor)}")
-    return [tensor for _, tensor in given], check_number("norm_eps", norm_eps, low=0.0)
+    return [tensor for _, tensor in given], (weight, bias, check_number("eps of norm", eps, low=0.0))
 
 
-def fake_norm(out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what stands for rows, normed rows and their statistics."""
+def fake_norm(out: Tensor, norm_eps: float | None) -> list[Tensor]:
+    """Return what stands for rows and, if there is an eps, normed rows and their statistics."""
+    if norm_eps is None:
+        return [out]
     statistics = out.new_empty(*out.shape[:2], 2, dtype=reference.accumulator(out.dtype))
-    return out, out.new_empty(out.shape), statistics
+    return [out, out.new_empty(out.shape), statistics]
 
 
 def fake_sums(statistics: Tensor, out: Tensor, affine: bool) -> Tensor:
@@ -54,14 +66,6 @@ def fake_sums(statistics: Tensor, out: Tensor, affine: bool) -> Tensor:
 def rows_if(wanted: bool, grad: Tensor) -> Tensor:
     """Return the rows (B, N, C), or none of them (B, 0, C)."""
     return grad if wanted else grad.new_empty(grad.shape[0], 0, grad.shape[2])
-
-
-def dense_gradients(
-    grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, statistics: Tensor, weight: Tensor | None
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the operands of a norm's gradient, as the kernels take them."""
-    grad_out, weight = (None if rows is None else dense_rows(rows) for rows in (grad_out, weight))
-    return grad_out, dense_rows(grad_normed), out, statistics, weight
 
 
 def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None, norm_eps: float | None) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_same, check_shape, shape_of
-from ._library import register
+from ._library import operator
 
 __all__ = ["cluster_dpc_knn", "cluster_dpc_knn_groups"]
 
@@ -18,20 +18,12 @@ def _reference(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple
     return centers, label, *reference.group_slots(label, k)
 
 
-def _fake(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@operator("cluster_dpc_knn.cluster_dpc_knn", _reference, dense="x")
+def _cluster(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, _ = x.shape
     centers, label = x.new_empty(batch, k, dtype=torch.int64), x.new_empty(batch, tokens, dtype=torch.int64)
     order, offsets = x.new_empty(batch, tokens, dtype=torch.int32), x.new_empty(batch, k + 1, dtype=torch.int32)
     return centers, label, order, offsets
-
-
-_cluster = register(
-    "cluster_dpc_knn(Tensor x, SymInt k, int neighbors, Tensor? noise) -> (Tensor, Tensor, Tensor, Tensor)",
-    triton="cluster_dpc_knn.cluster_dpc_knn",
-    dense="x",
-    reference=_reference,
-    fake=_fake,
-)
 
 
 def cluster_dpc_knn_groups_unchecked(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 from ._norm import (
+    NO_NORM,
+    Norm,
     affine_gradients,
     again_through_norm,
     check_norm,
-    dense_gradients,
     fake_norm,
     fake_sums,
     rows_if,
@@ -24,47 +25,7 @@ from ._norm import (
 )
 from .gather_tokens import check_residual
 
-__all__ = ["fuse_tokens", "fuse_tokens_norm"]
-
-
-def _fake_forward(
-    x: Tensor,
-    order: Tensor,
-    scores: Tensor,
-    k: int,
-    prefix: int,
-    residual: Tensor | None,
-    residual_bias: Tensor | None,
-) -> Tensor:
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(x.shape[0], prefix + k + 1, x.shape[2], dtype=dtype)
-
-
-def _fake_backward(
-    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), scores.new_empty(scores.shape)
-
-
-def _triton_norm_backward(
-    grad_out: Tensor | None,
-    grad_normed: Tensor,
-    out: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    affine: bool,
-    rows: bool,
-    x: Tensor,
-    order: Tensor,
-    scores: Tensor,
-    prefix: int,
-    residual_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels import fuse_tokens as kernels
-
-    norm = *dense_gradients(grad_out, grad_normed, out, statistics, weight), affine
-    residual_bias = None if residual_bias is None else dense_rows(residual_bias)
-    return kernels.fuse_tokens_norm_backward(*norm, rows, dense_rows(x), order, scores, prefix, residual_bias)
+__all__ = ["fuse_tokens"]
 
 
 def _reference_norm_backward(
@@ -87,7 +48,40 @@ def _reference_norm_backward(
     return *spread, rows_if(rows, grad), sums
 
 
-def _fake_norm_backward(
+@operator(
+    "fuse_tokens.fuse_tokens",
+    lambda *arguments: reference.with_norm(reference.fuse_tokens(*arguments[:7]), *(arguments[7:] or NO_NORM)),
+    dense="x residual residual_bias weight bias",
+)
+def _forward(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    prefix: int,
+    residual: Tensor | None,
+    residual_bias: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> list[Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return fake_norm(x.new_empty(x.shape[0], prefix + k + 1, x.shape[2], dtype=dtype), norm_eps)
+
+
+@operator("fuse_tokens.fuse_tokens_backward", reference.fuse_tokens_backward, dense="grad x residual_bias")
+def _backward(
+    grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scores.new_empty(scores.shape)
+
+
+@operator(
+    "fuse_tokens.fuse_tokens_norm_backward",
+    _reference_norm_backward,
+    dense="grad_out grad_normed weight x residual_bias",
+)
+def _norm_backward(
     grad_out: Tensor | None,
     grad_normed: Tensor,
     out: Tensor,
@@ -98,48 +92,18 @@ def _fake_norm_backward(
     x: Tensor,
     order: Tensor,
     scores: Tensor,
-    *others: Any,
+    prefix: int,
+    residual_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spread = x.new_empty(x.shape), scores.new_empty(scores.shape)
     return *spread, rows_if(rows, out.new_empty(out.shape)), fake_sums(statistics, out, affine)
 
 
-_forward = register(
-    "fuse_tokens(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual, Tensor? residual_bias)"
-    " -> Tensor",
-    triton="fuse_tokens.fuse_tokens",
-    dense="x residual residual_bias",
-    reference=reference.fuse_tokens,
-    fake=_fake_forward,
-)
-_forward_norm = register(
-    "fuse_tokens_norm(Tensor x, Tensor order, Tensor scores, SymInt k, int prefix, Tensor? residual,"
-    " Tensor? residual_bias, Tensor? weight, Tensor? bias, float norm_eps) -> (Tensor, Tensor, Tensor)",
-    triton="fuse_tokens.fuse_tokens_norm",
-    dense="x residual residual_bias weight bias",
-    reference=lambda *arguments: reference.with_norm(reference.fuse_tokens(*arguments[:7]), *arguments[7:]),
-    fake=lambda *arguments: fake_norm(_fake_forward(*arguments[:7])),
-)
-_backward = register(
-    "fuse_tokens_backward(Tensor grad, Tensor x, Tensor order, Tensor scores, SymInt k, int prefix,"
-    " Tensor? residual_bias) -> (Tensor, Tensor)",
-    triton="fuse_tokens.fuse_tokens_backward",
-    dense="grad x residual_bias",
-    reference=reference.fuse_tokens_backward,
-    fake=_fake_backward,
-)
-_norm_backward = register(
-    "fuse_tokens_norm_backward(Tensor? grad_out, Tensor grad_normed, Tensor out, Tensor statistics, Tensor? weight,"
-    " bool affine, bool rows, Tensor x, Tensor order, Tensor scores, int prefix, Tensor? residual_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    triton=_triton_norm_backward,
-    reference=_reference_norm_backward,
-    fake=_fake_norm_backward,
-)
-
-
 class FuseTokens(torch.autograd.Function):
-    """Gradient: a kept row takes its own, every other row its score's share of the fused row's gradient."""
+    """Gradient: a kept row takes its own, every other row its score's share of the fused row's gradient.
+
+    With a norm the rows' gradient is their own and what the norm adds to it: one launch for both.
+    """
 
     @staticmethod
     def forward(
@@ -151,50 +115,27 @@ class FuseTokens(torch.autograd.Function):
         prefix: int,
         residual: Tensor | None,
         residual_bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, order, scores, residual_bias)
-        ctx.k, ctx.prefix = k, prefix
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        return _forward(x, order, scores, k, prefix, residual, residual_bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grads[0], *ctx.saved_tensors)
-
-
-class FuseTokensNorm(torch.autograd.Function):
-    """As FuseTokens, where the rows' gradient is their own and what the norm adds to it: one launch for both."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        order: Tensor,
-        scores: Tensor,
-        k: int,
-        prefix: int,
-        residual: Tensor | None,
-        residual_bias: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        norm_eps: float,
-    ) -> tuple[Tensor, Tensor]:
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm_eps: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         arguments = x, order, scores, k, prefix, residual, residual_bias
-        out, normed, statistics = _forward_norm(*arguments, weight, bias, norm_eps)
-        ctx.save_for_backward(x, order, scores, residual_bias, out, statistics, weight)
+        out, *extra = _forward(*arguments, weight, bias, norm_eps)
+        kept = (out, extra[1], weight) if extra else ()
+        ctx.save_for_backward(x, order, scores, residual_bias, *kept)
         save_norm(ctx, 7, weight, bias, norm_eps)
         ctx.k, ctx.prefix = k, prefix
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return out, normed
+        return (out, extra[0]) if extra else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_out, grad_normed = grads
+        x, order, scores, residual_bias, *saved = ctx.saved_tensors
+        grad_out, grad_normed = grads if saved else (grads[0], None)
         if grad_normed is None:
             if grad_out is None:
                 return (None,) * 10
-            return *_gradients(ctx, grad_out, *ctx.saved_tensors[:4]), None, None, None
-        x, order, scores, residual_bias, *saved = ctx.saved_tensors
+            return *_gradients(ctx, grad_out, x, order, scores, residual_bias), None, None, None
         if differentiates_again():
             grad, *affine = again_through_norm(ctx, grad_out, grad_normed, saved[0], saved[2])
             return *_gradients(ctx, grad, x, order, scores, residual_bias), *affine, None
@@ -281,39 +222,22 @@ def fuse_tokens_unchecked(
     prefix: int = 1,
     residual: Tensor | None = None,
     residual_bias: Tensor | None = None,
+    norm: Norm | None = None,
     backend: Resolved,
-) -> Tensor:
+) -> Any:
     """:func:`fuse_tokens` without checks, by the backend named."""
     arguments = x, order, scores, k, prefix, residual, residual_bias
     if backend == "reference":
-        return reference.fuse_tokens(*arguments)
-    return FuseTokens.apply(*arguments) if wants_gradient(x, scores, residual, residual_bias) else _forward(*arguments)
-
-
-def fuse_tokens_norm_unchecked(
-    x: Tensor,
-    order: Tensor,
-    scores: Tensor,
-    k: int,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    prefix: int = 1,
-    residual: Tensor | None = None,
-    residual_bias: Tensor | None = None,
-    backend: Resolved,
-) -> tuple[Tensor, Tensor]:
-    """:func:`fuse_tokens_norm` without checks, by the backend named."""
-    arguments = x, order, scores, k, prefix, residual, residual_bias
-    if backend == "reference":
         out = reference.fuse_tokens(*arguments)
-        return out, reference.layer_norm(out, weight, bias, norm_eps)
+        return out if norm is None else (out, reference.layer_norm(out, *norm))
+    weight, bias, eps = norm or NO_NORM
     if wants_gradient(x, scores, residual, residual_bias, weight, bias):
-        return FuseTokensNorm.apply(*arguments, weight, bias, norm_eps)
-    return _forward_norm(*arguments, weight, bias, norm_eps)[:2]
+        return FuseTokens.apply(*arguments, weight, bias, eps)
+    found = _forward(*arguments, weight, bias, eps)
+    return found[0] if norm is None else (found[0], found[1])
 
 
+@overload
 def fuse_tokens(
     x: Tensor,
     order: Tensor,
@@ -323,8 +247,34 @@ def fuse_tokens(
     prefix: int = 1,
     residual: Tensor | None = None,
     residual_bias: Tensor | None = None,
+    norm: None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def fuse_tokens(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    norm: Norm,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def fuse_tokens(
+    x: Tensor,
+    order: Tensor,
+    scores: Tensor,
+    k: int,
+    *,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    norm: Norm | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Keep the prefix and the k best patch tokens, sum up all the others with their scores (EViT, section 3).
 
     Equivalent PyTorch::
@@ -334,7 +284,8 @@ def fuse_tokens(
         weights = scores.gather(1, rest).unsqueeze(1)  # raw: they do not sum to one
         fused = weights @ patches.gather(1, rest.unsqueeze(-1).expand(-1, -1, C))
         kept = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, C))
-        torch.cat([x[:, :prefix], kept, fused], dim=1) + residual
+        out = torch.cat([x[:, :prefix], kept, fused], dim=1) + residual
+        normed = F.layer_norm(out, (C,), *norm)
 
     Args:
         x: (B, N, C) tokens, the first ``prefix`` of them are always kept. float32, float16, bfloat16 (reference: any).
@@ -346,67 +297,23 @@ def fuse_tokens(
         residual: (B, prefix + k + 1, C) to be added, or None.
         residual_bias: (C,) a part that every row of the residual has once, or None. The fused row stands for rows that
             each had it, so it gets it ``weights.sum() - 1`` times more.
+        norm: the layer normalisation that follows, in the same pass over memory, or None: weight (C,) and bias (C,) of
+            any floating dtype, each None for ones or zeros, and what is added to the variance.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        (B, prefix + k + 1, C), in x's dtype or, with a residual, the promoted one; the fused row is the last one and
-        its sum is float32. Differentiable in x, scores, residual and residual_bias.
+        out (B, prefix + k + 1, C), in x's dtype or, with a residual, the promoted one; the fused row is the last one
+        and its sum is float32. With a norm a pair, out and normed (B, prefix + k + 1, C) in the same dtype: the
+        statistics are float32, of out as it is stored. Differentiable in x, scores, residual, residual_bias, weight
+        and bias.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, a k outside 0 .. P.
-        TypeError: x or scores not floating point, order not an integer tensor.
+        ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, a k outside 0 .. P, an eps that is
+            negative or not finite.
+        TypeError: x, scores, weight or bias not floating point, order not an integer tensor, a norm that is no such
+            triple.
     """
     tensors, k, prefix = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
-    options: dict[str, Any] = {"prefix": prefix, "residual": residual, "residual_bias": residual_bias}
-    return fuse_tokens_unchecked(x, order, scores, k, **options, backend=resolve(backend, *tensors))
-
-
-def fuse_tokens_norm(
-    x: Tensor,
-    order: Tensor,
-    scores: Tensor,
-    k: int,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    prefix: int = 1,
-    residual: Tensor | None = None,
-    residual_bias: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`fuse_tokens`, with its arguments, and the layer normalisation that follows it, in one pass over memory.
-
-    Equivalent PyTorch::
-
-        out = fuse_tokens(x, order, scores, k, prefix=prefix, residual=residual, residual_bias=residual_bias)
-        out, F.layer_norm(out, (C,), weight, bias, norm_eps)
-
-    Args:
-        x: (B, N, C) tokens.
-        order: (B, P) a permutation of the patch tokens, best first.
-        scores: (B, P) the weight of every patch token.
-        k: how many patch tokens to keep.
-        weight: (C,) what the normalised rows are multiplied with, of any floating dtype, or None for ones.
-        bias: (C,) what is added to them, of any floating dtype, or None for zeros.
-        norm_eps: added to the variance.
-        prefix: number of leading tokens that are never reduced.
-        residual: (B, prefix + k + 1, C) to be added, or None.
-        residual_bias: (C,) a part that every row of the residual has once, or None.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
-
-    Returns:
-        out (B, prefix + k + 1, C) and normed (B, prefix + k + 1, C), both in the dtype of :func:`fuse_tokens`; the
-        statistics are float32 and those of out as it is stored. Differentiable in x, scores, residual, residual_bias,
-        weight and bias.
-
-    Raises:
-        ValueError: as in :func:`fuse_tokens`; weight or bias of another shape, norm_eps negative or not finite.
-        TypeError: as in :func:`fuse_tokens`; weight or bias not floating point, norm_eps not a number.
-    """
-    tensors, k, prefix = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
-    affine, norm_eps = check_norm(x, weight, bias, norm_eps)
-    options: dict[str, Any] = {"prefix": prefix, "residual": residual, "residual_bias": residual_bias}
-    norm: dict[str, Any] = {"weight": weight, "bias": bias, "norm_eps": norm_eps}
-    chosen = resolve(backend, *tensors, *affine)
-    return fuse_tokens_norm_unchecked(x, order, scores, k, **norm, **options, backend=chosen)
+    affine, norm = check_norm(x, norm)
+    options: dict[str, Any] = {"prefix": prefix, "residual": residual, "residual_bias": residual_bias, "norm": norm}
+    return fuse_tokens_unchecked(x, order, scores, k, **options, backend=resolve(backend, *tensors, *affine))

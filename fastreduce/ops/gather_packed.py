@@ -20,7 +20,7 @@ from ._check import (
     check_shape,
     shape_of,
 )
-from ._library import differentiates_again, register, wants_gradient
+from ._library import differentiates_again, operator, wants_gradient
 
 __all__ = ["check_offsets", "gather_packed", "token_offsets", "unpack_tokens"]
 
@@ -43,16 +43,9 @@ def _check_packed(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have shape (1, T, C), got {shape_of(tensor)}")
 
 
-def _fake_offsets(valid: Tensor) -> Tensor:
+@operator("gather_packed.token_offsets", reference.token_offsets)
+def _offsets(valid: Tensor) -> Tensor:
     return valid.new_empty(valid.shape[0] + 1, dtype=torch.int32)
-
-
-_offsets = register(
-    "token_offsets(Tensor valid) -> Tensor",
-    triton="gather_packed.token_offsets",
-    reference=reference.token_offsets,
-    fake=_fake_offsets,
-)
 
 
 def token_offsets_unchecked(valid: Tensor, *, backend: Resolved) -> Tensor:
@@ -83,35 +76,17 @@ def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
     return token_offsets_unchecked(valid, backend=resolve(backend, valid))
 
 
-def _fake_gather(
+@operator("gather_packed.gather_packed", reference.gather_packed, dense="x residual")
+def _gather(
     x: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_out: int, residual: Tensor | None
 ) -> Tensor:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(1, num_out, x.shape[2], dtype=dtype)
 
 
-def _fake_gather_backward(
-    grad: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_in: int
-) -> Tensor:
+@operator("gather_packed.gather_packed_backward", reference.gather_packed_backward, dense="grad")
+def _gather_backward(grad: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_in: int) -> Tensor:
     return grad.new_empty(1, num_in, grad.shape[2])
-
-
-_gather = register(
-    "gather_packed(Tensor x, Tensor index, Tensor source, Tensor target, int prefix, SymInt num_out, Tensor? residual)"
-    " -> Tensor",
-    triton="gather_packed.gather_packed",
-    dense="x residual",
-    reference=reference.gather_packed,
-    fake=_fake_gather,
-)
-_gather_backward = register(
-    "gather_packed_backward(Tensor grad, Tensor index, Tensor source, Tensor target, int prefix, SymInt num_in)"
-    " -> Tensor",
-    triton="gather_packed.gather_packed_backward",
-    dense="grad",
-    reference=reference.gather_packed_backward,
-    fake=_fake_gather_backward,
-)
 
 
 class GatherPacked(torch.autograd.Function):
@@ -191,7 +166,7 @@ def gather_packed(
             (:func:`token_offsets`); both from 0. Values are not checked.
         num_out: rows of the result, at least ``offsets[1][B]``. On a device whose numbers the host does not wait for,
             ``B * (prefix + K)`` is always enough.
-        prefix: number of leading tokens of every image that are never reduced (class, distillation, registers).
+        prefix: number of leading tokens of every image that are never reduced (class, distillation, operators).
         residual: (1, num_out, C) to be added, or None.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
@@ -227,28 +202,14 @@ def gather_packed(
     return gather_packed_unchecked(x, index, (source, target), **options, backend=chosen)
 
 
-def _fake_unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
+@operator("gather_packed.unpack_tokens", reference.unpack_tokens, dense="x")
+def _unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, longest, x.shape[2])
 
 
-def _fake_unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
+@operator("gather_packed.unpack_tokens_backward", reference.unpack_tokens_backward, dense="grad")
+def _unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
     return grad.new_empty(1, num_in, grad.shape[2])
-
-
-_unpack = register(
-    "unpack_tokens(Tensor x, Tensor offsets, SymInt longest) -> Tensor",
-    triton="gather_packed.unpack_tokens",
-    dense="x",
-    reference=reference.unpack_tokens,
-    fake=_fake_unpack,
-)
-_unpack_backward = register(
-    "unpack_tokens_backward(Tensor grad, Tensor offsets, SymInt num_in) -> Tensor",
-    triton="gather_packed.unpack_tokens_backward",
-    dense="grad",
-    reference=reference.unpack_tokens_backward,
-    fake=_fake_unpack_backward,
-)
 
 
 class UnpackTokens(torch.autograd.Function):

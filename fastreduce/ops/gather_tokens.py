@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -10,12 +10,13 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_index, check_same, check_shape, shape_of
-from ._library import dense_rows, differentiates_again, register, wants_gradient
+from ._library import differentiates_again, operator, wants_gradient
 from ._norm import (
+    NO_NORM,
+    Norm,
     affine_gradients,
     again_through_norm,
     check_norm,
-    dense_gradients,
     fake_norm,
     fake_sums,
     rows_if,
@@ -23,26 +24,13 @@ from ._norm import (
     wants_affine,
 )
 
-__all__ = ["gather_tokens", "gather_tokens_norm"]
-
-
-def _reference_norm(
-    x: Tensor,
-    index: Tensor,
-    prefix: int,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.with_norm(reference.gather_tokens(x, index, prefix, residual), weight, bias, norm_eps)
+__all__ = ["gather_tokens"]
 
 
 def _triton_backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
     from ..kernels import merge_tokens as kernels
 
-    rows = reference.with_prefix(index, prefix)
-    return kernels.sum_slots(dense_rows(grad), rows, num_in)
+    return kernels.sum_slots(grad, reference.with_prefix(index, prefix), num_in)
 
 
 def _triton_norm_backward(
@@ -58,11 +46,10 @@ def _triton_norm_backward(
     num_in: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import gather_tokens as kernels
-    from ..kernels import merge_tokens as grouping
+    from ..kernels import slots
 
-    norm = *dense_gradients(grad_out, grad_normed, out, statistics, weight), affine
-    groups = grouping.group_slots(reference.with_prefix(index, prefix), num_in)
-    return kernels.gather_tokens_norm_backward(*norm, rows, *groups)
+    groups = slots.group_slots(reference.with_prefix(index, prefix), num_in)
+    return kernels.gather_tokens_norm_backward(grad_out, grad_normed, out, statistics, weight, affine, rows, *groups)
 
 
 def _reference_norm_backward(
@@ -82,16 +69,38 @@ def _reference_norm_backward(
     return grad_x, rows_if(rows, grad), sums
 
 
-def _fake_forward(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> Tensor:
+@operator(
+    "gather_tokens.gather_tokens",
+    lambda x, index, prefix, residual, *norm: reference.with_norm(
+        reference.gather_tokens(x, index, prefix, residual), *(norm or NO_NORM)
+    ),
+    dense="x residual weight bias",
+)
+def _forward(
+    x: Tensor,
+    index: Tensor,
+    prefix: int,
+    residual: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> list[Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(x.shape[0], prefix + index.shape[1], x.shape[2], dtype=dtype)
+    return fake_norm(x.new_empty(x.shape[0], prefix + index.shape[1], x.shape[2], dtype=dtype), norm_eps)
 
 
-def _fake_backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
+@operator(_triton_backward, reference.scatter_tokens, name="gather_tokens_backward", dense="grad")
+def _backward(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
     return grad.new_empty(grad.shape[0], num_in, grad.shape[2])
 
 
-def _fake_norm_backward(
+@operator(
+    _triton_norm_backward,
+    _reference_norm_backward,
+    name="gather_tokens_norm_backward",
+    dense="grad_out grad_normed weight",
+)
+def _norm_backward(
     grad_out: Tensor | None,
     grad_normed: Tensor,
     out: Tensor,
@@ -104,56 +113,15 @@ def _fake_norm_backward(
     num_in: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = out.new_empty(out.shape)
-    return _fake_backward(out, index, prefix, num_in), rows_if(rows, grad), fake_sums(statistics, out, affine)
-
-
-_forward = register(
-    "gather_tokens(Tensor x, Tensor index, int prefix, Tensor? residual) -> Tensor",
-    triton="gather_tokens.gather_tokens",
-    dense="x residual",
-    reference=reference.gather_tokens,
-    fake=_fake_forward,
-)
-_forward_norm = register(
-    "gather_tokens_norm(Tensor x, Tensor index, int prefix, Tensor? residual, Tensor? weight, Tensor? bias,"
-    " float norm_eps) -> (Tensor, Tensor, Tensor)",
-    triton="gather_tokens.gather_tokens_norm",
-    dense="x residual weight bias",
-    reference=_reference_norm,
-    fake=lambda x, index, prefix, residual, *norm: fake_norm(_fake_forward(x, index, prefix, residual)),
-)
-_backward = register(
-    "gather_tokens_backward(Tensor grad, Tensor index, int prefix, SymInt num_in) -> Tensor",
-    triton=_triton_backward,
-    reference=reference.scatter_tokens,
-    fake=_fake_backward,
-)
-_norm_backward = register(
-    "gather_tokens_norm_backward(Tensor? grad_out, Tensor grad_normed, Tensor out, Tensor statistics, Tensor? weight,"
-    " bool affine, bool rows, Tensor index, int prefix, SymInt num_in) -> (Tensor, Tensor, Tensor)",
-    triton=_triton_norm_backward,
-    reference=_reference_norm_backward,
-    fake=_fake_norm_backward,
-)
+    grad_x = out.new_empty(out.shape[0], num_in, out.shape[2])
+    return grad_x, rows_if(rows, grad), fake_sums(statistics, out, affine)
 
 
 class GatherTokens(torch.autograd.Function):
-    """Gradient: the rows go back where they came from; the residual's gradient is the output's."""
+    """Gradient: the rows go back where they came from; the residual's gradient is the output's.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.prefix, ctx.num_in, ctx.x_dtype = prefix, x.shape[1], x.dtype
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        return _forward(x, index, prefix, residual)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-        return _gradients(ctx, grads[0], *ctx.saved_tensors)
-
-
-class GatherTokensNorm(torch.autograd.Function):
-    """As GatherTokens, where the rows' gradient is their own and what the norm adds to it: one launch for both."""
+    With a norm the rows' gradient is their own and what the norm adds to it: one launch for both.
+    """
 
     @staticmethod
     def forward(
@@ -162,21 +130,21 @@ class GatherTokensNorm(torch.autograd.Function):
         index: Tensor,
         prefix: int,
         residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        norm_eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        out, normed, statistics = _forward_norm(x, index, prefix, residual, weight, bias, norm_eps)
-        ctx.save_for_backward(index, out, statistics, weight)
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        norm_eps: float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        out, *extra = _forward(x, index, prefix, residual, weight, bias, norm_eps)
+        ctx.save_for_backward(index, *((out, extra[1], weight) if extra else ()))
         save_norm(ctx, 4, weight, bias, norm_eps)
         ctx.prefix, ctx.num_in, ctx.x_dtype = prefix, x.shape[1], x.dtype
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return out, normed
+        return (out, extra[0]) if extra else out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         index, *saved = ctx.saved_tensors
-        grad_out, grad_normed = grads
+        grad_out, grad_normed = grads if saved else (grads[0], None)
         if grad_normed is None:
             if grad_out is None:
                 return (None,) * 7
@@ -231,45 +199,61 @@ def check_residual(x: Tensor, residual: Tensor, rows: int) -> None:
 
 
 def gather_tokens_unchecked(
-    x: Tensor, index: Tensor, *, prefix: int = 1, residual: Tensor | None = None, backend: Resolved
-) -> Tensor:
-    """:func:`gather_tokens` without checks, by the backend named."""
-    if backend == "reference":
-        return reference.gather_tokens(x, index, prefix, residual)
-    if wants_gradient(x, residual):
-        return GatherTokens.apply(x, index, prefix, residual)
-    return _forward(x, index, prefix, residual)
-
-
-def gather_tokens_norm_unchecked(
     x: Tensor,
     index: Tensor,
     *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_eps: float = 1e-6,
     prefix: int = 1,
     residual: Tensor | None = None,
+    norm: Norm | None = None,
     backend: Resolved,
-) -> tuple[Tensor, Tensor]:
-    """:func:`gather_tokens_norm` without checks, by the backend named."""
+) -> Any:
+    """:func:`gather_tokens` without checks, by the backend named."""
     if backend == "reference":
         out = reference.gather_tokens(x, index, prefix, residual)
-        return out, reference.layer_norm(out, weight, bias, norm_eps)
-    if wants_gradient(x, residual, weight, bias):
-        return GatherTokensNorm.apply(x, index, prefix, residual, weight, bias, norm_eps)
-    return _forward_norm(x, index, prefix, residual, weight, bias, norm_eps)[:2]
+        return out if norm is None else (out, reference.layer_norm(out, *norm))
+    arguments = x, index, prefix, residual, *(norm or NO_NORM)
+    if wants_gradient(x, residual, *arguments[4:6]):
+        return GatherTokens.apply(*arguments)
+    found = _forward(*arguments)
+    return found[0] if norm is None else (found[0], found[1])
 
 
+@overload
 def gather_tokens(
-    x: Tensor, index: Tensor, *, prefix: int = 1, residual: Tensor | None = None, backend: str | None = None
-) -> Tensor:
+    x: Tensor,
+    index: Tensor,
+    *,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    norm: None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def gather_tokens(
+    x: Tensor,
+    index: Tensor,
+    *,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    norm: Norm,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def gather_tokens(
+    x: Tensor,
+    index: Tensor,
+    *,
+    prefix: int = 1,
+    residual: Tensor | None = None,
+    norm: Norm | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Keep the prefix and the chosen patch tokens, in the order of ``index``, and add a residual to them.
 
     Equivalent PyTorch::
 
         rows = torch.cat([torch.arange(prefix).expand(B, prefix), index + prefix], dim=1)
-        x.gather(1, rows.unsqueeze(-1).expand(-1, -1, C)) + residual
+        out = x.gather(1, rows.unsqueeze(-1).expand(-1, -1, C)) + residual
+        normed = F.layer_norm(out, (C,), *norm)
 
     Args:
         x: (B, N, C) tokens, the first ``prefix`` of them are always kept. float32, float16, bfloat16 (reference: any).
@@ -277,64 +261,20 @@ def gather_tokens(
             An index may occur twice; its gradients add up.
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         residual: (B, prefix + K, C) to be added, or None.
+        norm: the layer normalisation that follows, in the same pass over memory, or None: weight (C,) and bias (C,) of
+            any floating dtype, each None for ones or zeros, and what is added to the variance.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        (B, prefix + K, C), in x's dtype or, with a residual, the promoted one. Differentiable in x and residual.
+        out (B, prefix + K, C), in x's dtype or, with a residual, the promoted one. With a norm a pair, out and normed
+        (B, prefix + K, C) in the same dtype: the statistics are float32, of out as it is stored. Differentiable in x,
+        residual, weight and bias.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N.
-        TypeError: x not floating point, index not an integer tensor.
+        ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, an eps that is negative or not finite.
+        TypeError: x, weight or bias not floating point, index not an integer tensor, a norm that is no such triple.
     """
     prefix = _check_arguments(x, index, prefix, residual)
-    chosen = resolve(backend, x, *(() if residual is None else (residual,)))
-    return gather_tokens_unchecked(x, index, prefix=prefix, residual=residual, backend=chosen)
-
-
-def gather_tokens_norm(
-    x: Tensor,
-    index: Tensor,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    prefix: int = 1,
-    residual: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`gather_tokens`, with its arguments, and the layer normalisation that follows it, in one pass over memory.
-
-    Equivalent PyTorch::
-
-        out = gather_tokens(x, index, prefix=prefix, residual=residual)
-        out, F.layer_norm(out, (C,), weight, bias, norm_eps)
-
-    Args:
-        x: (B, N, C) tokens.
-        index: (B, K) positions among the patch tokens.
-        weight: (C,) what the normalised rows are multiplied with, of any floating dtype, or None for ones.
-        bias: (C,) what is added to them, of any floating dtype, or None for zeros.
-        norm_eps: added to the variance.
-        prefix: number of leading tokens that are never reduced.
-        residual: (B, prefix + K, C) to be added, or None.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
-
-    Returns:
-        out (B, prefix + K, C) and normed (B, prefix + K, C), both in the dtype of :func:`gather_tokens`; the statistics
-        are float32 and those of out as it is stored. Differentiable in x, residual, weight and bias.
-
-    Raises:
-        ValueError: as in :func:`gather_tokens`; weight or bias of another shape, norm_eps negative or not finite.
-        TypeError: as in :func:`gather_tokens`; weight or bias not floating point, norm_eps not a number.
-    """
-    prefix = _check_arguments(x, index, prefix, residual)
-    affine, norm_eps = check_norm(x, weight, bias, norm_eps)
+    affine, norm = check_norm(x, norm)
     chosen = resolve(backend, x, *(() if residual is None else (residual,)), *affine)
-    options: dict[str, Any] = {
-        "weight": weight,
-        "bias": bias,
-        "norm_eps": norm_eps,
-        "prefix": prefix,
-        "residual": residual,
-    }
-    return gather_tokens_norm_unchecked(x, index, **options, backend=chosen)
+    return gather_tokens_unchecked(x, index, prefix=prefix, residual=residual, norm=norm, backend=chosen)

@@ -11,39 +11,24 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_floating, check_same, check_shape, shape_of
-from ._library import differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 from .gather_packed import check_offsets
 
 __all__ = ["linear_packed"]
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+@operator("linear_packed.linear_packed", reference.linear_packed, dense="x weight")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     return x.new_empty(1, x.shape[1], weight.shape[0])
 
 
-def _fake_backward(
+@operator("linear_packed.linear_packed_backward", reference.linear_packed_backward, dense="grad x weight")
+def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = x.shape, weight.shape, weight.shape[:1]
     grad_x, grad_weight, grad_bias = (shape if asked else (0,) for shape, asked in zip(shapes, wanted, strict=True))
     return x.new_empty(grad_x), weight.new_empty(grad_weight), weight.new_empty(grad_bias)
-
-
-_forward = register(
-    "linear_packed(Tensor x, Tensor weight, Tensor? bias, Tensor offsets) -> Tensor",
-    triton="linear_packed.linear_packed",
-    dense="x weight",
-    reference=reference.linear_packed,
-    fake=_fake_forward,
-)
-_backward = register(
-    "linear_packed_backward(Tensor grad, Tensor x, Tensor weight, Tensor offsets, bool[3] wanted)"
-    " -> (Tensor, Tensor, Tensor)",
-    triton="linear_packed.linear_packed_backward",
-    dense="grad x weight",
-    reference=reference.linear_packed_backward,
-    fake=_fake_backward,
-)
 
 
 class LinearPacked(torch.autograd.Function):

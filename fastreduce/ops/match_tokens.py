@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_shape, shape_of
-from ._library import register
+from ._library import operator
 
 __all__ = ["match_tokens", "match_tokens_groups"]
 
@@ -18,19 +18,11 @@ def _reference(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Ten
     return slot, *reference.group_slots(slot, metric.shape[-2] - r)
 
 
-def _fake(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+@operator("match_tokens.match_tokens", _reference, dense="metric")
+def _match(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens = metric.shape[0], metric.shape[-2]
     order, offsets = (metric.new_empty(batch, count, dtype=torch.int32) for count in (tokens, tokens - r + 1))
     return metric.new_empty(batch, tokens, dtype=torch.int64), order, offsets
-
-
-_match = register(
-    "match_tokens(Tensor metric, SymInt r, int prefix) -> (Tensor, Tensor, Tensor)",
-    triton="match_tokens.match_tokens",
-    dense="metric",
-    reference=_reference,
-    fake=_fake,
-)
 
 
 def match_tokens_groups_unchecked(
@@ -74,7 +66,7 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
             bytes, have more than 128 channels in half precision, or are of more than 16 heads in float32, it is formed
             before. float32, float16, bfloat16 (reference: any). Products are summed in float32.
         r: number of tokens to merge, 0 .. (N - prefix) // 2.
-        prefix: number of leading tokens that are never reduced (class, distillation, registers).
+        prefix: number of leading tokens that are never reduced (class, distillation, operators).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:

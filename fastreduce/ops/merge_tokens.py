@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -13,19 +13,19 @@ from ..backends import Resolved, resolve
 from ._check import (
     check_count,
     check_floating,
-    check_index,
     check_number,
     check_pair,
     check_same,
     check_shape,
     shape_of,
 )
-from ._library import dense_rows, differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 from ._norm import (
+    NO_NORM,
+    Norm,
     affine_gradients,
     again_through_norm,
     check_norm,
-    dense_gradients,
     fake_norm,
     fake_sums,
     rows_if,
@@ -33,24 +33,9 @@ from ._norm import (
     wants_affine,
 )
 from .gather_tokens import check_residual
+from .slots import check_groups, check_slot, grouped
 
-__all__ = ["group_slots", "merge_tokens", "merge_tokens_norm", "prepare_merge", "unmerge_tokens"]
-
-
-def _triton_merge(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import merge_tokens as kernels
-
-    residual, head = (None if rows is None else dense_rows(rows) for rows in (residual, head))
-    return kernels.merge_tokens(dense_rows(x), order, offsets, size, residual, eps, head)
+__all__ = ["merge_tokens", "unmerge_tokens"]
 
 
 def _reference_merge(
@@ -62,135 +47,19 @@ def _reference_merge(
     residual: Tensor | None,
     eps: float,
     head: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return reference.merge_tokens(x, slot, offsets.shape[1] - 1, size, residual, eps, head)
-
-
-def _triton_merge_learned(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ..kernels import merge_tokens as kernels
-
-    residual, head = (None if rows is None else dense_rows(rows) for rows in (residual, head))
-    return kernels.merge_tokens_learned(dense_rows(x), order, offsets, dense_rows(weight), bias, residual, eps, head)
-
-
-def _reference_merge_learned(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = reference.learned_sizes(x, weight, bias, slot, offsets.shape[1] - 1)
-    return *_reference_merge(x, slot, order, offsets, size, residual, eps, head), size
-
-
-def _triton_merge_norm(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-    log_weight: Tensor | None,
-    log_bias: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels import merge_tokens as kernels
-
-    given = residual, head, log_weight, weight, bias
-    residual, head, log_weight, weight, bias = (None if rows is None else dense_rows(rows) for rows in given)
-    log_size, norm = (log_weight, log_bias), (weight, bias, norm_eps)
-    return kernels.merge_tokens_norm(dense_rows(x), order, offsets, size, residual, eps, head, log_size, norm)
-
-
-def _reference_merge_norm(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-    log_weight: Tensor | None,
-    log_bias: Tensor | None,
-    *norm: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    learned = x.new_empty(x.shape[0], 0, dtype=reference.accumulator(x.dtype))
+    log_weight: Tensor | None = None,
+    log_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> list[Tensor]:
+    num_out, learned = offsets.shape[1] - 1, []
     if log_weight is not None and log_bias is not None:
-        size = learned = reference.learned_sizes(x, log_weight, log_bias, slot, offsets.shape[1] - 1)
-    merged, total = _reference_merge(x, slot, order, offsets, size, residual, eps, head)
-    merged, normed, statistics = reference.with_norm(merged, *norm)
-    return merged, total, learned, normed, statistics
-
-
-def _triton_merge_backward(
-    grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, total: Tensor, eps: float
-) -> Tensor:
-    from ..kernels import merge_tokens as kernels
-
-    return kernels.spread_slots(dense_rows(grad), order, offsets, size, total, eps)
-
-
-def _triton_merge_size_backward(
-    grad: Tensor,
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    size: Tensor,
-    total: Tensor,
-    eps: float,
-    weight: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    from ..kernels import merge_tokens as kernels
-
-    weight = None if weight is None else dense_rows(weight)
-    rows = dense_rows(grad), dense_rows(x)
-    return kernels.merge_tokens_size_backward(*rows, order, offsets, size, total, eps, weight)
-
-
-def _triton_norm_backward(
-    grad_out: Tensor | None,
-    grad_normed: Tensor,
-    merged: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    affine: bool,
-    rows: bool,
-    head: bool,
-    x: Tensor | None,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    total: Tensor,
-    eps: float,
-    log_weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from ..kernels import merge_tokens as kernels
-
-    norm = *dense_gradients(grad_out, grad_normed, merged, statistics, weight), affine
-    x, log_weight = (None if given is None else dense_rows(given) for given in (x, log_weight))
-    return kernels.merge_tokens_norm_backward(*norm, rows, head, x, order, offsets, size, total, eps, log_weight)
+        size = reference.learned_sizes(x, log_weight, log_bias, slot, num_out)
+        learned = [size]
+    merged, total = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
+    merged, *extra = reference.with_norm(merged, weight, bias, norm_eps)
+    return [merged, total, *extra, *learned]
 
 
 def _reference_norm_backward(
@@ -223,7 +92,70 @@ def _reference_norm_backward(
     return grad_x, grad_size, rows_if(rows, grad), rows_if(head, grad_head), sums
 
 
-def _fake_norm_backward(
+@operator("merge_tokens.merge_tokens", _reference_merge, dense="x residual head log_weight weight bias", skip="slot")
+def _merge(
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    head: Tensor | None,
+    log_weight: Tensor | None = None,
+    log_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_eps: float | None = None,
+) -> list[Tensor]:
+    num_out = offsets.shape[1] - 1
+    rows = num_out if head is None else head.shape[1] + num_out
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    merged, *extra = fake_norm(x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype), norm_eps)
+    total = x.new_empty(x.shape[0], num_out, dtype=reference.accumulator(x.dtype))
+    return [merged, total, *extra, *([] if log_weight is None else [total.new_empty(slot.shape)])]
+
+
+@operator(
+    "merge_tokens.spread_slots",
+    lambda grad, slot, order, offsets, *others: reference.merge_tokens_backward(grad, slot, *others),
+    name="merge_tokens_backward",
+    dense="grad",
+    skip="slot",
+)
+def _merge_backward(
+    grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor, size: Tensor | None, total: Tensor, eps: float
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2])
+
+
+@operator(
+    "merge_tokens.merge_tokens_size_backward",
+    lambda grad, x, slot, order, offsets, *others: reference.merge_tokens_size_backward(grad, x, slot, *others),
+    dense="grad x weight",
+    skip="slot",
+)
+def _merge_size_backward(
+    grad: Tensor,
+    x: Tensor,
+    slot: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    size: Tensor,
+    total: Tensor,
+    eps: float,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]), total.new_empty(slot.shape)
+
+
+@operator(
+    "merge_tokens.merge_tokens_norm_backward",
+    _reference_norm_backward,
+    dense="grad_out grad_normed weight x log_weight",
+    skip="slot",
+)
+def _norm_backward(
     grad_out: Tensor | None,
     grad_normed: Tensor,
     merged: Tensor,
@@ -238,7 +170,8 @@ def _fake_norm_backward(
     offsets: Tensor,
     size: Tensor | None,
     total: Tensor,
-    *others: Any,
+    eps: float,
+    log_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, num_out, channels = merged.shape
     tokens, num_slots = slot.shape[1], total.shape[1]
@@ -249,140 +182,26 @@ def _fake_norm_backward(
     return merged.new_empty(batch, tokens, channels), grad_size, grad_rows, grad_head, sums
 
 
-def _triton_unmerge(x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    from ..kernels import merge_tokens as kernels
-
-    return kernels.spread_slots(dense_rows(x), order, offsets)
-
-
-def _triton_unmerge_backward(grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    from ..kernels import merge_tokens as kernels
-
-    return kernels.sum_grouped(dense_rows(grad), order, offsets)
-
-
-def _fake_group(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    batch, tokens = slot.shape
-    return slot.new_empty(batch, tokens, dtype=torch.int32), slot.new_empty(batch, num_out + 1, dtype=torch.int32)
-
-
-def _fake_merge(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    num_out = offsets.shape[1] - 1
-    rows = num_out if head is None else head.shape[1] + num_out
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    merged = x.new_empty(x.shape[0], rows, x.shape[2], dtype=dtype)
-    return merged, x.new_empty(x.shape[0], num_out, dtype=reference.accumulator(x.dtype))
-
-
-def _fake_merge_learned(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    merged, total = _fake_merge(x, slot, order, offsets, None, residual, eps, head)
-    return merged, total, total.new_empty(slot.shape)
-
-
-def _fake_merge_norm(
-    x: Tensor,
-    slot: Tensor,
-    order: Tensor,
-    offsets: Tensor,
-    size: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    head: Tensor | None,
-    log_weight: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    merged, total = _fake_merge(x, slot, order, offsets, None, residual, eps, head)
-    learned = total.new_empty(x.shape[0], 0) if log_weight is None else total.new_empty(slot.shape)
-    merged, normed, statistics = fake_norm(merged)
-    return merged, total, learned, normed, statistics
-
-
-_group = register(
-    "group_slots(Tensor slot, SymInt num_out) -> (Tensor, Tensor)",
-    triton="merge_tokens.group_slots",
-    reference=lambda slot, num_out: reference.group_slots(slot.contiguous(), num_out),  # a sort keeps the strides
-    fake=_fake_group,
+@operator(
+    "merge_tokens.spread_slots",
+    lambda x, slot, order, offsets: reference.unmerge_tokens(x, slot),
+    name="unmerge_tokens",
+    dense="x",
+    skip="slot",
 )
-_merge = register(
-    "merge_tokens(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor? residual, float eps,"
-    " Tensor? head) -> (Tensor, Tensor)",
-    triton=_triton_merge,
-    reference=_reference_merge,
-    fake=_fake_merge,
+def _unmerge(x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], slot.shape[1], x.shape[2])
+
+
+@operator(
+    "merge_tokens.sum_grouped",
+    lambda grad, slot, order, offsets: reference.sum_slots(grad, slot, offsets.shape[1] - 1),
+    name="unmerge_tokens_backward",
+    dense="grad",
+    skip="slot",
 )
-_merge_learned = register(
-    "merge_tokens_learned(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor weight, Tensor bias,"
-    " Tensor? residual, float eps, Tensor? head) -> (Tensor, Tensor, Tensor)",
-    triton=_triton_merge_learned,
-    reference=_reference_merge_learned,
-    fake=_fake_merge_learned,
-)
-_merge_norm = register(
-    "merge_tokens_norm(Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor? residual, float eps,"
-    " Tensor? head, Tensor? log_weight, Tensor? log_bias, Tensor? weight, Tensor? bias, float norm_eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=_triton_merge_norm,
-    reference=_reference_merge_norm,
-    fake=_fake_merge_norm,
-)
-_merge_backward = register(
-    "merge_tokens_backward(Tensor grad, Tensor slot, Tensor order, Tensor offsets, Tensor? size, Tensor total,"
-    " float eps) -> Tensor",
-    triton=_triton_merge_backward,
-    reference=lambda grad, slot, order, offsets, *others: reference.merge_tokens_backward(grad, slot, *others),
-    fake=lambda grad, slot, *others: grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
-)
-_merge_size_backward = register(
-    "merge_tokens_size_backward(Tensor grad, Tensor x, Tensor slot, Tensor order, Tensor offsets, Tensor size,"
-    " Tensor total, float eps, Tensor? weight) -> (Tensor, Tensor)",
-    triton=_triton_merge_size_backward,
-    reference=lambda grad, x, slot, order, offsets, *others: reference.merge_tokens_size_backward(
-        grad, x, slot, *others
-    ),
-    fake=lambda grad, x, slot, order, offsets, size, total, *others: (
-        grad.new_empty(grad.shape[0], slot.shape[1], grad.shape[2]),
-        total.new_empty(slot.shape),
-    ),
-)
-_norm_backward = register(
-    "merge_tokens_norm_backward(Tensor? grad_out, Tensor grad_normed, Tensor merged, Tensor statistics, Tensor? weight,"
-    " bool affine, bool rows, bool head, Tensor? x, Tensor slot, Tensor order, Tensor offsets, Tensor? size,"
-    " Tensor total, float eps, Tensor? log_weight) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=_triton_norm_backward,
-    reference=_reference_norm_backward,
-    fake=_fake_norm_backward,
-)
-_unmerge = register(
-    "unmerge_tokens(Tensor x, Tensor slot, Tensor order, Tensor offsets) -> Tensor",
-    triton=_triton_unmerge,
-    reference=lambda x, slot, order, offsets: reference.unmerge_tokens(x, slot),
-    fake=lambda x, slot, order, offsets: x.new_empty(x.shape[0], slot.shape[1], x.shape[2]),
-)
-_unmerge_backward = register(
-    "unmerge_tokens_backward(Tensor grad, Tensor slot, Tensor order, Tensor offsets) -> Tensor",
-    triton=_triton_unmerge_backward,
-    reference=lambda grad, slot, order, offsets: reference.sum_slots(grad, slot, offsets.shape[1] - 1),
-    fake=lambda grad, slot, order, offsets: grad.new_empty(grad.shape[0], offsets.shape[1] - 1, grad.shape[2]),
-)
+def _unmerge_backward(grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], offsets.shape[1] - 1, grad.shape[2])
 
 
 class MergeTokens(torch.autograd.Function):
@@ -409,21 +228,13 @@ class MergeTokens(torch.autograd.Function):
         bias: Tensor | None = None,
         norm_eps: float | None = None,
     ) -> tuple[Tensor, ...]:
-        arguments = x, slot, order, offsets
         needs_x = ctx.needs_input_grad[4] or log_weight is not None
-        extra: tuple[Tensor, ...] = ()
-        if norm_eps is not None:
-            options = size, residual, eps, head, log_weight, log_bias, weight, bias, norm_eps
-            merged, total, learned, *extra = _merge_norm(*arguments, *options)
-        elif log_weight is not None:
-            merged, total, learned = _merge_learned(*arguments, log_weight, log_bias, residual, eps, head)
-        else:
-            merged, total = _merge(*arguments, size, residual, eps, head)
+        options = size, residual, eps, head, log_weight, log_bias, weight, bias, norm_eps
+        merged, total, *extra = _merge(x, slot, order, offsets, *options)
         if log_weight is not None:
-            size = learned
-        kept = (merged, extra[1], weight) if extra else ()
+            size = extra.pop()
         saved = (x if needs_x else None, slot, order, offsets, size, total, log_weight, log_bias)
-        ctx.save_for_backward(*saved, *kept)
+        ctx.save_for_backward(*saved, *((merged, extra[1], weight) if extra else ()))
         save_norm(ctx, 10, weight, bias, norm_eps)
         ctx.eps = eps
         ctx.x_dtype = x.dtype
@@ -527,24 +338,6 @@ class UnmergeTokens(torch.autograd.Function):
         return _unmerge_backward(grads[0], slot, order, offsets), None, None, None
 
 
-def _check_slot(slot: Tensor) -> None:
-    check_shape("slot", slot, "B N")
-    check_index("slot", slot)
-
-
-def _check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
-    """Raise unless groups are those of :func:`group_slots` for such slots."""
-    check_pair("groups", groups, "order and offsets")
-    shapes = shape_of(slot), (slot.shape[0], num_out + 1)
-    for name, tensor, shape in zip(("order of groups", "offsets of groups"), groups, shapes, strict=True):
-        check_shape(name, tensor, "B N")
-        check_same("slot", slot, name, tensor)
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
-        if shape_of(tensor) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {shape_of(tensor)}")
-
-
 def _check_log_size(x: Tensor, log_size: Any) -> None:
     """Raise unless it is weight (1, C) and bias (1,) of a layer."""
     check_pair("log_size", log_size, "weight and bias")
@@ -577,7 +370,7 @@ def _check_merge(
     """
     check_shape("x", x, "B N C")
     check_floating("x", x)
-    _check_slot(slot)
+    check_slot(slot)
     check_same("x", x, "slot", slot)
     if x.shape[2] < 1:
         raise ValueError(f"x must have at least one channel, got shape {shape_of(x)}")
@@ -598,7 +391,7 @@ def _check_merge(
     if residual is not None:
         check_residual(x, residual, num_out)
     if groups is not None:
-        _check_groups(groups, slot, num_out)
+        check_groups(groups, slot, num_out)
     if head is not None:
         check_shape("head", head, "B P C")
         check_same("x", x, "head", head, dtype=True)
@@ -607,16 +400,6 @@ def _check_merge(
     floating = size is not None and size.is_floating_point()
     tensors = [x, *((size,) if floating else ()), *(() if residual is None else (residual,)), *(log_size or ())]
     return tensors, num_out, check_number("eps", eps, low=0.0)
-
-
-def group_slots_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor]:
-    """:func:`group_slots` without checks, by the backend named."""
-    return reference.group_slots(slot, num_out) if backend == "reference" else _group(slot, num_out)
-
-
-def prepare_merge_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor] | None:
-    """:func:`prepare_merge` without checks, by the backend named."""
-    return None if backend == "reference" else _group(slot, num_out)
 
 
 def merge_tokens_unchecked(
@@ -630,50 +413,22 @@ def merge_tokens_unchecked(
     groups: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     head: Tensor | None = None,
+    norm: Norm | None = None,
     backend: Resolved,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
     """:func:`merge_tokens` without checks, by the backend named."""
     if backend == "reference":
         if log_size is not None:
             size = reference.learned_sizes(x, *log_size, slot, num_out)
-        return reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
-    order, offsets = groups or _group(slot, num_out)
-    if wants_gradient(x, size, residual, head, *(log_size or ())):
-        return MergeTokens.apply(x, slot, order, offsets, size, residual, float(eps), head, *(log_size or ()))
-    if log_size is not None:
-        return _merge_learned(x, slot, order, offsets, *log_size, residual, float(eps), head)[:2]
-    return _merge(x, slot, order, offsets, size, residual, float(eps), head)
-
-
-def merge_tokens_norm_unchecked(
-    x: Tensor,
-    slot: Tensor,
-    num_out: int,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    size: Tensor | None = None,
-    log_size: tuple[Tensor, Tensor] | None = None,
-    residual: Tensor | None = None,
-    groups: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-    head: Tensor | None = None,
-    backend: Resolved,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`merge_tokens_norm` without checks, by the backend named."""
-    if backend == "reference":
-        if log_size is not None:
-            size = reference.learned_sizes(x, *log_size, slot, num_out)
-        merged, total = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
-        return merged, total, reference.layer_norm(merged, weight, bias, norm_eps)
-    order, offsets = groups or _group(slot, num_out)
+        found = reference.merge_tokens(x, slot, num_out, size, residual, eps, head)
+        return found if norm is None else (*found, reference.layer_norm(found[0], *norm))
+    order, offsets = groups or grouped(slot, num_out)
     log_weight, log_bias = log_size or (None, None)
+    weight, bias, norm_eps = norm or NO_NORM
     arguments = x, slot, order, offsets, size, residual, float(eps), head, log_weight, log_bias, weight, bias, norm_eps
     if wants_gradient(x, size, residual, head, log_weight, log_bias, weight, bias):
         return MergeTokens.apply(*arguments)
-    merged, total, _, normed, _ = _merge_norm(*arguments)
-    return merged, total, normed
+    return tuple(_merge(*arguments)[: 2 if norm is None else 3])
 
 
 def unmerge_tokens_unchecked(
@@ -682,35 +437,12 @@ def unmerge_tokens_unchecked(
     """:func:`unmerge_tokens` without checks, by the backend named."""
     if backend == "reference":
         return reference.unmerge_tokens(x, slot)
-    order, offsets = groups or _group(slot, x.shape[1])
+    order, offsets = groups or grouped(slot, x.shape[1])
     arguments = x, slot, order, offsets
     return UnmergeTokens.apply(*arguments) if wants_gradient(x) else _unmerge(*arguments)
 
 
-def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Group tokens by slot, for several :func:`merge_tokens` over the same slots.
-
-    Args:
-        slot: (B, N) int64 or int32, values -1 .. num_out - 1; -1 belongs nowhere.
-        num_out: number of slots.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
-
-    Returns:
-        order (B, N) and offsets (B, num_out + 1), int32: slot m holds the tokens
-        ``order[b, offsets[b, m] : offsets[b, m + 1]]``, in ascending index.
-    """
-    _check_slot(slot)
-    num_out = check_count("num_out", num_out, 1, 2**31 - 2)
-    return group_slots_unchecked(slot, num_out, backend=resolve(backend, slot))
-
-
-def prepare_merge(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor] | None:
-    """Return what several :func:`merge_tokens` over one slot share: the groups for kernels, None for the reference."""
-    _check_slot(slot)
-    num_out = check_count("num_out", num_out, 1, 2**31 - 2)
-    return prepare_merge_unchecked(slot, num_out, backend=resolve(backend, slot))
-
-
+@overload
 def merge_tokens(
     x: Tensor,
     slot: Tensor,
@@ -722,11 +454,42 @@ def merge_tokens(
     groups: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
     head: Tensor | None = None,
+    norm: None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def merge_tokens(
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    *,
+    size: Tensor | None = None,
+    log_size: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    head: Tensor | None = None,
+    norm: Norm,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def merge_tokens(
+    x: Tensor,
+    slot: Tensor,
+    num_out: int,
+    *,
+    size: Tensor | None = None,
+    log_size: tuple[Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+    head: Tensor | None = None,
+    norm: Norm | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Replace the tokens of every slot by their size-weighted mean, and add a residual (ToMe, section 3).
 
     ``merged[m] = sum(size[n] * x[n]) / (sum(size[n]) + eps) + residual[m]`` over the tokens n with ``slot[n] == m``.
+    With a norm also ``F.layer_norm(merged, (C,), *norm)``.
 
     Args:
         x: (B, N, C) tokens. float32, float16, bfloat16 (reference: any); sums are float32.
@@ -741,21 +504,26 @@ def merge_tokens(
         groups: what :func:`group_slots` returned for this slot, to save that step; the reference does not need it.
         eps: added to what the sums are divided by, not to the sizes that are returned.
         head: (B, P, C) rows, in x's dtype, to be put in front of the merged ones as they are, or None.
+        norm: the layer normalisation that follows, in the same pass over memory, or None: weight (C,) and bias (C,) of
+            any floating dtype, each None for ones or zeros, and what is added to the variance.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         merged (B, P + num_out, C), differentiable in x, size, log_size, residual and head, and the new sizes
         (B, num_out), float32 (float64 for float64 x), which carry no gradient: the sums of the sizes. Of a slot whose
         greatest logarithm by log_size is above 40 it is the sum divided by ``exp(greatest - 40)``, as the sum itself
-        may be beyond float32; the merged row is the mean all the same.
+        may be beyond float32; the merged row is the mean all the same. With a norm also normed (B, P + num_out, C),
+        the head's rows included, in merged's dtype and differentiable in weight and bias too: the statistics are
+        float32, of merged as it is stored.
 
     Raises:
         ValueError: wrong shapes, no channel, devices that differ, ``num_out < 1``, an eps that is negative or not
-            finite, both size and log_size.
+            finite, both size and log_size, a weight or bias of another shape.
         TypeError: x or log_size not floating point, log_size not a pair, slot not an integer tensor, head not in x's
-            dtype, eps not a number.
+            dtype, eps not a number, a norm that is no such triple.
     """
     tensors, num_out, eps = _check_merge(x, slot, num_out, size, log_size, residual, groups, eps, head)
+    affine, norm = check_norm(x, norm)
     options: dict[str, Any] = {
         "size": size,
         "log_size": log_size,
@@ -763,70 +531,9 @@ def merge_tokens(
         "groups": groups,
         "eps": eps,
         "head": head,
+        "norm": norm,
     }
-    return merge_tokens_unchecked(x, slot, num_out, **options, backend=resolve(backend, *tensors))
-
-
-def merge_tokens_norm(
-    x: Tensor,
-    slot: Tensor,
-    num_out: int,
-    *,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_eps: float = 1e-6,
-    size: Tensor | None = None,
-    log_size: tuple[Tensor, Tensor] | None = None,
-    residual: Tensor | None = None,
-    groups: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-    head: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`merge_tokens`, with its arguments, and the layer normalisation that follows it, in one pass over memory.
-
-    Equivalent PyTorch::
-
-        merged, size = merge_tokens(x, slot, num_out, size=size, residual=residual, head=head, ...)
-        merged, size, F.layer_norm(merged, (C,), weight, bias, norm_eps)
-
-    Args:
-        x: (B, N, C) tokens.
-        slot: (B, N) the slot of every token.
-        num_out: number of slots.
-        weight: (C,) what the normalised rows are multiplied with, of any floating dtype, or None for ones.
-        bias: (C,) what is added to them, of any floating dtype, or None for zeros.
-        norm_eps: added to the variance.
-        size: (B, N) the weights of the tokens, or None for ones.
-        log_size: weight (1, C) and bias (1,) of a layer that gives their logarithm, in place of size.
-        residual: (B, num_out, C) to be added to the merged rows, or None.
-        groups: what :func:`group_slots` returned for this slot.
-        eps: added to what the sums are divided by.
-        head: (B, P, C) rows to be put in front of the merged ones; they are normalised too.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
-
-    Returns:
-        merged (B, P + num_out, C) and the new sizes (B, num_out) of :func:`merge_tokens`, and normed
-        (B, P + num_out, C) in merged's dtype; the statistics are float32 and those of merged as it is stored.
-        Differentiable in x, size, log_size, residual, head, weight and bias.
-
-    Raises:
-        ValueError: as in :func:`merge_tokens`; weight or bias of another shape, norm_eps negative or not finite.
-        TypeError: as in :func:`merge_tokens`; weight or bias not floating point, norm_eps not a number.
-    """
-    tensors, num_out, eps = _check_merge(x, slot, num_out, size, log_size, residual, groups, eps, head)
-    affine, norm_eps = check_norm(x, weight, bias, norm_eps)
-    options: dict[str, Any] = {
-        "size": size,
-        "log_size": log_size,
-        "residual": residual,
-        "groups": groups,
-        "eps": eps,
-        "head": head,
-    }
-    norm: dict[str, Any] = {"weight": weight, "bias": bias, "norm_eps": norm_eps}
-    chosen = resolve(backend, *tensors, *affine)
-    return merge_tokens_norm_unchecked(x, slot, num_out, **norm, **options, backend=chosen)
+    return merge_tokens_unchecked(x, slot, num_out, **options, backend=resolve(backend, *tensors, *affine))
 
 
 def unmerge_tokens(
@@ -852,10 +559,10 @@ def unmerge_tokens(
     """
     check_shape("x", x, "B M C")
     check_floating("x", x)
-    _check_slot(slot)
+    check_slot(slot)
     check_same("x", x, "slot", slot)
     if slot.shape[0] != x.shape[0]:
         raise ValueError(f"slot must have x's batch size {x.shape[0]}, got shape {shape_of(slot)}")
     if groups is not None:
-        _check_groups(groups, slot, x.shape[1])
+        check_groups(groups, slot, x.shape[1])
     return unmerge_tokens_unchecked(x, slot, groups=groups, backend=resolve(backend, x))

@@ -73,8 +73,10 @@ class RotateTokens(torch.autograd.Function):
 
 def _check_table(name: str, table: Tensor, x: Tensor, place: Tensor | None, prefix: int) -> None:
     """Raise unless a table has a row for every patch, of x's channels, for all images and heads or for each."""
-    check_floating(name, table)
-    check_same("x", x, name, table)
+    if not isinstance(table, Tensor):
+        raise TypeError(f"table must be a pair of tensors, cosines and sines, got {type(table).__name__} as {name}")
+    check_floating(f"table's {name}", table)
+    check_same("x", x, f"table's {name}", table)
     batch, heads, tokens, channels = shape_of(x)
     fits = 2 <= table.ndim <= 4 and table.shape[-1] == channels
     fits = fits and (place is not None or table.shape[-2] == tokens - prefix)
@@ -83,22 +85,22 @@ def _check_table(name: str, table: Tensor, x: Tensor, place: Tensor | None, pref
     )
     if not fits:
         raise ValueError(
-            f"{name} must have shape (P, {channels}), (1 or {heads}, P, {channels}) or (1 or {batch}, 1 or {heads}, P, "
-            f"{channels}) with a row for each patch, got {shape_of(table)} for x {shape_of(x)}"
+            f"table's {name} must have shape (P, {channels}), (1 or {heads}, P, {channels}) or (1 or {batch}, 1 or "
+            f"{heads}, P, {channels}) with a row for each patch, got {shape_of(table)} for x {shape_of(x)}"
         )
 
 
 def rotate_tokens_unchecked(
     x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    table: tuple[Tensor, Tensor],
     place: Tensor | None = None,
     *,
-    prefix: int = 0,
-    half: bool = False,
+    prefix: int = 1,
+    layout: Layout = "interleaved",
     backend: Resolved,
 ) -> Tensor:
     """:func:`rotate_tokens` without checks, by the backend named."""
+    (cos, sin), half = table, layout == "half"
     if backend == "reference":
         return reference.rotate_tokens(x, cos, sin, place, prefix, half)
     if wants_gradient(x, cos, sin):
@@ -165,6 +167,6 @@ def rotate_tokens(
         _check_table(name, one, x, place, prefix)
     cos, sin = table
     if shape_of(cos) != shape_of(sin):
-        raise ValueError(f"cos and sin must have one shape, got {shape_of(cos)} and {shape_of(sin)}")
+        raise ValueError(f"table's cos and sin must have one shape, got {shape_of(cos)} and {shape_of(sin)}")
     chosen = resolve(backend, x, cos, sin)
-    return rotate_tokens_unchecked(x, cos, sin, place, prefix=prefix, half=layout == "half", backend=chosen)
+    return rotate_tokens_unchecked(x, table, place, prefix=prefix, layout=layout, backend=chosen)

@@ -10,23 +10,16 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_shape, shape_of
-from ._library import register
+from ._library import operator
 
 __all__ = ["sample_tokens"]
 
 
-def _fake_sample(scores: Tensor, budget: int, prefix: int, parts: int | None = None) -> tuple[Tensor, Tensor]:
+@operator("sample_tokens.sample_tokens", reference.sample_tokens)
+def _sample(scores: Tensor, budget: int, prefix: int, parts: int | None = None) -> tuple[Tensor, Tensor]:
     batch = scores.shape[0]
     index = scores.new_empty(batch, budget, dtype=torch.int64)
     return index, scores.new_empty(batch, prefix + budget, dtype=torch.bool)
-
-
-_sample = register(
-    "sample_tokens(Tensor scores, SymInt budget, SymInt prefix, SymInt? parts=None) -> (Tensor, Tensor)",
-    triton="sample_tokens.sample_tokens",
-    reference=reference.sample_tokens,
-    fake=_fake_sample,
-)
 
 
 def sample_tokens_unchecked(

@@ -8,21 +8,17 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_shape
-from ._library import register
+from ._library import operator
 
 __all__ = ["select_topk"]
 
 
-def _reference_select(scores: Tensor, k: int) -> Tensor:
-    return reference.select_topk(scores, k).clone(memory_format=torch.contiguous_format)
-
-
-_select = register(
-    "select_topk(Tensor scores, SymInt k) -> Tensor",
-    triton="select_topk.select_topk",
-    reference=_reference_select,
-    fake=lambda scores, k: scores.new_empty(scores.shape[0], k, dtype=torch.int64),
+@operator(
+    "select_topk.select_topk",
+    lambda scores, k: reference.select_topk(scores, k).clone(memory_format=torch.contiguous_format),
 )
+def _select(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty(scores.shape[0], k, dtype=torch.int64)
 
 
 def select_topk_unchecked(scores: Tensor, k: int, *, backend: Resolved) -> Tensor:

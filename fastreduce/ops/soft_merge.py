@@ -11,12 +11,13 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_floating, check_same, check_shape, shape_of
-from ._library import differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 
 __all__ = ["soft_merge"]
 
 
-def _fake_forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
+@operator("soft_merge.soft_merge", reference.soft_merge, dense="x head")
+def _forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, _, clusters = logits.shape
     rows = clusters if head is None else head.shape[1] + clusters
     dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
@@ -25,24 +26,9 @@ def _fake_forward(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tenso
     return out, x.new_empty(batch, clusters, dtype=reference.accumulator(promoted))
 
 
-def _fake_backward(grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+@operator("soft_merge.soft_merge_backward", reference.soft_merge_backward, dense="grad x")
+def _backward(grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(logits.shape), x.new_empty(x.shape)
-
-
-_forward = register(
-    "soft_merge(Tensor logits, Tensor x, Tensor? head) -> (Tensor, Tensor)",
-    triton="soft_merge.soft_merge",
-    dense="x head",
-    reference=reference.soft_merge,
-    fake=_fake_forward,
-)
-_backward = register(
-    "soft_merge_backward(Tensor grad, Tensor logits, Tensor x, Tensor out, Tensor logsumexp) -> (Tensor, Tensor)",
-    triton="soft_merge.soft_merge_backward",
-    dense="grad x",
-    reference=reference.soft_merge_backward,
-    fake=_fake_backward,
-)
 
 
 class SoftMerge(torch.autograd.Function):

@@ -15,26 +15,23 @@ from .cls_scores import cls_value_scores_unchecked as cls_value_scores
 from .cluster_dpc_knn import cluster_dpc_knn_groups_unchecked as cluster_dpc_knn_groups
 from .cluster_dpc_knn import cluster_dpc_knn_unchecked as cluster_dpc_knn
 from .cluster_k_medoids import cluster_k_medoids_unchecked as cluster_k_medoids
-from .fuse_tokens import fuse_tokens_norm_unchecked as fuse_tokens_norm
 from .fuse_tokens import fuse_tokens_unchecked as fuse_tokens
 from .gather_packed import gather_packed_unchecked as gather_packed
 from .gather_packed import token_offsets_unchecked as token_offsets
 from .gather_packed import unpack_tokens_unchecked as unpack_tokens
-from .gather_tokens import gather_tokens_norm_unchecked as gather_tokens_norm
 from .gather_tokens import gather_tokens_unchecked as gather_tokens
 from .linear_packed import linear_packed_unchecked as linear_packed
 from .match_tokens import match_tokens_groups_unchecked as match_tokens_groups
 from .match_tokens import match_tokens_unchecked as match_tokens
-from .merge_tokens import group_slots_unchecked as group_slots
-from .merge_tokens import merge_tokens_norm_unchecked as merge_tokens_norm
 from .merge_tokens import merge_tokens_unchecked as merge_tokens
-from .merge_tokens import prepare_merge_unchecked as prepare_merge
 from .merge_tokens import unmerge_tokens_unchecked as unmerge_tokens
 from .received_scores import received_scores_unchecked as received_scores
 from .rotate_tokens import rotate_tokens_unchecked as rotate_tokens
 from .sample_tokens import sample_tokens_unchecked as sample_tokens
 from .select_topk import select_topk_unchecked as select_topk
 from .sinkhorn_merge import sinkhorn_merge_unchecked as sinkhorn_merge
+from .slots import group_slots_unchecked as group_slots
+from .slots import prepare_merge_unchecked as prepare_merge
 from .soft_merge import soft_merge_unchecked as soft_merge
 
 __all__ = [
@@ -50,16 +47,13 @@ __all__ = [
     "cluster_dpc_knn_groups",
     "cluster_k_medoids",
     "fuse_tokens",
-    "fuse_tokens_norm",
     "gather_packed",
     "gather_tokens",
-    "gather_tokens_norm",
     "group_slots",
     "linear_packed",
     "match_tokens",
     "match_tokens_groups",
     "merge_tokens",
-    "merge_tokens_norm",
     "prepare_merge",
     "received_scores",
     "rotate_tokens",

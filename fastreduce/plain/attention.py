@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .walk import Walk
+from .walk import Walk, rotated
 
 __all__ = ["PlainAttention"]
 
@@ -42,12 +42,36 @@ class PlainAttention(nn.Module):
         """Let every patch be in the token that its own went into, slot (B, tokens before)."""
         walk.home = slot if walk.home is None else slot.gather(1, walk.home)
 
-    def _query_key_value(self, block: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Project (B, N, C) to queries, keys and values, (B, H, N, D) each."""
+    def _normed(self, block: Any, x: Tensor) -> Tensor:
+        """Return what attention gets of (B, N, C): blocks with their norms behind them take the tokens as they are."""
+        return x if self._is_post_norm(block) else block.norm1(x)
+
+    def _is_post_norm(self, block: Any) -> bool:
+        return type(block).__name__ in ("ResPostBlock", "EvaBlockPostNorm")
+
+    def _query_key_value(self, block: Any, walk: Walk, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Project (B, N, C) to queries, keys, values and what ToMe compares, (B, H, N, D) each."""
         attn = block.attn
         batch, tokens, _ = normed.shape
-        q, k, v = attn.qkv(normed).reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.q_norm(q), attn.k_norm(k), v
+        if getattr(attn, "qkv", None) is None:
+            parts = [layer(normed) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)]
+            q, k, v = (part.reshape(batch, tokens, -1, attn.head_dim).transpose(1, 2) for part in parts)
+        else:
+            made = attn.qkv(normed)
+            if getattr(attn, "q_bias", None) is not None:
+                made = made + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+            q, k, v = made.reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        metric = k
+        if walk.tables is not None and walk.place is not None:
+            table = walk.tables[[one is block for one in self.model.blocks].index(True)]
+            half = getattr(attn, "rotate_half", False)
+            q, k = (rotated(one, table, walk.place, self.prefix, half) for one in (q, k))
+            if self.options.get("metric") == "after":
+                metric = k
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return q, k, v, metric
 
     def _weights(self, block: Any, walk: Walk, q: Tensor, k: Tensor) -> Tensor:
         """Return the attention matrix (B, H, N, N), before dropout."""
@@ -75,12 +99,29 @@ class PlainAttention(nn.Module):
             out = attn.norm(out)
         if getattr(attn, "gate", None) is not None:
             out = out * attn.gate(normed).sigmoid()
-        return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(out))))
+        return self._branch(block, attn.proj_drop(attn.proj(out)))
+
+    def _branch(self, block: Any, out: Tensor) -> Tensor:
+        """Return what is added to the tokens, for what the attention gives, (B, M, C)."""
+        if self._is_post_norm(block):
+            out = block.norm1(out)
+        elif getattr(block, "gamma_1", None) is not None:
+            out = block.gamma_1 * out
+        return block.drop_path1(block.ls1(out) if hasattr(block, "ls1") else out)
+
+    def _mlp(self, block: Any, x: Tensor) -> Tensor:
+        """Return what the MLP adds to (B, N, C)."""
+        if self._is_post_norm(block):
+            return block.drop_path2(block.norm2(block.mlp(x)))
+        made = block.mlp(block.norm2(x))
+        if getattr(block, "gamma_2", None) is not None:
+            made = block.gamma_2 * made
+        return block.drop_path2(block.ls2(made) if hasattr(block, "ls2") else made)
 
     def _attention(self, block: Any, walk: Walk, *, reads: bool) -> Tensor:
-        """``x + proj(softmax(q k^T + log size) v)``; keeps the matrix and returns the keys (B, H, N, D)."""
-        attn, normed = block.attn, block.norm1(walk.x)
-        q, k, v = self._query_key_value(block, normed)
+        """``x + proj(softmax(q k^T + log size) v)``; keeps the matrix and returns what ToMe compares."""
+        attn, normed = block.attn, self._normed(block, walk.x)
+        q, k, v, metric = self._query_key_value(block, walk, normed)
         walk.matrix = None
         if self.fused and not reads and not (self.training and self.method == "dynamicvit"):
             size = walk.size if self.options.get("prop_attn") else None
@@ -93,4 +134,4 @@ class PlainAttention(nn.Module):
             walk.matrix = weights if self.method == "dynamicvit" else attn.attn_drop(weights)
             out = walk.matrix.to(v.dtype) @ v
         walk.x = walk.x + self._project(block, out, normed)
-        return k
+        return metric

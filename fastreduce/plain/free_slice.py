@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .attention import PlainAttention
 from .walk import check_unpatched, embed
 
 __all__ = ["FreeSlice"]
 
 
-class FreeSlice(nn.Module):
+class FreeSlice(PlainAttention):
     """The unreduced model that, between attention and MLP, simply cuts its tokens: a reduction whose decision is free.
 
     Args:
@@ -37,10 +38,14 @@ class FreeSlice(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> logits (B, classes)."""
         model = self.model
-        x = embed(model, images)
+        x, tables = embed(model, images)
+        prefix = model.num_prefix_tokens
         for index, block in enumerate(model.blocks):
-            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-            if index in self.counts:
-                x = x[:, : model.num_prefix_tokens + self.counts[index]]
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            rope = {} if tables is None else {"rope": tables[index][..., : x.shape[1] - prefix, :]}
+            if index not in self.counts:
+                x = block(x, **rope)
+                continue
+            x = x + self._branch(block, block.attn(self._normed(block, x), **rope))
+            x = x[:, : prefix + self.counts[index]]
+            x = x + self._mlp(block, x)
         return model.forward_head(model.norm(x))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import PlainAttention
-from .walk import Walk, distances, rows_of
+from .walk import Walk, distances, moved, rows_of
 
 __all__ = ["Merges"]
 
@@ -47,6 +47,7 @@ class Merges(PlainAttention):
                     cost = weights.unsqueeze(1) * distance * ~outside.transpose(1, 2)
                 medoids[:, cluster] = cost.masked_fill(outside, 1e6).sum(dim=2).argmin(dim=1)
         self._move_home(walk, labels())
+        walk.place = moved(walk.place, medoids)
         walk.x = torch.cat([head, rows_of(patches, medoids)], dim=1)
 
     def _dpcknn(self, walk: Walk, stage: int) -> None:
@@ -76,6 +77,7 @@ class Merges(PlainAttention):
         share = (weights.flatten(0, 1) / total[flat]) * patches.flatten(0, 1)
         merged = patches.new_zeros(batch * keep, channels).index_add(0, flat, share)
         self._move_home(walk, label)
+        walk.place = moved(walk.place, centers)
         walk.x = torch.cat([head, merged.view(batch, keep, channels)], dim=1)
 
     def _tome(self, walk: Walk, keys: Tensor, stage: int) -> None:
@@ -120,6 +122,8 @@ class Merges(PlainAttention):
         size = size.unsqueeze(-1)
         total = sums(size)
         walk.x = sums(walk.x * size) / total
+        patches = torch.arange(unit.shape[1], device=unit.device).expand(unit.shape[:2])
+        walk.place = moved(walk.place, torch.cat([patches[:, even::2].gather(1, stays), patches[:, odd::2]], dim=1))
         walk.size = total.squeeze(-1)
         if self.model.global_pool not in ("", "token"):
             slot = torch.empty(unit.shape[:2], dtype=torch.int64, device=unit.device)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import PlainAttention
-from .walk import Walk
+from .walk import Walk, moved
 
 __all__ = ["Mixtures"]
 
@@ -27,6 +27,7 @@ class Mixtures(PlainAttention):
         hidden = F.gelu(F.linear(F.layer_norm(patches, patches.shape[-1:], *parts("0")), *parts("1")))
         weights = (self._layer(stage, "scale") * F.linear(hidden, *parts("3"))).softmax(dim=1)
         self._move_home(walk, weights.argmax(dim=2))
+        walk.place = moved(walk.place, weights.argmax(dim=1))
         walk.x = torch.cat([head, weights.transpose(1, 2) @ patches], dim=1)
 
     def _patchmerger(self, walk: Walk, stage: int) -> None:
@@ -39,6 +40,7 @@ class Mixtures(PlainAttention):
             logits = logits * patches.shape[-1] ** -0.5
         weights = logits.softmax(dim=-1)
         self._move_home(walk, weights.argmax(dim=1))
+        walk.place = moved(walk.place, weights.argmax(dim=2))
         walk.x = torch.cat([head, weights @ patches], dim=1)
 
     def _sinkhorn(self, walk: Walk, stage: int) -> None:
@@ -57,4 +59,5 @@ class Mixtures(PlainAttention):
             columns = margin - (logits + rows).logsumexp(dim=1, keepdim=True)
         plan = (logits + rows + columns - margin).exp()
         self._move_home(walk, plan.argmax(dim=1))
+        walk.place = moved(walk.place, plan.argmax(dim=2))
         walk.x = torch.cat([head, plan @ patches], dim=1)

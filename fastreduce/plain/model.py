@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "evit": {"normalize": False},
     "dynamicvit": {},
     "ats": {"points": "official"},
-    "tome": {"r": None, "rounds": "official", "prop_attn": True},
+    "tome": {"r": None, "rounds": "official", "prop_attn": True, "metric": "before"},
     "kmedoids": {"iters": 3, "cost": "all", "equal_weight": False, "first": 0},
     "dpcknn": {"k_neighbors": 5, "equal_weight": False},
     "sit": {},
@@ -35,7 +35,7 @@ BEFORE = ("radial", "dynamicvit", "kmedoids", "dpcknn", "sit", "patchmerger", "s
 
 
 class PlainModel(Selections, Merges, Mixtures):
-    """A timm Vision Transformer with one of the methods, done as the released code does it.
+    """A timm Vision Transformer with one of the methods, done as the released code does it; blocks may rotate.
 
     Where that code has no answer, the plain meaning is taken: without a class token, a token's score is the attention
     that it receives, averaged over heads and queries; prefix tokens (class, distillation, registers) are never reduced;
@@ -45,7 +45,7 @@ class PlainModel(Selections, Merges, Mixtures):
     :attr:`decisions` holds what was drawn.
 
     Args:
-        model: an unpatched timm ``VisionTransformer``; its modules are shared, not copied.
+        model: an unpatched timm ``VisionTransformer`` or ``Eva``; its modules are shared, not copied.
         method: any name in ``fastreduce.REDUCERS``.
         at: blocks at which the stages stand.
         keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.
@@ -99,8 +99,10 @@ class PlainModel(Selections, Merges, Mixtures):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> logits (B, classes)."""
         model = self.model
-        x = embed(model, images)
-        walk = Walk(x, patches=x.shape[1] - self.prefix)
+        x, tables = embed(model, images)
+        walk = Walk(x, patches=x.shape[1] - self.prefix, tables=tables)
+        if tables is not None:
+            walk.place = torch.arange(walk.patches, device=x.device).expand(len(x), -1)
         for index, block in enumerate(model.blocks):
             stage = self.at.index(index) if index in self.at else None
             if stage is not None and self.method in BEFORE:
@@ -113,7 +115,7 @@ class PlainModel(Selections, Merges, Mixtures):
                     getattr(self, f"_{self.method}")(walk, self._count(stage, walk.patches))
                 elif stage is not None and self.method == "tome":
                     self._tome(walk, keys, stage)
-            walk.x = walk.x + block.drop_path2(block.ls2(block.mlp(block.norm2(walk.x))))
+            walk.x = walk.x + self._mlp(block, walk.x)
         self.decisions = walk.decisions
         if model.global_pool not in ("", "token"):
             self._prepare_pooling(walk)

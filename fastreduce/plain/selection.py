@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import PlainAttention
-from .walk import Walk, rows_of
+from .walk import Walk, moved, rows_of
 
 __all__ = ["Selections"]
 
@@ -30,6 +30,7 @@ class Selections(PlainAttention):
         if keep < patches.shape[1]:
             assert walk.matrix is not None
             kept = self._scores(walk.matrix).topk(keep, dim=1).indices
+            walk.place = moved(walk.place, kept)
             walk.x = torch.cat([head, rows_of(patches, kept)], dim=1)
 
     def _evit(self, walk: Walk, keep: int) -> None:
@@ -46,13 +47,14 @@ class Selections(PlainAttention):
             weights = weights / weights.sum(dim=1, keepdim=True)
         fused = (rows_of(patches, rest) * weights).sum(dim=1, keepdim=True)
         rank = torch.arange(patches.shape[1], device=order.device).clamp_max(keep).expand_as(order)
+        walk.place = moved(walk.place, F.pad(kept, (0, 1), value=-1))
         self._move_home(walk, torch.empty_like(order).scatter(1, order, rank))
         walk.x = torch.cat([head, rows_of(patches, kept), fused], dim=1)
 
     def _ats(self, block: Any, walk: Walk, stage: int) -> None:
         """Sample the query rows of attention by the class token's attention times the length of the values."""
-        prefix, normed = self.prefix, block.norm1(walk.x)
-        q, k, v = self._query_key_value(block, normed)
+        prefix, normed = self.prefix, self._normed(block, walk.x)
+        q, k, v, _ = self._query_key_value(block, walk, normed)
         matrix = block.attn.attn_drop(self._weights(block, walk, q, k))
         scores = (matrix[:, :, 0] * v.norm(dim=-1)).sum(dim=1)[:, prefix:]
         cumulated = (scores / (scores.sum(dim=1, keepdim=True) + 1e-6)).cumsum(dim=1)
@@ -68,6 +70,7 @@ class Selections(PlainAttention):
         head = torch.arange(prefix, device=index.device).expand(len(index), prefix)
         rows = torch.cat([head, (index + prefix).masked_fill(index < 0, 0)], dim=1)
         walk.valid = F.pad(index >= 0, (prefix, 0), value=True)
+        walk.place = moved(walk.place, index)
         picked = matrix.gather(2, rows[:, None, :, None].expand(-1, matrix.shape[1], -1, matrix.shape[3]))
         walk.x = rows_of(walk.x, rows) + self._project(block, picked.to(v.dtype) @ v, rows_of(normed, rows))
 
@@ -101,6 +104,7 @@ class Selections(PlainAttention):
         if keep < patches.shape[1]:
             scores = self._predict(stage, patches, patches.new_ones(*patches.shape[:2], 1))[..., 0]
             kept = scores.argsort(dim=1, descending=True, stable=True)[:, :keep]
+            walk.place = moved(walk.place, kept)
             walk.x = torch.cat([head, rows_of(patches, kept)], dim=1)
 
     def _radial_patterns(self, grid: tuple[int, int]) -> list[Tensor]:
@@ -137,4 +141,5 @@ class Selections(PlainAttention):
     def _radial(self, walk: Walk, stage: int) -> None:
         """Before the block, drop what lies outside the radius."""
         kept = self.get_buffer(f"kept_{stage}").expand(walk.x.shape[0], -1)
+        walk.place = moved(walk.place, kept)
         walk.x = torch.cat([walk.x[:, : self.prefix], rows_of(walk.x[:, self.prefix :], kept)], dim=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Walk", "check_unpatched", "distances", "embed", "rows_of"]
+__all__ = ["Walk", "check_unpatched", "distances", "embed", "moved", "rotated", "rows_of"]
 
 
 @dataclasses.dataclass
@@ -21,6 +21,8 @@ class Walk:
     home: Tensor | None = None  # (B, patches) the token that each patch is in
     valid: Tensor | None = None  # (B, N) False for padding
     matrix: Tensor | None = None  # (B, H, N, N) attention of the block before
+    place: Tensor | None = None  # (B, N - prefix) the patch at whose place each token is, -1 for none, if blocks rotate
+    tables: list[Tensor] | None = None  # of every block (P, 2 D) or (H, P, 2 D), sines first, or None
     decisions: list[Tensor] = dataclasses.field(default_factory=list)  # (B, patches) each: 1 for kept
 
 
@@ -35,9 +37,35 @@ def distances(x: Tensor) -> Tensor:
     return torch.cdist(x, x)
 
 
-def embed(model: Any, images: Tensor) -> Tensor:
-    """Images (B, 3, height, width) -> tokens (B, N, C) as they enter the first block."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
+    """Images (B, 3, height, width) -> tokens (B, N, C) as they enter the first block, and each block's rotary table."""
+    found = model._pos_embed(model.patch_embed(images))
+    if not isinstance(found, tuple):
+        return model.norm_pre(model.patch_drop(found)), None
+    x, rope = found
+    x = model.norm_pre(x) if hasattr(model, "norm_pre") else x
+    if rope is None:
+        return x, None
+    mixed = getattr(model, "rope_mixed", False)
+    return x, [rope[index] if mixed else rope for index in range(len(model.blocks))]
+
+
+def moved(place: Tensor | None, index: Tensor) -> Tensor | None:
+    """(B, n) places of the tokens before, (B, m) the one that each token comes from or -1 -> (B, m) their places."""
+    return None if place is None else torch.where(index < 0, -1, place.gather(1, index.clamp_min(0)))
+
+
+def rotated(x: Tensor, table: Tensor, place: Tensor, prefix: int, half: bool) -> Tensor:
+    """X (B, H, prefix + n, D) behind the prefix turned by the table's rows at (B, n) places; -1 turns nothing."""
+    rows = table.expand(x.shape[1], *table.shape[-2:])[:, place.clamp_min(0)].transpose(0, 1)  # (B, H, n, 2 D)
+    sin, cos = rows.chunk(2, dim=-1)
+    patches = x[:, :, prefix:]
+    if half:
+        turned = torch.cat([-patches[..., x.shape[3] // 2 :], patches[..., : x.shape[3] // 2]], dim=-1)
+    else:
+        turned = torch.stack([-patches[..., 1::2], patches[..., ::2]], dim=-1).flatten(-2)
+    found = torch.where((place < 0)[:, None, :, None], patches, patches * cos + turned * sin)
+    return torch.cat([x[:, :, :prefix], found.to(x.dtype)], dim=2)
 
 
 def check_unpatched(model: Any) -> None:

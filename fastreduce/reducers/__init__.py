@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from ..names import METHODS, TITLES, Method, Option
 from .ats import ATS
 from .base import ModelShape, Reducer, ScheduledReducer
 from .block import AttentionBlock, Heads, attend_all
@@ -42,11 +43,57 @@ __all__ = [
     "TopK",
     "attend_all",
     "make_reducer",
+    "register",
 ]
 
 REDUCERS: dict[str, type[Reducer]] = {
     cls.name: cls for cls in (TopK, EViT, DynamicViT, ATS, ToMe, KMedoids, DPCKNN, SiT, PatchMerger, Sinkhorn, Radial)
 }
+
+
+def register(cls: type[Reducer]) -> type[Reducer]:
+    """Make a method of one's own known by its name, as a decorator of its class.
+
+    From then on it is patched, recorded, compared and planned like the others: ``fastreduce.patch(model, cls.name)``.
+
+    Args:
+        cls: a subclass of :class:`Reducer` (or :class:`ScheduledReducer`) with a ``name`` of lower-case letters and
+            digits. The first line of its docstring says when to choose it; arguments of its constructor with defaults
+            are its options.
+
+    Returns:
+        The class.
+
+    Raises:
+        TypeError: not a subclass of Reducer, or one that is still abstract.
+        ValueError: a name that is taken by another class, or is not made of lower-case letters and digits.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Reducer)):
+        raise TypeError(f"a method is a subclass of fastreduce.reducers.Reducer, got {cls!r}")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise TypeError(f"{cls.__name__} has no {' and no '.join(missing)}, which a method must have")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name.isalnum() or name != name.lower():
+        raise ValueError(
+            f"the name of a method must be lower-case letters and digits, got {cls.__name__}.name = {name!r}"
+        )
+    taken = REDUCERS.get(name)
+    if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(f"the name {name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+    REDUCERS[name] = cls
+    line = (inspect.getdoc(cls) or cls.__name__).splitlines()[0]
+    parameters = inspect.signature(cls).parameters
+    options = {one: _as_option(parameters[one].default) for one in sorted(_options(cls)) if one in parameters}
+    METHODS[name] = Method("its own, if it has some", line, options)
+    TITLES.setdefault(name, cls.__name__)
+    return cls
+
+
+def _as_option(default: Any) -> Option:
+    """Describe an option of a method of one's own by its default."""
+    if type(default) in (bool, int, float):
+        return Option(default, type(default))
+    return Option(default, "of its own", instead="it is of the method's own kind: give it to fastreduce.patch")
 
 
 def _options(cls: type[Reducer]) -> set[str]:

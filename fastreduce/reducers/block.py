@@ -199,7 +199,7 @@ def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple
     """:func:`ops.gather_tokens`, and what the norm makes of its rows if there is one."""
     if norm is None:
         return ops.gather_tokens(x, index, **options), None
-    return ops.gather_tokens_norm(x, index, **norm._asdict(), **options)
+    return ops.gather_tokens(x, index, norm=norm, **options)
 
 
 def fuse(
@@ -208,7 +208,7 @@ def fuse(
     """:func:`ops.fuse_tokens`, and what the norm makes of its rows if there is one."""
     if norm is None:
         return ops.fuse_tokens(x, order, scores, k, **options), None
-    return ops.fuse_tokens_norm(x, order, scores, k, **norm._asdict(), **options)
+    return ops.fuse_tokens(x, order, scores, k, norm=norm, **options)
 
 
 def merge(
@@ -217,7 +217,7 @@ def merge(
     """:func:`ops.merge_tokens`, and what the norm makes of its rows if there is one."""
     if norm is None:
         return *ops.merge_tokens(x, slot, num_out, **options), None
-    return ops.merge_tokens_norm(x, slot, num_out, **norm._asdict(), **options)
+    return ops.merge_tokens(x, slot, num_out, norm=norm, **options)
 
 
 def keep_tokens(block: AttentionBlock, heads: Heads, kept: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -241,7 +241,7 @@ def keep_tokens(block: AttentionBlock, heads: Heads, kept: Tensor) -> tuple[Tens
         x = x + heads.added
     if norm is None:
         return ops.gather_tokens(x, kept, **options), None
-    return ops.gather_tokens_norm(x, kept, **norm._asdict(), **options)
+    return ops.gather_tokens(x, kept, norm=norm, **options)
 
 
 def importance(heads: Heads) -> Tensor:

@@ -41,7 +41,6 @@ from .gather_tokens import gather_tokens, scatter_tokens
 from .linear_packed import linear_packed, linear_packed_backward
 from .match_tokens import match_tokens
 from .merge_tokens import (
-    group_slots,
     learned_sizes,
     merge_tokens,
     merge_tokens_backward,
@@ -53,7 +52,8 @@ from .received_scores import received_scores, received_scores_backward
 from .rotate_tokens import rotate_tokens, rotate_tokens_backward, rotate_tokens_table_backward, table_rows
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
-from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_blocks
+from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_inference
+from .slots import group_slots
 from .soft_merge import soft_merge, soft_merge_backward
 
 __all__ = [
@@ -98,7 +98,7 @@ __all__ = [
     "select_topk",
     "sinkhorn_merge",
     "sinkhorn_merge_backward",
-    "sinkhorn_merge_blocks",
+    "sinkhorn_merge_inference",
     "soft_merge",
     "soft_merge_backward",
     "sum_slots",

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ._export import cdist
 
-__all__ = ["bmm", "each_image", "is_captured", "matmul", "pair_distances"]
+__all__ = ["bmm", "each_image", "image_parts", "is_captured", "matmul", "pair_distances"]
+
+WORKSPACE = 256 << 20  # bytes of the matrices that are in memory at a time, or one image's if that is larger
 
 
 def is_captured() -> bool:
@@ -28,6 +30,14 @@ def each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     if first.device.type != "cpu" or torch.compiler.is_compiling() or first.shape[0] <= 1:
         return function(*tensors)
     return torch.cat([function(*image) for image in zip(*(tensor.split(1) for tensor in tensors), strict=True)])
+
+
+def image_parts(images: int, bytes_each: int) -> list[slice]:
+    """All images, cut where those of a part have matrices of more than WORKSPACE bytes; captured, a single part."""
+    if is_captured() or images * bytes_each <= WORKSPACE:
+        return [slice(None)]
+    size = max(1, WORKSPACE // bytes_each)
+    return [slice(start, start + size) for start in range(0, images, size)]
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:

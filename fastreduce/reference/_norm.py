@@ -20,11 +20,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def with_norm(out: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Out (B, N, C) -> itself, normed (B, N, C), and every row's mean and 1 / deviation (B, N, 2)."""
+def with_norm(out: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> list[Tensor]:
+    """Out (B, N, C) -> itself and, with an eps, normed (B, N, C), every row's mean and 1 / deviation (B, N, 2)."""
+    if eps is None:
+        return [out]
     variance, mean = torch.var_mean(out.to(accumulator(out.dtype)), -1, correction=0)
     statistics = torch.stack([mean, (variance + eps).rsqrt()], -1)
-    return out, layer_norm(out, weight, bias, eps), statistics
+    return [out, layer_norm(out, weight, bias, eps), statistics]
 
 
 def layer_norm_backward(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._blocks import block_rows, joined, row_blocks
 from ._export import cdist, first_of_slots, lowest_first
-from ._images import is_captured, pair_distances
-from ._rows import accumulator, flat_rows, take_rows
+from ._images import image_parts, is_captured
+from ._rows import accumulator, flat_rows
 
 __all__ = ["cluster_k_medoids"]
 
@@ -29,7 +28,7 @@ def _finite(weighted: Tensor) -> Tensor:
     return weighted.nan_to_num(nan=largest, posinf=largest)
 
 
-class _Stored:
+class _Distances:
     """All distances, ``distance_to[b, i, n] = d(n, i)``, and the costs over all tokens (B, N).
 
     By ``torch.cdist``, as the released code; what is not a number counts as infinite.
@@ -84,49 +83,7 @@ class _Stored:
         return self.together.mul_(self.weighted).sum(1)
 
 
-class _Recomputed:
-    """The same for many tokens: distances are computed again, some tokens at a time, wherever they are needed."""
-
-    def __init__(self, x: Tensor, weights: Tensor | None):
-        self.x, self.weights = x, weights
-        blocks = row_blocks(x.shape[1], x.shape[1])
-        self.costs = joined([self._between(rows, x).sum(2) for rows in blocks])
-        if weights is not None:
-            self.costs = self.costs * weights
-
-    def _between(self, rows: slice, columns: Tensor) -> Tensor:
-        return pair_distances(self.x[:, rows], columns).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-
-    def of(self, index: Tensor) -> Tensor:
-        """Distances (B, N) to one token of each image, index (B,)."""
-        return self._between(slice(None), take_rows(self.x, index.unsqueeze(1))).squeeze(2)
-
-    def nearest(self, centers: Tensor) -> Tensor:
-        """Place (B, N) of the nearest of centers (B, k)."""
-        columns = take_rows(self.x, centers)
-        blocks = row_blocks(self.x.shape[1], centers.shape[1])
-        return joined([_first_nearest(self._between(rows, columns).mT) for rows in blocks])
-
-    def costs_of_members(self, label: Tensor) -> Tensor:
-        """Costs (B, N) over the tokens of each one's own label (B, N)."""
-        costs = []
-        place = torch.arange(self.x.shape[1], device=self.x.device)
-        for rows in row_blocks(self.x.shape[1], self.x.shape[1]):
-            distance = self._between(rows, self.x)
-            weighted = _finite(distance if self.weights is None else distance.mul_(self.weights.unsqueeze(1)))
-            others = label[:, rows].unsqueeze(2) == label.unsqueeze(1)
-            others &= place[rows].unsqueeze(1) != place
-            costs.append(weighted.mul_(others).sum(2))
-        return joined(costs)
-
-
-def _distances(x: Tensor, weights: Tensor | None, k: int, members: bool) -> _Stored | _Recomputed:
-    if x.shape[1] <= block_rows(x.shape[1]):
-        return _Stored(x, weights, k, members)
-    return _Recomputed(x, weights)
-
-
-def _farthest_first(distances: _Stored | _Recomputed, k: int, first: int) -> Tensor:
+def _farthest_first(distances: _Distances, k: int, first: int) -> Tensor:
     """Centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
     batch, _ = distances.costs.shape
     centers = [distances.costs.new_full((batch, 1), first, dtype=torch.int64)]
@@ -160,8 +117,18 @@ def cluster_k_medoids(
     the members; a cost or weight that is NaN comes last.
     """
     dtype = accumulator(x.dtype)
-    weights = None if weights is None else weights.to(dtype)
-    distances = _distances(x.to(dtype), weights, k, members)
+    x, weights = x.to(dtype), None if weights is None else weights.to(dtype)
+    parts = image_parts(x.shape[0], 4 * x.element_size() * x.shape[1] ** 2)  # up to four matrices an image
+    if len(parts) == 1:
+        return _cluster(x, weights, k, iters, members, first)
+    found = [_cluster(x[part], None if weights is None else weights[part], k, iters, members, first) for part in parts]
+    centers, labels = zip(*found, strict=True)
+    return torch.cat(centers), torch.cat(labels)
+
+
+def _cluster(x: Tensor, weights: Tensor | None, k: int, iters: int, members: bool, first: int) -> tuple[Tensor, Tensor]:
+    """Cluster images whose distances are in memory together."""
+    distances = _Distances(x, weights, k, members)
     if weights is None:
         centers = _farthest_first(distances, k, first)
     else:

@@ -9,7 +9,6 @@ from ._export import for_onnx, greatest_of_slots, sums_of_slots
 from ._rows import accumulator, add_residual, add_rows, flat_rows, take_rows
 
 __all__ = [
-    "group_slots",
     "learned_sizes",
     "merge_tokens",
     "merge_tokens_backward",
@@ -19,18 +18,6 @@ __all__ = [
 ]
 
 _MAX_LOG_SIZE = 40.0
-
-
-def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    """Tokens grouped by slot, in index order within each.
-
-    slot (B, N) -> order (B, N) int32 and offsets (B, num_out + 1) int32: slot m holds the tokens
-    ``order[b, offsets[b, m] : offsets[b, m + 1]]``. Tokens of slot -1 stand before the first offset.
-    """
-    ordered, order = torch.sort(slot, dim=1, stable=True)
-    bounds = torch.arange(num_out + 1, device=slot.device, dtype=slot.dtype).expand(slot.shape[0], -1).contiguous()
-    offsets = torch.searchsorted(ordered.contiguous(), bounds)
-    return order.int(), offsets.int()
 
 
 def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:

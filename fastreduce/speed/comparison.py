@@ -42,6 +42,7 @@ from ..measure import (
 from ..names import compared_methods, nearest
 from ..pictures import open_photo as _open_photo
 from ..plain import FreeSlice, PlainModel
+from ..plain.model import OPTIONS
 from ..reducers import REDUCERS
 from ..reducers.schedule import stage_blocks
 from .settings import DTYPES as DTYPE_NAMES
@@ -390,6 +391,10 @@ class Comparison:
             for name, parameter in patched.named_parameters()
             if name.startswith("reducers.")
         }
+        if method not in OPTIONS:  # in no paper: the reference of a method of the user's own stands for it
+            twin: Any = patch(_share(model), method, at=self.settings.at, backend="reference", **chosen)
+            twin.reducers.load_state_dict(layers)
+            return twin.to(self.device).eval()
         given = _deciding(method, chosen)
         plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **given)
         return plain.to(self.device).eval()

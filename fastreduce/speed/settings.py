@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import check_weights_file
-from ..names import compared_methods, nearest, one_of, parse_method_option
+from ..names import EXPORT_FORMATS, compared_methods, nearest, one_of, parse_method_option
 
 __all__ = [
     "DTYPES",
@@ -22,6 +23,7 @@ __all__ = [
     "KEEP_RATES",
     "ROUNDS_FOR_A_SPREAD",
     "CompareSettings",
+    "ExportSettings",
     "PlanSettings",
     "check_checkpoint",
     "check_image",
@@ -257,3 +259,81 @@ class PlanSettings(_Common):
         if self.graphs and self.device is not None and device_name(self.device) == "cpu":
             raise ValueError(f"CUDA graphs need a CUDA device, and this runs on {self.device!r}")
         self._check_common()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings(_Common):
+    """Settings of an export, on the CPU.
+
+    Attributes:
+        out: the file to write.
+        to: a format of ``names.EXPORT_FORMATS``, or None for the one of the file's ending.
+        config: a JSON file of what ``fastreduce.config_of`` returned, in place of method, keep rate and blocks.
+        method: a name in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a norm.
+        keep_rate: in (0, 1].
+        image: a picture, or the name of one of scikit-learn's, whose views it is checked on.
+        batches: images at a time when it is timed.
+        rounds: of the timing; 0 for none.
+
+    The others are those of :class:`CompareSettings`.
+    """
+
+    out: str = "reduced.onnx"
+    to: str | None = None
+    config: str | None = None
+    method: str = "topk"
+    keep_rate: float = 0.7
+    image: str = "flower.jpg"
+    batches: tuple[int, ...] = (1, 8)
+    rounds: int = 15
+    seconds: float = 1.0
+
+    @property
+    def format(self) -> str:
+        """The format that was asked for, or that the file's ending means."""
+        if self.to is not None:
+            return self.to.lower()
+        return {known.ending: name for name, known in EXPORT_FORMATS.items()}.get(Path(self.out).suffix, "")
+
+    @property
+    def variant(self) -> str:
+        """The method as one name: ``radial-l2`` for ``radial``."""
+        return "radial-l2" if self.method.lower() == "radial" else self.method
+
+    def as_comparison(self) -> CompareSettings:
+        """Return the settings by which the models and the views of the picture are made."""
+        mine = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Common)}
+        others = {"image": self.image, "methods": (self.variant,), "keep_rates": (self.keep_rate,)}
+        return CompareSettings(**(mine | others | {"rounds": None, "device": "cpu"}))
+
+    def check(self) -> None:
+        """Raise ValueError for everything that is known to be wrong without torch."""
+        endings = ", ".join(f"{known.ending} ({name})" for name, known in EXPORT_FORMATS.items())
+        if self.to is not None:
+            one_of("format", self.format, list(EXPORT_FORMATS))
+        if not self.format or EXPORT_FORMATS[self.format].ending != Path(self.out).suffix:
+            raise ValueError(f"--out must end in {endings}, got {self.out!r}")
+        missing = [name for name in EXPORT_FORMATS[self.format].packages if find_spec(name) is None]
+        if missing:
+            raise ValueError(f'--to {self.format} needs {", ".join(missing)}: pip install "fastreduce[deploy]"')
+        for batch in self.batches:
+            _check_whole("batch", batch, 4096)
+        if self.rounds < 0:
+            raise ValueError(f"rounds must not be negative, got {self.rounds}")
+        if "," in self.method:
+            raise ValueError(f"--method: export takes one method, got {self.method!r}")
+        if self.config is not None:
+            _check_config(self.config)
+        self.as_comparison().check()
+
+
+def _check_config(name: str) -> None:
+    """Raise ValueError unless a file holds a JSON object."""
+    try:
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config: {name!r} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"--config: {name!r} is not JSON: {error}") from error
+    if not isinstance(found, dict) or "method" not in found:
+        raise ValueError(f"--config: {name!r} must hold what fastreduce.config_of returned, an object with a method")

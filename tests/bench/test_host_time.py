@@ -32,7 +32,7 @@ def test_ratios_are_medians_over_the_unit_beside(monkeypatch):
 
 def test_every_operator_of_the_reduced_models_has_a_row():
     names = {one.name.split(" ")[0] for one in host_time.contenders()}
-    assert {"select_topk", "gather_tokens_norm", "attention", "merge_tokens_norm", "cluster_dpc_knn"} <= names
+    assert {"select_topk", "gather_tokens (norm)", "attention", "merge_tokens (norm)", "cluster_dpc_knn"} <= names
     assert host_time.contenders()[-1].most == host_time.MOST_STAGE == 8
 
 

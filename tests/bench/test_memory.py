@@ -10,7 +10,7 @@ import torch
 from bench import memory
 from bench.memory import peak_bytes
 from bench.proof.gates import Known
-from fastreduce.kernels import cluster_k_medoids
+from fastreduce.kernels import _workspace
 from fastreduce.reducers import _soft as soft
 
 CPU = torch.device("cpu")
@@ -61,24 +61,29 @@ def test_growth_is_judged(monkeypatch, capsys):
 
 
 @compiles
-def test_what_a_launcher_allocates(monkeypatch, capsys):
-    arguments = ["--primitives", "cluster_k_medoids", "--tokens", "17,65", "--device", "cpu"]
+@pytest.mark.parametrize("name", ["cluster_k_medoids", "sinkhorn_merge"])
+def test_an_images_matrix_is_all_that_grows_as_a_square(name, monkeypatch, capsys):
+    arguments = ["--primitives", name, "--tokens", "257,1025", "--device", "cpu"]
+    assert memory.main(arguments) == 0
+    monkeypatch.setattr(memory, "MATRICES", {name: tuple(0.7 * count for count in memory.MATRICES[name])})
     assert memory.main(arguments) == 1
-    assert "kernels cluster_k_medoids has" in capsys.readouterr().out
-    monkeypatch.setattr(cluster_k_medoids, "STORED", 0)
-    memory.main(arguments)
-    assert "kernels cluster_k_medoids has" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"kernels {name} has" in told
+    assert f"reference {name} has" in told
 
 
 @compiles
-def test_what_sinkhorn_allocates_with_similarities_and_without(monkeypatch, capsys):
-    arguments = ["--primitives", "sinkhorn_merge", "--tokens", "257,1025", "--device", "cpu"]
+@pytest.mark.parametrize("name", ["cluster_k_medoids", "sinkhorn_merge"])
+def test_a_batch_takes_no_more_than_the_workspace(name, monkeypatch, capsys):
+    monkeypatch.setattr(soft, "LOGITS", 0)  # similarities are not asked for
+    arguments = ["--primitives", name, "--tokens", "65,257", "--device", "cpu"]
+    monkeypatch.setattr(_workspace, "WORKSPACE", 1 << 20)
     memory.main(arguments)
-    assert "kernels sinkhorn_merge has" in capsys.readouterr().out
-    monkeypatch.setattr(soft, "LOGITS", 0)
-    monkeypatch.setattr(importlib.import_module("fastreduce.ops.sinkhorn_merge"), "KEPT", 0)
-    memory.main(arguments)
-    assert "kernels sinkhorn_merge has" not in capsys.readouterr().out
+    assert f"many {name} has" not in capsys.readouterr().out
+    module = importlib.import_module(f"fastreduce.kernels.{name}")
+    monkeypatch.setattr(module, "workspace_parts", lambda images, bytes_each: [range(images)])
+    assert memory.main(arguments) == 1
+    assert f"many {name} has" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastreduce.kernels import merge_tokens as kernels
+from fastreduce.kernels import slots
 from tests.compiled.gates import ARCHES, check_gates
 
 
@@ -15,7 +16,7 @@ def groups(num_tokens, num_out):
 @pytest.mark.parametrize(("num_tokens", "dtype"), [(197, torch.int64), (576, torch.int32), (4097, torch.int64)])
 def test_gates_of_the_groups(num_tokens, dtype, arch):
     slot = torch.zeros(2, num_tokens, dtype=dtype)
-    (report,) = check_gates(arch, lambda: kernels.group_slots(slot, num_tokens // 2), wide=False)
+    (report,) = check_gates(arch, lambda: slots.group_slots(slot, num_tokens // 2), wide=False)
     assert report.registers <= 128, report
 
 
@@ -67,7 +68,7 @@ def test_gates_of_sizes_by_a_layer(channels, dtype, arch):
     x = torch.zeros(2, 197, channels, dtype=dtype)
     learned = torch.zeros(1, channels, dtype=dtype), torch.zeros(1, dtype=dtype)
     (report,) = check_gates(
-        arch, lambda: kernels.merge_tokens_learned(x[:, 1:], *groups(196, 98), *learned, None, 1e-6, x[:, :1])
+        arch, lambda: kernels.merge_tokens(x[:, 1:], *groups(196, 98), None, None, 1e-6, x[:, :1], *learned)
     )
     assert report.registers <= 96, report
     assert report.shared_bytes <= 8192, report  # a sum over its warps, and the weights from one layout to another
@@ -86,6 +87,6 @@ def test_gates_of_other_widths_and_strides(width, channels, dtype, arch):
         lambda: kernels.spread_slots(x, *grouped),
         lambda: kernels.merge_tokens_size_backward(x, x, *grouped, size, total, 1e-6, x[0, :1]),
         lambda: kernels.merge_tokens(x, *grouped, size, None, 1e-6, x[:, :5]),
-        lambda: kernels.merge_tokens_learned(x, *grouped, x[0, :1], x[0, 0, :1], None, 1e-6, x[:, :5]),
+        lambda: kernels.merge_tokens(x, *grouped, None, None, 1e-6, x[:, :5], x[0, :1], x[0, 0, :1]),
     ):
         check_gates(arch, launch, wide=False)

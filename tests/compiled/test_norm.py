@@ -25,10 +25,10 @@ def test_gates(channels, dtype, arch):
     offsets, bounds, total = (torch.zeros(2, count, dtype=torch.int32) for count in (198, 98, 97))
     headed = True, x[:, 1:], groups[0], bounds
     for most, launch in (
-        (64, lambda: gather_tokens.gather_tokens_norm(x, index, 1, residual, *norm)),
-        (128, lambda: fuse_tokens.fuse_tokens_norm(x, order, size, 97, 1, residual, row, *norm)),
-        (96, lambda: merge_tokens.merge_tokens_norm(*merging, size, residual[:, 1:], 0.0, None, (None, None), norm)),
-        (96, lambda: merge_tokens.merge_tokens_norm(*merging, None, None, 1e-6, x[:, :1], learned, norm)),
+        (64, lambda: gather_tokens.gather_tokens(x, index, 1, residual, *norm)),
+        (128, lambda: fuse_tokens.fuse_tokens(x, order, size, 97, 1, residual, row, *norm)),
+        (96, lambda: merge_tokens.merge_tokens(*merging, size, residual[:, 1:], 0.0, None, None, None, *norm)),
+        (96, lambda: merge_tokens.merge_tokens(*merging, None, None, 1e-6, x[:, :1], *learned, *norm)),
         (128, lambda: gather_tokens.gather_tokens_norm_backward(*upstream, groups[0][:, :98], offsets)),
         (128, lambda: fuse_tokens.fuse_tokens_norm_backward(*upstream, x, order, size, 1, row)),
         (128, lambda: merge_tokens.merge_tokens_norm_backward(*upstream, *headed, size, total.float(), 1e-6, row)),
@@ -41,8 +41,6 @@ def test_gates(channels, dtype, arch):
 def test_gates_of_a_norm_of_its_own(arch):
     x, scores = torch.zeros(2, 1400, 768, dtype=torch.float16), torch.zeros(2, 1399)
     order, row = torch.zeros(2, 1399, dtype=torch.int64), x[0, 0]
-    reports = check_gates(
-        arch, lambda: fuse_tokens.fuse_tokens_norm(x, order, scores, 700, 1, None, None, row, row, 1e-6)
-    )
+    reports = check_gates(arch, lambda: fuse_tokens.fuse_tokens(x, order, scores, 700, 1, None, None, row, row, 1e-6))
     assert [report.name for report in reports] == ["fuse_tokens_kernel", "norm_rows_kernel"]
     assert reports[1].registers <= 64

@@ -53,7 +53,7 @@ def _index(b: int, n: int, k: int, seed: int = 0) -> torch.Tensor:
 
 
 def _norm(c: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {"weight": _random(c, dtype=dtype, seed=3), "bias": _random(c, dtype=dtype, seed=4), "norm_eps": 1e-6}
+    return {"norm_weight": _random(c, dtype=dtype, seed=3), "norm_bias": _random(c, dtype=dtype, seed=4)}
 
 
 def _gather(b=2, h=2, n=6, c=4, dtype=torch.float64):
@@ -64,6 +64,17 @@ def _gather(b=2, h=2, n=6, c=4, dtype=torch.float64):
         "index": _index(b, max(0, n - 1), k),
         "prefix": min(1, n),
         "residual": residual,
+    }
+
+
+def _rotate(b=2, h=2, n=6, c=4, dtype=torch.float64):
+    prefix = min(1, n)
+    angles = _random(7, c, dtype=dtype, seed=6)
+    return {
+        "x": _random(b, h, n, c, dtype=dtype),
+        "table": (angles.cos(), angles.sin()),
+        "place": _index(b, 7, 7).repeat(1, 1 + n // 7)[:, : n - prefix],
+        "prefix": prefix,
     }
 
 
@@ -236,16 +247,16 @@ CASES = {
     ),
     "fuse_tokens": Case("fuse_tokens", _fuse, ("x", "scores", "residual", "residual_bias")),
     "fuse_tokens_norm": Case(
-        "fuse_tokens_norm",
+        "fuse_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {**_fuse(b, h, n, c, dtype), **_norm(c, dtype)},
-        ("x", "scores", "residual", "residual_bias", "weight", "bias"),
+        ("x", "scores", "residual", "residual_bias", "norm_weight", "norm_bias"),
     ),
     "gather_packed": Case("gather_packed", _packed, ("x", "residual")),
     "gather_tokens": Case("gather_tokens", _gather, ("x", "residual")),
     "gather_tokens_norm": Case(
-        "gather_tokens_norm",
+        "gather_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {**_gather(b, h, n, c, dtype), **_norm(c, dtype)},
-        ("x", "residual", "weight", "bias"),
+        ("x", "residual", "norm_weight", "norm_bias"),
     ),
     "group_slots": Case(
         "group_slots", lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {"slot": _slots(b, n, 3), "num_out": 3}
@@ -269,14 +280,15 @@ CASES = {
         "merge_tokens", _merge_learned, ("x", "residual", "head", "log_weight", "log_bias")
     ),
     "merge_tokens_norm": Case(
-        "merge_tokens_norm",
+        "merge_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {**_merge(b, h, n, c, dtype), **_norm(c, dtype)},
-        ("x", "size", "residual", "head", "weight", "bias"),
+        ("x", "size", "residual", "head", "norm_weight", "norm_bias"),
     ),
     "prepare_merge": Case(
         "prepare_merge", lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {"slot": _slots(b, n, 3), "num_out": 3}
     ),
     "received_scores": Case("received_scores", _received, ("q", "k")),
+    "rotate_tokens": Case("rotate_tokens", _rotate, ("x",)),
     "sample_tokens": Case(
         "sample_tokens",
         lambda b=2, h=2, n=6, c=4, dtype=torch.float64: {"scores": _random(b, n, dtype=dtype).abs(), "budget": 3},
@@ -298,8 +310,10 @@ DIFFERENTIABLE = [name for name, case in CASES.items() if case.differentiable]
 
 
 def as_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """What the operator takes: the layer's weight and bias as one."""
+    """What the operator takes: a layer's weight and bias as one."""
     values = dict(values)
+    if "norm_weight" in values:
+        values["norm"] = values.pop("norm_weight"), values.pop("norm_bias"), 1e-6
     if "log_weight" in values:
         values["log_size"] = values.pop("log_weight"), values.pop("log_bias")
     return values

@@ -1,11 +1,15 @@
 """cluster_k_medoids: both kernels against reference in the interpreter, under the sanitizer."""
 
+import importlib
+
 import pytest
 import torch
+import triton
 
 from fastreduce import ops
+from fastreduce.kernels import _workspace
 from fastreduce.kernels import cluster_k_medoids as kernels
-from fastreduce.kernels._squares import squared_lengths
+from fastreduce.kernels._distances import squared_lengths
 from tests.helpers.budget import EPS, assert_within_budget
 from tests.helpers.inputs import DTYPES, seeded, tokens
 
@@ -34,48 +38,36 @@ def check(x, weights, k, **options):
     return ours
 
 
-@pytest.mark.parametrize("cost", ["all", "members"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "num_tokens", "channels", "k"), [(2, 17, 8, 5), (3, 5, 1, 1), (1, 70, 33, 21), (1, 40, 12, 40)]
 )
-def test_exact_distances_with_ties(batch, num_tokens, channels, k, dtype, cost):
+def test_exact_distances_with_ties(batch, num_tokens, channels, k, dtype):
     x = on_a_line(batch, num_tokens, channels, dtype=dtype)
     weights = dyadic(batch, num_tokens)
     for iters in (0, 1, 3):
-        check(x, weights.to(dtype), k, iters=iters, cost=cost)
-    check(x, None, k, first=num_tokens // 2, cost=cost)
+        check(x, weights.to(dtype), k, iters=iters)
 
 
-@pytest.mark.parametrize("cost", ["all", "members"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "channels", "k"), [(30, 64, 7), (141, 20, 60)])
-def test_random_tokens(num_tokens, channels, k, dtype, cost):
-    check(tokens(1, num_tokens, channels, dtype=dtype), torch.rand(1, num_tokens, generator=seeded()), k, cost=cost)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_random_tokens_of_equal_weight(dtype):
-    check(tokens(2, 44, 24, dtype=dtype), None, 9, first=5)
+def test_random_tokens(num_tokens, channels, k, dtype):
+    check(tokens(1, num_tokens, channels, dtype=dtype), torch.rand(1, num_tokens, generator=seeded()), k)
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_few_tokens(k):
     check(on_a_line(2, k, 4), dyadic(2, k), k)
-    check(on_a_line(2, k, 4), None, k, cost="members")
 
 
 def test_empty_batch():
     centers, label = check(torch.zeros(0, 9, 4), torch.zeros(0, 9), 3)
     assert (centers.shape, label.shape) == ((0, 3), (0, 9))
-    check(torch.zeros(0, 9, 4), None, 3)
 
 
-@pytest.mark.parametrize("cost", ["all", "members"])
-def test_more_tokens_than_one_block(cost, monkeypatch):
+def test_more_tokens_than_one_block(monkeypatch):
     monkeypatch.setattr(kernels, "cluster_tile", lambda num_tokens: kernels.ClusterTile(16, 4, 4))
-    check(on_a_line(1, 53, 4), dyadic(1, 53), 19, cost=cost)
-    check(on_a_line(1, 53, 4), None, 19, cost=cost, first=52)
+    check(on_a_line(1, 53, 4), dyadic(1, 53), 19)
 
 
 def test_a_longer_sequence():
@@ -83,67 +75,25 @@ def test_a_longer_sequence():
     check(on_a_line(1, 600, 4, dtype=torch.float16), dyadic(1, 600, high=400), 40, iters=1)
 
 
-@pytest.fixture
-def nothing_stored(monkeypatch):
-    """Few tokens take the way of many."""
-    monkeypatch.setattr(kernels, "STORED", 0)
-
-
-@pytest.mark.usefixtures("nothing_stored")
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
-@pytest.mark.parametrize("cost", ["all", "members"])
-class TestDistancesComputedAgain:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_exact_distances_with_ties(self, dtype, cost):
-        x = on_a_line(2, 70, 33, dtype=dtype)
-        check(x, dyadic(2, 70).to(dtype), 40, cost=cost)
-        check(x[:1, ::2, 7:], None, 21, iters=1, first=11, cost=cost)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_random_tokens(self, dtype, cost):
-        x = tokens(3, 38, 20, dtype=dtype)
-        weights = torch.rand(3, 38, generator=seeded())
-        check(x[:1], None, 7, first=5, cost=cost)
-        for whole, alone in zip(check(x, weights, 7, cost=cost), check(x[2:], weights[2:], 7, cost=cost), strict=True):
-            assert torch.equal(whole[2:], alone)
-        # Far from zero rounding leaves a token a distance to itself, which must not decide between two members.
-        check(tokens(1, 60, 4, dtype=dtype) + 50, 1 + torch.rand(1, 60, generator=seeded()) / 10, 25, cost=cost)
-
-    @pytest.mark.parametrize("bad", [NAN, INF])
-    def test_tokens_that_are_not_finite(self, bad, cost):
-        for places in ([3], list(range(31))):
-            x = on_a_line(1, 31, 4)
-            x[:, places, 1] = bad
-            check(x, dyadic(1, 31), 8, iters=1, cost=cost)
-            check(x, None, 8, iters=1, cost=cost, first=3)
-
-    def test_empty_batch(self, cost):
-        check(torch.zeros(0, 9, 4), torch.zeros(0, 9), 3, cost=cost)
-
-
-@pytest.mark.parametrize("cost", ["all", "members"])
-def test_all_tokens_equal(cost):
+def test_all_tokens_equal():
     """The first center takes every token; every other cluster is empty and takes token 0."""
-    centers, label = check(torch.ones(1, 9, 4), torch.arange(9.0).unsqueeze(0), 3, cost=cost)
+    centers, label = check(torch.ones(1, 9, 4), torch.arange(9.0).unsqueeze(0), 3)
     assert centers.tolist() == [[0, 0, 0]]
     assert label.tolist() == [[0] * 9]
 
 
-@pytest.mark.parametrize("cost", ["all", "members"])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_tokens_that_are_not_finite(bad, dtype, cost):
+def test_tokens_that_are_not_finite(bad, dtype):
     for places in ([3], [0, 30], list(range(31))):
         x = on_a_line(1, 31, 4, dtype=dtype)
         x[:, places, 1] = bad
-        check(x, dyadic(1, 31), 8, cost=cost)
-        check(x, None, 8, cost=cost, first=3)
+        check(x, dyadic(1, 31), 8)
 
 
-@pytest.mark.parametrize("cost", ["all", "members"])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
-def test_weights_that_are_not_usual(cost):
+def test_weights_that_are_not_usual():
     x = on_a_line(1, 29, 4)
     weights = dyadic(1, 29)
     weights[:, [2, 5]] = NAN
@@ -151,7 +101,7 @@ def test_weights_that_are_not_usual(cost):
     weights[:, [9, 10]] = -1.5
     weights[:, 11] = INF
     for k in (3, 20, 29):
-        check(x, weights, k, cost=cost)
+        check(x, weights, k)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -160,7 +110,7 @@ def test_any_strides(dtype):
     by_sequence = on_a_line(19, 2, 8, dtype=dtype).transpose(0, 1)
     not_dense = on_a_line(2, 8, 19, dtype=dtype).mT
     for x in (wide[:, 1:20, 8:16], wide[:, ::2][:, :19, 5:20], by_sequence, not_dense, wide[:1, :19].expand(2, -1, -1)):
-        for of_tokens in (weights[:, 3:22], weights[:, ::2][:, :19], weights[:1, :19].expand(2, -1), None):
+        for of_tokens in (weights[:, 3:22], weights[:, ::2][:, :19], weights[:1, :19].expand(2, -1)):
             check(x, of_tokens, 6)
 
 
@@ -169,7 +119,8 @@ def test_any_strides(dtype):
 def test_distances(num_tokens, channels, dtype):
     x, weights = tokens(1, num_tokens, channels, dtype=dtype), torch.rand(1, num_tokens, generator=seeded(3))
     cost, centers = torch.empty(1, num_tokens), torch.empty(1, num_tokens, dtype=torch.int64)
-    distance = kernels.token_distances(x, squared_lengths(x), weights, cost, centers)
+    distance = torch.empty(1, num_tokens, triton.cdiv(num_tokens, 16) * 16)
+    kernels.token_distances(x, squared_lengths(x), weights, distance, cost, centers, range(1))
     assert torch.isinf(distance[:, :, num_tokens:]).all()
     distance = distance[:, :, :num_tokens]
     # |a|^2 + |b|^2 - 2ab leaves the rounding of |a|^2 on the diagonal, in the released code too; its root is large.
@@ -182,16 +133,39 @@ def test_distances(num_tokens, channels, dtype):
     assert torch.equal(centers, ops.select_topk(weights, num_tokens, backend="reference"))
 
 
-@pytest.mark.parametrize("cost", ["all", "members"])
-@pytest.mark.parametrize("weighted", [True, False])
-def test_batch_invariance_and_determinism(weighted, cost):
+def test_batch_invariance_and_determinism():
     x = tokens(4, 35, 20, dtype=torch.float16)
-    weights = torch.rand(4, 35, generator=seeded()) if weighted else None
+    weights = torch.rand(4, 35, generator=seeded())
 
     def run(part):
-        of_tokens = None if weights is None else weights[part]
-        return ops.cluster_k_medoids(x[part], of_tokens, 9, cost=cost, first=2, backend="triton")
+        return ops.cluster_k_medoids(x[part], weights[part], 9, backend="triton")
 
     for whole, again, alone in zip(run(slice(None)), run(slice(None)), run(slice(2, 3)), strict=True):
         assert torch.equal(whole, again)
         assert torch.equal(whole[2:3], alone)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_workspace_that_does_not_hold_all_images(images, monkeypatch):
+    """The same bits, whatever the number of images at a time, and no more memory than the workspace."""
+    x, weights = tokens(5, 35, 20, dtype=torch.float16), torch.rand(5, 35, generator=seeded())
+    whole = ops.cluster_k_medoids(x, weights, 9, backend="triton")
+    launched = []
+    measure = kernels.token_distances
+
+    def spy(x, squares, weights, distance, cost, centers, part):
+        launched.append((len(part), distance.shape[0]))
+        measure(x, squares, weights, distance, cost, centers, part)
+
+    monkeypatch.setattr(kernels, "token_distances", spy)
+    monkeypatch.setattr(_workspace, "WORKSPACE", images * 4 * 35 * 48 + 1)
+    for one, other in zip(ops.cluster_k_medoids(x, weights, 9, backend="triton"), whole, strict=True):
+        assert torch.equal(one, other)
+    assert launched == [(min(images, 5 - first), images) for first in range(0, 5, images)]
+
+
+@pytest.mark.parametrize(("weighted", "cost"), [(False, "all"), (True, "members")])
+def test_options_without_kernels_are_the_reference(weighted, cost, monkeypatch):
+    x, weights = on_a_line(2, 17, 8), dyadic(2, 17) if weighted else None
+    monkeypatch.setattr(importlib.import_module("fastreduce.ops.cluster_k_medoids"), "_cluster", None)
+    check(x, weights, 5, cost=cost, first=4)

@@ -275,7 +275,7 @@ def test_sizes_by_a_layer_are_those_given(channels):
     """More channels than a program holds: every program finds the same sizes."""
     x, slot, (weight, bias) = tokens(2, 9, channels), random_slots(2, 9, 4), layer(channels)
     groups = ops.group_slots(slot, 4, backend="triton")
-    merged, total, size = kernels.merge_tokens_learned(x, *groups, weight, bias, None, 1e-6)
+    merged, total, size = kernels.merge_tokens(x, *groups, None, None, 1e-6, None, weight, bias)
     torch.testing.assert_close(size, (x @ weight[0] + bias).exp())
     for ours, given in zip((merged, total), kernels.merge_tokens(x, *groups, size, None, 1e-6), strict=True):
         assert torch.equal(ours, given)
@@ -471,11 +471,10 @@ def test_learned_sizes_that_would_overflow(scale, norm):
     grad = tokens(2, 6, 24, seed=6)
 
     def run(backend):
-        log_size = leaves[1], leaves[2]
+        options = {"log_size": (leaves[1], leaves[2]), "eps": 1e-6, "backend": backend}
         if norm:
-            merged, size, _ = ops.merge_tokens_norm(x, slot, 6, log_size=log_size, eps=1e-6, backend=backend)
-        else:
-            merged, size = ops.merge_tokens(x, slot, 6, log_size=log_size, eps=1e-6, backend=backend)
+            options["norm"] = None, None, 1e-6
+        merged, size, *_ = ops.merge_tokens(x, slot, 6, **options)
         return [merged, *torch.autograd.grad(merged, leaves, grad), size]
 
     double = [leaf.detach().double().requires_grad_() for leaf in leaves]

@@ -17,6 +17,9 @@ SHAPES = [(2, 17, 5, 24, 1), (2, 100, 63, 8, 1), (3, 9, 4, 33, 0), (0, 9, 3, 8, 
 WAYS = ["gather", "fuse", "merge", "merge_learned"]
 
 
+NO_AFFINE = (None, None, 1e-6)
+
+
 def inputs(batch, num_in, keep, channels, prefix, dtype, layout="dense", norm_dtype=None):
     """Leaves of all the ways, and what is constant; an index that is taken twice, an empty slot."""
     repeated = distinct_indices(batch, keep, num_in - prefix)
@@ -41,18 +44,21 @@ def reduce(way, leaves, constants, backend, *, norm=("weight", "bias")):
         *(leaves[name] for name in ("x", "residual", "size")),
         *list(constants.values())[3:],
     )
-    options = {name: leaves[name] for name in norm} | {"norm_eps": 1e-3, "backend": backend}
+    options = {
+        "norm": (*(leaves[name] if name in norm else None for name in ("weight", "bias")), 1e-3),
+        "backend": backend,
+    }
     if way == "gather":
-        return ops.gather_tokens_norm(x, constants["index"], prefix=prefix, residual=residual[:, 1:], **options)
+        return ops.gather_tokens(x, constants["index"], prefix=prefix, residual=residual[:, 1:], **options)
     if way == "fuse":
         options |= {"prefix": prefix, "residual": residual, "residual_bias": leaves["log_weight"][0]}
-        return ops.fuse_tokens_norm(x, constants["order"], size[:, prefix:], keep, **options)
+        return ops.fuse_tokens(x, constants["order"], size[:, prefix:], keep, **options)
     options |= {"residual": residual[:, prefix + 1 :], "head": x[:, :prefix] if prefix else None, "eps": 0.25}
     if way == "merge":
         options["size"] = size[:, prefix:]
     else:
         options["log_size"] = leaves["log_weight"], leaves["log_bias"]
-    return ops.merge_tokens_norm(x[:, prefix:], constants["slot"], keep, **options)[::2]
+    return ops.merge_tokens(x[:, prefix:], constants["slot"], keep, **options)[::2]
 
 
 def differentiated(way, leaves, constants, backend, cast=None, **options):
@@ -193,7 +199,7 @@ def test_tokens_of_no_slot_get_zeros(learned):
         leaves = [x[:, rows], tokens(1, 8, seed=1) / 4 if learned else torch.rand(1, 40, generator=seeded(2))[:, rows]]
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         options = {"log_size": (leaves[1], torch.zeros(1))} if learned else {"size": leaves[1]}
-        out = ops.merge_tokens_norm(leaves[0], slot[:, rows], 2, backend="triton", **options)[::2]
+        out = ops.merge_tokens(leaves[0], slot[:, rows], 2, norm=NO_AFFINE, backend="triton", **options)[::2]
         results.append(torch.autograd.grad(out, leaves, [tokens(1, 2, 8, seed=seed) for seed in (3, 4)]))
     (grad_x, grad_size), (expected_x, expected_size) = results
     assert not grad_x[:, ~stays].any()
@@ -220,11 +226,11 @@ def test_wide_rows_do_not_share_a_program():
 
 
 def test_no_channels_and_no_rows():
-    norm = {"weight": torch.zeros(0), "bias": torch.zeros(0), "backend": "triton"}
-    out, normed = ops.gather_tokens_norm(torch.zeros(2, 5, 0), torch.zeros(2, 3).long(), **norm)
+    norm = torch.zeros(0), torch.zeros(0), 1e-6
+    out, normed = ops.gather_tokens(torch.zeros(2, 5, 0), torch.zeros(2, 3).long(), norm=norm, backend="triton")
     assert out.shape == normed.shape == (2, 4, 0)
     x = torch.zeros(2, 5, 8, requires_grad=True)
-    out, normed = ops.gather_tokens_norm(x, torch.zeros(2, 0).long(), prefix=0, backend="triton")
+    out, normed = ops.gather_tokens(x, torch.zeros(2, 0).long(), prefix=0, norm=NO_AFFINE, backend="triton")
     assert normed.shape == (2, 0, 8)
     assert not torch.autograd.grad((out, normed), x, (out, normed))[0].any()
 
@@ -232,11 +238,11 @@ def test_no_channels_and_no_rows():
 def test_no_channels_no_tokens_and_a_residual():
     x, scores = torch.zeros(2, 5, 0, requires_grad=True), torch.ones(2, 4, requires_grad=True)
     order = torch.arange(4).expand(2, -1)
-    out = ops.fuse_tokens_norm(x, order, scores, 2, backend="triton")
+    out = ops.fuse_tokens(x, order, scores, 2, norm=NO_AFFINE, backend="triton")
     assert not torch.autograd.grad(out, (x, scores), out)[1].any()
     residual = tokens(2, 3, 8).requires_grad_()
     slot, x = torch.zeros(2, 0).long(), torch.zeros(2, 0, 8)
-    merged, _, normed = ops.merge_tokens_norm(x, slot, 3, residual=residual, backend="triton")
+    merged, _, normed = ops.merge_tokens(x, slot, 3, residual=residual, norm=NO_AFFINE, backend="triton")
     expected = F.layer_norm(residual, (8,), eps=1e-6)
     torch.testing.assert_close((merged, normed), (residual, expected))
     grads = tokens(2, 3, 8, seed=1)

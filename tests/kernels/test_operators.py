@@ -96,7 +96,7 @@ def _nothing():
         "select_topk of all": lambda **o: ops.select_topk(scores, 5, **o),
         "gather_tokens of the prefix": lambda **o: ops.gather_tokens(x, none, **o),
         "gather_tokens of nothing": lambda **o: ops.gather_tokens(x, none, prefix=0, **o),
-        "gather_tokens_norm of nothing": lambda **o: ops.gather_tokens_norm(x, none, prefix=0, **o),
+        "gather_tokens_norm of nothing": lambda **o: ops.gather_tokens(x, none, prefix=0, norm=(None, None, 1e-6), **o),
         "gather_tokens behind all": lambda **o: ops.gather_tokens(x, slot, prefix=6, **o),
         "fuse_tokens of all": lambda **o: ops.fuse_tokens(x, order, scores, 0, **o),
         "fuse_tokens of none": lambda **o: ops.fuse_tokens(x, order, scores, 5, **o),
@@ -105,7 +105,7 @@ def _nothing():
         "match_tokens of a prefix only": lambda **o: ops.match_tokens(x, 0, prefix=6, **o),
         "merge_tokens without a head": lambda **o: ops.merge_tokens(x, slot, 3, head=x[:, :0], **o),
         "merge_tokens of no token": lambda **o: ops.merge_tokens(x[:, :0], none, 3, **o),
-        "merge_tokens_norm of no token": lambda **o: ops.merge_tokens_norm(x[:, :0], none, 3, **o),
+        "merge_tokens_norm of no token": lambda **o: ops.merge_tokens(x[:, :0], none, 3, norm=(None, None, 1e-6), **o),
         "unmerge_tokens to none": lambda **o: ops.unmerge_tokens(x, none, **o),
         "unmerge_tokens of no slot": lambda **o: ops.unmerge_tokens(x[:, :0], slot - 1, **o),
         "group_slots of none": lambda **o: ops.group_slots(none, 3, **o),
@@ -190,7 +190,7 @@ def test_tokens_of_no_slot_take_no_part(sizes, norm):
             "given": {"size": leaves["size"]},
             "by a layer": {"log_size": (leaves["weight"], leaves["bias"])},
         }[sizes]
-        merge = functools.partial(ops.merge_tokens_norm, weight=gain) if norm else ops.merge_tokens
+        merge = functools.partial(ops.merge_tokens, norm=(gain, None, 1e-6)) if norm else ops.merge_tokens
         results = merge(leaves["x"], slot, 3, **options, eps=1e-3, backend=backend)
         sum((one * torch.arange(12.0).view(1, 3, 4)).square().sum() for one in results if one.requires_grad).backward()
         found[backend] = *results, *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)

@@ -1,11 +1,10 @@
 """sinkhorn_merge: kernels against reference in the interpreter, under the sanitizer."""
 
-import importlib
-
 import pytest
 import torch
 
 from fastreduce import ops
+from fastreduce.kernels import _workspace, sinkhorn_merge_backward
 from fastreduce.kernels import sinkhorn_merge as kernels
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.inputs import DTYPES, tokens
@@ -153,7 +152,7 @@ def test_batch_invariance_and_determinism_bitwise(dtype):
 
 
 def test_centers_gradient_over_groups_of_images(monkeypatch):
-    monkeypatch.setattr(kernels, "CENTER_PARTS", 2)
+    monkeypatch.setattr(sinkhorn_merge_backward, "CENTER_PARTS", 2)
     check(inputs(5, 6, 3, 8, 1))
 
 
@@ -171,95 +170,40 @@ def without_similarities(x, centers, head, backend, **options):
     return [merged, *biases]
 
 
-def check_again(arguments, steps=8, **options):
-    """Against the reference and the kernels that keep the similarities, both of which get their errors from them."""
-    arguments = arguments[:3]
-    exact = [tensor if tensor is None else tensor.double() for tensor in arguments]
-    ours = without_similarities(*arguments, "triton", **options)
-    truth = without_similarities(*exact, "reference", **options)
-    x, centers, head = arguments
-    merged, _, *biases = ops.sinkhorn_merge(x, centers, head=head, backend="triton", **{"eps": 1.0, **options})
-    for others in (without_similarities(*arguments, "reference", **options), [merged, *biases]):
-        for triple in zip(ours, others, truth, strict=True):
-            assert_within_budget(*triple, steps=steps)
-    return ours
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_similarities_that_are_not_kept(images, dtype, monkeypatch):
+    """The same bits, in a workspace for some images at a time, beside an image that is not a number."""
+    x, centers, head, _ = inputs(5, 17, 4, 24, 1, dtype, "sliced")
+    x[1, 2] = float("nan")
+    merged, _, *biases = ops.sinkhorn_merge(x, centers, head=head, eps=0.1, backend="triton")
+    monkeypatch.setattr(_workspace, "WORKSPACE", images * 4 * (17 + 2) * 16 + 1)
+    launched = []
+    kernel = kernels.plan_biases_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(similarity, *rest, **settings):
+                launched.append((grid[0], similarity.shape[0]))
+                kernel[grid](similarity, *rest, **settings)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "plan_biases_kernel", Spy())
+    ours = without_similarities(x, centers, head, "triton", eps=0.1)
+    for one, other in zip(ours, (merged, *biases), strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+    assert launched == [(min(images, 5 - first), images) for first in range(0, 5, images)]
+    for empty in without_similarities(x[:0], centers, head[:0], "triton"):
+        assert empty.shape[0] == 0
 
 
-@pytest.fixture
-def nothing_kept(monkeypatch):
-    """Few tokens take the way of many."""
-    monkeypatch.setattr(importlib.import_module("fastreduce.ops.sinkhorn_merge"), "KEPT", 0)
-
-
-@pytest.mark.usefixtures("nothing_kept")
-class TestSimilaritiesComputedAgain:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(
-        ("shape", "layout"),
-        [
-            ((2, 17, 4, 24, 1), "sliced"),
-            ((1, 70, 67, 33, 2), "dense"),
-            ((3, 5, 1, 8, None), "expanded"),
-            ((0, 9, 3, 8, 1), "dense"),
-            ((1, 9, 20, 270, 0), "sliced"),
-        ],
-    )
-    def test_of_every_size(self, shape, layout, dtype):
-        merged, token_bias, cluster_bias = check_again(inputs(*shape, dtype, layout))
-        batch, num_tokens, clusters, channels, num_head = shape
-        assert merged.shape == (batch, (num_head or 0) + clusters, channels)
-        assert [token_bias.shape, cluster_bias.shape] == [(batch, num_tokens), (batch, clusters)]
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_small_temperatures_and_clusters_far_from_every_token(self, dtype):
-        check_again(inputs(1, 70, 80, 12, 1, dtype), steps=28, eps=0.05, iters=1)
-        check_again(inputs(1, 70, 6, 12, 1, dtype), steps=108, eps=0.01, iters=3)
-        x, centers, head, _ = inputs(1, 10, 3, 4, 1, dtype)
-        centers = torch.eye(3, 4).to(dtype)
-        centers[1:] = -centers[1:]
-        check_again((x.abs(), centers, head), steps=256, eps=0.01, iters=4)
-        x[..., 1] = 9.0  # similarities to the second cluster near -100, whose bias alone has no exponential
-        check_again((x, centers, head), steps=256, eps=0.01, iters=4)
-
-    @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning", "ignore:overflow:RuntimeWarning")
-    @pytest.mark.parametrize("dtype", DTYPES[:2])
-    def test_images_on_their_own(self, dtype):
-        """Bit for bit, beside one that is not a number, with the rows of the head as they were."""
-        x, centers, head, _ = inputs(3, 70, 18, 40, 2, dtype)
-        x[1, 2] = float("nan")
-        whole = without_similarities(x, centers, head, "triton", eps=0.1)
-        assert whole[0][1, 2:].isnan().all()
-        assert torch.equal(whole[0][:, :2], head)
-        for again, alone, result in zip(
-            without_similarities(x, centers, head, "triton", eps=0.1),
-            without_similarities(x[2:], centers, head[2:], "triton", eps=0.1),
-            whole,
-            strict=True,
-        ):
-            assert torch.equal(again[::2], result[::2])
-            assert torch.equal(alone, result[2:])
-
-    def test_mixed_dtypes_strides_and_zero_tokens(self):
-        x, centers, head, _ = inputs(2, 20, 5, 16, 1)
-        check_again((x.half(), centers, head.half()))
-        check_again((x.bfloat16(), centers.bfloat16(), head))
-        x[:, 2], x[:, 5] = 0.0, 1e-14
-        check_again((x[:, ::2], centers.T.contiguous().T, None))
-        check_again((tokens(20, 2, 16).transpose(0, 1), centers, None))
-
-
-def test_few_similarities_or_a_gradient_keep_them(monkeypatch):
-    operator = importlib.import_module("fastreduce.ops.sinkhorn_merge")
-    monkeypatch.setattr(operator, "KEPT", 20)
-    monkeypatch.setattr(operator, "_blocks", None)
-    x, centers, head, _ = inputs(1, 5, 4, 8, 1)
-    without_similarities(x, centers, head, "triton")
-    more = torch.cat([x, x], 1)
-    merged, none, *_ = ops.sinkhorn_merge(more, centers.requires_grad_(), similarity=False, backend="triton")
+def test_a_gradient_keeps_them():
+    x, centers, _, _ = inputs(1, 5, 4, 8, 1)
+    merged, none, *_ = ops.sinkhorn_merge(x, centers.requires_grad_(), similarity=False, backend="triton")
     assert merged.requires_grad
     assert none is None
-    with pytest.raises(TypeError):
-        without_similarities(more, centers, head, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

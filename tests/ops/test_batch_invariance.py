@@ -114,7 +114,7 @@ def _operators(tokens, channels, heads, dtype):
         "sample_tokens": (lambda s: ops.sample_tokens(s, keep), scores),
         "select_topk": (lambda s: ops.select_topk(s, keep), scores),
         "sinkhorn_merge": (lambda x: ops.sinkhorn_merge(x, centers, **transport), x),
-        "sinkhorn_merge, blocks": (lambda x: ops.sinkhorn_merge(x, centers, **transport, similarity=False), x),
+        "sinkhorn_merge, not kept": (lambda x: ops.sinkhorn_merge(x, centers, **transport, similarity=False), x),
         "soft_merge": (ops.soft_merge, logits, x),
         "unmerge_tokens": (ops.unmerge_tokens, after, slot),
     }

@@ -8,7 +8,7 @@ from bench.proof import tiny
 from fastreduce import ops, reference
 from fastreduce.ops import unchecked
 from fastreduce.reducers import _soft as soft
-from fastreduce.reference import _blocks
+from fastreduce.reference import _blocks, _images
 from tests.helpers.density_peaks import on_a_line
 from tests.helpers.inputs import DTYPES, seeded, tokens
 
@@ -42,20 +42,6 @@ class TestSameDecisions:
         for x in (on_a_line(2, 60, dtype=dtype), tokens(2, 60, 24, dtype=dtype)):
             assert_same(lambda x=x: ops.cluster_dpc_knn(x, 9, neighbors=7, noise=noise), monkeypatch, numbers)
 
-    @pytest.mark.parametrize("cost", ["all", "members"])
-    def test_cluster_k_medoids(self, dtype, numbers, cost, monkeypatch):
-        weights = torch.randint(0, 9, (2, 60), generator=seeded()).to(dtype) / 4
-        line = on_a_line(2, 60, dtype=dtype)
-        broken = line.clone()
-        broken[:, [0, 30], 1] = float("nan")
-        for x in (line, broken):
-            for w in (weights, None):
-                assert_same(lambda x=x, w=w: ops.cluster_k_medoids(x, w, 9, cost=cost), monkeypatch, numbers)
-        # Far from zero rounding leaves a token a distance to itself, which must not decide between two members.
-        weights = 1 + torch.rand(2, 60, generator=seeded()) / 10
-        for x, k in ((tokens(2, 60, 24, dtype=dtype), 9), (tokens(2, 60, 4, dtype=dtype) + 50, 25)):
-            assert_same(lambda x=x, k=k: ops.cluster_k_medoids(x, weights, k, cost=cost), monkeypatch, numbers)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_soft_merge_in_blocks(dtype, monkeypatch):
@@ -66,9 +52,9 @@ def test_soft_merge_in_blocks(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sinkhorn_merge_in_blocks(dtype, monkeypatch):
-    monkeypatch.setattr(_blocks, "MATRIX", 40)
-    x, centers = tokens(2, 31, 8, dtype=dtype), torch.nn.functional.normalize(tokens(5, 8, dtype=dtype, seed=1), dim=1)
+def test_sinkhorn_merge_of_some_images_at_a_time(dtype, monkeypatch):
+    monkeypatch.setattr(_images, "WORKSPACE", 2 * 16 * 30 * 5)
+    x, centers = tokens(3, 31, 8, dtype=dtype), torch.nn.functional.normalize(tokens(5, 8, dtype=dtype, seed=1), dim=1)
     for iters in (1, 3):
         options = {"eps": 0.1, "iters": iters, "head": x[:, :1]}
         whole = ops.sinkhorn_merge(x[:, 1:], centers, **options)
@@ -79,7 +65,7 @@ def test_sinkhorn_merge_in_blocks(dtype, monkeypatch):
             merged, none, *biases = ops.sinkhorn_merge(x[:, 1:], centers, similarity=False, **options)
         assert none is None
         for one, other in zip((merged, *biases), (whole[0], *whole[2:]), strict=True):
-            torch.testing.assert_close(one, other)
+            assert torch.equal(one, other)
 
 
 def logits_and_weights(model, images):
@@ -94,7 +80,7 @@ def test_sinkhorn_without_gradient_keeps_no_similarities(monkeypatch):
     fastreduce.patch(model, "sinkhorn", eps=0.1, keep=[9, 5, 2], at=tiny.AT)
     whole = logits_and_weights(model, images)
     monkeypatch.setattr(soft, "LOGITS", 0)
-    monkeypatch.setattr(_blocks, "MATRIX", 40)
+    monkeypatch.setattr(_images, "WORKSPACE", 1)
     monkeypatch.setattr(reference, "sinkhorn_merge", None)
     with pytest.raises(TypeError):  # a gradient needs them
         model(images)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bench.primitives.cluster_k_medoids import plain_k_medoids
 from fastreduce import ops, reference
+from fastreduce.reference import _images
 from tests.helpers.inputs import DTYPES, distinct_indices, seeded, tokens
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -51,14 +52,17 @@ def test_empty_clusters_are_among_those_cases():
     assert any(row.unique().numel() < 30 for row in label)
 
 
-def test_a_batch_that_is_cut_into_parts():
-    """Enough elements that the distances are computed some images at a time, the last part smaller."""
-    x, weights = make_tokens("random", 9, 196, 384), torch.rand(9, 196, generator=seeded())
-    images = torch.get_num_threads() * max(1, 2**17 // (196 * 384))
-    assert images < 9 or torch.get_num_threads() > 8
-    ours = ops.cluster_k_medoids(x, weights, 98)
-    for index, plain in zip(ours, plain_k_medoids(x, weights, 98), strict=True):
-        assert torch.equal(index, plain)
+@pytest.mark.parametrize("cost", ["all", "members"])
+def test_a_batch_that_is_cut_into_parts(cost, monkeypatch):
+    """Some images at a time, the last part smaller: the same bits."""
+    x, weights = make_tokens("random", 5, 40, 24), torch.rand(5, 40, generator=seeded())
+    for of_tokens in (weights, None):
+        whole = ops.cluster_k_medoids(x, of_tokens, 9, cost=cost)
+        with monkeypatch.context() as patch:
+            patch.setattr(_images, "WORKSPACE", 2 * 16 * 40 * 40)
+            assert len(_images.image_parts(5, 16 * 40 * 40)) == 3
+            for index, other in zip(ops.cluster_k_medoids(x, of_tokens, 9, cost=cost), whole, strict=True):
+                assert torch.equal(index, other)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES[1:], torch.float64])
@@ -161,16 +165,13 @@ def test_opcheck(dtype):
     x, weights = tokens(2, 10, 6, dtype=dtype)[:, 1:], distinct_weights(2, 9)
     by_sequence = tokens(9, 2, 6, dtype=dtype).transpose(0, 1)
     for tensor in (x, by_sequence):
-        for of_tokens, members in ((weights, False), (weights.mT.contiguous().mT, True), (None, False)):
-            torch.library.opcheck(
-                torch.ops.fastreduce.cluster_k_medoids.default,
-                (tensor, of_tokens, 4, 2, members, 1),
-                test_utils=OPCHECKS,
-            )
+        for of_tokens in (weights, weights.mT.contiguous().mT):
+            arguments = tensor, of_tokens, 4, 2
+            torch.library.opcheck(torch.ops.fastreduce.cluster_k_medoids.default, arguments, test_utils=OPCHECKS)
 
 
-def by_operator(x, weights, k, members):
-    return torch.ops.fastreduce.cluster_k_medoids(x, weights, k, 3, members, 0)
+def by_operator(x, weights, k, members=False):
+    return torch.ops.fastreduce.cluster_k_medoids(x, weights, k, 3)
 
 
 def by_reference(x, weights, k, members):
@@ -178,8 +179,7 @@ def by_reference(x, weights, k, members):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("members", [False, True])
-@pytest.mark.parametrize("call", [by_operator, by_reference])
+@pytest.mark.parametrize(("call", "members"), [(by_operator, False), (by_reference, False), (by_reference, True)])
 def test_compile_fullgraph(call, members, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -200,10 +200,9 @@ def test_dynamic_batch_compiles_once():
 
 def test_reference_and_operator_are_one():
     x, weights = tokens(2, 30, 6), distinct_weights(2, 30)
-    for members in (False, True):
-        plain = reference.cluster_k_medoids(x, weights, 7, 3, members, 0)
-        for ours, expected in zip(by_operator(x, weights, 7, members), plain, strict=True):
-            assert torch.equal(ours, expected)
+    plain = reference.cluster_k_medoids(x, weights, 7, 3, False, 0)
+    for ours, expected in zip(by_operator(x, weights, 7), plain, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_refuses():

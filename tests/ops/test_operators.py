@@ -238,6 +238,35 @@ class TestDeviceGuard:
         assert "impl(name, launch" in source
         assert "return launch(*args)" in source
 
+    def test_a_declared_operator(self, monkeypatch):
+        """The signature is the schema, the result the fake; a launcher gets dense rows, and only what it takes."""
+        seen = []
+
+        @_library.operator(
+            lambda *args: seen.append(args) or [args[0] + 1],
+            lambda x, slot, k, extra=None: [x + k],
+            name="of_a_test",
+            dense="x extra",
+            skip="slot",
+        )
+        def declared(
+            x: torch.Tensor, slot: torch.Tensor, k: int, extra: torch.Tensor | None = None
+        ) -> list[torch.Tensor]:
+            return [x.new_empty(x.shape)]
+
+        own = torch.ops.fastreduce.of_a_test.default
+        assert (
+            str(own._schema) == "fastreduce::of_a_test(Tensor x, Tensor slot, SymInt k, Tensor? extra=None) -> Tensor[]"
+        )
+        x, slot = torch.ones(2, 6)[:, ::2], torch.zeros(2)
+        assert torch.equal(declared(x, slot, 3)[0], x + 3)
+        torch.library.opcheck(own, (x, slot, 3), test_utils=("test_schema",))
+        monkeypatch.setattr(_library, "_runs_here", lambda args: True)
+        declared(x, slot, 3, None)
+        ((first, *others),) = seen
+        assert first.is_contiguous()
+        assert others == [3, None]
+
     @pytest.mark.parametrize("name", CASES)
     def test_tensors_of_several_devices_are_refused(self, name):
         case = CASES[name]
@@ -248,7 +277,7 @@ class TestDeviceGuard:
             with pytest.raises(ValueError, match=r"is on (cpu|meta) and .* on (cpu|meta); they must be on one device"):
                 case.call({**values, one: values[one].to("meta")}, backend="reference")
         for one in pairs:
-            moved = tuple(part.to("meta") for part in values[one])
+            moved = tuple(part.to("meta") if isinstance(part, torch.Tensor) else part for part in values[one])
             with pytest.raises(ValueError, match="must be on one device"):
                 case.call({**values, one: moved}, backend="reference")
 
@@ -282,7 +311,7 @@ class TestGroups:
         groups = changed(*ops.group_slots(self.SLOT, 3))
         for call in (
             functools.partial(ops.merge_tokens, self.X, self.SLOT, 3),
-            functools.partial(ops.merge_tokens_norm, self.X, self.SLOT, 3),
+            functools.partial(ops.merge_tokens, self.X, self.SLOT, 3, norm=(None, None, 1e-6)),
             functools.partial(ops.unmerge_tokens, self.X[:, :3], self.SLOT),
         ):
             with pytest.raises(kind, match=message):

@@ -118,7 +118,7 @@ def test_opcheck(num_head, dtype):
         for rows in (head, promoted):
             arguments = (view, centers, 0.5, 2, rows)
             torch.library.opcheck(NATIVE.sinkhorn_merge.default, arguments, test_utils=OPCHECKS)
-            torch.library.opcheck(NATIVE.sinkhorn_merge_blocks.default, arguments, test_utils=OPCHECKS)
+            torch.library.opcheck(NATIVE.sinkhorn_merge_inference.default, arguments, test_utils=OPCHECKS)
     merged, similarity, _, *saved = NATIVE.sinkhorn_merge(x, centers, 0.5, 2, None)
     for grad in (torch.ones_like(merged), merged[:1, :1].expand(merged.shape)):
         arguments = (grad, x, centers, similarity, *saved, 0.5)
@@ -128,7 +128,7 @@ def test_opcheck(num_head, dtype):
 def test_opcheck_of_an_empty_batch_and_of_full_columns():
     for batch, clusters in ((0, 3), (1, 16), (1, 17)):
         x, centers, head = tokens(batch, 7, 5), unit_rows(clusters, 5, torch.float32), tokens(batch, 1, 5)
-        for merge in (NATIVE.sinkhorn_merge, NATIVE.sinkhorn_merge_blocks):
+        for merge in (NATIVE.sinkhorn_merge, NATIVE.sinkhorn_merge_inference):
             torch.library.opcheck(merge.default, (x, centers, 1.0, 3, head), test_utils=OPCHECKS)
         merged, similarity, _, *saved = NATIVE.sinkhorn_merge(x, centers, 1.0, 3, None)
         arguments = (merged, x, centers, similarity, *saved, 1.0)

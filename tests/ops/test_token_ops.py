@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastreduce import ops, reference
-from fastreduce.ops.fuse_tokens import FuseTokensNorm
-from fastreduce.ops.gather_tokens import GatherTokens, GatherTokensNorm
+from fastreduce.ops.fuse_tokens import FuseTokens
+from fastreduce.ops.gather_tokens import GatherTokens
 from fastreduce.ops.merge_tokens import MergeTokens, UnmergeTokens
 from tests.helpers.budget import EPS
 from tests.helpers.inputs import distinct_indices, seeded, tokens
@@ -72,8 +72,8 @@ def test_opcheck_merge(dtype):
     x = tokens(2, 9, 5, dtype=dtype)
     for chosen, residual_or_none, head in ((x, residual, None), (x[:, 1:], None, x[:, :1])):
         slot_of, groups_of = (slot, groups) if head is None else (slot[:, 1:], NATIVE.group_slots(slot[:, 1:], 4))
-        arguments = (chosen, slot_of, *groups_of, *layer(dtype), residual_or_none, 1e-6, head)
-        torch.library.opcheck(NATIVE.merge_tokens_learned.default, arguments, test_utils=OPCHECKS)
+        arguments = (chosen, slot_of, *groups_of, None, residual_or_none, 1e-6, head, *layer(dtype))
+        torch.library.opcheck(NATIVE.merge_tokens.default, arguments, test_utils=OPCHECKS)
     total = NATIVE.merge_tokens(x, slot, *groups, sizes(), None, 0.0, None)[1]
     for grad in layouts(residual):
         arguments = (grad, slot, *groups, sizes(), total, 1e-6)
@@ -90,14 +90,14 @@ def test_opcheck_norms(dtype):
     groups, scores = NATIVE.group_slots(slot, 4), tokens(2, 8, seed=2)
     norm = weight, bias, 1e-6
     for call, arguments in (
-        (NATIVE.gather_tokens_norm, (x, order[:, :3], 1, None, None, None, 1e-6)),
-        (NATIVE.gather_tokens_norm, (x, order[:, :3], 1, residual, *norm)),
-        (NATIVE.fuse_tokens_norm, (x, order, scores, 2, 1, residual.float(), bias, *norm)),
-        (NATIVE.merge_tokens_norm, (x, slot, *groups, sizes(), residual, 0.0, None, None, None, *norm)),
-        (NATIVE.merge_tokens_norm, (x, slot, *groups, None, None, 1e-6, x[:, :2], *layer(dtype), *norm)),
+        (NATIVE.gather_tokens, (x, order[:, :3], 1, None, None, None, 1e-6)),
+        (NATIVE.gather_tokens, (x, order[:, :3], 1, residual, *norm)),
+        (NATIVE.fuse_tokens, (x, order, scores, 2, 1, residual.float(), bias, *norm)),
+        (NATIVE.merge_tokens, (x, slot, *groups, sizes(), residual, 0.0, None, None, None, *norm)),
+        (NATIVE.merge_tokens, (x, slot, *groups, None, None, 1e-6, x[:, :2], *layer(dtype), *norm)),
     ):
         torch.library.opcheck(call.default, arguments, test_utils=OPCHECKS)
-    out, _, statistics = NATIVE.gather_tokens_norm(x, order[:, :3], 1, residual, weight, bias, 1e-6)
+    out, _, statistics = NATIVE.gather_tokens(x, order[:, :3], 1, residual, weight, bias, 1e-6)
     total = NATIVE.merge_tokens(x, slot, *groups, sizes(), None, 0.0, None)[1]
     for grad in layouts(tokens(2, 4, 5, dtype=dtype, seed=3)):
         for rows, grad_out, scale, leaf_of_sizes in ((True, grad, weight, x), (False, None, None, None)):
@@ -109,9 +109,7 @@ def test_opcheck_norms(dtype):
             ):
                 torch.library.opcheck(call.default, (*shared, *arguments), test_utils=OPCHECKS)
     learned = layer(dtype)
-    out, total, size, _, statistics = NATIVE.merge_tokens_norm(
-        x, slot, *groups, None, None, 0.0, x[:, :2], *learned, *norm
-    )
+    out, total, _, statistics, size = NATIVE.merge_tokens(x, slot, *groups, None, None, 0.0, x[:, :2], *learned, *norm)
     shared = out, out, out, statistics, weight, True, False, True
     arguments = x, slot, *groups, size, total, 0.0, learned[0]
     torch.library.opcheck(NATIVE.merge_tokens_norm_backward.default, (*shared, *arguments), test_utils=OPCHECKS)
@@ -260,16 +258,15 @@ def norm_ways(kernels):
 
     def gather(x, extra, size, weight, bias):
         if kernels:
-            return GatherTokensNorm.apply(x, kept, 1, extra[:, :4], weight, bias, 0.1)
-        options = {"weight": weight, "bias": bias, "norm_eps": 0.1}
-        return ops.gather_tokens_norm(x, kept, residual=extra[:, :4], **options)
+            return GatherTokens.apply(x, kept, 1, extra[:, :4], weight, bias, 0.1)
+        return ops.gather_tokens(x, kept, residual=extra[:, :4], norm=(weight, bias, 0.1))
 
     def fuse(x, extra, size, weight, bias):
         added = extra[:, :5], extra[0, 5]
         if kernels:
-            return FuseTokensNorm.apply(x, order, size[:, 1:], 3, 1, *added, weight, bias, 0.1)
-        options = {"residual": added[0], "residual_bias": added[1], "weight": weight, "bias": bias, "norm_eps": 0.1}
-        return ops.fuse_tokens_norm(x, order, size[:, 1:], 3, **options)
+            return FuseTokens.apply(x, order, size[:, 1:], 3, 1, *added, weight, bias, 0.1)
+        options = {"residual": added[0], "residual_bias": added[1], "norm": (weight, bias, 0.1)}
+        return ops.fuse_tokens(x, order, size[:, 1:], 3, **options)
 
     def merge(x, extra, size, weight, bias):
         if kernels:
@@ -278,15 +275,15 @@ def norm_ways(kernels):
             )
             return merged, normed
         options = {"size": size, "residual": extra[:, :5], "head": extra[:, 5:7], "eps": 0.1}
-        return ops.merge_tokens_norm(x, slot, 5, **options, weight=weight, bias=bias, norm_eps=0.1)[::2]
+        return ops.merge_tokens(x, slot, 5, **options, norm=(weight, bias, 0.1))[::2]
 
     def merge_learned(x, extra, size, weight, bias):
         learned = extra[:1, 0], size[0, :1]
         if kernels:
             merged, _, normed = MergeTokens.apply(x, slot, *groups, None, None, 0.1, None, *learned, weight, bias, 0.1)
             return merged, normed
-        options = {"log_size": learned, "eps": 0.1, "weight": weight, "bias": bias, "norm_eps": 0.1}
-        return ops.merge_tokens_norm(x, slot, 5, **options)[::2]
+        options = {"log_size": learned, "eps": 0.1, "norm": (weight, bias, 0.1)}
+        return ops.merge_tokens(x, slot, 5, **options)[::2]
 
     return {"gather": gather, "fuse": fuse, "merge": merge, "merge_learned": merge_learned}
 
@@ -319,15 +316,15 @@ def test_norms_are_pytorchs():
     weight, bias, expected = tokens(5, seed=1), tokens(5, seed=2), nn.LayerNorm(5, eps=1e-3)
     with torch.no_grad():
         expected.weight.copy_(weight), expected.bias.copy_(bias)
-    norm = {"weight": weight, "bias": bias, "norm_eps": 1e-3}
+    norm = {"norm": (weight, bias, 1e-3)}
     for out, normed in (
-        ops.gather_tokens_norm(X, INDEX, residual=X[:, :4], **norm),
-        ops.fuse_tokens_norm(X, distinct_indices(2, 8, 8), X[:, 1:, 0], 3, **norm),
-        ops.merge_tokens_norm(X, SLOT, 4, **norm)[::2],
+        ops.gather_tokens(X, INDEX, residual=X[:, :4], **norm),
+        ops.fuse_tokens(X, distinct_indices(2, 8, 8), X[:, 1:, 0], 3, **norm),
+        ops.merge_tokens(X, SLOT, 4, **norm)[::2],
     ):
         torch.testing.assert_close(normed, expected(out))
     for dtype in (torch.float16, torch.bfloat16):  # weight and bias keep their own dtype
-        out, normed = ops.gather_tokens_norm(X.to(dtype), INDEX, **norm)
+        out, normed = ops.gather_tokens(X.to(dtype), INDEX, **norm)
         assert normed.dtype == dtype
         assert torch.equal(normed, expected(out.float()).to(dtype))
 
@@ -369,8 +366,8 @@ def by_functions(x, metric):
     kept = GatherTokens.apply(merged, total[:, 1:].topk(3)[1], 1, None)
     whole = UnmergeTokens.apply(merged, slot, *groups).sum(1) + kept.sum(1) + learned.sum(1)
     order = total[:, 1:].argsort(dim=1)
-    kept = GatherTokensNorm.apply(merged, order[:, :3], 1, None, *NORM, 1e-3)
-    fused = FuseTokensNorm.apply(merged, order, total[:, 1:], 2, 1, kept[0], None, *NORM, 1e-3)
+    kept = GatherTokens.apply(merged, order[:, :3], 1, None, *NORM, 1e-3)
+    fused = FuseTokens.apply(merged, order, total[:, 1:], 2, 1, kept[0], None, *NORM, 1e-3)
     residual = fused[1].mean(1, keepdim=True).expand(-1, 6, -1)
     again = MergeTokens.apply(x, slot, *groups, None, residual, 1e-6, None, *LAYER, *NORM, 1e-3)
     return whole + again[0].sum(1) + again[2].sum(1)
@@ -382,7 +379,7 @@ def by_reference(x, metric):
     learned, _ = ops.merge_tokens(x, slot, 6, log_size=LAYER, eps=1e-6)
     kept = ops.gather_tokens(merged, total[:, 1:].topk(3)[1])
     whole = ops.unmerge_tokens(merged, slot).sum(1) + kept.sum(1) + learned.sum(1)
-    kept = ops.gather_tokens_norm(merged, total[:, 1:].topk(3)[1], weight=NORM[0], bias=NORM[1])
+    kept = ops.gather_tokens(merged, total[:, 1:].topk(3)[1], norm=(*NORM, 1e-6))
     return whole + kept[0].sum(1) + kept[1].square().sum(1)
 
 
@@ -449,24 +446,23 @@ BAD_CALLS = [
     (ValueError, r"residual .* \(2, 4, 5\), got \(2, 3, 5\)", lambda: ops.gather_tokens(X, INDEX, residual=X[:, :3])),
     (ValueError, "index on meta", lambda: ops.gather_tokens(X, INDEX.to("meta"))),
     *(
-        (kind, message, functools.partial(call, **options))
-        for kind, message, options in (
-            (ValueError, r"weight must have shape \(5,\), got \(4,\)", {"weight": torch.ones(4)}),
-            (ValueError, r"bias must have shape \(C\), got \(1, 5\)", {"bias": X[:1, 0]}),
-            (TypeError, "bias must be floating point, got torch.int64", {"bias": INDEX[0, :1]}),
-            (ValueError, "x is on cpu and weight on meta", {"weight": X[0, 0].to("meta")}),
-            (TypeError, "norm_eps must be a number, got None", {"norm_eps": None}),
-            (ValueError, "norm_eps must be .* finite, got -1.0", {"norm_eps": -1.0}),
+        (kind, message, functools.partial(call, norm=norm))
+        for kind, message, norm in (
+            (ValueError, r"weight must have shape \(5,\), got \(4,\)", (torch.ones(4), None, 0.1)),
+            (ValueError, r"bias must have shape \(C\), got \(1, 5\)", (None, X[:1, 0], 0.1)),
+            (TypeError, "bias must be floating point, got torch.int64", (None, INDEX[0, :1], 0.1)),
+            (ValueError, "x is on cpu and weight on meta", (X[0, 0].to("meta"), None, 0.1)),
+            (TypeError, "eps of norm must be a number, got None", (None, None, None)),
+            (ValueError, "eps of norm must be .* finite, got -1.0", (None, None, -1.0)),
+            (TypeError, r"norm must be None or \(weight, bias, eps\), got 0.1", 0.1),
+            (TypeError, r"norm must be None or \(weight, bias, eps\), got \(None,\)", (None,)),
         )
         for call in (
-            functools.partial(ops.gather_tokens_norm, X, INDEX),
-            functools.partial(ops.fuse_tokens_norm, X, SLOT[:, 1:], X[:, 1:, 0], 3),
-            functools.partial(ops.merge_tokens_norm, X, SLOT, 4),
+            functools.partial(ops.gather_tokens, X, INDEX),
+            functools.partial(ops.fuse_tokens, X, SLOT[:, 1:], X[:, 1:, 0], 3),
+            functools.partial(ops.merge_tokens, X, SLOT, 4),
         )
     ),
-    (ValueError, "prefix must be .* 9, got 10", lambda: ops.gather_tokens_norm(X, INDEX, prefix=10)),
-    (ValueError, "k must be .* 8, got 9", lambda: ops.fuse_tokens_norm(X, SLOT[:, 1:], X[:, 1:, 0], 9)),
-    (ValueError, "num_out must be .* got 0", lambda: ops.merge_tokens_norm(X, SLOT, 0)),
     (ValueError, "num_out must be .* got 0", lambda: ops.merge_tokens(X, SLOT, 0)),
     (TypeError, "num_out must be an integer, got 4.0", lambda: ops.merge_tokens(X, SLOT, 4.0)),
     (ValueError, r"slot must have shape \(2, 9\), got \(2, 8\)", lambda: ops.merge_tokens(X, SLOT[:, :8], 4)),

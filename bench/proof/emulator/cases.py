@@ -7,9 +7,10 @@ sees. Every case is a ``Primitive``, so that it is checked against float64 as al
 
 from __future__ import annotations
 
-import importlib
+import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from bench.primitives import Inputs, Outputs, Primitive, Shape
 from bench.primitives.match_tokens import MATCH_TOKENS
 from bench.primitives.sample_tokens import SAMPLE_TOKENS
 from fastreduce import ops
+from fastreduce.kernels import _workspace
 
 __all__ = ["edge_cases", "special_cases"]
 
@@ -83,15 +85,28 @@ class _Draw:
         return self.weights(batch, count).argsort(1)
 
 
+def in_parts(call: Callable[..., Any], workspace: int) -> Callable[..., Any]:
+    """Return the call under a workspace of so many bytes: then launches take some images at a time."""
+
+    @functools.wraps(call)
+    def within(**arguments: Any) -> Any:
+        with mock.patch.object(_workspace, "WORKSPACE", workspace):
+            return call(**arguments)
+
+    return within
+
+
+def _normed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the call with the weight and bias of a norm, or neither, as arguments of their own."""
+    return lambda *, weight=None, bias=None, **arguments: call(**arguments, norm=(weight, bias, 1e-6))
+
+
 def _clusters(draw: _Draw) -> list[Primitive]:
     few, many, weights = draw.whole(2, 50, 64), draw.whole(1, 1030, 64), draw.weights(2, 50)
     medoids, peaks = ops.cluster_k_medoids, ops.cluster_dpc_knn
     tokens, noise = draw.whole(1, 300, 192), draw.weights(1, 300) * 1e-2
     return [
-        _case("k_medoids members", medoids, x=few, weights=weights, k=20, cost="members"),
-        _case("k_medoids first", medoids, x=few, weights=None, k=20, first=3),
-        _case("k_medoids first members", medoids, x=few, weights=None, k=20, first=3, cost="members"),
-        _case("k_medoids 1030 first", medoids, x=many, weights=None, k=5, first=3, cost="members", iters=1),
+        _case("k_medoids in parts", in_parts(medoids, 50 * 64 * 4), x=few, weights=weights, k=20),
         _case("k_medoids 1030", medoids, x=many, weights=draw.weights(1, 1030), k=40, iters=1),
         _case("dpc_knn 300", peaks, x=tokens, k=100, noise=noise),
         _case("dpc_knn 20 neighbours", peaks, x=tokens[:, :70], k=30, neighbors=20, noise=noise[:, :70]),
@@ -126,9 +141,14 @@ def _fusions(draw: _Draw) -> list[Primitive]:
     short = {"x": x[:, :300], "order": draw.order(2, 299), "scores": scores[:, :299], "k": 100}
     norm = {"weight": weight, "bias": bias}
     return [
-        _case("fuse_tokens_norm 900", ops.fuse_tokens_norm, x=x, order=order, scores=scores, k=100, **norm),
+        _case("fuse_tokens_norm 900", _normed(ops.fuse_tokens), x=x, order=order, scores=scores, k=100, **norm),
         _case(
-            "fuse_tokens_norm 300", ops.fuse_tokens_norm, residual=x[:, 600:702], residual_bias=bias, **short, **norm
+            "fuse_tokens_norm 300",
+            _normed(ops.fuse_tokens),
+            residual=x[:, 600:702],
+            residual_bias=bias,
+            **short,
+            **norm,
         ),
     ]
 
@@ -136,18 +156,12 @@ def _fusions(draw: _Draw) -> list[Primitive]:
 def _transport(draw: _Draw) -> list[Primitive]:
     x, centers = draw.tokens(2, 130, 192), torch.nn.functional.normalize(draw.tokens(40, 192).float(), dim=-1)
     near = centers.to(draw.dtype)
-    module = importlib.import_module("fastreduce.ops.sinkhorn_merge")
-
-    def blocks(x: Tensor, centers: Tensor, backend: str) -> Any:
-        if backend == "reference":
-            return ops.sinkhorn_merge(x, centers, backend=backend)[0]
-        return module._blocks(x, centers, 1.0, 3, None)[0]
 
     def merged(**arguments: Any) -> Any:
         return ops.sinkhorn_merge(**arguments)[0]
 
     return [
-        _case("sinkhorn_merge in blocks", blocks, x=x, centers=near),
+        _case("sinkhorn_merge in parts", in_parts(merged, 136 * 48 * 4), x=x, centers=near, similarity=False),
         _case("sinkhorn_merge float32 centres", merged, x=x, centers=centers),
     ]
 
@@ -176,10 +190,23 @@ def _attentions(draw: _Draw) -> list[Primitive]:
     return [*found, _case("received_scores D=72", ops.received_scores, "q k", q=q, k=k)]
 
 
+def _rotations(draw: _Draw) -> list[Primitive]:
+    """Both layouts, odd widths, tables for each head or image, tokens without a place."""
+    x = draw.tokens(2, 3, 21, 88)
+    place = torch.randint(-1, 30, (2, 20), generator=draw.generator, dtype=torch.int32)
+    shared, mixed, own = (draw.tokens(*shape, 30, 88) for shape in ((), (3,), (2, 1)))
+    return [
+        _case("rotate_tokens half", ops.rotate_tokens, "x", x=x, table=(shared, shared), place=place, layout="half"),
+        _case("rotate_tokens heads", ops.rotate_tokens, "x", x=x, table=(mixed, mixed), place=place),
+        _case("rotate_tokens images", ops.rotate_tokens, "x", x=x, table=(own, own), place=place),
+        _case("rotate_tokens in order", ops.rotate_tokens, "x", x=x[:, :, :20], table=(shared[:20],) * 2, prefix=0),
+    ]
+
+
 def special_cases(dtype: torch.dtype) -> dict[str, Primitive]:
     """Return the cases of the kernels' other routes, by name."""
     draw = _Draw(dtype)
-    groups = (_clusters, _matches, _choices, _fusions, _transport, _attentions)
+    groups = (_clusters, _matches, _choices, _fusions, _transport, _attentions, _rotations)
     return {case.name: case for group in groups for case in group(draw)}
 
 
@@ -194,12 +221,19 @@ def _edge_choices(draw: _Draw) -> list[Primitive]:
 def _edge_rows(draw: _Draw, none: Tensor) -> list[Primitive]:
     one, wide, score = draw.tokens(1, 1, 1), draw.tokens(1, 1, 64), draw.weights(1, 1)
     two, head, size = draw.tokens(1, 2, 64), draw.tokens(1, 1, 64), draw.weights(1, 1) + 1
-    fuse, merge = ops.fuse_tokens_norm, ops.merge_tokens_norm
+    fuse, merge = _normed(ops.fuse_tokens), _normed(ops.merge_tokens)
     fused = {"order": none, "scores": score}
     return [
+        _case("rotate_tokens 1", ops.rotate_tokens, x=draw.tokens(1, 1, 2, 2), table=(draw.tokens(1, 2),) * 2),
         _case("gather_tokens 1", ops.gather_tokens, x=draw.tokens(1, 2, 1), index=none),
         _case(
-            "gather_tokens_norm 1", ops.gather_tokens_norm, "x residual", x=wide, index=none, prefix=0, residual=head
+            "gather_tokens_norm 1",
+            _normed(ops.gather_tokens),
+            "x residual",
+            x=wide,
+            index=none,
+            prefix=0,
+            residual=head,
         ),
         _case("merge_tokens 1", ops.merge_tokens, x=one, slot=none, num_out=1),
         _case(
@@ -228,22 +262,10 @@ def _edge_clusters(draw: _Draw) -> list[Primitive]:
             _case(f"dpc_knn 2 tokens k={k}", peaks, x=draw.whole(2, 2, 64), k=k, neighbors=1),
             _case(f"dpc_knn 300 tokens k={k}", peaks, x=draw.whole(1, 300, 64), k=k, neighbors=1),
             _case(f"k_medoids k={k}", medoids, x=five, weights=weights, k=k, iters=1),
-            _case(f"k_medoids members k={k}", medoids, x=five, weights=weights, k=k, iters=1, cost="members"),
-            _case(f"k_medoids first k={k}", medoids, x=five, weights=None, k=k, iters=0, first=1),
         ]
     match = ops.match_tokens
     return [
         *found,
-        _case(
-            "k_medoids 1100 tokens",
-            medoids,
-            x=draw.whole(1, 1100, 64),
-            weights=None,
-            k=1,
-            iters=1,
-            first=1,
-            cost="members",
-        ),
         _case("k_medoids one token", medoids, x=draw.whole(2, 1, 64), weights=weights[:, :1], k=1, iters=1),
         _case("dpc_knn one token", peaks, x=draw.whole(2, 1, 64), k=1),
         _case("match_tokens r=0", match, metric=draw.tokens(1, 1, 2, 64), r=0, prefix=1),

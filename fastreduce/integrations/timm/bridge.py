@@ -1,5 +1,12 @@
 """All of timm's models and blocks that are known: importing this module registers them."""
 
-from . import eva, hosts, pairs, parts
+import importlib.util
 
-__all__ = ["eva", "hosts", "pairs", "parts"]
+from . import eva, hosts, pairs, parallel, parts
+
+__all__ = ["eva", "hosts", "pairs", "parallel", "parts"]
+
+if importlib.util.find_spec("timm.models.naflexvit") is not None:  # timm 1.0.16 and newer
+    from . import naflex
+
+    __all__ += ["naflex"]

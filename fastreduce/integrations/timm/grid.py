@@ -40,7 +40,7 @@ def grid_of(embedding: Any, patches: int) -> tuple[int, int]:
     """
     for hook in embedding._forward_hooks.values():
         if isinstance(hook, _Grid):
-            for grid in (hook.grid, tuple(embedding.grid_size or ())):
+            for grid in (hook.grid, tuple(getattr(embedding, "grid_size", None) or ())):
                 if grid and grid[0] * grid[1] == patches:
                     return grid
     raise ValueError(

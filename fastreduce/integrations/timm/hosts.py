@@ -47,11 +47,15 @@ class TimmHost(Host):
         """Return depth, grid, prefix and width."""
         return ModelShape(
             depth=len(model.blocks),
-            grid=tuple(self.embedding(model).grid_size),
+            grid=self.shape_grid(model),
             prefix=self.prefix(model),
             has_class_token=self.has_class_token(model),
             channels=model.embed_dim,
         )
+
+    def shape_grid(self, model: Any) -> tuple[int, int]:
+        """Return (rows, columns) of patches at the model's own image size."""
+        return tuple(self.embedding(model).grid_size)
 
     def embedding(self, model: Any) -> Any:
         """Return the module that makes patches of images."""

@@ -1,0 +1,158 @@
+"""Writing a model, reduced or not, in a form that needs no fastreduce and no Python class to run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..names import EXPORT_FORMATS as FORMATS
+from ..reducers import Reducer
+
+__all__ = ["FORMATS", "check", "export"]
+
+MOST_IMAGES = 4096
+_SINGLE_FILE = 1 << 30  # protobuf ends at 2 GB: larger weights go into a file of their own
+
+
+def check(model: nn.Module, images: Any, to: str) -> None:
+    """Raise ValueError or TypeError, with the reason, where exporting cannot end well."""
+    if to not in FORMATS:
+        raise ValueError(f"unknown format {to!r}; expected one of {', '.join(map(repr, FORMATS))}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(images, Tensor) or images.ndim < 2 or not images.shape[0]:
+        shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"images must be a tensor with at least one image, got {shape}")
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() before exporting it")
+    missing = [name for name in FORMATS[to].packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'to={to!r} needs {", ".join(missing)}: pip install "fastreduce[deploy]"')
+    if to != "pt2" and any(isinstance(part, Reducer) and part.packed for part in model.modules()):
+        raise ValueError(
+            "packed tokens have a number of rows that depends on the images, which an ONNX graph without loops cannot "
+            "have: patch the model with packed=False"
+        )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Run without what exporters tell their developers."""
+    level = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def _example(images: Tensor) -> Tensor:
+    """Two images or more: torch.export takes a size of one for a constant."""
+    return images if images.shape[0] > 1 else torch.cat([images, images])
+
+
+def _shapes() -> tuple[Any]:
+    return ({0: torch.export.Dim("batch", min=1, max=MOST_IMAGES)},)
+
+
+def onnx_program(model: nn.Module, images: Tensor, names: Sequence[str] = ("logits",)) -> Any:
+    """Capture a model for ONNX with any number of images -> ``torch.onnx.ONNXProgram``.
+
+    Args:
+        model: in evaluation mode; of several results the ``names`` say which is which.
+        images: an example.
+        names: of the results.
+
+    Raises:
+        RuntimeError: where the graph takes no other number of images than the example's.
+    """
+    with _quietly(), torch.no_grad():
+        program: Any = torch.onnx.export(
+            model,
+            (_example(images),),
+            dynamo=True,
+            dynamic_shapes=_shapes(),
+            input_names=["images"],
+            output_names=list(names),
+            verbose=False,
+        )
+    if isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise RuntimeError(
+            "the exported graph takes no other number of images than the example's: something in the model makes a "
+            "constant of the batch size"
+        )
+    return program
+
+
+def _write_onnx(model: nn.Module, images: Tensor, file: Path, names: Sequence[str]) -> None:
+    program = onnx_program(model, images, names)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    program.save(str(file), external_data=size > _SINGLE_FILE)
+
+
+def _write_openvino(model: nn.Module, images: Tensor, file: Path, names: Sequence[str]) -> None:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        between = Path(folder) / "model.onnx"
+        _write_onnx(model, images, between, names)
+        openvino.save_model(openvino.convert_model(between), file, compress_to_fp16=False)
+
+
+def _write_pt2(model: nn.Module, images: Tensor, file: Path, names: Sequence[str]) -> None:
+    with _quietly(), torch.no_grad():
+        program = torch.export.export(model, (_example(images),), dynamic_shapes=_shapes())
+        # Or the number of threads of this process would be compiled into the code.
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(file), inductor_configs={"cpp.dynamic_threads": True}
+        )
+
+
+_WRITE: dict[str, Callable[[nn.Module, Tensor, Path, Sequence[str]], None]] = {
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+    "pt2": _write_pt2,
+}
+
+
+def export(
+    model: nn.Module, images: Tensor, file: str | Path, to: str = "onnx", *, names: Sequence[str] = ("logits",)
+) -> Path:
+    """Write a model to a file that another runtime reads; any number of images goes in.
+
+    Args:
+        model: reduced or not, in evaluation mode. Methods whose images keep different numbers of tokens (ATS) are
+            written with padding.
+        images: (B, channels, height, width), an example; its size is the file's.
+        file: where to write. OpenVINO's weights go beside it, with the ending ``.bin``; an ONNX model of more than
+            1 GB has its weights beside it too.
+        to: ``"onnx"``, ``"openvino"`` or ``"pt2"`` (AOTInductor: compiled code for this kind of processor).
+        names: what the results are called.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: an unknown format, packages that are missing, a model in training mode, or one that the format
+            cannot hold.
+        TypeError: ``model`` is no module.
+        RuntimeError: the model cannot be captured for any number of images.
+    """
+    check(model, images, to)
+    file = Path(file)
+    if file.suffix != FORMATS[to].ending:
+        raise ValueError(f"a file for to={to!r} ends in {FORMATS[to].ending!r}, got {file.name!r}")
+    _WRITE[to](model, images, file, names)
+    return file

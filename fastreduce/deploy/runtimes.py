@@ -1,0 +1,80 @@
+"""Running an exported file, in the runtime that it is for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Runtime", "load"]
+
+
+class Runtime:
+    """A loaded file: called with images (B, ...), it gives its results as tensors on the CPU.
+
+    Attributes:
+        name: of the runtime, as people say it.
+    """
+
+    def __init__(self, name: str, run: Callable[[Tensor], Sequence[Any]]):
+        self.name = name
+        self._run = run
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """Run the model on images (B, channels, height, width) -> its results."""
+        return [torch.as_tensor(one) for one in self._run(images)]
+
+
+def _onnxruntime(file: Path, threads: int) -> Runtime:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return Runtime("ONNX Runtime", lambda images: session.run(None, {name: images.numpy()}))
+
+
+def _openvino(file: Path, threads: int) -> Runtime:
+    import openvino
+
+    # By itself OpenVINO may compute float32 models in bfloat16, and for throughput on several streams.
+    wanted = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    compiled = openvino.Core().compile_model(str(file), "CPU", wanted)
+    return Runtime("OpenVINO", lambda images: [compiled([images.numpy()])[port].copy() for port in compiled.outputs])
+
+
+def _aotinductor(file: Path, threads: int) -> Runtime:
+    package = torch._inductor.aoti_load_package(str(file))
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        found = package(images)
+        return found if isinstance(found, (list, tuple)) else [found]
+
+    return Runtime("AOTInductor", run)
+
+
+_LOADERS = {".onnx": _onnxruntime, ".xml": _openvino, ".pt2": _aotinductor}
+
+
+def load(file: str | Path, threads: int | None = None) -> Runtime:
+    """Load what :func:`fastreduce.deploy.export` wrote.
+
+    Args:
+        file: ``.onnx``, ``.xml`` (OpenVINO) or ``.pt2``.
+        threads: that the runtime may use on the CPU; None for as many as torch uses. AOTInductor uses torch's own.
+
+    Raises:
+        ValueError: another ending, or no such file.
+    """
+    file = Path(file)
+    if file.suffix not in _LOADERS:
+        raise ValueError(f"expected a file that ends in {', '.join(map(repr, _LOADERS))}, got {os.fspath(file)!r}")
+    if not file.is_file():
+        raise ValueError(f"no such file: {os.fspath(file)!r}")
+    return _LOADERS[file.suffix](file, torch.get_num_threads() if threads is None else threads)

@@ -1,0 +1,140 @@
+"""Distances between rows, and their squared lengths, or the reciprocals of their lengths, in a launch of their own.
+
+A load in a pipelined loop that feeds ``tl.dot`` and anything else, such as a sum of squares, gets one shared buffer too
+few on sm_90 in half precision: the copy for step i + 2 overwrites what the asynchronous product of step i may still be
+reading (https://github.com/triton-lang/triton/issues/6691; Triton 3.6 to 3.9). So a loop here either multiplies what it
+loads or sums it, never both; ``bench.compile_report`` fails where a kernel does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from ._direct import cdiv, direct
+from ._launch import row_tile
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceTile:
+    """Tokens, other tokens (or centres) and channels of one step."""
+
+    block_i: int
+    block_j: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+    def settings(self) -> dict[str, int]:
+        """Return them by the names of a launch."""
+        return {
+            "BLOCK_I": self.block_i,
+            "BLOCK_J": self.block_j,
+            "BLOCK_C": self.block_c,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+@triton.jit
+def _dots(pointers_i, pointers_j, channels, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Products (BLOCK_I, BLOCK_J) float32 of rows of pointers; what is multiplied here must not be summed here."""
+    offsets_c = tl.arange(0, BLOCK_C)
+    dots = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    for start_c in range(0, channels, BLOCK_C):
+        in_c = (start_c + offsets_c < channels)[None, :]
+        row_i = tl.load(pointers_i + start_c, mask=in_c, other=0.0)
+        row_j = tl.load(pointers_j + start_c, mask=in_c, other=0.0)
+        dots = tl.dot(row_i, tl.trans(row_j), dots, input_precision="ieee")
+    return dots
+
+
+@triton.jit
+def squared_distances(
+    pointers_i,
+    pointers_j,
+    squares_i,  # (BLOCK_I,)
+    squares_j,  # (BLOCK_J,) pointers: loaded late, they cost no registers in the loop
+    channels,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``|i|^2 + |j|^2 - 2ij``, not below zero; NaN stays."""
+    dots = _dots(pointers_i, pointers_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+    squared = squares_i[:, None] + tl.load(squares_j)[None, :] - 2.0 * dots
+    return tl.where(squared < 0.0, 0.0, squared)
+
+
+@triton.jit
+def distances(
+    pointers_i,
+    squares_i,
+    pointers_j,
+    squares_j,
+    in_j,
+    channels,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Distances (BLOCK_I, BLOCK_J) float32 between rows of pointers; infinite for columns not in_j and for NaN."""
+    dots = _dots(pointers_i, pointers_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
+    squared = squares_i[:, None] + squares_j[None, :] - 2.0 * dots
+    number = (squared == squared) & in_j[None, :]
+    return tl.where(number, tl.sqrt_rn(tl.maximum(squared, 0.0)), float("inf"))
+
+
+@direct
+@triton.jit
+def squared_lengths_kernel(
+    x,  # (B, N, C)
+    lengths,  # (B, N) float32, contiguous: squared, or reciprocals of lengths of at least 1e-12
+    rows,  # B * N
+    tokens,
+    channels,
+    stride_b,
+    stride_n,
+    RECIPROCAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: ROWS rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offsets_c = tl.arange(0, BLOCK_C)
+    pointers = x + (row // tokens * stride_b + row % tokens * stride_n)[:, None] + offsets_c[None, :]
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        mask = (row < rows)[:, None] & (start + offsets_c < channels)[None, :]
+        value = tl.load(pointers + start, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(value * value, 1)
+    if RECIPROCAL:
+        total = 1.0 / tl.maximum(tl.sqrt(total), 1e-12)
+    tl.store(lengths + row, total, mask=row < rows)
+
+
+def squared_lengths(x: torch.Tensor, *, reciprocal: bool = False) -> torch.Tensor:
+    """Launch; x (B, N, C) with contiguous channels -> (B, N) float32.
+
+    With ``reciprocal`` 1 / length instead, where lengths below 1e-12 count as 1e-12.
+    """
+    batch, tokens, channels = x.shape
+    lengths = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
+    if lengths.numel():
+        tile = row_tile(channels)
+        squared_lengths_kernel[(cdiv(batch * tokens, tile.rows),)](
+            x,
+            lengths,
+            batch * tokens,
+            tokens,
+            channels,
+            *x.stride()[:2],
+            RECIPROCAL=reciprocal,
+            ROWS=tile.rows,
+            BLOCK_C=tile.block_c,
+            num_warps=tile.num_warps,
+        )
+    return lengths
