@@ -95,7 +95,6 @@ class Settings:
         rounds: the most of a group.
         seconds: of the whole run, divided among the groups; what a group leaves goes to those after it. A group that is
             prepared does one round at least, one that would start after the end is left out.
-        fused_baseline: let the official algorithm use fused attention where no one reads the matrix.
     """
 
     models: tuple[str, ...] = ("deit_small_patch16_224",)
@@ -111,7 +110,6 @@ class Settings:
     rounds: int = 10
     seconds: float = 600.0
     threads: int | None = None
-    fused_baseline: bool = False
 
     def resolve(self) -> Settings:
         """Make every choice that was left open.
@@ -211,7 +209,6 @@ def _build(settings: Settings, model: str, batch: int, keep_rate: float) -> Comp
             device=settings.device,
             dtype=settings.dtype or "float32",
             backend=settings.backend,
-            fused_baseline=settings.fused_baseline,
             threads=settings.threads,
         )
     )
@@ -763,7 +760,6 @@ def _parser() -> _Parser:
     parser.add_argument("--rounds", type=int, help=f"the most of a group; default: {default.rounds}")
     parser.add_argument("--seconds", type=float, help=f"of the whole run, roughly; default: {default.seconds:g}")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
-    parser.add_argument("--fused-baseline", action="store_true", help="fused attention for the official algorithm")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after every group")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="rewritten after every group")

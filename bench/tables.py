@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TABLES"]
+__all__ = ["TABLES", "markdown_table"]
 
 RESULTS = Path(__file__).parent / "results"
 COMPARED = "compare-cpu-2threads-2026-11-23"  # one day's run on one machine: what the ratios hold for
 COMPARED_ALONE = "compare-cpu-1thread-2026-11-23"
 FORWARD, TRAINING = "models-cpu-forward-2026-11-23", "models-cpu-training-2026-11-23"
+QUALITY = "quality-saliency-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
 RATES = (0.7, 0.5)
 
@@ -24,7 +25,8 @@ def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
@@ -43,7 +45,7 @@ def first_figures() -> list[str]:
             cells += [f"{methods[label][key]:.2f}" for key in ("speedup", "speedup_over_official")]
         rows.append(cells)
     head = ["", "images/s, 0.7", "÷ unreduced, 0.7", "÷ plain, 0.7", "÷ unreduced, 0.5", "÷ plain, 0.5"]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def compared(rate: float) -> list[str]:
@@ -64,7 +66,7 @@ def compared(rate: float) -> list[str]:
     rows = [cells("unreduced", "196", {**unreduced, "speedup": 1.0})]
     rows.append(cells("free slice", " ".join(map(str, free["counts"])), {**free, "share_of_free_slice": 1.0}))
     rows += [cells(label, " ".join(map(str, row["counts"])), row) for label, row in methods.items()]
-    return _table(
+    return markdown_table(
         ["method", "tokens", "GMACs", "images/s", "÷ unreduced", "÷ free slice", "÷ plain", "deviation"], rows
     )
 
@@ -74,7 +76,7 @@ def compared_alone() -> list[str]:
     kept = [_by_label(_read(COMPARED_ALONE)["methods"], rate) for rate in RATES]
     keys = {"speedup": "÷ unreduced", "share_of_free_slice": "÷ free slice", "speedup_over_official": "÷ plain"}
     rows = [[label, *(f"{methods[label][key]:.2f}" for methods in kept for key in keys)] for label in kept[0]]
-    return _table(["method", *(f"{rate} {words}" for rate in RATES for words in keys.values())], rows)
+    return markdown_table(["method", *(f"{rate} {words}" for rate in RATES for words in keys.values())], rows)
 
 
 def forward() -> list[str]:
@@ -88,7 +90,7 @@ def forward() -> list[str]:
     for label, *values in zip(kept[0], *pairs, strict=True):
         rows.append([label, *(text for speed, share in values for text in (f"{speed:.1f}", f"{share:.2f}"))])
     head = [words for group in groups for words in (f"images/s, {group['keep_rate']}", "÷ slice")]
-    return _table(["method", *head], rows)
+    return markdown_table(["method", *head], rows)
 
 
 def training() -> list[str]:
@@ -98,7 +100,7 @@ def training() -> list[str]:
     for row in group["methods"]:
         ratios = (row[key] for key in ("speedup", "share_of_free_slice", "speedup_over_official"))
         rows.append([row["label"], f"{row['images_per_second']:.1f}", *(f"{ratio:.2f}" for ratio in ratios)])
-    return _table(["method", "images/s", "÷ unreduced", "÷ free slice", "÷ plain"], rows)
+    return markdown_table(["method", "images/s", "÷ unreduced", "÷ free slice", "÷ plain"], rows)
 
 
 def primitives() -> list[str]:
@@ -116,10 +118,34 @@ def primitives() -> list[str]:
             cells += [f"{ours:.2f}", f"{plain:.2f}", f"{plain / ours:.2f}"]
         rows.append(cells)
     head = ["primitive", "", *(words for batch in (1, 64) for words in (f"ours, batch {batch}", "plain", "ratio"))]
-    return _table(head, rows)
+    return markdown_table(head, rows)
+
+
+QUALITY_COLUMNS = {
+    "class_cosine": "class token",
+    "patch_cosine": "patches",
+    "patch_cosine_last": "patches, last",
+    "saliency_error": "saliency error",
+    "saliency_error_last": "saliency error, last",
+}
+
+
+def quality_cells(methods: Iterable[Any], rate: float) -> list[list[str]]:
+    """Return the rows of one keep rate of ``bench.quality``: means over the images."""
+    return [
+        [f"`{row['label']}`", *(f"{row['mean'][name]:.3f}" for name in QUALITY_COLUMNS)]
+        for row in methods
+        if row["keep_rate"] == rate
+    ]
+
+
+def quality(rate: float) -> list[str]:
+    """Return what each method costs on real weights, of ``bench.quality``."""
+    return markdown_table(["method", *QUALITY_COLUMNS.values()], quality_cells(_read(QUALITY)["methods"], rate))
 
 
 TABLES = {
+    "docs/quality.md": [quality(rate) for rate in (0.9, 0.7, 0.5)],
     "README.md": [first_figures()],
     "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],
 }

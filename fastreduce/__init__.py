@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from . import ops
     from .backends import backend
     from .checkpoints import load_official
-    from .config import load_config, save_config
     from .integrations.patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
+    from .integrations.saving import load_config, save_config
+    from .quality import Fidelity, fidelity
     from .recording import Record, Stage, is_patched, record
     from .reducers import REDUCERS, register
     from .reducers.dynamicvit import dynamicvit_loss
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Torch and timm are imported with the first name that needs them, so that `fastreduce --help` does not wait for them.
 _HOMES = {
+    "Fidelity": "quality",
     "REDUCERS": "reducers",
     "Plan": "tokens",
     "Record": "recording",
@@ -34,21 +36,23 @@ _HOMES = {
     "backend": "backends",
     "config_of": "integrations.patching",
     "dynamicvit_loss": "reducers.dynamicvit",
+    "fidelity": "quality",
     "is_patched": "recording",
-    "load_config": "config",
+    "load_config": "integrations.saving",
     "load_official": "checkpoints",
     "ops": "ops",
     "patch": "integrations.patching",
     "record": "recording",
     "reduced_counts": "integrations.patching",
     "register": "reducers",
-    "save_config": "config",
+    "save_config": "integrations.saving",
     "set_keep_rate": "integrations.patching",
     "unpatch": "integrations.patching",
 }
 
 __all__ = [
     "REDUCERS",
+    "Fidelity",
     "Plan",
     "Record",
     "Stage",
@@ -56,6 +60,7 @@ __all__ = [
     "backend",
     "config_of",
     "dynamicvit_loss",
+    "fidelity",
     "is_patched",
     "load_config",
     "load_official",

@@ -1,116 +1,44 @@
-"""The reduction of a model in a small JSON file beside its weights, applied again by one call."""
+"""Settings of :func:`fastreduce.patch` in a file: found by ``fastreduce tune``, saved beside a model, or one's own."""
 
 from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-import torch
-from torch import nn
-
-from ._version import __version__
-from .integrations.patching import config_of, patch
-from .recording import patched_model
-
-__all__ = ["load_config", "save_config"]
-
-NAME = "fastreduce.json"
-
-Model = TypeVar("Model", bound=nn.Module)
+__all__ = ["read_config"]
 
 
-def _file(path: str | os.PathLike[str]) -> Path:
-    """Return the file itself, or the usual one in a folder."""
-    file = Path(path)
-    return file if file.suffix == ".json" else file / NAME
-
-
-def _plain(name: str, value: Any) -> Any:
-    """Return a value as JSON has it; raise ValueError for one that no file can hold."""
-    if isinstance(value, torch.Generator):
-        raise ValueError(
-            f"{name}={value!r} cannot be written to a file: patch the model without a generator of its own"
-        )
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, one) for one in value]
-    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
-        return value.tolist()
-    return value
-
-
-def save_config(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write what :func:`fastreduce.patch` was called with, and what :func:`fastreduce.set_keep_rate` made of it.
-
-    The layers that a learned method brought go into a file of the same name that ends in ``.safetensors``, since
-    Hugging Face's ``save_pretrained`` renames some keys and ``from_pretrained`` passes over those it does not know::
-
-        model.save_pretrained(folder)
-        fastreduce.save_config(model, folder)
+def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of :func:`fastreduce.patch`.
 
     Args:
-        model: patched.
-        path: a folder, which is made if it is not there, for its ``fastreduce.json``; or a file that ends in ``.json``.
-
-    Returns:
-        The file.
+        config: a JSON file of ``fastreduce tune`` or :func:`fastreduce.save_config`, or one with the arguments in it
+            (``method``, ``at``, ``keep`` or ``keep_rate``, and options of the method); or such a mapping, say of
+            :func:`fastreduce.config_of`.
 
     Raises:
-        ValueError: if the model is not patched, or with a generator, which no file can hold.
+        ValueError: no such file, a file that is not JSON, or one without a method; the message says which.
+        TypeError: something that is neither a path nor a mapping.
     """
-    given = {name: _plain(name, value) for name, value in config_of(model).items() if value is not None}
-    text = json.dumps({"fastreduce": __version__, "patch": given}, indent=2)
-    file = _file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text + "\n", encoding="utf-8")
-    layers = {name: value.contiguous() for name, value in patched_model(model).reducers.state_dict().items()}
-    if layers:
-        from safetensors.torch import save_file
-
-        save_file(layers, file.with_suffix(".safetensors"))
-    return file
-
-
-def load_config(model: Model, path: str | os.PathLike[str], **changes: Any) -> Model:
-    """Reduce a model as :func:`save_config` recorded, in place.
-
-    ::
-
-        model = AutoModelForImageClassification.from_pretrained(folder)
-        fastreduce.load_config(model, folder)
-
-    The layers of a learned method get their weights from the ``.safetensors`` beside the file. A state dict of the
-    reduced model can be loaded after this call.
-
-    Args:
-        model: not patched yet, of the same shape.
-        path: the folder, or the file.
-        **changes: arguments of :func:`fastreduce.patch` that replace those recorded (``backend="triton"``).
-
-    Returns:
-        The model itself.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is none of :func:`save_config`'s; and whatever :func:`fastreduce.patch` raises.
-    """
-    file = _file(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no reduction is recorded at {file}: fastreduce.save_config writes it")
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))["patch"]
-        method = given.pop("method")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} was not written by fastreduce.save_config: {error!r}") from error
-    patch(model, changes.pop("method", method), **(given | changes))
-    _load_layers(model, file.with_suffix(".safetensors"))
-    return model
-
-
-def _load_layers(model: nn.Module, file: Path) -> None:
-    """Give the layers of a learned method the weights that were saved of them, if there are any."""
-    if file.is_file():
-        from safetensors.torch import load_file
-
-        patched_model(model).reducers.load_state_dict(load_file(file))
+    found: Any = config
+    name = "config"
+    if not isinstance(config, Mapping):
+        if not isinstance(config, (str, os.PathLike)):
+            raise TypeError(f"config must be a path or a mapping, got {config!r}")
+        name = os.fspath(config)
+        if not os.path.isfile(name):
+            raise ValueError(f"there is no file {name!r}")
+        try:
+            with open(name, encoding="utf-8") as file:
+                found = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{name!r} is not JSON: {error}") from error
+    if isinstance(found, Mapping) and "config" in found:
+        if found["config"] is None:
+            raise ValueError(f"{name!r} says that no schedule pays: leave the model as it is")
+        found = found["config"]
+    if not isinstance(found, Mapping) or not isinstance(found.get("method"), str):
+        raise ValueError(f"{name!r} names no method: it needs the arguments of fastreduce.patch, with 'method'")
+    return dict(found)

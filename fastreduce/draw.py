@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Curve", "Panel", "fill_merged", "grey_dropped", "save_curves", "save_panels", "side_by_side"]
+__all__ = [
+    "Curve",
+    "Panel",
+    "fill_merged",
+    "grey_dropped",
+    "save_curves",
+    "save_panels",
+    "save_tradeoff",
+    "side_by_side",
+]
 
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 Panel = tuple[Pixels, str, str]  # picture, caption, second line of the caption
@@ -185,4 +194,57 @@ def save_curves(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8.5, frameon=False, loc="upper left")
+    figure.savefig(path, dpi=DPI, metadata={"Software": "fastreduce"})
+
+
+def save_tradeoff(
+    path: str | os.PathLike[str],
+    lines: Sequence[tuple[str, Sequence[tuple[float, float, str]]]],
+    title: str,
+    subtitle: str = "",
+    note: str = "",
+    chosen: tuple[str, str] | None = None,
+    y_label: str = "fidelity: mean cosine of what the head reads",
+) -> None:
+    """Write a PNG of fidelity against speed-up, a line for every method.
+
+    Args:
+        path: where to.
+        lines: label, and points of (times as fast, fidelity, what stands beside the point).
+        title: in bold above.
+        subtitle: in grey below that.
+        note: a line of small print at the foot.
+        chosen: label of a line and of a point in it, which gets a ring.
+        y_label: of the axis of fidelity.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 5.2), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.text(0.09, 0.945, title, fontsize=13, weight="bold", color="#111111")
+    figure.text(0.09, 0.905, subtitle, fontsize=8.5, color="#555555")
+    figure.text(0.09, 0.02, note, fontsize=7.5, color="#777777")
+    axes = figure.add_axes((0.09, 0.15, 0.7, 0.72))
+    axes.axvline(1.0, color="#111111", linewidth=1.0, zorder=1)
+    for index, (label, points) in enumerate(lines):
+        colour, marker = _COLOURS[index % len(_COLOURS)], "osD^vPX"[index % 7]
+        style = ("-", "--", ":")[index // len(_COLOURS) % 3]
+        speeds, values, words = zip(*points, strict=True)
+        axes.plot(
+            speeds, values, style, marker=marker, color=colour, linewidth=1.5, markersize=5, label=label, zorder=3
+        )
+        for speed, value, word in points:
+            if chosen == (label, word):
+                axes.plot(speed, value, "o", color="none", markeredgecolor="#111111", markersize=14, zorder=4)
+        axes.annotate(
+            words[-1], (speeds[-1], values[-1]), (4, -9), textcoords="offset points", fontsize=7, color=colour
+        )
+    axes.set_xlabel("times as fast as the unreduced model", fontsize=9)
+    axes.set_ylabel(y_label, fontsize=9)
+    axes.tick_params(labelsize=8.5)
+    axes.grid(color="#e4e4e4", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=DPI, metadata={"Software": "fastreduce"})

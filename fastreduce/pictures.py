@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from importlib.util import find_spec
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ._files import one_line, silent
 
-__all__ = ["SAMPLES", "open_photo", "open_picture"]
+__all__ = ["SAMPLES", "cut", "open_photo", "open_picture", "read_picture", "sample_photos"]
 
 SAMPLES = ("flower.jpg", "china.jpg")
 _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
@@ -90,9 +92,22 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     if not os.path.isfile(name):
         raise ValueError(f"there is no image {name!r}")
     try:
+        # Given a name, Pillow maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
+        with open(name, "rb") as file:
+            return read_picture(file, name)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read as an image: {one_line(error)}") from error
+
+
+def read_picture(file: IO[bytes], name: str) -> Image.Image:
+    """Read a picture from an open file, as :func:`open_picture` does.
+
+    Raises:
+        ValueError: it cannot be read as an image; the message begins with ``name``.
+    """
+    try:
         # Pillow warns of many pixels, damaged EXIF data, transparent palettes: none changes what is read.
-        # Given a name, it maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
-        with silent(), open(name, "rb") as file, Image.open(file) as photo:
+        with silent(), Image.open(file) as photo:
             photo.load()
             return _to_eight_bits(_upright(photo), photo).convert("RGB")
     except UnidentifiedImageError as error:
@@ -108,3 +123,52 @@ def open_photo(name: str) -> Image.Image:
 
         return Image.fromarray(load_sample_image(name))
     return open_picture(name)
+
+
+def cut(
+    photo: Image.Image,
+    config: Mapping[str, Any],
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
+) -> Image.Image:
+    """Cut ``box`` (left, top, right, bottom: fractions of what the model sees) out of a photo, at ``size`` (h, w).
+
+    Args:
+        photo: RGB.
+        config: of the model: ``crop_mode`` (``"squash"`` or another) and ``crop_pct``.
+        size: height and width of the result, in pixels.
+        box: a part of what the model sees.
+    """
+    height, width = size
+    if config["crop_mode"] == "squash":
+        wide, high = config["crop_pct"] * photo.width, config["crop_pct"] * photo.height
+    else:
+        scale = config["crop_pct"] * min(photo.width / width, photo.height / height)
+        wide, high = scale * width, scale * height
+    left, top = (photo.width - wide) / 2, (photo.height - high) / 2
+    edges = (left + box[0] * wide, top + box[1] * high, left + box[2] * wide, top + box[3] * high)
+    return photo.resize((width, height), Image.Resampling.BICUBIC, box=edges)
+
+
+_OF_SCIKIT_IMAGE = ("astronaut", "camera", "chelsea", "coffee", "rocket", "stereo_motorcycle")
+
+
+def sample_photos() -> dict[str, Callable[[], Image.Image]]:
+    """Return what opens each photograph of scikit-learn, and of scikit-image where it is installed, by name."""
+
+    def of_scikit_image(name: str) -> Callable[[], Image.Image]:
+        def opened() -> Image.Image:
+            from skimage import data
+
+            pixels = getattr(data, name)()
+            return Image.fromarray(pixels[0] if isinstance(pixels, tuple) else pixels).convert("RGB")
+
+        return opened
+
+    photos: dict[str, Callable[[], Image.Image]] = {
+        name.partition(".")[0]: lambda name=name: open_photo(name)  # type: ignore[misc]
+        for name in SAMPLES
+    }
+    if find_spec("skimage") is not None:
+        photos |= {name: of_scikit_image(name) for name in _OF_SCIKIT_IMAGE}
+    return photos

@@ -83,6 +83,30 @@ def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_op
     return AttentionTiles(tile, tile, grad_keys)
 
 
+@functools.cache
+def whole_tile(
+    queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, with_options: bool
+) -> AttentionTile | None:
+    """All queries of a head in one program, which makes five products for the gradients; None where two passes do.
+
+    Those make seven, as each computes the logits and the gradient of the weights for itself. 16,384 accumulators are
+    what 8 warps hold beside a step's logits, on Hopper alone: older tensor cores take operands from registers. With a
+    policy, gradients of scores or channels to be masked a few words would spill.
+    """
+    own, width = max(64, next_power_of_2(queries)), padded_head_dim(head_dim)
+    if not aligned or dtype == torch.float32 or width != head_dim or own * max(64, width) > 16384:
+        return None
+    return AttentionTile(own, 16 if own == 256 and with_options else 32, max(4, own // 32))
+
+
+def takes_whole() -> bool:
+    """Whether the device is a Hopper; the interpreter takes what Hopper takes."""
+    if not is_compiled(sum_heads_kernel):
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch // 10 == 9
+
+
 def settings(tile: AttentionTile) -> dict[str, int]:
     settings = {"num_warps": tile.num_warps, "num_stages": 2}
     compiles = tile.all_registers and is_compiled(sum_heads_kernel)
@@ -91,10 +115,45 @@ def settings(tile: AttentionTile) -> dict[str, int]:
     return settings
 
 
+def last_rows(rows: int, step: int) -> int:
+    """Rows of the last step, where whole ones leave some: as few as hold them, 16 at least; 0 where none are left."""
+    left = rows % step
+    return min(step, max(16, next_power_of_2(left))) if left else 0
+
+
+@triton.jit
+def load_rows(pointers, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows of D channels, zeros past them; ``rows`` is a mask or None."""
+    in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
+    if rows is not None:
+        loaded = tl.load(pointers, mask=rows[:, None] & in_d, other=0.0)
+    elif D < BLOCK_D:
+        loaded = tl.load(pointers, mask=in_d, other=0.0)
+    else:
+        loaded = tl.load(pointers)
+    return loaded
+
+
+@triton.jit
+def load_columns(row, columns, mask, stride):
+    """Load a number a key as float32; ``mask`` may be None."""
+    pointers = row + columns.to(tl.int64) * stride
+    if mask is None:
+        loaded = tl.load(pointers)
+    else:
+        loaded = tl.load(pointers, mask=mask, other=0.0)
+    return loaded.to(tl.float32)
+
+
 @triton.jit
 def load_bias(row, columns, mask, stride, log2_e):
-    """Of these keys, in units of log 2; -inf past the end."""
-    return tl.load(row + columns.to(tl.int64) * stride, mask=mask, other=float("-inf")).to(tl.float32) * log2_e
+    """Load the bias of these keys, in units of log 2; -inf past the end, which ``mask`` (or None) knows."""
+    pointers = row + columns.to(tl.int64) * stride
+    if mask is None:
+        loaded = tl.load(pointers)
+    else:
+        loaded = tl.load(pointers, mask=mask, other=float("-inf"))
+    return loaded.to(tl.float32) * log2_e
 
 
 @triton.jit

@@ -38,6 +38,7 @@ class _Direct:
         self.signature = inspect.signature(kernel.fn)
         self.driver: Any = None
         self.kept: dict[Any, tuple[Any, ...]] = {}
+        self.places: dict[tuple[type, ...], tuple[int, ...]] = {}  # of the tensors, by the arguments' types
         self.__name__, self.__doc__ = kernel.fn.__name__, kernel.fn.__doc__
 
     def __getattr__(self, name: str) -> Any:
@@ -54,18 +55,16 @@ class _Direct:
             self.driver, self.kept = active, {}
         device = active.get_current_device()
         # All that Triton specialises by: dtype and alignment of a pointer, and numbers, here each value by itself.
-        key = (
-            device,
-            *[
-                one
-                if one.__class__ is int or one is None
-                else (one.dtype, one.data_ptr() & 15)
-                if isinstance(one, torch.Tensor)
-                else (one.__class__, one)
-                for one in args
-            ],
-            *options.items(),
-        )
+        kinds = tuple(map(type, args))
+        places = self.places.get(kinds)
+        if places is None:
+            places = self.places[kinds] = tuple(i for i, one in enumerate(args) if isinstance(one, torch.Tensor))
+        values: list[Any] = [*args, device, kinds, *options, *options.values()]
+        for place in places:
+            one = args[place]
+            values[place] = one.dtype
+            values.append(one.data_ptr() & 15)
+        key = tuple(values)
         kept = self.kept.get(key)
         if kept is None or _watched(self.kernel):
             return self._first_launch(key, grid, args, options)

@@ -15,11 +15,15 @@ import triton.language as tl
 
 from ._attention import (
     LOG2_E,
+    AttentionTile,
     attention_tiles,
     chosen_rows,
     clear_rows,
+    last_rows,
     launches,
     load_bias,
+    load_columns,
+    load_rows,
     padded_head_dim,
     settings,
     strides,
@@ -89,6 +93,163 @@ def mean_values_kernel(
     tl.store(mean + (batch * heads + head) * D + offsets_d, tl.sum(acc, 0) / keys, mask=in_d)
 
 
+@triton.jit
+def _step(
+    columns,  # (BLOCK_N,) keys, of the last step some past the end
+    last_n,
+    query,  # (BLOCK_M, BLOCK_D)
+    offsets_m,
+    key_rows,
+    value_rows,
+    policy_row,
+    bias_row,
+    scale_log2,
+    log2_e,
+    k_stride_n,
+    v_stride_n,
+    policy_stride_n,
+    bias_stride_n,
+    acc,
+    seen_max,
+    seen_sum,
+    row_max,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Take some more keys into the running softmax; only those of the last step are masked."""
+    in_n = columns < last_n if LAST else None
+    key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
+    logit = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if LAST or bias_row is not None or policy_row is not None:
+        logit *= scale_log2
+        if bias_row is not None:
+            logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+        elif LAST:
+            logit = tl.where((columns < last_n)[None, :], logit, float("-inf"))
+        if policy_row is not None:
+            row_max = tl.maximum(row_max, tl.max(logit, 1))
+            visible = load_columns(policy_row, columns, in_n, policy_stride_n)
+            visible = tl.log2(tl.where(visible < 0.0, 0.0, visible))
+            own = offsets_m[:, None] == columns[None, :]
+            logit = tl.where(own, logit, logit + visible[None, :])
+        new_max = tl.maximum(seen_max, tl.max(logit, 1))
+        weight = tl.exp2(logit - new_max[:, None])
+    else:  # the scale, which is not negative, joins the exponent in one instruction
+        new_max = tl.maximum(seen_max, tl.max(logit, 1) * scale_log2)
+        weight = tl.exp2(logit * scale_log2 - new_max[:, None])
+    rescale = tl.exp2(seen_max - new_max)
+    seen_sum = seen_sum * rescale + tl.sum(weight, 1)
+    value = load_rows(value_rows + steps(columns, v_stride_n, UNIT), in_n, D, BLOCK_D)
+    acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
+    return acc, new_max, seen_sum, row_max
+
+
+@triton.jit
+def _attend_rows(
+    offsets_m,  # (BLOCK_M,) queries
+    first_m,
+    last_m,
+    first_n,
+    last_n,
+    head,
+    batch,
+    q,
+    k,
+    v,
+    policy,
+    bias,
+    index,
+    mean,
+    out,
+    logsumexp,
+    total,
+    scale_log2,
+    log2_e,
+    eps,
+    heads,
+    queries,
+    prefix,
+    q_stride_b,
+    q_stride_h,
+    q_stride_m,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    policy_stride_b,
+    policy_stride_n,
+    bias_stride_b,
+    bias_stride_n,
+    index_stride_k,
+    MAY_SEE_NONE: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LAST_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Attend for BLOCK_M queries of one head, in units of log 2.
+
+    The policy joins the logits as its logarithm, so that the exponentials are relative to the largest key that is seen:
+    relative to a hidden one they might all round to zero in half precision.
+    """
+    offsets_d = tl.arange(0, BLOCK_D)
+    in_m = offsets_m < last_m
+    in_d = offsets_d < D
+    in_md = in_m[:, None] & in_d[None, :]
+    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    rows_q = offsets_m
+    if index is not None:
+        rows_q = chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
+    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    policy_row, bias_row = policy, bias
+    if policy is not None:
+        policy_row = policy + batch * policy_stride_b
+    if bias is not None:
+        bias_row = bias + batch * bias_stride_b
+    seen_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    seen_sum = tl.zeros((BLOCK_M,), tl.float32)
+    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    whole = first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
+    for start in range(first_n, whole, BLOCK_N):
+        acc, seen_max, seen_sum, row_max = _step(
+            *(start + tl.arange(0, BLOCK_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
+            *(scale_log2, log2_e, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n),
+            *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, False),
+        )
+    if LAST_N > 0:
+        # Where the number of keys is the image's own there may be none left, which the masks take care of.
+        acc, seen_max, seen_sum, row_max = _step(
+            *(whole + tl.arange(0, LAST_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
+            *(scale_log2, log2_e, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n),
+            *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, True),
+        )
+
+    row = (batch * heads + head) * queries + offsets_m
+    if policy is not None:
+        seen = tl.exp2(seen_max - row_max)
+        denominator = seen_sum * seen + eps
+        average = tl.load(mean + (batch * heads + head) * D + offsets_d, mask=in_d, other=0.0)
+        acc = (acc * seen[:, None] + eps * average[None, :]) / denominator[:, None]
+        tl.store(total + row, denominator, mask=in_m)
+        tl.store(logsumexp + row, (row_max + tl.log2(denominator)) * LN_2, mask=in_m)
+    else:
+        tl.store(logsumexp + row, (seen_max + tl.log2(seen_sum)) * LN_2, mask=in_m)
+        if MAY_SEE_NONE:
+            seen_sum = tl.where(seen_sum == 0.0, 1.0, seen_sum)  # no key: a result of zeros
+        acc = acc / seen_sum[:, None]
+    targets = out + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
+    tl.store(targets, acc.to(out.dtype.element_ty), mask=in_md)
+
+
 @direct
 @triton.jit
 def attention_kernel(
@@ -104,7 +265,7 @@ def attention_kernel(
     out,  # (B, M, H, D), contiguous
     logsumexp,  # (B, H, M) float32, contiguous
     total,  # (B, H, M) float32, contiguous, or None
-    scale_log2,
+    scale_log2,  # not negative
     log2_e,
     eps,
     heads,
@@ -128,16 +289,13 @@ def attention_kernel(
     index_stride_k,
     D: tl.constexpr,
     UNIT: tl.constexpr,
-    POLICY: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    LAST_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LAST_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head, in units of log 2.
-
-    The policy joins the logits as its logarithm, so that the exponentials are relative to the largest key that is seen:
-    relative to a hidden one they might all round to zero in half precision.
-    """
+    """One program: BLOCK_M queries of one head; the last one of a head the LAST_M that are left."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
@@ -148,67 +306,24 @@ def attention_kernel(
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
         last_n = tl.where(first_m + tl.program_id(0) * BLOCK_M < last_m, last_n, first_n)  # nothing to do
         batch = tl.full((), 0, tl.int64)
-    offsets_m = first_m + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets_n = tl.arange(0, BLOCK_N)
-    offsets_d = tl.arange(0, BLOCK_D)
-    in_m = offsets_m < last_m
-    in_d = offsets_d < D
-    in_md = in_m[:, None] & in_d[None, :]
-    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
-    rows_q = offsets_m
-    if index is not None:
-        rows_q = chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
-    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
-    if POLICY:
-        policy_row = policy + batch * policy_stride_b
-    if bias is not None:
-        bias_row = bias + batch * bias_stride_b
-    seen_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    seen_sum = tl.zeros((BLOCK_M,), tl.float32)
-    row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(first_n, last_n, BLOCK_N):
-        columns = start + offsets_n
-        in_n = columns < last_n
-        in_nd = in_n[:, None] & in_d[None, :]
-        key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
-        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        if bias is not None:
-            logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
-        else:
-            logit = tl.where(in_n[None, :], logit, float("-inf"))
-        if POLICY:
-            row_max = tl.maximum(row_max, tl.max(logit, 1))
-            shown = tl.load(policy_row + columns.to(tl.int64) * policy_stride_n, mask=in_n, other=0.0)
-            visible = shown.to(tl.float32)
-            visible = tl.log2(tl.where(visible < 0.0, 0.0, visible))
-            own = offsets_m[:, None] == columns[None, :]
-            logit = tl.where(own, logit, logit + visible[None, :])
-        new_max = tl.maximum(seen_max, tl.max(logit, 1))
-        rescale = tl.exp2(seen_max - new_max)
-        weight = tl.exp2(logit - new_max[:, None])
-        seen_sum = seen_sum * rescale + tl.sum(weight, 1)
-        value = tl.load(value_rows + steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
-        acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
-        seen_max = new_max
-
-    row = (batch * heads + head) * queries + offsets_m
-    if POLICY:
-        seen = tl.exp2(seen_max - row_max)
-        denominator = seen_sum * seen + eps
-        average = tl.load(mean + (batch * heads + head) * D + offsets_d, mask=in_d, other=0.0)
-        acc = (acc * seen[:, None] + eps * average[None, :]) / denominator[:, None]
-        tl.store(total + row, denominator, mask=in_m)
-        tl.store(logsumexp + row, (row_max + tl.log2(denominator)) * LN_2, mask=in_m)
+    MAY_SEE_NONE: tl.constexpr = (bias is not None) or (key_offsets is not None)
+    begin = first_m + tl.program_id(0) * BLOCK_M
+    if LAST_M < BLOCK_M and begin + BLOCK_M > last_m:
+        _attend_rows(
+            *(begin + tl.arange(0, LAST_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
+            *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
+            *(q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n),
+            *(v_stride_b, v_stride_h, v_stride_n, policy_stride_b, policy_stride_n, bias_stride_b, bias_stride_n),
+            *(index_stride_k, MAY_SEE_NONE, D, UNIT, LAST_M, BLOCK_N, LAST_N, BLOCK_D),
+        )
     else:
-        tl.store(logsumexp + row, (seen_max + tl.log2(seen_sum)) * LN_2, mask=in_m)
-        if bias is not None or key_offsets is not None:
-            seen_sum = tl.where(seen_sum == 0.0, 1.0, seen_sum)  # no key: a result of zeros
-        acc = acc / seen_sum[:, None]
-    targets = out + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
-    tl.store(targets, acc.to(out.dtype.element_ty), mask=in_md)
+        _attend_rows(
+            *(begin + tl.arange(0, BLOCK_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
+            *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
+            *(q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n),
+            *(v_stride_b, v_stride_h, v_stride_n, policy_stride_b, policy_stride_n, bias_stride_b, bias_stride_n),
+            *(index_stride_k, MAY_SEE_NONE, D, UNIT, BLOCK_M, BLOCK_N, LAST_N, BLOCK_D),
+        )
     if query_offsets is not None:
         clear_rows(out, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
 
@@ -323,6 +438,23 @@ def class_kernel(
     tl.store(scores + batch * (keys - prefix) + offsets_n - prefix, acc / heads, mask=in_n)
 
 
+@functools.lru_cache(4096)
+def _forward_options(
+    queries: int, keys: int, head_dim: int, dtype: torch.dtype, unit: int, used: bool, packed: bool
+) -> tuple[AttentionTile, dict[str, int]]:
+    """Return the tile, and what the kernel is compiled by."""
+    tile = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed).forward
+    return tile, {
+        "D": head_dim,
+        "UNIT": unit,
+        "BLOCK_M": tile.own,
+        "LAST_M": tile.own if packed else last_rows(queries, tile.own) or tile.own,
+        "BLOCK_N": tile.step,
+        "LAST_N": tile.step if packed else last_rows(keys, tile.step),
+        "BLOCK_D": padded_head_dim(head_dim),
+    }
+
+
 @in_parts("q", "k", "v", "bias", "index")
 def attention(
     q: torch.Tensor,
@@ -352,6 +484,10 @@ def attention(
     images, most = (batch, queries) if query_offsets is None else (query_offsets.shape[0] - 1, max(1, longest_queries))
     if out.numel() == 0 or images == 0:
         return out.zero_().transpose(1, 2), logsumexp
+    if query_offsets is None:
+        nothing = (None, None)
+        _attend(batch, queries, q, k, v, None, bias, index, *nothing, out, logsumexp, *nothing, scale, 0.0, prefix)
+        return out.transpose(1, 2), logsumexp
     for count, chosen, bounds in launches(images, index, query_offsets, key_offsets):
         _attend(count, most, q, k, v, None, bias, chosen, *bounds, out, logsumexp, None, None, scale, 0.0, prefix)
     return out.transpose(1, 2), logsumexp
@@ -411,9 +547,13 @@ def _attend(
 ) -> None:
     """Launch for so many images with at most so many queries."""
     _, queries, heads, head_dim = out.shape
-    unit = unit_of(q, k, v)
-    used = bias is not None or index is not None or query_offsets is not None
-    tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used).forward
+    keys = k.shape[2]
+    if scale < 0.0:
+        q, scale = -q, -scale
+    used = bias is not None or index is not None
+    tile, options = _forward_options(
+        queries, keys, head_dim, q.dtype, unit_of(q, k, v), used, query_offsets is not None
+    )
     attention_kernel[(cdiv(most, tile.own), heads, images)](
         q,
         k,
@@ -432,7 +572,7 @@ def _attend(
         eps,
         heads,
         queries,
-        k.shape[2],
+        keys,
         prefix,
         *q.stride()[:3],
         *k.stride()[:3],
@@ -440,12 +580,7 @@ def _attend(
         *strides(policy),
         *strides(bias),
         *strides(index),
-        D=head_dim,
-        UNIT=unit,
-        POLICY=policy is not None,
-        BLOCK_M=tile.own,
-        BLOCK_N=tile.step,
-        BLOCK_D=padded_head_dim(head_dim),
+        **options,
         **settings(tile),
     )
 

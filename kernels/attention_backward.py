@@ -14,12 +14,17 @@ from ._attention import (
     attention_tiles,
     chosen_rows,
     clear_rows,
+    last_rows,
     launches,
     load_bias,
+    load_columns,
+    load_rows,
     padded_head_dim,
     settings,
     strides,
     sum_heads,
+    takes_whole,
+    whole_tile,
 )
 from ._direct import cdiv, direct
 from ._launch import in_parts
@@ -36,6 +41,121 @@ def _upstream_of_scores(row, columns, mask, stride, prefix, heads, CLASS: tl.con
     if CLASS:
         upstream = upstream / heads
     return upstream
+
+
+@triton.jit
+def _logits(query, key, columns, in_n, bias_row, bias_stride_n, scale_log2, log2_e, LAST: tl.constexpr):
+    """Multiply queries by keys, in units of log 2; -inf past the last key."""
+    logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    if bias_row is not None:
+        logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+    elif LAST:
+        logit = tl.where(in_n[None, :], logit, float("-inf"))  # else 0, whose weight may be infinite
+    return logit
+
+
+@triton.jit
+def _weigh(
+    columns,  # (BLOCK_N,) keys
+    last_n,
+    query,
+    lse,
+    key_rows,
+    bias_row,
+    score_row,
+    scale_log2,
+    log2_e,
+    heads,
+    prefix,
+    k_stride_n,
+    bias_stride_n,
+    scores_stride_n,
+    CLASS: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Sum the scores' gradient under the attention to some more keys."""
+    in_n = columns < last_n if LAST else None
+    key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
+    logit = _logits(query, key, columns, in_n, bias_row, bias_stride_n, scale_log2, log2_e, LAST)
+    of_scores = _upstream_of_scores(score_row, columns, columns < last_n, scores_stride_n, prefix, heads, CLASS)
+    return tl.sum(tl.exp2(logit - lse[:, None]) * of_scores[None, :], 1)
+
+
+@triton.jit
+def _give(target, rows, weight, factor, columns, last_n, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write what the queries' rows, so weighted, give to these keys."""
+    offsets_d = tl.arange(0, BLOCK_D)
+    found = tl.dot(tl.trans(rows), weight.to(rows.dtype), input_precision="ieee") * factor
+    targets = target + columns.to(tl.int64)[None, :] * (heads * D) + offsets_d[:, None]
+    tl.store(targets, found.to(target.dtype.element_ty), mask=(columns < last_n)[None, :] & (offsets_d < D)[:, None])
+
+
+@triton.jit
+def _step(
+    columns,  # (BLOCK_N,) keys, of the last step some past the end
+    last_n,
+    query,  # (BLOCK_M, BLOCK_D)
+    upstream,  # (BLOCK_M, BLOCK_D)
+    offsets_m,
+    lse,
+    offset,
+    key_rows,
+    value_rows,
+    policy_row,
+    bias_row,
+    score_row,
+    grad_keys,  # of the image's first key of this head, or None
+    grad_values,
+    parts,
+    scale,
+    scale_log2,
+    log2_e,
+    heads,
+    prefix,
+    k_stride_n,
+    v_stride_n,
+    policy_stride_n,
+    bias_stride_n,
+    scores_stride_n,
+    acc,
+    row_max,
+    row_peak,
+    CLASS: tl.constexpr,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Add what some more keys give to the queries' gradient, and if asked for write theirs."""
+    in_n = columns < last_n if LAST else None
+    key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
+    value = load_rows(value_rows + steps(columns, v_stride_n, UNIT), in_n, D, BLOCK_D)
+    logit = _logits(query, key, columns, in_n, bias_row, bias_stride_n, scale_log2, log2_e, LAST)
+    weight = tl.exp2(logit - lse[:, None])
+    if grad_keys is not None:  # at once: fewer registers live on
+        _give(grad_values, upstream, weight, 1.0, columns, last_n, heads, D, BLOCK_D)
+    slope = tl.dot(upstream, tl.trans(value), input_precision="ieee") - offset[:, None]
+    if score_row is not None:
+        of_scores = _upstream_of_scores(score_row, columns, columns < last_n, scores_stride_n, prefix, heads, CLASS)
+        slope += tl.where(offsets_m[:, None] == 0, of_scores[None, :], 0.0) if CLASS else of_scores[None, :]
+    if policy_row is not None:
+        # The first key that reaches a row's largest logit.
+        tile_max, tile_peak = tl.max(logit, 1, return_indices=True, return_indices_tie_break_left=True)
+        row_peak = tl.where(tile_max > row_max, tl.min(columns, 0) + tile_peak, row_peak)
+        row_max = tl.maximum(row_max, tile_max)
+        visible = load_columns(policy_row, columns, in_n, policy_stride_n)
+        own = offsets_m[:, None] == columns[None, :]
+        weight = tl.where(own, weight, weight * visible[None, :])
+    grad_logit = weight * slope
+    if grad_keys is not None:
+        if parts is not None:
+            tl.store(parts + columns, tl.sum(grad_logit, 0), mask=columns < last_n)
+        _give(grad_keys, query, grad_logit, scale, columns, last_n, heads, D, BLOCK_D)
+    acc = tl.dot(grad_logit.to(key.dtype), key, acc, input_precision="ieee")
+    return acc, row_max, row_peak
 
 
 @direct
@@ -56,7 +176,10 @@ def grad_queries_kernel(
     total,  # (B, H, M) float32, contiguous, or None
     mean,  # (B, H, D) float32, contiguous, or None
     grad_q,  # (B, M, H, D), contiguous
-    delta,  # (B, H, M) float32, contiguous
+    grad_k,  # (B, N, H, D), contiguous, or None
+    grad_v,  # (B, N, H, D), contiguous, or None
+    parts,  # (B, H, N) float32, contiguous: of the policy's or the bias's gradient, or None
+    delta,  # (B, H, M) float32, contiguous, or None
     peak,  # (B, H, M) int32, contiguous, or None
     peak_grad,  # (B, H, M) float32, contiguous, or None
     scale,
@@ -92,16 +215,17 @@ def grad_queries_kernel(
     out_stride_m,
     D: tl.constexpr,
     UNIT: tl.constexpr,
-    POLICY: tl.constexpr,
     CLASS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LAST_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head; it also leaves what the pass over the keys needs of every query.
+    """One program: BLOCK_M queries of one head. If these are all, it may give the keys their gradients too.
 
-    With a policy the maximum of a row, over all keys, has a gradient of eps / total: small, unless hidden keys dominate
-    the row. It goes to the first key that reaches the maximum.
+    Else it leaves what the pass over the keys needs of every query. With a policy the maximum of a row, over all keys,
+    has a gradient of eps / total: small, unless hidden keys dominate the row. It goes to the first key that reaches the
+    maximum.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -111,10 +235,10 @@ def grad_queries_kernel(
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
-        last_n = tl.where(first_m + tl.program_id(0) * BLOCK_M < last_m, last_n, first_n)  # nothing to do
+        if grad_k is None:
+            last_n = tl.where(first_m + tl.program_id(0) * BLOCK_M < last_m, last_n, first_n)  # nothing to do
         batch = tl.full((), 0, tl.int64)
     offsets_m = first_m + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offsets_n = tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
     in_m = offsets_m < last_m
     in_d = offsets_d < D
@@ -129,69 +253,65 @@ def grad_queries_kernel(
     out_rows = head_of(out, batch, head, out_stride_b, out_stride_h, UNIT) + offsets_d[None, :]
     result = tl.load(out_rows + steps(offsets_m, out_stride_m, UNIT), mask=in_md, other=0.0).to(tl.float32)
     row = (batch * heads + head) * queries + offsets_m
-    lse = tl.load(logsumexp + row, mask=in_m, other=0.0) * log2_e
+    lse = tl.load(logsumexp + row, mask=in_m, other=float("inf")) * log2_e
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
+    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    policy_row, bias_row, score_row, grad_keys, grad_values, of_keys = policy, bias, grad_scores, grad_k, grad_v, parts
+    if policy is not None:
+        policy_row = policy + batch * policy_stride_b
     if bias is not None:
         bias_row = bias + batch * bias_stride_b
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    offset = tl.sum(upstream.to(tl.float32) * result, 1)
     if grad_scores is not None:
         score_row = grad_scores + batch * scores_stride_b
+    if grad_k is not None:
+        first = (batch * keys * heads + head) * D
+        grad_keys, grad_values = grad_k + first, grad_v + first
+    if parts is not None:
+        of_keys = parts + (batch * heads + head) * keys
+    offset = tl.sum(upstream.to(tl.float32) * result, 1)
+    # All steps are masked where the keys get their gradients: a last one apart would take registers that are not there.
+    MASKED: tl.constexpr = grad_k is not None
+    whole = last_n if MASKED else first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
+    if grad_scores is not None:
         # The mean of the scores' gradient under the attention; of the class token's only the first row has one.
-        end = tl.where(tl.program_id(0) == 0, last_n, 0) if CLASS else last_n
         weighted = tl.zeros((BLOCK_M,), tl.float32)
-        for start in range(0, end, BLOCK_N):
-            columns = start + offsets_n
-            in_n = columns < last_n
-            mask = in_n[:, None] & in_d[None, :]
-            key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=mask, other=0.0)
-            logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-            if bias is not None:
-                logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
-            else:
-                logit = tl.where(in_n[None, :], logit, float("-inf"))  # else 0, whose weight may be infinite
-            of_scores = _upstream_of_scores(score_row, columns, in_n, scores_stride_n, prefix, heads, CLASS)
-            weighted += tl.sum(tl.exp2(logit - lse[:, None]) * of_scores[None, :], 1)
+        for start in range(first_n, tl.where(tl.program_id(0) == 0, whole, 0) if CLASS else whole, BLOCK_N):
+            weighted += _weigh(
+                *(start + tl.arange(0, BLOCK_N), last_n, query, lse, key_rows, bias_row, score_row, scale_log2, log2_e),
+                *(heads, prefix, k_stride_n, bias_stride_n, scores_stride_n, CLASS, D, UNIT, BLOCK_D, MASKED),
+            )
+        if LAST_N > 0:
+            weighted += _weigh(
+                *(whole + tl.arange(0, LAST_N), last_n, query, lse, key_rows, bias_row, score_row, scale_log2, log2_e),
+                *(heads, prefix, k_stride_n, bias_stride_n, scores_stride_n, CLASS, D, UNIT, BLOCK_D, True),
+            )
         offset += tl.where(offsets_m == 0, weighted, 0.0) if CLASS else weighted
-    tl.store(delta + row, offset, mask=in_m)
-    if POLICY:
+
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_peak = tl.zeros((BLOCK_M,), tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in range(first_n, whole, BLOCK_N):
+        acc, row_max, row_peak = _step(
+            *(start + tl.arange(0, BLOCK_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
+            *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
+            *(prefix, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n, scores_stride_n),
+            *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, MASKED),
+        )
+    if LAST_N > 0 and not MASKED:
+        acc, row_max, row_peak = _step(
+            *(whole + tl.arange(0, LAST_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
+            *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
+            *(prefix, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n, scores_stride_n),
+            *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, True),
+        )
+
+    if grad_k is None:
+        tl.store(delta + row, offset, mask=in_m)
+    if policy is not None:
         average = tl.load(mean + (batch * heads + head) * D + offsets_d, mask=in_d, other=0.0)
         denominator = tl.load(total + row, mask=in_m, other=1.0)
         slope_of_max = (tl.sum(upstream.to(tl.float32) * average[None, :], 1) - offset) * (eps / denominator)
-        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        row_peak = tl.zeros((BLOCK_M,), tl.int32)
-
-    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
-    if POLICY:
-        policy_row = policy + batch * policy_stride_b
-    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(first_n, last_n, BLOCK_N):
-        columns = start + offsets_n
-        in_n = columns < last_n
-        in_nd = in_n[:, None] & in_d[None, :]
-        key = tl.load(key_rows + steps(columns, k_stride_n, UNIT), mask=in_nd, other=0.0)
-        value = tl.load(value_rows + steps(columns, v_stride_n, UNIT), mask=in_nd, other=0.0)
-        logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        if bias is not None:
-            logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
-        else:
-            logit = tl.where(in_n[None, :], logit, float("-inf"))
-        weight = tl.exp2(logit - lse[:, None])
-        if POLICY:
-            tile_max, tile_peak = tl.max(logit, 1, return_indices=True, return_indices_tie_break_left=True)
-            row_peak = tl.where(tile_max > row_max, start + tile_peak, row_peak)
-            row_max = tl.maximum(row_max, tile_max)
-            shown = tl.load(policy_row + columns.to(tl.int64) * policy_stride_n, mask=in_n, other=0.0)
-            visible = shown.to(tl.float32)
-            own = offsets_m[:, None] == columns[None, :]
-            weight = tl.where(own, weight, weight * visible[None, :])
-        slope = tl.dot(upstream, tl.trans(value), input_precision="ieee") - offset[:, None]
-        if grad_scores is not None:
-            of_scores = _upstream_of_scores(score_row, columns, in_n, scores_stride_n, prefix, heads, CLASS)[None, :]
-            slope += tl.where(offsets_m[:, None] == 0, of_scores, 0.0) if CLASS else of_scores
-        acc = tl.dot((weight * slope).to(key.dtype), key, acc, input_precision="ieee")
-
-    if POLICY:
         tl.store(peak + row, row_peak, mask=in_m)
         tl.store(peak_grad + row, slope_of_max, mask=in_m)
         key = tl.load(key_rows + steps(row_peak, k_stride_n, UNIT), mask=in_md, other=0.0).to(tl.float32)
@@ -200,6 +320,9 @@ def grad_queries_kernel(
     tl.store(targets, (acc * scale).to(grad_q.dtype.element_ty), mask=in_md)
     if query_offsets is not None:
         clear_rows(grad_q, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
+        if grad_k is not None:
+            clear_rows(grad_k, key_offsets, keys, heads, D, BLOCK_N, BLOCK_D)
+            clear_rows(grad_v, key_offsets, keys, heads, D, BLOCK_N, BLOCK_D)
 
 
 @direct
@@ -444,9 +567,6 @@ def _backward(
             if gradient is not None:
                 gradient.zero_()
         return grad_q.transpose(1, 2), grad_k.transpose(1, 2), grad_v.transpose(1, 2), grad_of_keys
-    delta = torch.empty_like(logsumexp)
-    peak_grad = torch.empty_like(logsumexp) if hidden else None
-    peak = torch.empty(logsumexp.shape, dtype=torch.int32, device=q.device) if hidden else None
     parts = None if of_keys is None else torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
     numbers = (scale, scale * LOG2_E, LOG2_E, eps, heads, queries, keys, prefix)
     all_strides = (
@@ -454,16 +574,18 @@ def _backward(
         *(*strides(policy), *strides(bias), *strides(index), *strides(grad_scores)),
     )
     unit = unit_of(grad, q, k, v, out)
-    used = any(option is not None for option in (bias, index, offsets, grad_scores))
+    used = bias is not None or index is not None or offsets is not None or grad_scores is not None
+    shape = {"D": head_dim, "UNIT": unit, "CLASS": kind == "class", "BLOCK_D": padded_head_dim(head_dim)}
     tiles = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
-    shape = {
-        "D": head_dim,
-        "UNIT": unit,
-        "POLICY": hidden,
-        "CLASS": kind == "class",
-        "BLOCK_D": padded_head_dim(head_dim),
-    }
-    tile = tiles.grad_queries
+    alone = not hidden and grad_scores is None and takes_whole()
+    at_once = whole_tile(rows, head_dim, q.dtype, unit > 1, with_options=used) if alone else None
+    whole, tile = at_once is not None, at_once or tiles.grad_queries
+    delta = peak = peak_grad = None
+    if not whole:
+        delta = torch.empty_like(logsumexp)
+        if hidden:
+            peak_grad = torch.empty_like(logsumexp)
+            peak = torch.empty(logsumexp.shape, dtype=torch.int32, device=q.device)
     for count, chosen, bounds in launches(images, index, *(offsets or (None, None))):
         grad_queries_kernel[(cdiv(rows, tile.own), heads, count)](
             grad,
@@ -480,6 +602,9 @@ def _backward(
             total,
             mean,
             grad_q,
+            grad_k if whole else None,
+            grad_v if whole else None,
+            parts if whole else None,
             delta,
             peak,
             peak_grad,
@@ -488,11 +613,12 @@ def _backward(
             *out.stride()[:3],
             BLOCK_M=tile.own,
             BLOCK_N=tile.step,
+            LAST_N=last_rows(keys, tile.step) if offsets is None else tile.step,
             **shape,
             **settings(tile),
         )
     tile = tiles.grad_keys
-    for count, chosen, bounds in launches(images, index, *(offsets or (None, None))):
+    for count, chosen, bounds in () if whole else launches(images, index, *(offsets or (None, None))):
         grad_keys_kernel[(cdiv(columns, tile.own), heads, count)](
             grad,
             q,
@@ -513,6 +639,7 @@ def _backward(
             parts,
             *numbers,
             *all_strides,
+            POLICY=hidden,
             BLOCK_M=tile.step,
             BLOCK_N=tile.own,
             **shape,

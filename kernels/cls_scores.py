@@ -66,8 +66,7 @@ def class_logits_kernel(
     offsets,  # (B + 1,) int32 or None; with them k and value are (1, H, T, D), and N the most that an image has
     logits,  # (B, H, N) float32, contiguous
     lengths,  # (B, H, N) float32, contiguous, or None without value
-    part_max,  # (B, H, P) float32, contiguous
-    part_sum,  # (B, H, P) float32, contiguous
+    softmaxes,  # (B, H, P, 2) float32, contiguous: the maximum and the sum of each part
     scale,
     heads,
     tokens,
@@ -121,8 +120,9 @@ def class_logits_kernel(
         tl.store(lengths + row * tokens + offsets_n, tl.sqrt_rn(tl.sum(vector * vector, 1)), mask=in_n)
     logit = tl.where(in_n, logit, float("-inf"))
     maximum = tl.maximum(tl.max(logit, 0), LOWEST)
-    tl.store(part_max + row * parts + part, maximum)
-    tl.store(part_sum + row * parts + part, tl.sum(tl.exp(logit - maximum), 0))
+    own = softmaxes + (row * parts + part) * 2
+    tl.store(own, maximum)
+    tl.store(own + 1, tl.sum(tl.exp(logit - maximum), 0))
 
 
 @direct
@@ -130,8 +130,7 @@ def class_logits_kernel(
 def head_mean_kernel(
     logits,  # (B, H, N) float32, contiguous
     lengths,  # (B, H, N) float32, contiguous, or None
-    part_max,  # (B, H, P) float32, contiguous
-    part_sum,  # (B, H, P) float32, contiguous
+    softmaxes,  # (B, H, P, 2) float32, contiguous: the maximum and the sum of each part
     scores,  # (B, N - PREFIX) float32, contiguous
     logsumexp,  # (B, H) float32, contiguous
     heads,
@@ -152,9 +151,9 @@ def head_mean_kernel(
     for start in range(0, parts, BLOCK_P):
         offsets_p = start + tl.arange(0, BLOCK_P)
         mask = in_h[:, None] & (offsets_p < parts)[None, :]
-        sources = rows[:, None] * parts + offsets_p[None, :]
-        maximum = tl.load(part_max + sources, mask=mask, other=LOWEST)
-        total = tl.load(part_sum + sources, mask=mask, other=0.0)
+        sources = softmaxes + (rows[:, None] * parts + offsets_p[None, :]) * 2
+        maximum = tl.load(sources, mask=mask, other=LOWEST)
+        total = tl.load(sources + 1, mask=mask, other=0.0)
         new_max = tl.maximum(running_max, tl.max(maximum, 1))
         running_sum = running_sum * tl.exp(running_max - new_max)
         running_sum += tl.sum(total * tl.exp(maximum - new_max[:, None]), 1)
@@ -264,8 +263,7 @@ def _forward(
     if batch == 0:
         return scores, logits, logsumexp
     lengths = None if value is None else torch.empty_like(logits)
-    part_max = torch.empty(batch, heads, parts, dtype=torch.float32, device=k.device)
-    part_sum = torch.empty_like(part_max)
+    softmaxes = torch.empty(batch, heads, parts, 2, dtype=torch.float32, device=k.device)
     # Heads vary fastest: in the packed layout neighbouring programs read neighbouring memory.
     class_logits_kernel[(heads, parts, batch)](
         q,
@@ -275,8 +273,7 @@ def _forward(
         offsets,
         logits,
         lengths,
-        part_max,
-        part_sum,
+        softmaxes,
         scale,
         heads,
         tokens,
@@ -295,8 +292,7 @@ def _forward(
     head_mean_kernel[(max(1, cdiv(tokens - prefix, mean_tile.block_n)), batch)](
         logits,
         lengths,
-        part_max,
-        part_sum,
+        softmaxes,
         scores,
         logsumexp,
         heads,

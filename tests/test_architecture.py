@@ -15,13 +15,13 @@ PACKAGE = ROOT / "fastreduce"
 # The floors of the house, from the ground up: a room imports rooms of lower floors only. Doors (`fastreduce`,
 # `python -m fastreduce`) stand on no floor.
 FLOORS = (
-    {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version"},
+    {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version", "config"},
     {"ops", "checkpoints", "pictures", "measure"},
     {"tokens"},
     {"reducers"},
     {"recording"},
     {"integrations"},
-    {"config", "deploy", "speed", "study"},
+    {"deploy", "speed", "quality", "study"},
     {"cli"},
 )
 DOORS = {"__init__", "__main__"}

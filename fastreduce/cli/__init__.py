@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -9,6 +10,7 @@ from importlib.util import find_spec
 
 __all__ = ["main"]
 
+_STOPPED = (130, 143)  # by SIGINT and SIGTERM
 _EXTRA = ("typer", "rich", "matplotlib", "sklearn", "PIL", "safetensors")
 
 
@@ -54,7 +56,19 @@ def main() -> None:
         _run()
     except KeyboardInterrupt:
         print("error: stopped", file=sys.stderr)
-        sys.exit(130)
+        _leave(130)
+    except SystemExit as error:
+        if error.code in _STOPPED:
+            _leave(error.code)
+        raise
+
+
+def _leave(code: int | str | None) -> None:
+    """End the process at once: to take torch apart lasts seconds on a busy machine, and the user wants it to stop."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from .output import INTERRUPTED, print_error
 from .plan import plan
 from .screen import Page, hush, is_full
 from .tables import print_methods
+from .tune import tune
 
 __all__ = ["app"]
 
@@ -103,4 +104,5 @@ def methods() -> None:
 
 app.command()(compare)
 app.command()(plan)
+app.command()(tune)
 app.command()(export)

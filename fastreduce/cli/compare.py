@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,14 @@ import typer
 
 from ..speed.settings import KEEP_RATES, CompareSettings
 from . import options as given
+from .lost import FIDELITY_NAMES, Lost, choose, headline, print_losses
 from .options import numbers, user_errors
-from .output import INTERRUPTED, Output, measure, stoppable, with_ending
-from .screen import progress_bar
-from .tables import count, is_wrong, print_comparison, title_of
+from .output import INTERRUPTED, Output, measure, stoppable, tell, with_ending
+from .screen import Page, progress_bar
+from .tables import count, is_wrong, print_comparison, title_of, where
 
 if TYPE_CHECKING:
+    from .. import draw
     from ..speed.comparison import Comparison, Drawn, Entry
 
 __all__ = ["compare"]
@@ -29,13 +32,18 @@ def compare(
     ] = "flower.jpg",
     model: given.Model = "deit_small_patch16_224",
     checkpoint: given.Checkpoint = None,
-    pretrained: given.Pretrained = False,
+    pretrained: given.Pretrained = None,
     methods: given.Methods = None,
     method_option: given.MethodOption = None,
     keep_rate: Annotated[
         list[str] | None, typer.Option(help="Keep rate; may be given several times. (default: 0.7 and 0.5)")
     ] = None,
     at: given.At = None,
+    images: given.Images = None,
+    image_count: given.ImageCount = None,
+    at_least: given.AtLeast = None,
+    at_most_lost: given.AtMostLost = None,
+    fidelity: given.Fidelity = True,
     batch: Annotated[
         str | None,
         typer.Option(metavar="N", help="Images in a batch. (default: 8, or what a slow machine can do in the time)"),
@@ -73,7 +81,11 @@ def compare(
             image=image,
             model=model,
             checkpoint=checkpoint,
-            pretrained=pretrained,
+            pretrained=given.wish(pretrained, checkpoint),
+            images=images,
+            image_count=given.whole_number("--image-count", image_count),
+            at_least=given.optional_number("--at-least", at_least),
+            at_most_lost=given.optional_number("--at-most-lost", at_most_lost),
             methods=given.names("--methods", methods),
             method_options=tuple(method_option or ()),
             keep_rates=numbers("--keep-rate", "0.7,0.5", keep_rate, float) or KEEP_RATES,
@@ -96,15 +108,53 @@ def compare(
 
         with user_errors():
             comparison = Comparison(settings, started)
-        finished = measure(comparison, progress)
-    _hand_over_comparison(comparison, output, finished)
+            lost = Lost(settings, comparison.model.num_classes) if fidelity else None
+        tell(comparison.note)
+        finished = measure(comparison, progress, lambda: _measure_losses(comparison, lost, progress))
+    _hand_over_comparison(comparison, output, lost, finished)
 
 
-def _hand_over_comparison(comparison: Comparison, output: Output, finished: bool) -> None:
+def _measure_losses(comparison: Comparison, lost: Lost | None, progress: Any) -> None:
+    if lost is not None:
+        models = {entry.slug: entry.model for entry in comparison.entries}
+        lost.measure(comparison.model, models, comparison.config, progress)
+
+
+def _with_losses(comparison: Comparison, lost: Lost | None, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with every setting's fidelity, and the setting to choose."""
+    if lost is None or not lost.rows:
+        return result
+    slugs = [entry.slug for entry in comparison.entries]
+    methods = [{**row, "fidelity": lost.rows[slug]} for slug, row in zip(slugs, result["methods"], strict=True)]
+    chosen = None
+    settings = comparison.settings
+    if not comparison.random_weights or settings.at_least is not None or settings.at_most_lost is not None:
+        kept = {id(row): lost.keeps(slug) for slug, row in zip(slugs, methods, strict=True)}
+        chosen = choose(methods, lambda row: kept[id(row)])
+    words = None if chosen is None else {"label": chosen["label"], "keep_rate": chosen["keep_rate"]}
+    return {**result, "methods": methods, "fidelity": {**lost.result(), "chosen": words}}
+
+
+def _print(page: Page, result: dict[str, Any]) -> None:
+    """Print speed, then what each setting costs, and the one to choose."""
+    print_comparison(page, result)
+    if "fidelity" not in result:
+        return
+    print_losses(page, result, [(f"{row['label']} {row['keep_rate']:g}", row) for row in result["methods"]])
+    about = result["fidelity"]
+    if (chosen := about["chosen"]) is not None:
+        page.line(
+            f"The fastest with {about['wanted']}: {chosen['label']} at keep rate {chosen['keep_rate']:g}.", "bold"
+        )
+    elif not result["random_weights"]:
+        page.line(f"No setting here has {about['wanted']} and is faster than the unreduced model.", "bold")
+
+
+def _hand_over_comparison(comparison: Comparison, output: Output, lost: Lost | None, finished: bool) -> None:
     """Give out what was measured, the surest first."""
-    result = with_ending(comparison, finished)
+    result = _with_losses(comparison, lost, with_ending(comparison, finished))
     output.write_json(result)
-    output.write_page(lambda page: print_comparison(page, result))
+    output.write_page(lambda page: _print(page, result))
     if finished and output.folder is not None:
         _draw_all(comparison, output, result)
     output.end()
@@ -123,14 +173,20 @@ def _draw_all(comparison: Comparison, output: Output, result: dict[str, Any]) ->
             if (file := output.draw(f"{entry.slug}.png", _picture(comparison, entry))) is not None:
                 row["picture"] = str(file)
                 drawn += 1
+        if "fidelity" in result and output.draw("speed-up-and-fidelity.png", partial(_save_tradeoff, result)):
+            drawn += 1
+        page = output.draw("index.html", partial(_save_page, comparison, result))
     if drawn:
         result["wall_seconds"] = comparison.elapsed
         output.rewrite_json(result)
-        output.write_page(lambda page: page.line(f"{count(drawn, 'picture')} in {output.folder}{os.sep}", wrap=False))
+        words = f"{count(drawn, 'picture')} in {output.folder}{os.sep}" + (
+            ", all on one page: index.html" if page else ""
+        )
+        output.write_page(lambda page: page.line(words, wrap=False))
 
 
-def _picture(comparison: Comparison, entry: Entry) -> Callable[[Path], None]:
-    """Return what draws the stages of one method at one keep rate into a file."""
+def _panels(comparison: Comparison, entry: Entry) -> list[draw.Panel]:
+    """Return the photograph, and what is left of it after every stage."""
     from .. import draw
 
     photo, patches = comparison.picture(), comparison.grid[0] * comparison.grid[1]
@@ -142,10 +198,76 @@ def _picture(comparison: Comparison, entry: Entry) -> Callable[[Path], None]:
             assert stage.slot is not None
             panel = draw.fill_merged(photo, stage.slot)
         panels.append((panel, f"block {stage.block}", f"{_tokens(stage)} of {patches} tokens"))
+    return panels
+
+
+def _picture(comparison: Comparison, entry: Entry) -> Callable[[Path], None]:
+    """Return what draws the stages of one method at one keep rate into a file."""
+    from .. import draw
+
+    panels = _panels(comparison, entry)
     title = title_of(entry.method, {**entry.options, **comparison.method_options.get(entry.method, {})})
     subtitle = f"keep rate {entry.keep_rate:g}  ·  {comparison.settings.model}"
     note = _note(comparison, entry)
     return lambda file: draw.save_panels(file, panels, title, subtitle, note)
+
+
+def _save_page(comparison: Comparison, result: dict[str, Any], file: Path) -> None:
+    """Write the run as one page."""
+    from .webpage import picture_data, webpage
+
+    measures = [{"key": key, "name": name} for key, name in FIDELITY_NAMES.items()]
+    first = result["methods"][0].get("fidelity", {})
+    measures = [measure for measure in measures if measure["key"] in first]
+    measures.sort(key=lambda measure: measure["key"] != "pooled_cosine")
+    methods: dict[str, dict[str, Any]] = {}
+    place: dict[tuple[str, float], tuple[int, int]] = {}
+    for entry, row in zip(comparison.entries, result["methods"], strict=True):
+        stages = [
+            {"name": name, "words": words, "picture": picture_data(pixels)}
+            for pixels, name, words in _panels(comparison, entry)
+        ]
+        one = methods.setdefault(row["label"], {"label": row["label"], "settings": []})
+        place[row["label"], row["keep_rate"]] = list(methods).index(row["label"]), len(one["settings"])
+        values = {measure["key"]: row["fidelity"][measure["key"]]["mean"] for measure in measures}
+        one["settings"].append(
+            {"keep_rate": row["keep_rate"], "speedup": row["speedup"], "measures": values, "stages": stages}
+        )
+    chosen = result.get("fidelity", {}).get("chosen")
+    notes = list(result["doubts"])
+    if comparison.random_weights:
+        notes.append("the weights are random, so patterns and fidelity say nothing about a trained model")
+    page = webpage(
+        f"fastreduce compare: {comparison.settings.model}",
+        f"{where(result)}, batch {result['batch']}, {count(result['rounds'], 'round')}",
+        "; ".join(notes),
+        measures,
+        list(methods.values()),
+        None if chosen is None else place[chosen["label"], chosen["keep_rate"]],
+    )
+    file.write_text(page, encoding="utf-8")
+
+
+def _save_tradeoff(result: dict[str, Any], file: Path) -> None:
+    """Draw speed-up against fidelity, a line for every method."""
+    from .. import draw
+
+    lines: dict[str, list[tuple[float, float, str]]] = {}
+    for row in result["methods"]:
+        point = (row["speedup"], headline(row["fidelity"]), f"{row['keep_rate']:g}")
+        lines.setdefault(row["label"], []).append(point)
+    about = result["fidelity"]
+    chosen = None
+    if about["chosen"] is not None:
+        chosen = about["chosen"]["label"], f"{about['chosen']['keep_rate']:g}"
+    draw.save_tradeoff(
+        file,
+        list(lines.items()),
+        "What a speed-up costs",
+        f"{result['model']}, {result['weights']}, {result['environment']['device_name']}, batch {result['batch']}",
+        f"keep rates beside the points; {count(about['images'], 'image')}; ring: the fastest with {about['wanted']}",
+        chosen,
+    )
 
 
 def _tokens(stage: Drawn) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +34,7 @@ def export(
     at: given.At = None,
     config: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON of what fastreduce.config_of returned, in place of --method."),
+        typer.Option(metavar="FILE", help="JSON of fastreduce tune or config_of, in place of --method."),
     ] = None,
     image: Annotated[str, typer.Option(help="The picture whose views it is checked on.")] = "flower.jpg",
     batch: Annotated[
@@ -59,7 +58,7 @@ def export(
             config=config,
             model=model,
             checkpoint=checkpoint,
-            pretrained=pretrained,
+            pretrained=bool(pretrained),
             method=",".join(given.names("--method", method)) or "topk",
             method_options=tuple(method_option or ()),
             keep_rate=given.number("--keep-rate", keep_rate),
@@ -100,7 +99,7 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
         comparison = Comparison(settings.as_comparison())
         unreduced, reduced = comparison.model, comparison.entries[0].model
         if settings.config is not None:
-            reduced = patch(copy.deepcopy(unreduced), **json.loads(Path(settings.config).read_text()))
+            reduced = patch(copy.deepcopy(unreduced), config=settings.config)
         images = comparison.views(max(8, *settings.batches))
         check(reduced, images, to)
     file.parent.mkdir(parents=True, exist_ok=True)

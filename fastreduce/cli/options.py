@@ -20,11 +20,13 @@ __all__ = [
     "names",
     "number",
     "numbers",
+    "optional_number",
     "output_file",
     "output_folder",
     "split",
     "user_errors",
     "whole_number",
+    "wish",
 ]
 
 
@@ -57,11 +59,33 @@ def _starting_with(words: list[str]) -> Callable[[str], list[str]]:
 
 _METHODS = _starting_with([name.replace("_", "-") for name in METHODS])
 
-Model = Annotated[str, typer.Option(help="A timm Vision Transformer.")]
+Model = Annotated[str, typer.Option(help="A timm Vision Transformer: its name, or a folder.")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="Weights: a .safetensors file, or a torch.save file (read with weights_only).")
 ]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm download its weights.")]
+Pretrained = Annotated[
+    bool | None,
+    typer.Option(
+        "--pretrained/--random", help="timm's own weights, or random ones. (default: timm's if they can be had)"
+    ),
+]
+Images = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Pictures for fidelity; class folders give labels. (default: photographs of scikit-learn, scikit-image)",
+    ),
+]
+ImageCount = Annotated[
+    str | None, typer.Option(metavar="N", help="How many of them. (default: as many as fit into the time)")
+]
+Fidelity = Annotated[bool, typer.Option(help="Whether to measure what is lost, too.")]
+AtLeast = Annotated[
+    str | None, typer.Option(metavar="FIDELITY", help="The fidelity that a setting must keep. (default: 0.99)")
+]
+AtMostLost = Annotated[
+    str | None, typer.Option(metavar="POINTS", help="Instead: the points of accuracy that a setting may lose.")
+]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
@@ -135,6 +159,16 @@ def whole_number(option: str, word: str | None) -> Any:
         return None if word is None else int(word)
     except ValueError:
         raise ValueError(f"{option} takes a whole number, got {word!r}") from None
+
+
+def optional_number(option: str, word: str | None) -> float | None:
+    """Return the number that was given, or None if the option was not."""
+    return None if word is None else number(option, word)
+
+
+def wish(pretrained: bool | None, checkpoint: str | None) -> bool | None:
+    """Return whether pretrained weights are wanted: None if they will do where nothing was said of weights."""
+    return False if pretrained is None and checkpoint is not None else pretrained
 
 
 def number(option: str, word: str) -> float:

@@ -128,11 +128,12 @@ def _one_line_troubles() -> Iterator[None]:
         raise UserError("there is too little memory: give a smaller --batch") from error
 
 
-def measure(measured: Any, progress: Any) -> bool:
-    """Check and measure -> whether it came to the end: Ctrl-C leaves the rounds that were finished."""
+def measure(measured: Any, progress: Any, between: Callable[[], None] = lambda: None) -> bool:
+    """Check, do what comes ``between``, measure -> whether it came to the end: Ctrl-C leaves the finished rounds."""
     try:
         with _one_line_troubles():
             measured.check(progress)
+            between()
             measured.measure(progress)
     except KeyboardInterrupt:
         if not measured.rounds:
@@ -140,6 +141,12 @@ def measure(measured: Any, progress: Any) -> bool:
             raise typer.Exit(INTERRUPTED) from None
         return False
     return True
+
+
+def tell(note: str) -> None:
+    """Write a note of one line to stderr, if there is one."""
+    if note:
+        write(sys.stderr, f"note: {' '.join(note.split())}\n")
 
 
 def with_ending(measured: Any, finished: bool) -> dict[str, Any]:

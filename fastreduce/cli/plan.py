@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..speed.settings import PlanSettings
 from . import options as given
+from .lost import Lost, print_losses
 from .options import numbers, user_errors
-from .output import INTERRUPTED, Output, measure, stoppable, with_ending
-from .screen import progress_bar
+from .output import INTERRUPTED, Output, measure, stoppable, tell, with_ending
+from .screen import Page, progress_bar
 from .tables import print_plan, title_of
+
+if TYPE_CHECKING:
+    from ..speed.payoff import Planner
 
 __all__ = ["plan"]
 
@@ -22,7 +26,7 @@ __all__ = ["plan"]
 def plan(
     model: given.Model = "deit_small_patch16_224",
     checkpoint: given.Checkpoint = None,
-    pretrained: given.Pretrained = False,
+    pretrained: given.Pretrained = None,
     method: given.OneMethod = None,
     method_option: given.MethodOption = None,
     keep_rate: Annotated[
@@ -30,6 +34,11 @@ def plan(
         typer.Option(help="Keep rate; may be given several times. (default: 0.9 to 0.4 in tenths, and 0.25)"),
     ] = None,
     at: given.At = None,
+    images: given.Images = None,
+    image_count: given.ImageCount = None,
+    at_least: given.AtLeast = None,
+    at_most_lost: given.AtMostLost = None,
+    fidelity: given.Fidelity = True,
     batch: Annotated[
         list[str] | None,
         typer.Option(help="Images in a batch; may be given several times. (default: 1,4,16; CUDA: 1,8,64,256)"),
@@ -62,7 +71,8 @@ def plan(
     """Measure on this machine from which keep rate and batch on a method pays, and say so when it does not.
 
     The unreduced and the reduced models take turns on views of a photo, after every reduced model's logits were held
-    against the published algorithm, written plainly, in float64. Speed only: accuracy is not measured.
+    against the published algorithm, written plainly, in float64. Fidelity to the unreduced model stands beside each
+    speed-up, and decides: the fastest setting that keeps enough is recommended.
     """
     started = time.perf_counter()
     with user_errors():
@@ -72,7 +82,11 @@ def plan(
         settings = PlanSettings(
             model=model,
             checkpoint=checkpoint,
-            pretrained=pretrained,
+            pretrained=given.wish(pretrained, checkpoint),
+            images=images,
+            image_count=given.whole_number("--image-count", image_count),
+            at_least=given.optional_number("--at-least", at_least),
+            at_most_lost=given.optional_number("--at-most-lost", at_most_lost),
             method=names[0],
             method_options=tuple(method_option or ()),
             keep_rates=numbers("--keep-rate", "0.7,0.5", keep_rate, float) or (),
@@ -96,10 +110,12 @@ def plan(
 
         with user_errors():
             planner = Planner(settings, started)
-        finished = measure(planner, progress)
-    result = with_ending(planner, finished)
+            lost = Lost(settings, planner.comparison.model.num_classes) if fidelity else None
+        tell(planner.comparison.note)
+        finished = measure(planner, progress, lambda: _measure_losses(planner, lost, progress))
+    result = _with_losses(with_ending(planner, finished), lost)
     output.write_json(result)
-    output.write_page(lambda page: print_plan(page, result))
+    output.write_page(lambda page: _print(page, result))
     if finished and output.folder is not None and not result["wrong"]:
         _draw_plan(planner.slug, output, result)
     output.end()
@@ -107,6 +123,39 @@ def plan(
         raise typer.Exit(INTERRUPTED)
     if result["wrong"]:
         raise typer.Exit(1)
+
+
+def _measure_losses(planner: Planner, lost: Lost | None, progress: Any) -> None:
+    """Measure fidelity at every keep rate, and let it decide; of random weights only if that was asked for."""
+    if lost is None or planner.wrong:
+        return
+    comparison = planner.comparison
+    models = {rate: entry.model for rate, entry in planner.entries.items()}
+    lost.measure(comparison.model, models, comparison.config, progress)
+    asked = planner.settings.at_least is not None or planner.settings.at_most_lost is not None
+    if asked or not comparison.random_weights:
+        planner.keeping = frozenset(rate for rate in models if lost.keeps(rate))
+        planner.wanted = lost.wanted
+
+
+def _print(page: Page, result: dict[str, Any]) -> None:
+    """Print the plan, and what each keep rate costs."""
+    print_plan(page, result)
+    if "fidelity" not in result or not result["batches"]:
+        return
+    speeds = {row["keep_rate"]: row["speedup"] for row in result["batches"][-1]["rates"]}
+    rows = [(f"{row['keep_rate']:g}", {**row, "speedup": speeds[row["keep_rate"]]}) for row in result["rates"]]
+    print_losses(page, result, rows)
+
+
+def _with_losses(result: dict[str, Any], lost: Lost | None) -> dict[str, Any]:
+    """Return the result with the fidelity of every keep rate."""
+    if lost is None or not lost.rows:
+        return result
+    rates = [
+        {**row, "fidelity": lost.rows[row["keep_rate"]]} for row in result["rates"] if row["keep_rate"] in lost.rows
+    ]
+    return {**result, "rates": rates, "fidelity": lost.result()}
 
 
 def _draw_plan(slug: str, output: Output, result: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ What can be said against the options is said before torch is imported, which a c
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -21,21 +22,23 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from .._files import check_weights_file, read_json, write_atomically
+from .._files import check_weights_file, one_line, read_json, write_atomically
 from ..names import TITLES, one_of
 from ..speed.settings import DTYPES, check_model
 from .options import UserError, names, numbers, output_file, output_folder, user_errors
 from .screen import Page, progress_bar, write
 
 if TYPE_CHECKING:
+    from ..study.analysis import Study
     from ..study.data import DataSet
+    from ..study.evaluate import Evaluation
+    from ..study.official import Official
     from ..study.protocol import Backbone, Protocol, Reduction
     from ..study.recipe import Recipe
-    from ..study.run import Study
 
 __all__ = ["study"]
 
-_EXTRA = {"accelerate": "accelerate", "torchmetrics": "torchmetrics", "scipy": "scipy", "ot": "POT", "jinja2": "jinja2"}
+_EXTRA = {"accelerate": "accelerate", "scipy": "scipy", "ot": "POT", "jinja2": "jinja2"}
 _BACKENDS = ("auto", "triton", "reference")
 
 study = typer.Typer(help="Train, record, compare and draw, as the paper does.")
@@ -100,10 +103,13 @@ def _working(stays: str = "") -> Iterator[None]:
         yield
 
 
-_Dataset = Annotated[str, typer.Option(help="digits, imagenet, nabirds, coco or nuswide.")]
+_Dataset = Annotated[str, typer.Option(help="digits, imagenet, nabirds, coco, nuswide, folder or cifar10.")]
 _Root = Annotated[Path | None, typer.Option(help="Folder of the data set; none for digits.")]
 _Model = Annotated[
     str | None, typer.Option(help="A timm Vision Transformer. (default: DeiT-S; a small one for digits)")
+]
+_ModelOption = Annotated[
+    list[str] | None, typer.Option(help="Of timm.create_model, like img_size=32. May be given several times.")
 ]
 _Checkpoint = Annotated[Path | None, typer.Option(help="Weights of the unreduced model to start from.")]
 _Pretrained = Annotated[bool, typer.Option("--pretrained", help="Let timm download them.")]
@@ -120,7 +126,8 @@ _KnownMethod = Annotated[
     str | None, typer.Option("--method", help="The method, or none. (default: that of the training)")
 ]
 _KnownRate = Annotated[float | None, typer.Option("--keep-rate", help="Its keep rate. (default: that of the training)")]
-_Weights = Annotated[Path, typer.Argument(help="A folder that study train wrote, or a file of weights.")]
+_WEIGHTS_HELP = "A folder that study train wrote, or a file of weights."
+_Weights = Annotated[Path, typer.Argument(help=_WEIGHTS_HELP)]
 _Ema = Annotated[bool, typer.Option("--ema", help="The moving average: model_ema.safetensors of the folder.")]
 _Workers = Annotated[int | None, typer.Option(help="Processes that load images. (default: the protocol's)")]
 
@@ -140,7 +147,9 @@ _TeacherCheckpoint = Annotated[
 class _Changes:
     """The options that change a protocol, under the names that its fields have; None: not given."""
 
-    epochs: Annotated[int | None, _protocol(help="Passes over the training images.")] = None
+    epochs: Annotated[
+        int | None, _protocol(help="Passes over the training images; study run: 0 measures methods off the shelf.")
+    ] = None
     warmup_epochs: Annotated[
         int | None, _protocol(help="Of these, with a rising rate. (default: the protocol's share)")
     ] = None
@@ -151,10 +160,13 @@ class _Changes:
     warmup_lr: Annotated[float | None, _protocol(help="Where the warm-up starts.")] = None
     backbone_lr: Annotated[float | None, _protocol(help="Factor of the rate of all but the new parts.")] = None
     frozen_epochs: Annotated[int | None, _protocol(help="Epochs at the start in which it is 0.")] = None
-    weight_decay: Annotated[float | None, _protocol(help="Of AdamW.")] = None
+    optimizer: Annotated[str | None, _protocol(help="adamw or muon.")] = None
+    weight_decay: Annotated[float | None, _protocol(help="Of the optimizer.")] = None
     eps: Annotated[float | None, _protocol(help="Of AdamW.")] = None
     clip_norm: Annotated[float | None, _protocol(help="Largest norm of the gradient. (default: not clipped)")] = None
     drop_path: Annotated[float | None, _protocol(help="Rate at the last block.")] = None
+    patch_drop: Annotated[float | None, _protocol(help="Share of patches lost at random, unreduced.")] = None
+    patch_drop_share: Annotated[float | None, _protocol(help="Share of the epochs that lose them.")] = None
     label_smoothing: Annotated[float | None, _protocol(help="0 for none.")] = None
     mixup: Annotated[float | None, _protocol(help="Its alpha; 0 for none.")] = None
     cutmix: Annotated[float | None, _protocol(help="Its alpha; 0 for none.")] = None
@@ -201,7 +213,7 @@ def _with_changes(command: Callable[..., None]) -> Callable[..., None]:
 
 def _changed(protocol: Protocol, changes: dict[str, Any]) -> Protocol:
     """Return a protocol with what was given; the warm-up keeps its share of the epochs."""
-    share = protocol.warmup_epochs / protocol.epochs
+    share = protocol.warmup_epochs / max(protocol.epochs, 1)
     given = {"warmup_epochs": round(share * changes.get("epochs", protocol.epochs)), **changes}
     if given.get("ema") == 0:
         given["ema"] = None
@@ -237,9 +249,9 @@ def _trouble(error: Exception) -> str | None:
     return None
 
 
-def _check_dataset(dataset: str, root: Path | None) -> None:
-    """Raise for an unknown data set, and for a folder that cannot hold it."""
-    from ..study.protocol import DATA_SETS, LAYOUTS
+def _check_dataset(dataset: str, root: Path | None, splits: Sequence[str] = ("train", "val")) -> None:
+    """Raise for an unknown data set, and for a folder that cannot hold it, or these splits of class folders."""
+    from ..study.protocol import DATA_SETS, LAYOUTS, find_split
 
     one_of("data set", dataset, DATA_SETS)
     if dataset == "digits":
@@ -252,9 +264,14 @@ def _check_dataset(dataset: str, root: Path | None) -> None:
         raise ValueError(
             f"--root {root}: {'it is a file, not a folder' if root.exists() else 'there is no such folder'}"
         )
-    for name in LAYOUTS[dataset]:
+    for name in splits if dataset == "imagenet" else LAYOUTS[dataset]:
         if not (root / name).exists():
             raise ValueError(f"--root {root} is not the folder of {dataset}: it has no {name}")
+    for split in splits if not LAYOUTS[dataset] else ():
+        try:
+            find_split(root, split)
+        except FileNotFoundError as error:
+            raise ValueError(f"--root {root} is not a folder of class folders: {error}") from error
 
 
 def _check_files(**given: Path | None) -> None:
@@ -286,20 +303,44 @@ def _at_least(least: int, **given: int | None) -> None:
             raise ValueError(f"--{option.replace('_', '-')} must be {wanted}, got {value}")
 
 
-def _backbone(dataset: str, model: str | None, checkpoint: Path | None, pretrained: bool) -> Backbone:
+def _model_options(words: list[str] | None) -> dict[str, Any]:
+    """Read ``img_size=32`` and the like."""
+    options: dict[str, Any] = {}
+    for word in words or ():
+        name, sign, text = (part.strip() for part in word.partition("="))
+        if not sign or not name.isidentifier() or not text:
+            raise ValueError(f"--model-option takes option=value, like img_size=32, got {word!r}")
+        if name in ("num_classes", "pretrained", "drop_path_rate"):
+            raise ValueError(f"--model-option {word!r} cannot be given: the study sets {name} itself")
+        try:
+            options[name] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            options[name] = text
+    return options
+
+
+def _backbone(
+    dataset: str,
+    model: str | None,
+    checkpoint: Path | None,
+    pretrained: bool,
+    options: list[str] | None = None,
+) -> Backbone:
     from ..study.protocol import Backbone
-    from ..study.recipe import DIGITS
+    from ..study.recipe import EMBEDDED
 
     _check_files(checkpoint=checkpoint)
-    if dataset == "digits" and model is None:
+    given = _model_options(options)
+    if dataset in EMBEDDED and model is None:
         if pretrained:
-            raise ValueError("--pretrained needs --model: timm has no weights of the small model for digits")
-        return dataclasses.replace(DIGITS.backbone, checkpoint=checkpoint)
+            raise ValueError(f"--pretrained needs --model: timm has no weights of the small model for {dataset}")
+        own = EMBEDDED[dataset].backbone
+        return dataclasses.replace(own, checkpoint=checkpoint, options={**own.options, **given})
     if pretrained and checkpoint is not None:
         raise ValueError(f"--pretrained and --checkpoint {checkpoint} exclude each other")
     name = model or "deit_small_patch16_224"
     check_model(name, pretrained)
-    return Backbone(name, pretrained=pretrained, checkpoint=checkpoint)
+    return Backbone(name, given, pretrained=pretrained, checkpoint=checkpoint)
 
 
 def _taught_by(name: str | None, checkpoint: Path | None, student: Backbone) -> Backbone | None:
@@ -322,7 +363,7 @@ def _method_name(name: str) -> str:
 
 def _reduction(dataset: str, method: str | None, keep_rate: float | None) -> Reduction | None:
     """Return the reduction as the study of the data set has it; None for the unreduced model."""
-    from ..study.recipe import DIGITS, reductions
+    from ..study.recipe import EMBEDDED, reductions
 
     name = None if method is None or _method_name(method) == "none" else _method_name(method)
     if (name is None) != (keep_rate is None):
@@ -330,7 +371,7 @@ def _reduction(dataset: str, method: str | None, keep_rate: float | None) -> Red
         raise ValueError(f"--method and --keep-rate go together, got {given} alone")
     if name is None or keep_rate is None:
         return None
-    return reductions([name], [keep_rate], **(_options(DIGITS) if dataset == "digits" else {}))[0]
+    return reductions([name], [keep_rate], **(_options(EMBEDDED[dataset]) if dataset in EMBEDDED else {}))[0]
 
 
 def _options(recipe: Recipe) -> dict[str, Any]:
@@ -356,22 +397,24 @@ def _recipe(
     capacities: list[str] | None = None,
 ) -> Recipe:
     """Return the embedded one for digits, else every method from the given backbone with the paper's protocol."""
-    from ..study.recipe import DIGITS, DIGITS_QUICK, paper_recipe, reductions
+    from ..study.recipe import DIGITS_QUICK, EMBEDDED, paper_recipe, reductions
 
-    recipe = DIGITS_QUICK if quick else DIGITS
+    if quick and dataset != "digits":
+        raise ValueError("--quick is for digits; elsewhere give --epochs")
+    recipe = DIGITS_QUICK if quick else EMBEDDED.get(dataset, EMBEDDED["digits"])
     further = names("--capacities", capacities)
-    if dataset != "digits":
-        if quick:
-            raise ValueError("--quick is for digits; elsewhere give --epochs")
+    if dataset not in EMBEDDED:
         if not backbone.pretrained and backbone.checkpoint is None:
             raise ValueError(f"{dataset} needs a trained backbone: --pretrained or --checkpoint")
         for name in further:
             if name != "none":
                 check_model(name, True)
         recipe = paper_recipe(dataset, backbone.name, [name for name in further if name != "none"])
-        recipe = dataclasses.replace(recipe, backbone=backbone)
+        recipe = dataclasses.replace(recipe, backbone=backbone, image_size=_image_size(dataset, backbone))
     elif backbone.checkpoint is not None:
-        recipe = dataclasses.replace(recipe, backbone=backbone, training=None)
+        # Further backbones are trained only where they are asked for.
+        training = recipe.training if {*further} - {"none"} else None
+        recipe = dataclasses.replace(recipe, backbone=backbone, training=training)
     recipe = dataclasses.replace(recipe, fine_tuning=_changed(recipe.fine_tuning, {**changes, "seed": seed}))
     if recipe.training is not None:
         own = {"seed": seed} | ({} if backbone_epochs is None else {"epochs": backbone_epochs})
@@ -386,7 +429,27 @@ def _recipe(
         held = dict.fromkeys(reduction.keep_rate for reduction in recipe.reductions)
         chosen = reductions(wanted or tuple(known), rates or tuple(held), **_options(recipe))  # type: ignore[arg-type]
         recipe = dataclasses.replace(recipe, reductions=chosen)
-    return _with_capacities(recipe, further)
+    recipe = _with_capacities(recipe, further)
+    return recipe if recipe.fine_tuning.epochs else _off_the_shelf(recipe, wanted)
+
+
+def _off_the_shelf(recipe: Recipe, wanted: tuple[str, ...]) -> Recipe:
+    """Return the recipe without training; ValueError for a method that was asked for and has layers to train."""
+    from ..study.recipe import without_training
+
+    found = without_training(recipe)
+    known = {reduction.method for reduction in found.reductions}
+    if unfit := [name for name in wanted if name.partition("-")[0] not in known]:
+        raise ValueError(f"--epochs 0 leaves nothing trained, and {unfit[0]} has layers to train")
+    return found
+
+
+def _image_size(dataset: str, backbone: Backbone) -> int:
+    """Return the side of the images that the model takes: that of the data set, unless the model's was given."""
+    size = backbone.options.get("img_size", 32 if dataset == "cifar10" else 224)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"--model-option img_size must be a positive number of pixels, got {size!r}")
+    return size
 
 
 def _with_capacities(recipe: Recipe, wanted: tuple[str, ...]) -> Recipe:
@@ -409,6 +472,7 @@ def run(
     root: _Root = None,
     quick: Annotated[bool, typer.Option("--quick", help="Two keep rates, fewer epochs; digits only.")] = False,
     model: _Model = None,
+    model_option: _ModelOption = None,
     checkpoint: _Checkpoint = None,
     pretrained: _Pretrained = False,
     methods: Annotated[
@@ -446,12 +510,16 @@ def run(
     of the plain weights, not of their moving average. A study that was interrupted goes on where it was; with other
     options it needs another folder. On several GPUs: `accelerate launch -m fastreduce.cli study run …`.
     """
+    from ..study.recipe import EMBEDDED
+
     with _working(f"; what is trained stays in {out}, and the same command goes on from there"):
         _check_dataset(dataset, root)
         _at_least(1, jobs=jobs, backbone_epochs=backbone_epochs)
-        if dataset == "digits" and model is not None and checkpoint is None:
-            raise ValueError(f"the study of digits trains its own backbone; --model {model} needs --checkpoint")
-        backbone = _backbone(dataset, model, checkpoint, pretrained)
+        if dataset in EMBEDDED and checkpoint is None and not pretrained:
+            own = [f"--model {model}"] if model is not None else [f"--model-option {one}" for one in model_option or ()]
+            if own:
+                raise ValueError(f"the study of {dataset} trains its own backbone; {own[0]} needs --checkpoint")
+        backbone = _backbone(dataset, model, checkpoint, pretrained, model_option)
         recipe = _recipe(dataset, quick, methods, keep_rate, seed, backbone, backbone_epochs, changes, capacities)
         recipe = dataclasses.replace(recipe, teacher=_taught_by(teacher, teacher_checkpoint, recipe.backbone))
         folder = output_folder("--out", out)
@@ -515,6 +583,7 @@ def train(
     dataset: _Dataset = "digits",
     root: _Root = None,
     model: _Model = None,
+    model_option: _ModelOption = None,
     checkpoint: _Checkpoint = None,
     pretrained: _Pretrained = False,
     method: _Method = None,
@@ -529,7 +598,9 @@ def train(
     teacher: _Teacher = None,
     teacher_checkpoint: _TeacherCheckpoint = None,
 ) -> None:
-    """Fine-tune one model, reduced or not, with the paper's protocol; digits also from random weights.
+    """Fine-tune one model, reduced or not, with the paper's protocol; digits and cifar10 also from random weights.
+
+    Without --checkpoint and --method these two train the backbone of their study, as its recipe says.
 
     An interrupted training goes on at its last checkpoint; with other options it needs another folder. Weights and
     their moving average are measured and written beside each other. On several GPUs: `accelerate launch -m
@@ -537,15 +608,20 @@ def train(
     train --cpu …`, since `accelerate launch --cpu` starts one unless it is given MPI's host file.
     """
     from ..study.protocol import protocol_for
-    from ..study.recipe import DIGITS
+    from ..study.recipe import EMBEDDED
 
     with _working(f"; the same command goes on at the last checkpoint in {out}"):
         _check_dataset(dataset, root)
         _at_least(0, validate_every=validate_every, checkpoint_every=checkpoint_every)
-        protocol = DIGITS.fine_tuning if dataset == "digits" else protocol_for(dataset)
+        _at_least(1, epochs=changes.get("epochs"))
+        backbone = _backbone(dataset, model, checkpoint, pretrained, model_option)
+        if dataset in EMBEDDED:
+            fresh = method is None and not backbone.has_weights
+            protocol = (fresh and EMBEDDED[dataset].training) or EMBEDDED[dataset].fine_tuning
+        else:
+            protocol = protocol_for(dataset)
         protocol = _changed(protocol, {**changes, "seed": seed})
-        backbone = _backbone(dataset, model, checkpoint, pretrained)
-        if dataset != "digits" and checkpoint is None and not pretrained:
+        if dataset not in EMBEDDED and checkpoint is None and not pretrained:
             raise ValueError(f"{dataset} needs a trained backbone: --pretrained or --checkpoint")
         reduction, by = _reduction(dataset, method, keep_rate), _taught_by(teacher, teacher_checkpoint, backbone)
         dynamic = reduction is not None and reduction.method == "dynamicvit"
@@ -561,7 +637,7 @@ def train(
             from ..study.data import open_data
             from ..study.train import train as fine_tune
 
-            data = open_data(dataset, root)
+            data = open_data(dataset, root, image_size=_image_size(dataset, backbone) if dataset != "digits" else None)
             done = fine_tune(
                 data,
                 backbone,
@@ -597,7 +673,7 @@ class _Trained:
         weights: the file.
         dataset: its name; ``root``: its folder.
         backbone: of the model; ``reduction``: of it, or None.
-        image_size: None for the data set's own.
+        image_size, augmentation: None for the data set's own.
         classes: how many the training had, None where it is not known.
         source: what says all this, for messages.
     """
@@ -608,6 +684,7 @@ class _Trained:
     backbone: Backbone
     reduction: Reduction | None
     image_size: int | None = None
+    augmentation: Any = None
     classes: int | None = None
     source: str = ""
 
@@ -624,7 +701,8 @@ class _Trained:
         from ..study.data import open_data
         from ..study.protocol import load_trained
 
-        data = open_data(self.dataset, self.root, image_size=self.image_size)
+        size, how = self.image_size, self.augmentation
+        data = open_data(self.dataset, self.root, image_size=size, augmentation=how, train=False)
         if self.classes not in (None, data.num_classes):
             raise ValueError(f"--root {self.root} has {data.num_classes} classes, {self.source} says {self.classes}")
         built = load_trained(self.backbone, self.reduction, self.weights, data.num_classes)
@@ -656,6 +734,7 @@ def _trained(
     model: str | None,
     method: str | None,
     keep_rate: float | None,
+    model_option: list[str] | None = None,
 ) -> _Trained:
     """Return what the weights are of: what their training wrote beside them, and else what was given.
 
@@ -663,6 +742,7 @@ def _trained(
         ValueError: options that contradict the training; without its history options that are missing.
     """
     from ..study.protocol import EMA_WEIGHTS, HISTORY, WEIGHTS
+    from ..study.recipe import EMBEDDED
 
     if dataset is not None:
         from ..study.protocol import DATA_SETS
@@ -676,18 +756,27 @@ def _trained(
         named = "none" if held.reduction is None else _study_name(held.reduction)
         rate = None if held.reduction is None else held.reduction.keep_rate
         _agree(history, dataset=(dataset, held.dataset), model=(model, held.backbone.name))
+        for name, value in _model_options(model_option).items():
+            if (known := held.backbone.options.get(name)) != value:
+                says = f"{name}={known}" if name in held.backbone.options else f"nothing of {name}"
+                raise ValueError(
+                    f"--model-option {name}={value} contradicts {history}, which says {says}; leave the option out"
+                )
         _agree(history, method=("radial-l2" if method == "radial" else method, named), keep_rate=(keep_rate, rate))
-        _check_dataset(held.dataset, root)
+        _check_dataset(held.dataset, root, ("val",))
         return held
     needed = {"--dataset": dataset, "--method (or --method none)": method}
-    if dataset not in (None, "digits"):
+    if dataset not in (None, *EMBEDDED):
         needed["--model"] = model
     if missing := [option for option, given in needed.items() if given is None]:
         raise ValueError(f"nothing is known of {file}, which has no {HISTORY} beside it: give {', '.join(missing)}")
     assert dataset is not None
-    _check_dataset(dataset, root)
-    backbone, reduction = _backbone(dataset, model, None, False), _reduction(dataset, method, keep_rate)
-    return _Trained(file, dataset, root, backbone, reduction)
+    _check_dataset(dataset, root, ("val",))
+    backbone = _backbone(dataset, model, None, False, model_option)
+    reduction, size = _reduction(dataset, method, keep_rate), None
+    if dataset != "digits":
+        size = _image_size(dataset, backbone)
+    return _Trained(file, dataset, root, backbone, reduction, size)
 
 
 def _study_name(reduction: Reduction) -> str:
@@ -716,6 +805,7 @@ def _read_training(file: Path, history: Path, root: Path | None) -> _Trained:
         data, start, reduced = held["data"], held["backbone"], held["reduction"]
         one_of("data set", data["name"], DATA_SETS)
         size, classes = int(data["image_size"]), int(data["classes"])
+        augmentation = _augmentation(data["name"], data.get("augmentation"), history)
         backbone = Backbone(str(start["name"]), dict(start["options"]))
         reduction = None
         if reduced is not None:
@@ -726,7 +816,18 @@ def _read_training(file: Path, history: Path, root: Path | None) -> _Trained:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{history} is not the history of a training: {why}") from error
-    return _Trained(file, data["name"], root, backbone, reduction, size, classes, str(history))
+    return _Trained(file, data["name"], root, backbone, reduction, size, augmentation, classes, str(history))
+
+
+def _augmentation(dataset: str, held: Any, history: Path) -> Any:
+    """Return how a training augmented and normalised its images, from its history; None where that does not say."""
+    from ..study.protocol import Augmentation, Crops
+
+    if dataset == "digits" or held is None:
+        return None
+    kind = Crops if isinstance(held, dict) and "padding" in held else Augmentation
+    held = {name: tuple(value) if isinstance(value, list) else value for name, value in dict(held).items()}
+    return kind(**held)
 
 
 def _check_reading(batch_size: int, workers: int | None) -> None:
@@ -734,12 +835,99 @@ def _check_reading(batch_size: int, workers: int | None) -> None:
     _at_least(0, workers=workers)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Published:
+    """A checkpoint that was published with the paper, with the unreduced model to hold it against.
+
+    Attributes:
+        model: what its name says.
+        weights: its file; None to ask the hub for ``name``.
+        unreduced: weights of the unreduced model; None for timm's.
+    """
+
+    name: str
+    model: Official
+    weights: Path | None
+    unreduced: Path | None
+
+    def build(self, dataset: str, num_classes: int) -> tuple[dict[str, Any], list[str]]:
+        """Return the models, the unreduced one first, and lines to say of them."""
+        from ..study.official import build, find_on_hub, parse_name
+
+        file, model, said = self.weights, self.model, []
+        if file is None:
+            file, place = find_on_hub(self.name, dataset)
+            model, said = parse_name(place), [f"weights: {place}"]
+        models = {model.label: build(model, file, num_classes)}
+        if model.reduction is None:
+            return models, said
+        backbone = dataclasses.replace(model.backbone, checkpoint=self.unreduced, pretrained=self.unreduced is None)
+        try:
+            if not backbone.knows(num_classes):
+                raise ValueError(f"{backbone.name} has no head for {num_classes} classes")
+            unreduced = backbone.build(num_classes)
+        except Exception as error:
+            if self.unreduced is not None:
+                raise
+            said.append(
+                f"the unreduced model has random weights, and only its speed counts: timm's weights cannot be had "
+                f"({one_line(error)}); --checkpoint gives others"
+            )
+            unreduced = dataclasses.replace(model.backbone).build(num_classes)
+            return {_RANDOM: unreduced, **models}, said
+        return {"unreduced": unreduced, **models}, said
+
+
+_RANDOM = "unreduced (random weights)"
+
+
+def _published(name: str, checkpoint: Path | None, **contradicting: Any) -> _Published:
+    """Return the checkpoint of a name, which may be that of a file; ValueError for options that its name settles."""
+    from ..study.official import parse_name
+
+    if given := [option for option, value in contradicting.items() if value]:
+        raise ValueError(f"--official {name} says it all: leave --{given[0].replace('_', '-')} out")
+    _check_files(checkpoint=checkpoint)
+    file = Path(name) if Path(name).exists() else None
+    if file is not None:
+        _check_weights("--official", file)
+    return _Published(name, parse_name(name), file, checkpoint)
+
+
+def _print_published(found: dict[str, Evaluation], dataset: str, said: Sequence[str]) -> None:
+    first = next(iter(found.values()))
+    measures = list(first.accuracy)
+    rows = []
+    for name, one in found.items():
+        accuracy = ["–" if name == _RANDOM else f"{one.accuracy[measure]:.2f}" for measure in measures]
+        tokens = ", ".join(f"{count:.4g}" for count in one.tokens) or "all"
+        ratio = one.images_per_second / first.images_per_second
+        rows.append([name, *accuracy, tokens, f"{one.gmacs:.2f}", f"{one.images_per_second:.1f}", f"{ratio:.2f}"])
+    page = Page(sys.stdout)
+    title = f"{dataset}, {first.images} validation images; accuracy in %, patch tokens after each stage"
+    page.table(title, ["model", *measures, "tokens", "10⁹ multiply-adds", "images/s", "ratio"], rows)
+    for line in said:
+        page.line(line)
+    _print(page)
+
+
 @study.command()
 def evaluate(
-    weights: _Weights,
+    weights: Annotated[Path | None, typer.Argument(help=_WEIGHTS_HELP)] = None,
+    official: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: a checkpoint published with the paper, a file or a name on the Hugging Face hub, like "
+            "topk_small_patch16_224-3_6_9-_0.9. Prints a table beside the unreduced model."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="With --official: weights of the unreduced model. (default: timm's)")
+    ] = None,
     dataset: _Known = None,
     root: _Root = None,
     model: _KnownModel = None,
+    model_option: _ModelOption = None,
     method: _KnownMethod = None,
     keep_rate: _KnownRate = None,
     ema: _Ema = False,
@@ -758,7 +946,16 @@ def evaluate(
             raise ValueError(f"--dtype must be {', '.join(DTYPES)}, got {dtype!r}")
         _at_least(3, rounds=rounds)
         _check_reading(batch_size, workers)
-        trained = _trained(weights, ema, dataset, root, model, method, keep_rate)
+        if official is not None:
+            own = {"WEIGHTS": weights, "model": model, "model_option": model_option, "method": method}
+            published = _published(official, checkpoint, **own, keep_rate=keep_rate, ema=ema)
+            found, said = _evaluate_published(published, dataset, root, batch_size, rounds, dtype, workers, cpu)
+            _print_published(found, dataset or "", said)
+            return
+        if weights is None or checkpoint is not None:
+            what = "give WEIGHTS, or --official NAME" if weights is None else "--checkpoint goes with --official"
+            raise ValueError(what)
+        trained = _trained(weights, ema, dataset, root, model, method, keep_rate, model_option)
         with progress_bar(lines=True) as progress:
             import torch
 
@@ -769,9 +966,41 @@ def evaluate(
             progress("evaluating", 0, 1)
             workers = protocol_for(trained.dataset).workers if workers is None else workers
             built = built.to(getattr(torch, dtype.lower()))
-            found = judge(built, data, batch_size=batch_size, workers=workers, rounds=rounds)
-    if (error := write(sys.stdout, json.dumps(dataclasses.asdict(found), indent=1) + "\n")) is not None:
+            judged = judge(built, data, batch_size=batch_size, workers=workers, rounds=rounds)
+    if (error := write(sys.stdout, json.dumps(dataclasses.asdict(judged), indent=1) + "\n")) is not None:
         raise UserError(f"the output cannot be written: {error.strerror}")
+
+
+def _evaluate_published(
+    published: _Published,
+    dataset: str | None,
+    root: Path | None,
+    batch_size: int,
+    rounds: int,
+    dtype: str,
+    workers: int | None,
+    cpu: bool,
+) -> tuple[dict[str, Evaluation], list[str]]:
+    """Evaluate a published checkpoint and the unreduced model -> what was found, and lines to say of it."""
+    if dataset is None or dataset == "digits":
+        raise ValueError("--official needs --dataset: imagenet, nabirds, coco, nuswide, folder or cifar10")
+    _check_dataset(dataset, root, ("val",))
+    with progress_bar(lines=True) as progress:
+        import torch
+
+        from ..study.data import open_data
+        from ..study.evaluate import evaluate_together
+        from ..study.protocol import protocol_for
+
+        data = open_data(dataset, root, image_size=224, train=False)
+        models, said = published.build(dataset, data.num_classes)
+        device = "cuda" if torch.cuda.is_available() and not cpu else "cpu"
+        models = {name: model.to(device, getattr(torch, dtype.lower())) for name, model in models.items()}
+        workers = protocol_for(dataset).workers if workers is None else workers
+        found = evaluate_together(
+            models, data, batch_size=batch_size, workers=workers, rounds=rounds, progress=progress
+        )  # fmt: skip
+    return found, said
 
 
 @study.command()
@@ -781,6 +1010,7 @@ def record(
     dataset: _Known = None,
     root: _Root = None,
     model: _KnownModel = None,
+    model_option: _ModelOption = None,
     method: _KnownMethod = None,
     keep_rate: _KnownRate = None,
     ema: _Ema = False,
@@ -794,7 +1024,7 @@ def record(
     """
     with _working():
         _check_reading(batch_size, workers)
-        trained = _trained(weights, ema, dataset, root, model, method, keep_rate)
+        trained = _trained(weights, ema, dataset, root, model, method, keep_rate, model_option)
         file = output_file("OUT", out, [str(trained.weights)])
         with progress_bar(lines=True) as progress:
             from torch.utils.data import DataLoader

@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 def _tensors(plan: Plan, batch: int) -> list[Tensor]:
     """Return what a stage decided, as it is: the kept tokens (B, K), -1 for padding, and the slots (B, N)."""
-    found = [] if plan.kept is None else [plan._kept(batch)]
+    found = [] if plan.kept is None else [plan._kept(batch).contiguous()]
     return found if plan.slot is None else [*found, plan.slot]
 
 

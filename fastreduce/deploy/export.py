@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ..names import EXPORT_FORMATS as FORMATS
-from ..reducers import Reducer
 
 __all__ = ["FORMATS", "check", "export"]
 
@@ -38,11 +37,6 @@ def check(model: nn.Module, images: Any, to: str) -> None:
     missing = [name for name in FORMATS[to].packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'to={to!r} needs {", ".join(missing)}: pip install "fastreduce[deploy]"')
-    if to != "pt2" and any(isinstance(part, Reducer) and part.packed for part in model.modules()):
-        raise ValueError(
-            "packed tokens have a number of rows that depends on the images, which an ONNX graph without loops cannot "
-            "have: patch the model with packed=False"
-        )
 
 
 @contextlib.contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ..backends import check_backend
+from ..config import read_config
 from ..recording import is_patched, patched_model, reducer_of
 from ..reducers import ModelShape, Reducer, make_reducer
 from ..reducers.schedule import Keep, KeepRate
@@ -79,7 +81,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def patch(
     model: Model,
-    method: str,
+    method: str | None = None,
     *,
     keep_rate: KeepRate = None,
     keep: Keep = None,
@@ -88,6 +90,7 @@ def patch(
     positions: Literal["place", "mean"] = "place",
     fill: Literal["last", "zero"] = "last",
     hidden_states: Literal["full", "reduced"] = "full",
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Model:
     """Reduce the tokens of a Vision Transformer, in place.
@@ -112,6 +115,8 @@ def patch(
             value, as it entered the block that dropped it, or ``"zero"``.
         hidden_states: what Hugging Face's ``hidden_states``, and ``last_hidden_state`` of a model without a head, show:
             the ``"full"`` grid of patches, or the ``"reduced"`` tokens.
+        config: in place of method and schedule, a JSON file of ``fastreduce tune`` or :func:`save_config`, or what
+            :func:`config_of` returned.
         **options: the method's own. ``evit``: ``normalize``. ``dynamicvit``: ``generator``. ``ats``: ``trim``,
             ``packed`` (no padding between images), ``points``. ``tome``: ``r``, ``rounds``, ``prop_attn``, ``metric``.
             ``kmedoids``: ``iters``, ``cost``, ``equal_weight``, ``first``. ``dpcknn``: ``k_neighbors``,
@@ -135,6 +140,16 @@ def patch(
         Hooks: what stands in the blocks is called wherever the block itself would call it, on all tokens if it is not
         one of timm's own layers. Forward hooks on a block get :class:`Tokens`, whose ``.x`` is the tensor.
     """
+    if config is not None:
+        arguments = {"method": method, "keep_rate": keep_rate, "keep": keep, "at": at, **options}
+        if doubled := [name for name, value in arguments.items() if value is not None]:
+            raise ValueError(f"config holds the arguments: give either config or {', '.join(doubled)}")
+        settings = read_config(config)
+        chosen = {"backend": (backend, "auto"), "positions": (positions, "place"), "fill": (fill, "last")}
+        chosen["hidden_states"] = (hidden_states, "full")
+        return patch(model, **(settings | {name: value for name, (value, usual) in chosen.items() if value != usual}))
+    if method is None:
+        raise TypeError("give a method, or a config")
     check_backend(backend)
     if positions not in ("place", "mean"):
         raise ValueError(f"positions must be 'place' or 'mean', got {positions!r}")

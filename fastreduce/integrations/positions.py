@@ -14,8 +14,8 @@ __all__ = ["pairs_at", "rows_at", "table_at"]
 
 def table_at(tokens: Tokens) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """Return table and place for :func:`fastreduce.ops.rotate_tokens`: place (B, n), None for rows in order."""
-    given = tokens.beside.table
-    table: tuple[Tensor, Tensor] = given(tokens.patches) if callable(given) else given
+    found = tokens.beside.table
+    table: tuple[Tensor, Tensor] = found(tokens.patches) if callable(found) else found
     if len(tokens.plans) == 0:  # torch.compile knows no truth of a tuple
         return table, None
     if tokens.beside.positions == "mean":

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends import INTERPRETING
+from ._flops import count_by_reference
 
 __all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", "register", "wants_gradient"]
 
@@ -67,6 +68,7 @@ def register(
     _library.impl(name, on_cpu, "CPU")
     _library.impl(name, launch, "CUDA")
     torch.library.register_fake(f"fastreduce::{name}", fake, lib=_library)
+    count_by_reference(name, reference)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not _runs_here(args):
@@ -142,6 +144,8 @@ def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Seque
     found: list[Callable[..., Any]] = [place] if callable(place) else []
 
     def launch(*args: Any) -> Any:
+        if found and not dense and not skip:
+            return found[0](*args)
         if not found:
             module, function = str(place).split(".")
             found.append(getattr(importlib.import_module(f"..kernels.{module}", __package__), function))
@@ -159,8 +163,10 @@ def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Seque
 
 def dense_rows(tensor: Tensor) -> Tensor:
     """Return the tensor itself if its last axis is dense, else a copy; expanded gradients (stride 0) are copied too."""
+    if tensor.is_contiguous():  # asked first, because it costs least
+        return tensor
     strides = tensor.stride()
-    if strides and strides[-1] == 1 and 0 not in strides:
+    if strides[-1] == 1 and 0 not in strides:
         return tensor
     return tensor.contiguous()
 

@@ -232,7 +232,7 @@ class MergeTokens(torch.autograd.Function):
         options = size, residual, eps, head, log_weight, log_bias, weight, bias, norm_eps
         merged, total, *extra = _merge(x, slot, order, offsets, *options)
         if log_weight is not None:
-            size = extra.pop()
+            size, extra = extra[-1], extra[:-1]  # torch 2.11 captures a starred name as a tuple: no pop
         saved = (x if needs_x else None, slot, order, offsets, size, total, log_weight, log_bias)
         ctx.save_for_backward(*saved, *((merged, extra[1], weight) if extra else ()))
         save_norm(ctx, 10, weight, bias, norm_eps)

@@ -38,11 +38,13 @@ class ATS(ScheduledReducer):
             token more; none of the paper's settings is among them. ``"exact"``: as many points as the schedule says.
         trim: cut the padding down to the longest image of the batch. That needs the number on the host: None does so
             in eager mode on the CPU, where it costs nothing; True everywhere but in a compiled graph; False never.
+            Under ``torch.jit.trace`` True is refused, and so is ``packed``: the lengths of the example would stay.
             Logits do not depend on it, but for rounding: only with False has an image the same bits in every batch.
         packed: pad nothing: as soon as images keep different numbers, the tokens of all lie in one row behind each
             other, and every layer works on those that are there and on no other. Logits do not depend on it; attention
             dropout is refused in training. Where padding is not trimmed the row has room for the most that could be
-            kept, which the kernels pass over; adapters, quantised layers and hooks see the whole row, (1, T, C).
+            kept, which the kernels pass over; adapters, quantised layers and hooks see the whole row, (1, T, C). A
+            graph of ``torch.export`` without kernels pads instead.
         backend: see :func:`fastreduce.backend`.
     """
 
@@ -95,7 +97,18 @@ class ATS(ScheduledReducer):
     def _trims(self, index: Tensor) -> bool:
         """Whether the host may wait for numbers."""
         trim = self.trim if self.trim is not None else index.device.type == "cpu"
+        if torch.jit.is_tracing():
+            self._check_traced()
+            return False
         return trim and not is_captured() and index.device.type != "meta" and len(index) > 0
+
+    def _check_traced(self) -> None:
+        """Raise where ``torch.jit.trace`` would make constants of how many tokens the example's images keep."""
+        if self.trim or self.packed:
+            option = "packed" if self.packed else "trim"
+            raise ValueError(
+                f"torch.jit.trace would keep the lengths of the example's images: patch the model with {option}=False"
+            )
 
     def _without_padding(self, index: Tensor, valid: Tensor, prefix: int) -> tuple[Tensor, Tensor | None]:
         """Cut columns that are padding in every image; no ``valid`` where nothing else is left to mask."""
@@ -110,7 +123,8 @@ class ATS(ScheduledReducer):
         heads = block.heads(tokens, "select")
         index, valid = self._sample(_scores(heads), tokens, stage)
         index, seen = self._without_padding(index, valid, tokens.prefix)
-        if tokens.packing is not None or (self.packed and seen is not None):
+        packs = self.packed and seen is not None and not _stays_padded(tokens.backend)
+        if tokens.packing is not None or packs:
             return self._keep_packed(block, tokens, heads, index, seen)
         x, normed = keep_tokens(block, heads, index)
         bias = None if seen is None else seen.log()  # 0 and -inf
@@ -143,6 +157,11 @@ class ATS(ScheduledReducer):
             backend=keys.backend,
         )
         return keys.reduced(x, _plan(block, keys, index, seen), valid=seen, packing=queries, before=before)
+
+
+def _stays_padded(backend: str) -> bool:
+    """Whether tokens cannot be packed: an exported graph of PyTorch's operators has no number of rows of its own."""
+    return backend == "reference" and torch.compiler.is_exporting()
 
 
 def _scores(heads: Heads) -> Tensor:

@@ -47,7 +47,7 @@ def _linspace(start: float, end: float, steps: int) -> list[float]:
 
 def _square_roots(values: list[float]) -> list[float]:
     """Return the square roots as torch's float32 has them, which are not always the nearest floats."""
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with _disable_current_modes():  # no others: torch.export puts a change of the gradient's mode into its graph
         return torch.sqrt(torch.tensor(values, dtype=torch.float32, device="cpu")).tolist()
 
 

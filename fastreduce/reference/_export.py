@@ -57,7 +57,7 @@ def _members(slot: Tensor, num_out: int) -> Tensor:
 
 def marks(index: Tensor, count: int) -> Tensor:
     """(B, K) places -> (B, count) bool: whether a place is among them."""
-    if not for_onnx():
+    if not for_onnx() and not torch.jit.is_tracing():  # whose scatter takes no truth value
         return index.new_zeros(index.shape[0], count, dtype=torch.bool).scatter_(1, index, True)
     return _members(index, count).any(2)
 

@@ -20,14 +20,22 @@ WORKSPACE = 256 << 20  # bytes of the matrices that are in memory at a time, or 
 
 
 def is_captured() -> bool:
-    """Whether tensors stand for others, under torch.compile or torch.func: no loop over images, nothing in place."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether tensors stand for others, under torch.compile or torch.func: no loop over images, nothing in place.
+
+    Under torch.jit.trace too, which would make a constant of the number of images.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function`` of tensors (B, ...), for every image on its own on the CPU -> (B, ...)."""
     first = tensors[0]
-    if first.device.type != "cpu" or torch.compiler.is_compiling() or first.shape[0] <= 1:
+    whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if whole or first.device.type != "cpu" or first.shape[0] <= 1:
         return function(*tensors)
     return torch.cat([function(*image) for image in zip(*(tensor.split(1) for tensor in tensors), strict=True)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._export import cdist, first_of_slots, lowest_first
+from ._export import cdist, first_of_slots, lowest_first, marks
 from ._images import image_parts, is_captured
 from ._rows import accumulator, flat_rows
 
@@ -90,7 +90,7 @@ def _farthest_first(distances: _Distances, k: int, first: int) -> Tensor:
     largest = distances.of(centers[0][:, 0])
     chosen = torch.zeros_like(largest, dtype=torch.bool)
     for _ in range(1, k):
-        chosen = chosen.scatter(1, centers[-1], True)
+        chosen = chosen | marks(centers[-1], chosen.shape[1])
         newest = largest.masked_fill(chosen, 0.0).argmax(1)
         centers.append(newest.unsqueeze(1))
         largest = torch.maximum(largest, distances.of(newest))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .settings import ROUNDS_FOR_A_SPREAD
@@ -13,6 +13,27 @@ __all__ = ["advice"]
 def _listed(values: Sequence[float]) -> str:
     words = [f"{value:g}" for value in values]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _kept_advice(row: Mapping[str, Any], keeping: Collection[float], wanted: str) -> str:
+    """Say which keep rate is the fastest that pays and keeps enough, or why there is none."""
+    batch = row["batch"]
+    if row["recommended"] is not None:
+        (chosen,) = (rate for rate in row["rates"] if rate["keep_rate"] == row["recommended"])
+        low, high = chosen["speedup_quartiles"]
+        return (
+            f"Batch {batch}: reduce, with keep rate {chosen['keep_rate']:g}, the fastest with {wanted}: "
+            f"{chosen['speedup']:.2f} times as fast (quartiles {low:.2f} to {high:.2f})."
+        )
+    paying = [rate["keep_rate"] for rate in row["rates"] if rate["verdict"] == "pays"]
+    if not keeping:
+        return f"Batch {batch}: do not reduce: no keep rate has {wanted}."
+    if paying:
+        return (
+            f"Batch {batch}: do not reduce: keep rate {_listed(paying)} would pay, but only {_listed(sorted(keeping))} "
+            f"has {wanted}."
+        )
+    return _batch_advice(row)
 
 
 def _batch_advice(row: Mapping[str, Any]) -> str:
@@ -81,8 +102,14 @@ def _most(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def advice(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return sentences: at which batches to reduce, from which keep rate on; ``rows`` as :func:`judge` gives them."""
+def advice(rows: Sequence[Mapping[str, Any]], keeping: Collection[float] | None = None, wanted: str = "") -> list[str]:
+    """Return sentences: at which batches to reduce, and with which keep rate.
+
+    Args:
+        rows: as :func:`judge` gives them.
+        keeping: keep rates that lose no more than they may; None if what is lost was not measured.
+        wanted: in words, what they have to keep.
+    """
     paying = [row["batch"] for row in rows if row["recommended"] is not None]
     untold = [row["batch"] for row in rows if row["rounds"] < ROUNDS_FOR_A_SPREAD]
     rest = [row["batch"] for row in rows if row["recommended"] is None and row["batch"] not in untold]
@@ -90,19 +117,25 @@ def advice(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines = [f"No verdict: the rounds are too few to say whether reduction pays at batch {_listed(untold)}."]
     elif not paying:
         batches = "batch" if len(rest) == 1 else "batches"
-        lines = [f"Do not reduce on this machine: at {batches} {_listed(rest)} no keep rate was shown to pay."]
+        enough = "" if keeping is None else f" with {wanted}"
+        lines = [f"Do not reduce on this machine: at {batches} {_listed(rest)} no keep rate was shown to pay{enough}."]
     elif not rest:
         lines = [f"Reduction pays at {'every batch measured' if len(paying) > 1 else f'batch {paying[0]}'}."]
     elif max(rest) < min(paying):
         lines = [f"Reduction pays from batch {min(paying)} on, not at {_listed(rest)}."]
     else:
         lines = [f"Reduction pays at batch {_listed(paying)}, not at {_listed(rest)}."]
-    lines += [_batch_advice(row) for row in rows]
+    told = [row["rounds"] >= ROUNDS_FOR_A_SPREAD and keeping is not None for row in rows]
+    lines += [
+        _kept_advice(row, keeping or (), wanted) if known else _batch_advice(row)
+        for row, known in zip(rows, told, strict=True)
+    ]
     if len(untold) < len(rows):
         lines.append(_most([row for row in rows if row["batch"] not in untold]))
     lines += [_rounding_advice(row["batch"], row["rounding"]) for row in rows if row.get("rounding")]
-    lines.append(
-        "Accuracy is not measured here, and a lower keep rate costs accuracy: take the highest that is fast enough, "
-        "and measure it on your own data."
-    )
+    if keeping is None:
+        lines.append(
+            "A lower keep rate costs accuracy, which these verdicts do not know of: take the highest that is fast "
+            "enough, and measure it on your own data."
+        )
     return lines

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from ..backends import check_backend, resolve
 from ..checkpoints import load_official, read_checkpoint
-from ..integrations.timm import Record, Stage, create_model, input_config, model_names, patch, record, reduced_counts
+from ..integrations.timm import (
+    Record,
+    Stage,
+    create_model,
+    create_pretrained,
+    input_config,
+    model_names,
+    patch,
+    record,
+    reduced_counts,
+)
 from ..measure import (
     count_gmacs,
     cut_to_whole_rounds,
@@ -40,6 +50,7 @@ from ..measure import (
     seconds_of,
 )
 from ..names import compared_methods, nearest
+from ..pictures import cut
 from ..pictures import open_photo as _open_photo
 from ..plain import FreeSlice, PlainModel
 from ..plain.model import OPTIONS
@@ -128,7 +139,7 @@ class Entry:
         return f"{self.label} {self.keep_rate:g}".replace(" ", "-")
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     name = device_name(name)
@@ -148,19 +159,43 @@ def _deciding(method: str, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if (method, name) not in _HOW_NOT_WHAT}
 
 
-def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
-    """Return the model, in words where its weights come from, and the layers of a method that the checkpoint has."""
-    name = settings.model
+class Built(NamedTuple):
+    """A model, where its weights come from in words, and what a checkpoint has for the layers of a method.
+
+    ``random`` says whether the weights are; ``note`` why, if others were wanted.
+    """
+
+    model: Any
+    weights: str
+    layers: dict[str, Tensor]
+    random: bool = False
+    note: str = ""
+
+
+def build_model(settings: Any) -> Built:
+    """Build the model of the settings. Where pretrained weights are only wished for, random ones will do."""
+    name, note, wanted = settings.model.removeprefix("timm:"), "", settings.pretrained
+    if os.path.isdir(name):
+        name = f"local-dir:{name}"
+    if name.startswith("local-dir:"):
+        wanted = True  # nothing is downloaded
     torch.manual_seed(settings.seed)
-    if settings.pretrained:
+    if wanted is not False:
         logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; we tell the end
+    if wanted is None and settings.checkpoint is None:
+        model, reason = create_pretrained(name)
+        if model is not None:
+            return Built(model.eval(), "pretrained weights", {})
+        note = f"pretrained weights cannot be had ({reason}), so they are random"
+        torch.manual_seed(settings.seed)
+    pretrained = bool(wanted) and settings.checkpoint is None
     try:
-        model = create_model(name, pretrained=settings.pretrained).eval()
+        model = create_model(name, pretrained=pretrained).eval()
     except Exception as error:
         names = model_names()
         if ":" not in name and name.split(".", 1)[0] not in names:
             raise ValueError(f"unknown model {name!r}{nearest(name, names)}") from error
-        what = "pretrained weights" if settings.pretrained else "model"
+        what = "pretrained weights" if pretrained else "model"
         raise ValueError(f"the {what} {name!r} cannot be had: {error}") from error
     if settings.checkpoint is not None:
         read = read_checkpoint(settings.checkpoint)
@@ -168,8 +203,10 @@ def _build_model(settings: Settings) -> tuple[Any, str, dict[str, Tensor]]:
         layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
         load_official(model, state)
         chosen = f" ({read.taken})" if len(read.sets) > 1 else ""
-        return model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers
-    return model, "pretrained weights" if settings.pretrained else f"random weights (seed {settings.seed})", {}
+        return Built(model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers)
+    if pretrained:
+        return Built(model, "pretrained weights", {})
+    return Built(model, f"random weights (seed {settings.seed})", {}, True, note)
 
 
 def _share(model: nn.Module) -> Any:
@@ -184,24 +221,6 @@ def _empty_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _cut(
-    photo: Image.Image,
-    config: dict[str, Any],
-    size: tuple[int, int],
-    box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
-) -> Image.Image:
-    """Cut ``box`` (left, top, right, bottom: fractions of what the model sees) out of the photo, at ``size`` (h, w)."""
-    height, width = size
-    if config["crop_mode"] == "squash":
-        wide, high = config["crop_pct"] * photo.width, config["crop_pct"] * photo.height
-    else:
-        scale = config["crop_pct"] * min(photo.width / width, photo.height / height)
-        wide, high = scale * width, scale * height
-    left, top = (photo.width - wide) / 2, (photo.height - high) / 2
-    edges = (left + box[0] * wide, top + box[1] * high, left + box[2] * wide, top + box[3] * high)
-    return photo.resize((width, height), Image.Resampling.BICUBIC, box=edges)
-
-
 def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) -> Tensor:
     """Return (count, 3, height, width) float32: the photo as the model sees it, then random parts of that."""
     generator = np.random.default_rng(seed)
@@ -210,7 +229,7 @@ def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) ->
     for index in range(count):
         side = 1.0 if index == 0 else generator.uniform(0.5, 0.95)
         x, y = generator.uniform(0, 1 - side, 2) if index else (0.0, 0.0)
-        view = _cut(photo, config, size, (x, y, x + side, y + side))
+        view = cut(photo, config, size, (x, y, x + side, y + side))
         views.append(np.array(view if index % 2 == 0 else ImageOps.mirror(view)))
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
@@ -287,7 +306,7 @@ class Comparison:
         variants = compared_methods(settings.methods)
         self.method_options = settings.options_of([method for method, _ in variants])
         self.refused: dict[str, str] = {}
-        self.device = _device(settings.device)
+        self.device = device_of(settings.device)
         self.dtype = DTYPES[settings.dtype]
         try:
             self.backend = resolve(
@@ -299,7 +318,9 @@ class Comparison:
             torch.set_num_threads(settings.threads)
         self.memory_kept = self.device.type == "cpu" and keep_memory()
         self.photo = _open_photo(settings.image)
-        model, self.weights, self.method_layers = _build_model(settings)
+        built = build_model(settings)
+        model, self.weights, self.method_layers = built.model, built.weights, built.layers
+        self.random_weights, self.note = built.random, built.note
         self.model = model.to(self.device, self.dtype)
         rates = dict.fromkeys(settings.keep_rates)
         self.entries = [
@@ -427,11 +448,6 @@ class Comparison:
         self.slices = {counts: model for counts, model in self.slices.items() if counts in used}
 
     @property
-    def random_weights(self) -> bool:
-        """Whether the patterns say nothing about a trained model."""
-        return self.settings.checkpoint is None and not self.settings.pretrained
-
-    @property
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.started
@@ -445,7 +461,7 @@ class Comparison:
         """Return the photo as the model sees it, with a whole number of pixels for every patch."""
         rows, columns = self.grid
         cell = max(8, round(448 / max(rows, columns)))
-        return np.array(_cut(self.photo, self.config, (rows * cell, columns * cell)))
+        return np.array(cut(self.photo, self.config, (rows * cell, columns * cell)))
 
     def candidates(self) -> dict[Any, nn.Module]:
         """Return everything that takes a turn in a round; what is held against each other stands together."""

@@ -15,7 +15,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,17 +89,20 @@ def _speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def judge(batch: int, seconds: Mapping[Any, Sequence[float]]) -> dict[str, Any]:
+def judge(
+    batch: int, seconds: Mapping[Any, Sequence[float]], keeping: Collection[float] | None = None
+) -> dict[str, Any]:
     """Say what the rounds at one batch show.
 
     Args:
         batch: images in a batch.
         seconds: of every round: ``"unreduced"``, ``"control"`` (the unreduced model once more) and every keep rate.
+        keeping: keep rates that lose no more than they may; None if what is lost was not measured.
 
     Returns:
         Ready for JSON: the ``bar`` that a gain has to pass (2 %, or what the control strays from itself if that is
-        more), speed, speed-up and verdict of every keep rate (``"too few rounds"`` below five), and ``recommended``,
-        the highest that pays, or None.
+        more), speed, speed-up and verdict of every keep rate (``"too few rounds"`` below five), and ``recommended``:
+        the highest that pays, of those that are ``keeping`` enough the fastest that pays, or None.
     """
     unreduced = seconds["unreduced"]
     control = ratio("speedup", seconds["control"], unreduced)
@@ -118,8 +121,16 @@ def judge(batch: int, seconds: Mapping[Any, Sequence[float]]) -> dict[str, Any]:
         "unreduced": _speed(batch, unreduced),
         "control": {**_speed(batch, seconds["control"]), **control},
         "rates": rates,
-        "recommended": next((row["keep_rate"] for row in rates if row["verdict"] == "pays"), None),
+        "recommended": _recommended(rates, keeping),
     }
+
+
+def _recommended(rates: Sequence[Mapping[str, Any]], keeping: Collection[float] | None) -> float | None:
+    """Return the keep rate to take, or None; ``rates`` descend."""
+    paying = [row for row in rates if row["verdict"] == "pays"]
+    if keeping is not None:
+        paying = sorted((row for row in paying if row["keep_rate"] in keeping), key=lambda row: -row["speedup"])
+    return paying[0]["keep_rate"] if paying else None
 
 
 def _code(entry: Entry, blocks: tuple[int, ...], backend: str) -> str:
@@ -142,6 +153,9 @@ class Planner:
         wrong: what is wrong with the logits, in sentences. If there is anything, nothing is timed and nothing is told.
         left_out: batches that were not measured, with the reason.
         refused: keep rates that the method cannot serve here, with the reason.
+        keeping: keep rates that lose no more than they may, set from outside before :meth:`measure`; None if that was
+            not measured.
+        wanted: in words, what they have to keep.
 
     Raises:
         ValueError, TypeError, OSError: settings that cannot be met, with the reason. Nothing else is the user's doing.
@@ -176,6 +190,8 @@ class Planner:
         for batch in settings.batches:
             self.comparison.check_memory(batch)
         self.batches = sorted(set(settings.batches or BATCHES[self.device.type]))
+        self.keeping: frozenset[float] | None = None
+        self.wanted = ""
         self.left_out: dict[int, str] = {}
         self.wrong: list[str] = []
         self.seconds: dict[int, dict[Any, list[float]]] = {}
@@ -403,7 +419,7 @@ class Planner:
     def _measure_rounding(self, images: Tensor, share: float) -> None:
         """Time the recommended keep rate's counts beside the same rounded up, if there is a recommendation."""
         batch = len(images)
-        row = judge(batch, self.seconds[batch])
+        row = judge(batch, self.seconds[batch], self.keeping)
         if row["recommended"] is None:
             return
         exact = self.entries[row["recommended"]]
@@ -471,7 +487,7 @@ class Planner:
         }
 
     def _batch_result(self, batch: int) -> dict[str, Any]:
-        row = judge(batch, self.seconds[batch])
+        row = judge(batch, self.seconds[batch], self.keeping)
         rounding = self.roundings.get(batch)
         code = None
         if row["recommended"] is not None:
@@ -488,7 +504,7 @@ class Planner:
         """
         settings, comparison = self.settings, self.comparison
         rows = [] if self.wrong else [self._batch_result(batch) for batch in self.batches if batch in self.seconds]
-        lines = advice(rows) if rows else []
+        lines = advice(rows, self.keeping, self.wanted) if rows else []
         if rows and settings.round_to == "auto" and self.not_rounded is not None:
             lines.insert(-1, f"Token counts were not rounded: {self.not_rounded}.")
         if self.device.type == "cuda" and not settings.graphs and any(row["recommended"] is None for row in rows):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import check_weights_file
+from ..config import read_config
 from ..names import EXPORT_FORMATS, compared_methods, nearest, one_of, parse_method_option
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "CompareSettings",
     "ExportSettings",
     "PlanSettings",
+    "TuneSettings",
     "check_checkpoint",
     "check_image",
     "check_model",
@@ -87,10 +88,18 @@ def _sources_of_timm() -> str:
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
-def check_model(name: str, pretrained: bool) -> None:
-    """Raise ValueError for a model that timm does not have; one of a hub has to be asked for by ``pretrained``."""
+def check_model(name: str, pretrained: bool | None) -> None:
+    """Raise ValueError for a model that timm does not have, or one of a hub that must not be asked.
+
+    A name of timm's (``timm:`` may stand before it) or of a hub's (``hf-hub:``), or a folder in timm's layout.
+    """
+    name = name.removeprefix("timm:")
+    if os.path.isdir(name) or name.startswith("local-dir:"):
+        return
+    if name.startswith("hf:"):
+        raise ValueError(f"model {name!r} is one of transformers: patch it in Python; the commands build timm's models")
     if ":" in name:
-        if not pretrained:
+        if pretrained is False:
             raise ValueError(f"model {name!r} would be downloaded: give --pretrained if that is wanted")
         return
     base, sources = name.partition(".")[0], _sources_of_timm()
@@ -125,7 +134,12 @@ class _Common:
 
     Attributes:
         model: a timm Vision Transformer.
-        checkpoint: a file with its weights; ``pretrained``: let timm download them.
+        checkpoint: a file with its weights.
+        pretrained: let timm download them; None: if it can, and take random weights if not.
+        images: a folder of pictures for fidelity; None for photographs of scikit-learn and scikit-image.
+        image_count: how many of them; None for as many as fit into the time.
+        at_least: the fidelity that a setting must keep, in (0, 1].
+        at_most_lost: instead, the points of accuracy that it may lose, where ``images`` has labels.
         at: blocks at which the stages stand, from 0; None for a quarter, half and three quarters of the depth.
         rounds: None for as many as fit into ``seconds`` after the start, three at least.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None for a GPU if there is one.
@@ -136,7 +150,11 @@ class _Common:
 
     model: str = "deit_small_patch16_224"
     checkpoint: str | None = None
-    pretrained: bool = False
+    pretrained: bool | None = False
+    images: str | None = None
+    image_count: int | None = None
+    at_least: float | None = None
+    at_most_lost: float | None = None
     at: tuple[int, ...] | None = None
     rounds: int | None = None
     device: str | None = None
@@ -167,6 +185,17 @@ class _Common:
         if self.checkpoint is not None:
             check_checkpoint(self.checkpoint)
         check_model(self.model, self.pretrained)
+        _check_whole("image-count", self.image_count)
+        if self.images is not None and not os.path.isdir(self.images):
+            raise ValueError(f"--images: there is no folder {self.images!r}")
+        if self.at_least is not None and not 0 < self.at_least <= 1:
+            raise ValueError(f"at-least must lie in (0, 1], got {self.at_least:g}")
+        if self.at_most_lost is not None and not 0 <= self.at_most_lost <= 100:
+            raise ValueError(f"at-most-lost takes points of accuracy, 0 to 100, got {self.at_most_lost:g}")
+        if self.at_least is not None and self.at_most_lost is not None:
+            raise ValueError("give either --at-least or --at-most-lost")
+        if self.at_most_lost is not None and self.images is None:
+            raise ValueError("--at-most-lost needs --images with class folders: without labels there is no accuracy")
 
     def options_of(self, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Return the options that were given for these methods, by method; ValueError for what none of them has."""
@@ -261,6 +290,45 @@ class PlanSettings(_Common):
         self._check_common()
 
 
+MEASURES = ("pooled_cosine", "class_cosine", "patch_cosine", "patch_cosine_last", "agreement", "kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneSettings(_Common):
+    """Settings of a search for schedules.
+
+    Attributes:
+        methods: names in ``fastreduce.REDUCERS``.
+        batch: images in the batch that is timed.
+        speed_up: how many times as fast the model has to become; None for a row of speed-ups.
+        measure: the measure of fidelity that counts.
+        seconds: not used by a search, which takes as long as its tables take.
+
+    The others are those of :class:`CompareSettings`; ``at`` is what is searched.
+    """
+
+    methods: tuple[str, ...] = ()
+    batch: int = 8
+    speed_up: float | None = None
+    measure: str = "pooled_cosine"
+    seconds: float = 1.0
+
+    def check(self) -> None:
+        """Raise ValueError for everything that is known to be wrong without torch."""
+        _check_whole("batch", self.batch)
+        one_of("measure", self.measure, MEASURES)
+        if self.speed_up is not None and not 1 < self.speed_up < math.inf:
+            raise ValueError(f"speed-up must be above 1, got {self.speed_up:g}")
+        if self.speed_up is not None and (self.at_least is not None or self.at_most_lost is not None):
+            raise ValueError("give one of --speed-up, --at-least and --at-most-lost")
+        if self.at_least is not None and self.measure == "kl":
+            raise ValueError("--at-least takes a fidelity, which kl is not: give another --measure")
+        if self.image_count == 1:
+            raise ValueError("image-count must be at least 2: half of the images check what the others found, got 1")
+        self.options_of([method for method, _ in compared_methods(self.methods)])
+        self._check_common()
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportSettings(_Common):
     """Settings of an export, on the CPU.
@@ -268,7 +336,7 @@ class ExportSettings(_Common):
     Attributes:
         out: the file to write.
         to: a format of ``names.EXPORT_FORMATS``, or None for the one of the file's ending.
-        config: a JSON file of what ``fastreduce.config_of`` returned, in place of method, keep rate and blocks.
+        config: a JSON file of ``fastreduce tune`` or ``fastreduce.config_of``, in place of method and the like.
         method: a name in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a norm.
         keep_rate: in (0, 1].
         image: a picture, or the name of one of scikit-learn's, whose views it is checked on.
@@ -328,12 +396,8 @@ class ExportSettings(_Common):
 
 
 def _check_config(name: str) -> None:
-    """Raise ValueError unless a file holds a JSON object."""
+    """Raise ValueError unless a file holds the arguments of a patch."""
     try:
-        found = json.loads(Path(name).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"--config: {name!r} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ValueError(f"--config: {name!r} is not JSON: {error}") from error
-    if not isinstance(found, dict) or "method" not in found:
-        raise ValueError(f"--config: {name!r} must hold what fastreduce.config_of returned, an object with a method")
+        read_config(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config: {error}") from error

@@ -8,43 +8,86 @@ import dataclasses
 import os
 import re
 import reprlib
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from PIL import Image
+from timm.data import create_transform
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.readers import create_reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from .._files import read_json
-from ..pictures import open_picture
-from .protocol import DATA_SETS, Augmentation, Shifts
+from .._files import one_line, read_json
+from ..pictures import open_picture, read_picture
+from .protocol import DATA_SETS, Augmentation, Crops, Shifts, default_augmentation, find_split
 
-__all__ = ["DATA_SETS", "Augmentation", "DataSet", "Images", "Shifts", "open_data"]
+__all__ = ["DATA_SETS", "Augmentation", "Crops", "DataSet", "Images", "Shifts", "open_data"]
 
 _Transform = Callable[[Any], Tensor]
+_SPLITS = ("train", "val")
 _DIGITS_MEAN = _DIGITS_STD = (0.5, 0.5, 0.5)
+
+
+class _Members:
+    """Pictures of one of timm's readers, read when they are asked for."""
+
+    def __init__(self, path: Path, reader: Any):
+        self._path, self._reader, self._process = path, reader, os.getpid()
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if self._process != os.getpid():  # a forked process shares its parent's place in an open file
+            self._close()
+            self._process = os.getpid()
+        name = f"{self._path}/{self._reader.filename(index)}"
+        try:
+            file, _ = self._reader[index]
+        except (OSError, tarfile.TarError) as error:
+            raise ValueError(f"{name} cannot be read: {one_line(error)}") from error
+        with file:
+            return read_picture(file, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._close()
+        return self.__dict__
+
+    def _close(self) -> None:
+        """Forget the open files of a reader of tar files; they are opened again when they are needed."""
+        if isinstance(self._reader, ReaderImageInTar):
+            state = self._reader.tar_state
+            for one in state.values() if isinstance(state, dict) else [state]:
+                for held in (one, *one.children.values()):
+                    held.reset()
+
+
+_Pictures = tuple[Sequence[Path] | _Members, Tensor]
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
     """Images and their labels: (3, S, S) float32 and an int64 scalar, or (classes,) float32 of zeros and ones.
 
     Args:
-        sources: a file or, already in memory, an image for each.
+        sources: a file, a picture or, already in memory, an image for each.
         labels: (N,) class indices, or (N, classes) zeros and ones.
         transform: from a PIL image, or from what ``sources`` holds in memory.
     """
 
-    def __init__(self, sources: Sequence[Path] | Tensor, labels: Tensor, transform: _Transform):
+    def __init__(self, sources: Sequence[Path] | _Members | Tensor, labels: Tensor, transform: _Transform):
         self.sources, self.labels, self.transform = sources, labels, transform
 
     def __len__(self) -> int:
@@ -76,7 +119,7 @@ class DataSet:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augmentation: Augmentation | Shifts
+    augmentation: Augmentation | Crops | Shifts
     train: Images
     val: Images
 
@@ -86,8 +129,19 @@ class DataSet:
         return len(self.classes)
 
 
-def _photo_transforms(size: int, how: Augmentation, flat: bool) -> tuple[_Transform, _Transform]:
+def _small_transforms(size: int, how: Crops) -> tuple[_Transform, _Transform]:
+    """For training and evaluation, which sees the whole image."""
+    resize = transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)
+    normalize = [transforms.ToTensor(), transforms.Normalize(how.mean, how.std)]
+    crop = transforms.RandomCrop(size, how.padding, padding_mode="reflect")
+    train = transforms.Compose([resize, crop, transforms.RandomHorizontalFlip(), *normalize])
+    return train, transforms.Compose([resize, *normalize])
+
+
+def _photo_transforms(size: int, how: Augmentation | Crops, flat: bool) -> tuple[_Transform, _Transform]:
     """For training and evaluation; ``flat`` squashes the whole image into the square, as multi-label sets do."""
+    if isinstance(how, Crops):
+        return _small_transforms(size, how)
     if not flat:
         train = create_transform(
             size,
@@ -97,13 +151,18 @@ def _photo_transforms(size: int, how: Augmentation, flat: bool) -> tuple[_Transf
             interpolation=how.interpolation,
             re_prob=how.random_erasing,
             re_mode="pixel",
+            mean=how.mean,
+            std=how.std,
         )
-        return train, create_transform(size, interpolation=how.interpolation, crop_pct=how.crop)
+        plain = create_transform(
+            size, interpolation=how.interpolation, crop_pct=how.crop, mean=how.mean, std=how.std
+        )  # fmt: skip
+        return train, plain
     resize = transforms.Resize((size, size), transforms.InterpolationMode(how.interpolation))
-    normalize = [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    normalize = [transforms.ToTensor(), transforms.Normalize(how.mean, how.std)]
     steps: list[Any] = [resize]
     if how.rand_augment is not None:
-        gray = tuple(round(255 * value) for value in IMAGENET_DEFAULT_MEAN)
+        gray = tuple(round(255 * value) for value in how.mean)
         settings = {"translate_const": int(0.45 * size), "img_mean": gray}
         steps.append(rand_augment_transform(how.rand_augment, settings))
     steps += normalize
@@ -163,9 +222,9 @@ def _photos(
     name: str,
     classes: Sequence[str],
     size: int,
-    how: Augmentation,
-    train: tuple[Sequence[Path], Tensor],
-    val: tuple[Sequence[Path], Tensor],
+    how: Augmentation | Crops,
+    train: _Pictures,
+    val: _Pictures,
 ) -> DataSet:
     multi_label = train[1].ndim == 2
     augmented, plain = _photo_transforms(size, how, flat=multi_label)
@@ -174,8 +233,8 @@ def _photos(
         tuple(classes),
         multi_label,
         size,
-        IMAGENET_DEFAULT_MEAN,
-        IMAGENET_DEFAULT_STD,
+        how.mean,
+        how.std,
         how,
         Images(*train, augmented),
         Images(*val, plain),
@@ -192,19 +251,30 @@ def _check_present(paths: Iterable[Path], listed_in: Path) -> None:
             raise FileNotFoundError(f"{path}, which {listed_in} names, is missing")
 
 
-def _imagenet(root: Path, size: int, how: Augmentation) -> DataSet:
+def _with_training(parts: list[_Pictures]) -> list[_Pictures]:
+    """Put an empty split before a validation split that was opened alone."""
+    nothing: _Pictures = ([], torch.zeros(0, dtype=torch.int64))
+    return parts if len(parts) == 2 else [nothing, *parts]
+
+
+def _imagenet(root: Path, size: int, how: Augmentation, wanted: Sequence[str] = _SPLITS) -> DataSet:
     splits = []
-    for split in ("train", "val"):
+    for split in wanted:
         try:
             splits.append(ImageFolder(str(root / split)))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{root / split} must hold one folder of images for each class: {error}") from error
-    train, val = splits
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"{root / 'train'} and {root / 'val'} must hold the same classes; only one has {odd[0]!r}")
-    parts = [([Path(path) for path, _ in split.samples], torch.tensor(split.targets)) for split in splits]
-    return _photos("imagenet", train.classes, size, how, *parts)
+    _check_same_classes([root / split for split in wanted], [split.classes for split in splits])
+    parts: list[_Pictures] = [
+        ([Path(path) for path, _ in split.samples], torch.tensor(split.targets)) for split in splits
+    ]
+    return _photos("imagenet", splits[-1].classes, size, how, *_with_training(parts))
+
+
+def _check_same_classes(paths: Sequence[Path], classes: Sequence[Sequence[str]]) -> None:
+    if any(own != classes[0] for own in classes):
+        odd = sorted({*classes[0]} ^ {*classes[-1]})
+        raise ValueError(f"{paths[0]} and {paths[-1]} must hold the same classes; only one has {odd[0]!r}")
 
 
 @contextmanager
@@ -243,6 +313,31 @@ def _table(path: Path, images: dict[str, str] | None = None) -> dict[str, str]:
     if images is not None and (lost := next((key for key in images if key not in table), None)) is not None:
         raise ValueError(f"{path} has no line for the image {lost!r}")
     return table
+
+
+def _read_split(path: Path) -> tuple[tuple[str, ...], _Members, Tensor]:
+    """Read the classes, pictures and labels of a split with timm's readers."""
+    tars = path.is_file() or any(child.suffix == ".tar" for child in path.iterdir())
+    try:
+        reader: Any = ReaderImageInTar(os.fspath(path)) if tars else create_reader("", os.fspath(path))
+    except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        raise ValueError(f"{path} must hold a folder of images for each class: {one_line(error)}") from error
+    index = reader.class_name_to_idx if tars else reader.class_to_idx
+    labels = reader.targets if tars else [label for _, label in reader.samples]
+    if "" in index:
+        inside = reader.filename(list(labels).index(index[""]))
+        raise ValueError(f"{path} must hold a folder of images for each class; {inside} is in none")
+    return tuple(index), _Members(path, reader), torch.tensor(list(map(int, labels)))
+
+
+def _folder(
+    root: Path, size: int, how: Augmentation | Crops, wanted: Sequence[str] = _SPLITS, name: str = "folder"
+) -> DataSet:
+    paths = [find_split(root, split) for split in wanted]
+    splits = [_read_split(path) for path in paths]
+    _check_same_classes(paths, [classes for classes, _, _ in splits])
+    parts: list[_Pictures] = [(pictures, labels) for _, pictures, labels in splits]
+    return _photos(name, splits[-1][0], size, how, *_with_training(parts))
 
 
 def _nabirds(root: Path, size: int, how: Augmentation) -> DataSet:
@@ -415,7 +510,12 @@ def _nuswide(root: Path, size: int, how: Augmentation) -> DataSet:
     return _photos("nuswide", classes, size, how, *parts)
 
 
-_PHOTOS = {"imagenet": _imagenet, "nabirds": _nabirds, "coco": _coco, "nuswide": _nuswide}
+_PHOTOS: dict[str, Callable[..., DataSet]] = {
+    **{"imagenet": _imagenet, "nabirds": _nabirds, "coco": _coco, "nuswide": _nuswide},
+    **{"folder": _folder, "cifar10": partial(_folder, name="cifar10")},
+}
+_WITH_CROPS = ("folder", "cifar10")
+_IN_FOLDERS = ("imagenet", *_WITH_CROPS)
 
 
 def open_data(
@@ -423,22 +523,28 @@ def open_data(
     root: str | os.PathLike[str] | None = None,
     *,
     image_size: int | None = None,
-    augmentation: Augmentation | Shifts | None = None,
+    augmentation: Augmentation | Crops | Shifts | None = None,
+    train: bool = True,
 ) -> DataSet:
     """Open one of the study's data sets.
 
     Args:
         name: ``"digits"`` (scikit-learn's 1,797 handwritten digits, enlarged; every third of each class is validation),
-            ``"imagenet"``, ``"nabirds"``, ``"coco"`` (2014) or ``"nuswide"``.
+            ``"imagenet"``, ``"nabirds"``, ``"coco"`` (2014), ``"nuswide"``, ``"folder"`` (any labelled pictures) or
+            ``"cifar10"``.
         root: the folder of the data set; none for digits. ``imagenet``: ``train/`` and ``val/`` with a folder for each
             class. ``nabirds``: ``images/``, ``images.txt``, ``image_class_labels.txt``, ``train_test_split.txt`` and
             ``classes.txt``. ``coco``: ``train2014/``, ``val2014/`` and ``annotations/instances_{train,val}2014.json``;
             a class is present if any object of it is, and images without annotations are left out. ``nuswide``:
             ``nus_wid_data.csv`` with file name, list of labels and ``train`` or ``val`` in each row, and the images
-            beside it.
-        image_size: side of the square that the model gets; 224, of digits 32.
-        augmentation: of the training images; the defaults are those of :class:`Augmentation`, of digits
-            :class:`Shifts`, and NABirds goes without RandAugment.
+            beside it. ``folder`` and ``cifar10``: ``train`` and ``val`` (or ``validation``, or ``test``) with a folder
+            for each class, or tar files of such folders: ``train.tar`` and ``val.tar``, or several in a folder.
+        image_size: side of the square that the model gets; 224, of digits and ``cifar10`` 32.
+        augmentation: of the training images, and how all are normalised; the defaults are those of
+            :class:`Augmentation`, of ``cifar10`` :class:`Crops`, of digits :class:`Shifts`, and NABirds goes without
+            RandAugment. ``folder`` and ``cifar10`` take either of the first two.
+        train: False leaves the training images of ``imagenet``, ``folder`` and ``cifar10`` out, which then need not be
+            there; classes are those of the validation images.
 
     Returns:
         The data set. Images are read when they are asked for.
@@ -458,8 +564,9 @@ def open_data(
         raise ValueError(f"{name} needs the folder that it is in")
     if not Path(root).is_dir():
         raise FileNotFoundError(f"there is no folder {os.fspath(root)!r}, which is to hold {name}")
-    if augmentation is None:
-        augmentation = Augmentation(rand_augment=None) if name == "nabirds" else Augmentation()
-    if not isinstance(augmentation, Augmentation):
-        raise TypeError(f"{name} is augmented by Augmentation, got {augmentation!r}")
-    return _PHOTOS[name](Path(root), image_size or 224, augmentation)
+    augmentation = default_augmentation(name) if augmentation is None else augmentation
+    if not isinstance(augmentation, (Augmentation, Crops) if name in _WITH_CROPS else Augmentation):
+        wanted = "Augmentation or Crops" if name in _WITH_CROPS else "Augmentation"
+        raise TypeError(f"{name} is augmented by {wanted}, got {augmentation!r}")
+    only = {} if train or name not in _IN_FOLDERS else {"wanted": ("val",)}
+    return _PHOTOS[name](Path(root), image_size or (32 if name == "cifar10" else 224), augmentation, **only)

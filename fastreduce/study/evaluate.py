@@ -5,23 +5,35 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MulticlassAccuracy
 
 from ..backends import backend
-from ..integrations.timm import is_patched, record, reduced_counts, reducer_of
+from ..integrations.timm import is_patched, reduced_counts, reducer_of
 from ..measure import count_gmacs, quartiles, take_turns
 from .data import DataSet
 from .measures import mean_average_precision
+from .record import Recording, record_images
 
-__all__ = ["LEAST_ROUNDS", "Evaluation", "Examination", "evaluate", "examine", "measure_accuracy", "time_in_turns"]
+__all__ = [
+    "LEAST_ROUNDS",
+    "Evaluation",
+    "Examination",
+    "evaluate",
+    "evaluate_together",
+    "examine",
+    "measure_accuracy",
+    "time_in_turns",
+]
 
 LEAST_ROUNDS = 3  # of a speed: fewer say nothing of its spread
 
@@ -86,11 +98,14 @@ def _accuracy(data: DataSet, logits: list[Tensor], labels: list[Tensor]) -> dict
     together, truth = torch.cat(logits), torch.cat(labels)
     if data.multi_label:
         return {"map": mean_average_precision(together.numpy(), truth.numpy())}
-    found = {}
-    for name, first in (("top1", 1), ("top5", min(5, data.num_classes))):
-        metric = MulticlassAccuracy(data.num_classes, top_k=first, average="micro", sync_on_compute=False)
-        found[name] = 100 * metric(together, truth).item()
-    return found
+    best = together.topk(min(5, data.num_classes)).indices
+    return _shares_right(best.numpy(), truth.numpy())
+
+
+def _shares_right(best: NDArray[Any], truth: NDArray[Any]) -> dict[str, float]:
+    """Return top-1 and top-5 in per cent, from (N, up to 5) classes, best first, and (N,) labels."""
+    right = best == truth[:, None]
+    return {"top1": float(100 * right[:, 0].mean()), "top5": float(100 * right.any(1).mean())}
 
 
 @torch.inference_mode()
@@ -122,63 +137,72 @@ def measure_accuracy(
     return _accuracy(data, logits, labels)
 
 
-def _kept(model: Any, images: Tensor, counts: list[int]) -> Tensor:
-    """(B, stages) tokens after each stage, of a batch."""
-    with record(model) as seen:
-        model(images)
-    kept = torch.tensor(counts, dtype=torch.float64).repeat(len(images), 1)
-    stages = {stage.block: stage for stage in seen.stages}
-    for column, block in enumerate(reducer_of(model).blocks):
-        if (stage := stages.get(block)) is not None and stage.kept is not None and not stage.fused:
-            kept[:, column] = (stage.kept >= 0).sum(1).cpu().double()
-    return kept
-
-
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-@torch.inference_mode()
-def examine(model: nn.Module, data: DataSet, *, batch_size: int = 256, workers: int = 0) -> Examination:
-    """Measure all but the speed of a model where it is, in its own dtype, on one device.
+def _check_rounds(rounds: int) -> None:
+    if rounds < LEAST_ROUNDS:
+        raise ValueError(f"rounds must be at least {LEAST_ROUNDS}, since fewer say nothing of the spread, got {rounds}")
 
-    Args:
-        model: patched or not; put in evaluation mode.
-        data: from :func:`~fastreduce.study.data.open_data`.
-        batch_size: the last batch may be smaller.
-        workers: processes that load images.
 
-    Raises:
-        ValueError: a batch of no images.
-    """
-    _check_positive(batch_size=batch_size)
-    model.eval()
+def _gmacs(model: nn.Module, image_size: int) -> float:
+    """10⁹ multiply-adds for an image."""
     weight = next(model.parameters())
-    patched = is_patched(model)
-    ragged = patched and reducer_of(model).ragged
-    counts = reduced_counts(model) if patched else []
-    logits, labels, kept = [], [], []
-    first = None
-    for images, truth in _batches(data, batch_size, workers):
-        images = images.to(weight.device, weight.dtype)
-        first = images if first is None else first
-        logits.append(model(images).float().cpu())
-        labels.append(truth)
-        if ragged:
-            kept.append(_kept(model, images, counts))
-    assert first is not None
+    image = torch.empty(1, 3, image_size, image_size, dtype=weight.dtype, device="meta")
     with backend("reference"):
         # The counter's hooks on parameters that want gradients fail in inference mode.
-        gmacs = count_gmacs(copy.deepcopy(model).requires_grad_(False).to("meta"), first[:1].to("meta"))
+        return count_gmacs(copy.deepcopy(model).requires_grad_(False).to("meta"), image)
+
+
+def _recorded_accuracy(recording: Recording) -> dict[str, float]:
+    outputs = recording.outputs
+    return (
+        {"map": recording.run.accuracy}
+        if "scores" in outputs
+        else _shares_right(outputs["prediction"], outputs["target"])
+    )
+
+
+def _recorded_tokens(recording: Recording, model: Any) -> list[float]:
+    """Patch tokens after each stage; of a method that keeps another number in every image the mean."""
+    if not is_patched(model):
+        return []
+    counts = [float(count) for count in reduced_counts(model)]
+    reducer = reducer_of(model)
+    if reducer.ragged:
+        for stage, block in enumerate(reducer.blocks):
+            if block in recording.kept:
+                counts[stage] = float((recording.kept[block] >= 0).sum(1).mean())
+    return counts
+
+
+@torch.inference_mode()
+def examine(model: nn.Module, recording: Recording, data: DataSet, *, batch_size: int) -> Examination:
+    """Find all but the speed of a model, from a recording of what it did with the validation split.
+
+    Args:
+        model: patched or not; the one that was recorded.
+        recording: of all images; see :func:`~fastreduce.study.record.record_images`.
+        data: from :func:`~fastreduce.study.data.open_data`.
+        batch_size: images that went through the model together.
+
+    Raises:
+        ValueError: a recording of another number of images, or a batch of no images.
+    """
+    _check_positive(batch_size=batch_size)
+    if recording.images != len(data.val):
+        raise ValueError(f"the recording has {recording.images} images, {data.name} has {len(data.val)}")
+    weight = next(model.parameters())
     return Examination(
-        accuracy=_accuracy(data, logits, labels),
-        images=len(data.val),
-        gmacs=gmacs,
-        tokens=torch.cat(kept).mean(0).tolist() if kept else [float(count) for count in counts],
+        accuracy=_recorded_accuracy(recording),
+        images=recording.images,
+        gmacs=_gmacs(model, data.image_size),
+        tokens=_recorded_tokens(recording, model),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        batch_size=len(first),
+        batch_size=min(batch_size, len(data.val)),
         device=str(weight.device),
     )
 
@@ -202,8 +226,7 @@ def time_in_turns(
         ValueError: a batch of no images, or fewer than three rounds.
     """
     _check_positive(batch_size=batch_size)
-    if rounds < LEAST_ROUNDS:
-        raise ValueError(f"rounds must be at least {LEAST_ROUNDS}, since fewer say nothing of the spread, got {rounds}")
+    _check_rounds(rounds)
     weight = next(parameter for model in models.values() for parameter in model.parameters())
     images = torch.stack([data.val[index][0] for index in range(min(batch_size, len(data.val)))])
     images = images.to(weight.device, weight.dtype)
@@ -213,24 +236,56 @@ def time_in_turns(
     return {name: [len(images) / each for each in found] for name, found in seconds.items()}
 
 
-def evaluate(
-    model: nn.Module, data: DataSet, *, batch_size: int = 256, workers: int = 0, rounds: int = 10
-) -> Evaluation:
-    """Evaluate a model where it is, in its own dtype, on one device.
-
-    To compare the speed of several models, let them take turns: :func:`time_in_turns`.
+def evaluate_together(
+    models: Mapping[str, nn.Module],
+    data: DataSet,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    rounds: int = 10,
+    progress: Callable[[str, float, float], None] = lambda what, done, total: None,
+) -> dict[str, Evaluation]:
+    """Evaluate models where they are, in their own dtype, on one device, and time them in turns.
 
     Args:
-        model: patched or not; put in evaluation mode.
+        models: by name; put in evaluation mode.
         data: from :func:`~fastreduce.study.data.open_data`.
         batch_size: for accuracy and for speed.
         workers: processes that load images.
         rounds: how often one batch is timed, after two to warm up. Loading and copying it are not.
+        progress: called with what is done, how much of it and out of how much.
 
     Raises:
         ValueError: a batch of no images, or fewer than three rounds.
     """
-    if rounds < LEAST_ROUNDS:
-        raise ValueError(f"rounds must be at least {LEAST_ROUNDS}, since fewer say nothing of the spread, got {rounds}")
-    found = examine(model, data, batch_size=batch_size, workers=workers)
-    return Evaluation.of(found, time_in_turns({"": model}, data, batch_size=batch_size, rounds=rounds)[""])
+    _check_positive(batch_size=batch_size)
+    _check_rounds(rounds)
+    found, images = {}, len(models) * len(data.val)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, model) in enumerate(models.items()):
+            before = number * len(data.val)
+            recording = record_images(
+                model,
+                _batches(data, batch_size, workers),
+                Path(folder) / f"{number}.safetensors",
+                dataset=data.name,
+                backbone="",
+                keep_rate=1.0 if is_patched(model) else None,
+                features=(),
+                progress=lambda done, before=before: progress("evaluating", before + done, images),  # type: ignore[misc]
+            )
+            found[name] = examine(model, recording, data, batch_size=batch_size)
+    progress("timing", 0, 1)
+    speeds = time_in_turns(models, data, batch_size=batch_size, rounds=rounds)
+    return {name: Evaluation.of(found[name], speeds[name]) for name in models}
+
+
+def evaluate(
+    model: nn.Module, data: DataSet, *, batch_size: int = 256, workers: int = 0, rounds: int = 10
+) -> Evaluation:
+    """Evaluate one model; see :func:`evaluate_together`, which also compares the speeds of several.
+
+    Raises:
+        ValueError: a batch of no images, or fewer than three rounds.
+    """
+    return evaluate_together({"": model}, data, batch_size=batch_size, workers=workers, rounds=rounds)[""]

@@ -1,8 +1,9 @@
 """The findings of the paper, held against a study's own recordings: which hold at its scale, and which do not.
 
 *Which Tokens to Use? Investigating Token Reduction in Vision Transformers* (Haurum et al., ICCVW 2023). Differences in
-accuracy are paired over images, with their standard error: a difference below two of them decides nothing. Models that
-did not learn their task do not count: see :class:`Floors`.
+accuracy are paired over images, with their 95 % interval and, for two models, McNemar's test: see
+:mod:`fastreduce.study.gaps`. One within chance decides nothing, and the evidence says what would. Models that did not
+learn their task do not count: see :class:`Floors`.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from numpy.typing import NDArray
 
 from ..names import FAMILIES, TITLES
 from .comparison import Row, TokenStatistics, chance_iou, correlate
+from .gaps import Gap, common_words, measure_gap
 from .record import UNREDUCED, Recording, Run
 
-__all__ = ["LEAST_ABOVE_CHANCE", "Finding", "Floors", "Verdict", "find"]
+__all__ = ["LEAST_ABOVE_CHANCE", "Finding", "Floors", "Verdict", "find", "image_scores"]
 
 LEAST_ABOVE_CHANCE = 10.0  # points
 
 Verdict = Literal["holds", "does not hold", "undecided", "not examined"]
 _Shares = Mapping[tuple[str, str, float | None], float]  # of patches after the first stage, by backbone, method, rate
 _AGREES = 0.5  # of what chance leaves
+_MODERATE = 0.3  # a correlation
 _Scores = Mapping[tuple[str, float | None], NDArray[np.float64]]  # per cent by image, for every method and keep rate
 
 
@@ -114,14 +117,18 @@ def _listed(runs: Sequence[Run], most: int = 1000) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
+def image_scores(recording: Recording) -> NDArray[np.float64] | None:
+    """Return (images,) 100 for an image that is classified rightly, 0 for others; None for multi-label recordings."""
+    if "prediction" not in recording.outputs:
+        return None
+    right = recording.outputs["prediction"][:, 0] == recording.outputs["target"]
+    return np.asarray(100.0 * right, np.float64)
+
+
 def _scores(recordings: Sequence[Recording]) -> _Scores:
-    """100 for an image that is classified rightly, 0 for others. Multi-label recordings have no such score."""
-    found = {}
-    for recording in recordings:
-        if "prediction" in recording.outputs:
-            right = recording.outputs["prediction"][:, 0] == recording.outputs["target"]
-            found[recording.run.method, recording.run.keep_rate] = 100.0 * right
-    return found
+    """Return the scores of all recordings that have some."""
+    found = {(one.run.method, one.run.keep_rate): image_scores(one) for one in recordings}
+    return {key: scores for key, scores in found.items() if scores is not None}
 
 
 def _methods(scores: _Scores, family: str) -> list[str]:
@@ -139,21 +146,14 @@ def _shared_rates(scores: _Scores, methods: Sequence[str], rates: Sequence[float
     return [rate for rate in rates if all((method, rate) in scores for method in methods)]
 
 
-def _gap(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean paired difference and its standard error."""
-    difference = first - second
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+def _verdict(gap: Gap) -> Verdict:
+    return ("undecided", "holds", "does not hold")[gap.sign]
 
 
-def _above(gap: tuple[float, float]) -> Verdict:
-    mean, error = gap
-    if not abs(mean) > 2 * error:  # an undefined error too
-        return "undecided"
-    return "holds" if mean > 0 else "does not hold"
-
-
-def _in_words(gap: tuple[float, float]) -> str:
-    return f"{gap[0]:+.2f}\u00a0±\u00a0{gap[1]:.2f} points"
+def _evidence(words: str, gaps: Sequence[Gap]) -> str:
+    """Add what would decide the differences that are within chance."""
+    needed = common_words(gaps)
+    return f"{words}. Undecided: {needed}" if needed else words
 
 
 def _top_k_is_strong(scores: _Scores, rates: Sequence[float]) -> Finding:
@@ -164,15 +164,14 @@ def _top_k_is_strong(scores: _Scores, rates: Sequence[float]) -> Finding:
     rates = [rate for rate in rates if rate >= 0.5 and ("topk", rate) in scores]
     if not rates or len(methods) < 4:
         return Finding(claim, "not examined", "needs Top-K and three other methods at keep rates from 0.5")
-    ranks = {}
+    ranks, close = {}, list[Gap]()
     for rate in rates:
         others = [method for method in methods if method != "topk" and (method, rate) in scores]
-        gaps = [_gap(scores["topk", rate], scores[method, rate]) for method in others]
-        behind = sum(gap[0] < 0 for gap in gaps)
-        verdicts = [_above(gap) for gap in gaps]
-        surely = verdicts.count("does not hold")
-        possibly = surely + verdicts.count("undecided")
-        ranks[rate] = 1 + behind, 1 + surely, 1 + possibly
+        gaps = [measure_gap(scores["topk", rate], scores[method, rate]) for method in others]
+        behind = sum(gap.mean < 0 for gap in gaps)
+        signs = [gap.sign for gap in gaps]
+        ranks[rate] = 1 + behind, 1 + signs.count(-1), 1 + signs.count(-1) + signs.count(0)
+        close += [gap for gap in gaps if gap.sign == 0]
 
     def strong(place: int) -> bool:
         best, three = (sum(rank[place] <= limit for rank in ranks.values()) / len(ranks) for limit in (1, 3))
@@ -180,7 +179,8 @@ def _top_k_is_strong(scores: _Scores, rates: Sequence[float]) -> Finding:
 
     verdict: Verdict = "holds" if strong(2) else "undecided" if strong(1) else "does not hold"
     words = ", ".join(f"{rank} ({low} to {high}) at {rate:g}" for rate, (rank, low, high) in ranks.items())
-    return Finding(claim, verdict, f"its rank among {len(methods)} methods (within two standard errors): {words}")
+    words = f"its rank among {len(methods)} methods (and the ranks that are within chance): {words}"
+    return Finding(claim, verdict, _evidence(words, close if verdict == "undecided" else ()))
 
 
 def _evit_is_above(scores: _Scores, rates: Sequence[float]) -> Finding:
@@ -188,11 +188,18 @@ def _evit_is_above(scores: _Scores, rates: Sequence[float]) -> Finding:
     both = [rate for rate in rates if ("evit", rate) in scores and ("topk", rate) in scores]
     if not both:
         return Finding(claim, "not examined", "needs EViT and Top-K at one keep rate")
-    gaps = {rate: _gap(scores["evit", rate], scores["topk", rate]) for rate in both}
-    verdict = _above(_gap(_mean_scores(scores, ["evit"], both), _mean_scores(scores, ["topk"], both)))
-    if verdict == "holds" and gaps[min(both)][0] < max(gap[0] for gap in gaps.values()):
-        verdict = "undecided"
-    return Finding(claim, verdict, "; ".join(f"{_in_words(gap)} at {rate:g}" for rate, gap in gaps.items()))
+    gaps = {rate: measure_gap(scores["evit", rate], scores["topk", rate]) for rate in both}
+    together = measure_gap(_mean_scores(scores, ["evit"], both), _mean_scores(scores, ["topk"], both))
+    decisive, verdict = [together], _verdict(together)
+    if verdict == "holds" and len(both) > 1:
+        least, *others = sorted(both)
+        # The gain at the lowest rate against the largest of the others.
+        most = max(others, key=lambda rate: gaps[rate].mean)
+        gains = [scores["evit", rate] - scores["topk", rate] for rate in (least, most)]
+        decisive = [measure_gap(*gains)]
+        verdict = _verdict(decisive[0])
+    words = "; ".join(f"{gap.words} points at {rate:g}" for rate, gap in gaps.items())
+    return Finding(claim, verdict, _evidence(words, decisive))
 
 
 def _family_beats(scores: _Scores, rates: Sequence[float], claim: str, first: str, others: Sequence[str]) -> Finding:
@@ -200,8 +207,13 @@ def _family_beats(scores: _Scores, rates: Sequence[float], claim: str, first: st
     shared = _shared_rates(scores, winners + losers, rates)
     if not winners or not losers or not shared:
         return Finding(claim, "not examined", "needs methods of both kinds, all at one keep rate")
-    gap = _gap(_mean_scores(scores, winners, shared), _mean_scores(scores, losers, shared))
-    return Finding(claim, _above(gap), f"{_in_words(gap)} on average over methods and keep rates")
+    gap = measure_gap(_mean_scores(scores, winners, shared), _mean_scores(scores, losers, shared))
+    by_rate = "; ".join(
+        f"{measure_gap(_mean_scores(scores, winners, [rate]), _mean_scores(scores, losers, [rate])).words} at {rate:g}"
+        for rate in shared
+    )
+    words = f"{gap.words} points on average over {len(winners)} and {len(losers)} methods and all keep rates: {by_rate}"
+    return Finding(claim, _verdict(gap), _evidence(words, [gap]))
 
 
 def _static_beats_soft(scores: _Scores, rates: Sequence[float]) -> Finding:
@@ -212,15 +224,16 @@ def _static_beats_soft(scores: _Scores, rates: Sequence[float]) -> Finding:
         return Finding(claim, "not examined", "needs a radial pattern and soft merging, all at one keep rate")
     pattern = max(static, key=lambda method: float(_mean_scores(scores, [method], rates).mean()))
     own = _mean_scores(scores, [pattern], rates)
-    gaps = {method: _gap(own, _mean_scores(scores, [method], rates)) for method in soft}
-    verdicts = {_above(gap) for gap in gaps.values()}
+    gaps = {method: measure_gap(own, _mean_scores(scores, [method], rates)) for method in soft}
+    verdicts = {_verdict(gap) for gap in gaps.values()}
     verdict: Verdict = "undecided"
     if verdicts == {"holds"}:
         verdict = "holds"
     elif "does not hold" in verdicts:
         verdict = "does not hold"
-    words = "; ".join(f"{_in_words(gap)} against {TITLES[method]}" for method, gap in gaps.items())
-    return Finding(claim, verdict, f"{TITLES[pattern]}: {words}")
+    words = "; ".join(f"{gap.words} points against {TITLES[method]}" for method, gap in gaps.items())
+    decisive = list(gaps.values()) if verdict == "undecided" else ()
+    return Finding(claim, verdict, _evidence(f"{TITLES[pattern]}: {words}", decisive))
 
 
 def _shares(tokens: Sequence[TokenStatistics]) -> _Shares:
@@ -295,33 +308,81 @@ def _little_reduction_helps(scores: _Scores) -> Finding:
     methods = [name for name in ("topk", "evit", "dynamicvit", "ats", "tome") if (name, 0.9) in scores]
     if not methods or (UNREDUCED, None) not in scores:
         return Finding(claim, "not examined", "needs the unreduced model and one of these at 0.9")
-    gaps = {method: _gap(scores[method, 0.9], scores[UNREDUCED, None]) for method in methods}
-    verdicts = {_above(gap) for gap in gaps.values()}
+    gaps = {method: measure_gap(scores[method, 0.9], scores[UNREDUCED, None]) for method in methods}
+    verdicts = {_verdict(gap) for gap in gaps.values()}
     verdict: Verdict = "undecided" if "undecided" in verdicts else "does not hold"
     if "holds" in verdicts:
         verdict = "holds"
-    words = "; ".join(f"{TITLES[method]} {_in_words(gap)}" for method, gap in gaps.items())
-    return Finding(claim, verdict, words)
+    words = "; ".join(f"{TITLES[method]} {gap.words} points" for method, gap in gaps.items())
+    return Finding(claim, verdict, _evidence(words, list(gaps.values()) if verdict == "undecided" else ()))
 
 
-def _similarities_follow(correlations: Sequence[Row]) -> Finding:
+_FOLLOWING = ("procrustes", "nmi", "iou")
+
+
+def _strengths(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean size of the correlations of each similarity with the gap in accuracy; over anchors, rates and blocks."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if _measured(name) in _FOLLOWING]
+    anchors: dict[str, dict[str, list[float]]] = {}
+    for row in correlate(rows, "method", columns=columns):
+        if row["pairs"] > 2 and math.isfinite(row["spearman"]):
+            found = anchors.setdefault(_measured(row["measure"]), {})
+            found.setdefault(row["method"], []).append(row["spearman"])
+    # Chance has no sign, and is averaged away; the sign is a matter of whether the anchor is the better one.
+    return {
+        measure: statistics.fmean(abs(statistics.fmean(values)) for values in found.values())
+        for measure, found in anchors.items()
+    }
+
+
+def _measured(column: str) -> str:
+    """``iou_3`` -> ``iou``; nothing for a deviation."""
+    return "" if "_std_" in column else column.rsplit("_", 1)[0]
+
+
+def _follows(strength: Mapping[str, float]) -> tuple[float, float]:
+    """How far the weaker of Procrustes and NMI is above IoU, and IoU above a moderate correlation."""
+    return min(strength["procrustes"], strength["nmi"]) - strength["iou"], strength["iou"] - _MODERATE
+
+
+def _similarities_follow(rows: Sequence[Row]) -> Finding:
     claim = "Procrustes distance and NMI follow the gap in accuracy closely, IoU of kept tokens moderately."
-    strength: dict[str, float] = {}
-    for measure in ("procrustes", "nmi", "iou"):
-        anchors: dict[str, list[float]] = {}
-        for row in correlations:
-            if row["measure"].rsplit("_", 1)[0] == measure and row["pairs"] > 2 and math.isfinite(row["spearman"]):
-                anchors.setdefault(row["method"], []).append(row["spearman"])
-        if anchors:
-            # Chance has no sign, and is averaged away; the sign is a matter of whether the anchor is the better one.
-            strength[measure] = statistics.fmean(abs(statistics.fmean(values)) for values in anchors.values())
-    if len(strength) < 3:
+    strength = _strengths(rows)
+    if len(strength) < len(_FOLLOWING):
         return Finding(claim, "not examined", "needs features, assignments and kept sets of several methods")
-    holds = min(strength["procrustes"], strength["nmi"]) > strength["iou"] > 0.3
+    methods = sorted({row[f"method_{end}"] for row in rows for end in "ab"} - {UNREDUCED})
+    # Images are many, methods few: what another choice of methods would give is what each of them contributes.
+    without = [
+        _strengths([row for row in rows if method not in (row["method_a"], row["method_b"])]) for method in methods
+    ]
+    left = [_follows(found) for found in without if len(found) == len(_FOLLOWING)]
+    errors = [_jackknife_error([values[index] for values in left]) for index in (0, 1)]
+    margins = _follows(strength)
+    beyond = [abs(margin) > 2 * error for margin, error in zip(margins, errors, strict=True)]
+    verdict: Verdict = "undecided"
+    if all(margin > 0 for margin in margins) and all(beyond):
+        verdict = "holds"
+    elif any(margin < 0 and sure for margin, sure in zip(margins, beyond, strict=True)):
+        verdict = "does not hold"
     words = ", ".join(f"{name} {value:.2f}" for name, value in strength.items())
-    return Finding(
-        claim, "holds" if holds else "does not hold", f"Spearman correlation, mean over rates and blocks: {words}"
+    evidence = (
+        f"Spearman correlation, mean over rates and blocks: {words}. Procrustes or NMI above IoU by {margins[0]:+.2f} "
+        f"± {errors[0]:.2f} (one standard error over {len(methods)} methods)"
     )
+    if verdict == "undecided" and all(map(math.isfinite, errors)):
+        open_margins = [(m, e) for m, e, sure in zip(margins, errors, beyond, strict=True) if not sure and m]
+        needed = max((len(methods) * (2 * error / margin) ** 2 for margin, error in open_margins), default=math.inf)
+        least = 2 * max(error for _, error in open_margins) if open_margins else 2 * max(errors)
+        evidence += f". Undecided: {len(methods)} methods decide differences above {least:.2f}"
+        evidence += f", this one needs {math.ceil(needed)}; more images do not help" if math.isfinite(needed) else ""
+    return Finding(claim, verdict, evidence)
+
+
+def _jackknife_error(values: Sequence[float]) -> float:
+    """Return the standard error of a statistic from its values with each of the n parts left out; NaN for n < 3."""
+    if len(values) < 3:
+        return math.nan
+    return math.sqrt((len(values) - 1) * statistics.pvariance(values))
 
 
 def _counted(rows: Sequence[Row], floors: Floors) -> list[Row]:
@@ -385,5 +446,5 @@ def find(
         held(lambda scores, rates, across: _backbones_disagree(across["backbone"], tokens)),
         held(lambda scores, rates, across: _radial_disagrees(across["method"], tokens)),
         held(lambda scores, rates, across: _little_reduction_helps(scores)),
-        held(lambda scores, rates, across: _similarities_follow(correlate(across["method"], "method"))),
+        held(lambda scores, rates, across: _similarities_follow(across["method"])),
     ]

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -23,23 +24,30 @@ __all__ = [
     "WEIGHTS",
     "Augmentation",
     "Backbone",
+    "Crops",
     "Protocol",
     "Reduction",
     "Shifts",
+    "default_augmentation",
+    "find_split",
     "load_trained",
     "plain_data",
     "protocol_for",
 ]
 
 WEIGHTS, EMA_WEIGHTS, HISTORY = "model.safetensors", "model_ema.safetensors", "training.json"  # of a training
-DATA_SETS = ("digits", "imagenet", "nabirds", "coco", "nuswide")
+DATA_SETS = ("digits", "imagenet", "nabirds", "coco", "nuswide", "folder", "cifar10")
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}  # of a folder, under any of these names
 # What the folder of each must hold; what is in it is looked at when it is opened.
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[str, ...]] = {
     "imagenet": ("train", "val"),
     "nabirds": ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"),
     "coco": ("annotations/instances_train2014.json", "annotations/instances_val2014.json"),
     "nuswide": ("nus_wid_data.csv",),
+    "folder": (),
+    "cifar10": (),
 }
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _NOT_NEGATIVE = (
     "min_lr",
@@ -60,6 +68,31 @@ def plain_data(value: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(value), default=os.fspath))
 
 
+def find_split(root: str | os.PathLike[str], split: str) -> Path:
+    """Find a split of a data set in folders: a folder, or a tar file.
+
+    Args:
+        root: the folder of the data set.
+        split: ``"train"`` or ``"val"``, which may be called ``validation`` or ``test`` there.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = [f"{name}{ending}" for name in SPLITS[split] for ending in ("", ".tar")]
+    for name in names:
+        if (path := Path(root, name)).exists():
+            return path
+    raise FileNotFoundError(f"{os.fspath(root)} has none of {', '.join(names)}")
+
+
+def _check_normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3 or not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name} must be three numbers, got {values}")
+    if min(std) <= 0:
+        raise ValueError(f"std must be positive, got {std}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
     """What is done to photos; the defaults are the paper's for ImageNet.
@@ -71,6 +104,7 @@ class Augmentation:
         cutout: side of the erased square, as a share of the image's; of multi-label sets.
         interpolation: of every resize.
         crop: share of the image's shorter side that evaluation sees.
+        mean, std: of the normalisation, for pixels of 0 to 1.
     """
 
     rand_augment: str | None = "rand-m9-mstd0.5-inc1"
@@ -79,6 +113,32 @@ class Augmentation:
     cutout: float = 0.5
     interpolation: str = "bicubic"
     crop: float = 0.875
+    mean: tuple[float, ...] = _IMAGENET_MEAN
+    std: tuple[float, ...] = _IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        _check_normalisation(self.mean, self.std)
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop must lie in (0, 1], got {self.crop}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """Augmentation of small photos: a random crop of the padded image, and its mirror image half of the time.
+
+    Attributes:
+        padding: pixels on every side, a reflection of the image.
+        mean, std: of the normalisation, for pixels of 0 to 1; by default those of CIFAR-10.
+    """
+
+    padding: int = 4
+    mean: tuple[float, ...] = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+    std: tuple[float, ...] = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+
+    def __post_init__(self) -> None:
+        _check_normalisation(self.mean, self.std)
+        if self.padding < 0:
+            raise ValueError(f"padding must not be negative, got {self.padding}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +149,13 @@ class Shifts:
     shift: float = 0.1
     zoom: float = 0.1
     shear: float = 5.0
+
+
+def default_augmentation(name: str) -> Augmentation | Crops | Shifts:
+    """Return how the study augments the training images of one of the data sets."""
+    own: dict[str, Augmentation | Crops | Shifts] = {"digits": Shifts(), "cifar10": Crops()}
+    own["nabirds"] = Augmentation(rand_augment=None)
+    return own.get(name, Augmentation())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +208,11 @@ class Backbone:
             load_official(model, state)
         return model.eval()
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether it starts from weights that were trained before."""
+        return self.pretrained or self.checkpoint is not None
+
     def knows(self, num_classes: int) -> bool:
         """Whether its weights include a head for so many classes."""
         from timm.models import get_pretrained_cfg
@@ -160,7 +232,7 @@ class Backbone:
             ValueError: weights that do not fit, or without a head for so many classes.
         """
         if not self.knows(num_classes):
-            where = "no weights" if self.checkpoint is None and not self.pretrained else "no head"
+            where = "no weights" if not self.has_weights else "no head"
             raise ValueError(f"{self.name} cannot teach: it has {where} for {num_classes} classes")
         return self.build(num_classes)
 
@@ -232,18 +304,22 @@ class Protocol:
     """How a model is trained. The defaults are the paper's for ImageNet; :func:`protocol_for` gives the others.
 
     Attributes:
-        epochs: passes over the data, ``warmup_epochs`` of them with a rising learning rate.
+        epochs: passes over the data, ``warmup_epochs`` of them with a rising learning rate. 0 leaves the weights as
+            they are, of methods without layers of their own.
         batch_size: images of one process that go through the model together.
         accumulate: batches between updates.
         lr: for a total batch (all processes, all accumulated batches) of 1,024; scaled linearly. The schedule is a
             cosine from it to ``min_lr`` after a line from ``warmup_lr``, moved with every update.
-        weight_decay: of AdamW; none of it for vectors, biases, positions and the class token.
+        optimizer: ``"adamw"``, or timm's ``"muon"``, which leaves vectors, positions and the class token to AdamW.
+        weight_decay: of the optimizer; none of it for vectors, biases, positions and the class token.
         eps: of AdamW.
         clip_norm: largest norm of the gradient, or None.
         backbone_lr: factor of the learning rate of all but the new parts: head, positions, patch embedding and the
             method's own layers.
         frozen_epochs: epochs at the start in which that factor is 0.
         drop_path: rate at the last block.
+        patch_drop: share of the patches that a training image loses at random, from unreduced models only;
+            ``patch_drop_share`` of the epochs do so, the others see all patches.
         label_smoothing, mixup, cutmix, mixup_switch: see ``timm.data.Mixup``; of single-label sets only.
         repeats: times that an image occurs in a row, each time differently augmented; an epoch keeps its length.
         ema: decay of the moving average of the weights, or None. The average is measured beside the weights themselves
@@ -269,12 +345,15 @@ class Protocol:
     lr: float = 1e-3
     min_lr: float = 1e-5
     warmup_lr: float = 1e-6
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.05
     eps: float = 1e-8
     clip_norm: float | None = None
     backbone_lr: float = 1.0
     frozen_epochs: int = 0
     drop_path: float = 0.1
+    patch_drop: float = 0.0
+    patch_drop_share: float = 1.0
     label_smoothing: float = 0.1
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -302,9 +381,11 @@ class Protocol:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         if len(self.asymmetry) != 3 or min(self.asymmetry) < 0:
             raise ValueError(f"asymmetry must be three numbers that are not negative, got {self.asymmetry}")
-        for name in ("epochs", "batch_size", "accumulate", "repeats"):
+        for name in ("batch_size", "accumulate", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.epochs < 0:
+            raise ValueError(f"epochs must not be negative, got {self.epochs}")
         for name in ("warmup_epochs", "frozen_epochs"):
             if not 0 <= getattr(self, name) <= self.epochs:
                 raise ValueError(f"{name} must lie between 0 and epochs ({self.epochs}), got {getattr(self, name)}")
@@ -314,15 +395,19 @@ class Protocol:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("mixup_switch", "distillation_weight"):
+        for name in ("mixup_switch", "distillation_weight", "patch_drop_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
-        for name in ("drop_path", "label_smoothing", "ema"):
+        for name in ("drop_path", "patch_drop", "label_smoothing", "ema"):
             if (value := getattr(self, name)) is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"mixup pairs images, so batch_size must be even, got {self.batch_size}")
-        for name, known in (("mixed_precision", ("no", "fp16", "bf16")), ("distillation", (None, "soft", "hard"))):
+        for name, known in (
+            ("optimizer", ("adamw", "muon")),
+            ("mixed_precision", ("no", "fp16", "bf16")),
+            ("distillation", (None, "soft", "hard")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {getattr(self, name)!r}")
 
@@ -333,7 +418,7 @@ class Protocol:
 
 
 def protocol_for(name: str, **changes: Any) -> Protocol:
-    """The paper's protocol for one of the data sets, with changes; for digits without what only suits photos.
+    """The paper's protocol for one of the data sets, with changes; for small images without what suits only photos.
 
     How training images are augmented belongs to the data set: see :func:`~fastreduce.study.data.open_data`.
 
@@ -347,5 +432,6 @@ def protocol_for(name: str, **changes: Any) -> Protocol:
         "coco": {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0},
         "nuswide": {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0},
         "digits": {"mixup": 0.0, "cutmix": 0.0, "repeats": 1, "ema": None, "workers": 0},
+        "cifar10": {"mixup": 0.0, "cutmix": 0.0, "repeats": 1, "ema": None, "workers": 0, "drop_path": 0.0},
     }
     return dataclasses.replace(Protocol(), **{**own.get(name, {}), **changes})

@@ -14,9 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..names import FAMILIES
+from ..names import FAMILIES, METHODS
 from ._workers import Workers
-from .protocol import Augmentation, Backbone, Protocol, Reduction, Shifts, load_trained, protocol_for
+from .protocol import (
+    Augmentation,
+    Backbone,
+    Crops,
+    Protocol,
+    Reduction,
+    Shifts,
+    default_augmentation,
+    load_trained,
+    protocol_for,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +34,19 @@ if TYPE_CHECKING:
     from .data import DataSet
     from .train import Training
 
-__all__ = ["DIGITS", "DIGITS_QUICK", "Capacity", "Model", "Recipe", "paper_recipe", "reductions", "train_all"]
+__all__ = [
+    "CIFAR10",
+    "DIGITS",
+    "DIGITS_QUICK",
+    "EMBEDDED",
+    "Capacity",
+    "Model",
+    "Recipe",
+    "paper_recipe",
+    "reductions",
+    "train_all",
+    "without_training",
+]
 
 _Progress = Callable[[str, float, float], None]
 _Step = Callable[[_Progress | None], "Training"]
@@ -83,8 +105,8 @@ class Recipe:
         data: name of the data set.
         image_size: side of the images.
         augmentation: of training images, of the backbone and of all that follow.
-        backbone: the unreduced model, without weights if ``training`` is given.
-        training: how the backbone is trained, or None if it has its weights.
+        backbone: the unreduced model; without weights it is trained as ``training`` says.
+        training: how backbones without weights are trained, or None if all have theirs.
         fine_tuning: how it goes on from there, reduced by each of ``reductions`` and once unreduced.
         reductions: every method at every keep rate.
         capacities: further backbones, trained and fine-tuned in the same ways.
@@ -97,7 +119,7 @@ class Recipe:
 
     data: str
     image_size: int
-    augmentation: Augmentation | Shifts
+    augmentation: Augmentation | Crops | Shifts
     backbone: Backbone
     training: Protocol | None
     fine_tuning: Protocol
@@ -119,6 +141,10 @@ class Recipe:
         from .data import open_data
 
         return open_data(self.data, root, image_size=self.image_size, augmentation=self.augmentation)
+
+    def trains(self, capacity: Capacity) -> bool:
+        """Whether this backbone is trained here, because it has no weights."""
+        return self.training is not None and not capacity.backbone.has_weights
 
     @property
     def models(self) -> Iterator[Model]:
@@ -163,24 +189,48 @@ def reductions(
     return tuple(chosen)
 
 
+def without_training(recipe: Recipe) -> Recipe:
+    """Return the study of the methods as they are, off the shelf: those that have layers to train are left out.
+
+    DPC-KNN takes part with equal weights in place of its learned score.
+    """
+
+    def untrained(given: Sequence[Reduction]) -> tuple[Reduction, ...]:
+        kept = []
+        for one in given:
+            if one.method == "dpcknn":
+                kept.append(dataclasses.replace(one, options={**one.options, "equal_weight": True}))
+            elif one.method == "radial" or METHODS[one.method].layers == "none":
+                kept.append(one)
+        return tuple(kept)
+
+    capacities = tuple(
+        dataclasses.replace(capacity, reductions=untrained(capacity.reductions)) for capacity in recipe.capacities
+    )
+    protocol = dataclasses.replace(recipe.fine_tuning, epochs=0, warmup_epochs=0, frozen_epochs=0)
+    return dataclasses.replace(
+        recipe, fine_tuning=protocol, reductions=untrained(recipe.reductions), capacities=capacities
+    )
+
+
 def paper_recipe(data: str, backbone: str = "deit_small_patch16_224", capacities: Sequence[str] = ()) -> Recipe:
     """The paper's study of one data set: pretrained weights from timm, all methods, the four keep rates.
 
     DynamicViT's teacher is the unreduced model, fine-tuned.
 
     Args:
-        data: one of :data:`~fastreduce.study.protocol.DATA_SETS` but digits.
+        data: one of :data:`~fastreduce.study.protocol.DATA_SETS` but digits and cifar10.
         backbone: a timm model of 224 pixels.
         capacities: further ones, on which everything is repeated; the paper's are ``deit_tiny_patch16_224`` and
             ``deit_base_patch16_224``.
     """
-    if data == "digits":
-        raise ValueError("the paper has no digits; their recipe is DIGITS")
+    if data in ("digits", "cifar10"):
+        raise ValueError(f"the paper has no {data}; its recipe is {data.upper()}")
     everything = reductions(_METHODS, _KEEP_RATES)
     return Recipe(
         data,
         224,
-        Augmentation(rand_augment=None) if data == "nabirds" else Augmentation(),
+        default_augmentation(data),
         Backbone(backbone, pretrained=True),
         None,
         protocol_for(data),
@@ -223,6 +273,38 @@ DIGITS_QUICK = dataclasses.replace(
     capacities=(Capacity("width-24", _NARROW, reductions(("topk",), (0.25, 0.7))),),
 )
 
+# Depth 8: the stages stand at blocks 2, 4 and 6.
+_CIFAR10_BACKBONE = Backbone(
+    "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 8, "num_heads": 4}
+)
+# A rate of 0.003 for a batch of 128.
+_CIFAR10_TRAINING = protocol_for(
+    "cifar10",
+    **{"epochs": 10, "warmup_epochs": 1, "batch_size": 128, "accumulate": 1, "lr": 0.024, "min_lr": 0.0},
+    **{"optimizer": "muon", "clip_norm": 1.0, "patch_drop": 0.5, "patch_drop_share": 0.6},
+)
+# A rate of 0.0003 for a batch of 128: the weights are good, and the method has one epoch to fit them to itself.
+_CIFAR10_FINE_TUNING = dataclasses.replace(
+    _CIFAR10_TRAINING, epochs=1, warmup_epochs=0, lr=0.0024, optimizer="adamw", patch_drop=0.0
+)
+CIFAR10 = Recipe(
+    "cifar10",
+    32,
+    Crops(),
+    _CIFAR10_BACKBONE,
+    _CIFAR10_TRAINING,
+    _CIFAR10_FINE_TUNING,
+    reductions(_METHODS, _KEEP_RATES, **_FEW_TOKENS),
+    (
+        Capacity(
+            "width-64",
+            dataclasses.replace(_CIFAR10_BACKBONE, options={**_CIFAR10_BACKBONE.options, "embed_dim": 64}),
+            reductions(FAMILIES["Pruning"], _KEEP_RATES),
+        ),
+    ),
+)
+EMBEDDED = {"digits": DIGITS, "cifar10": CIFAR10}
+
 
 def _train_backbone(
     recipe: Recipe, folder: Path, root: str | None, cpu: bool, model: Model, progress: _Progress | None = None
@@ -247,7 +329,7 @@ def _fine_tune(
     from .train import train
 
     data, backbone = recipe.open(root), model.capacity.backbone
-    if recipe.training is not None:
+    if recipe.trains(model.capacity):
         trained = folder / _place(model.folder, "backbone") / "model.safetensors"
         backbone = dataclasses.replace(backbone, checkpoint=trained)
     return train(
@@ -260,14 +342,14 @@ def _fine_tune(
         cpu=cpu,
         validate_every=0,
         # One model of the embedded study takes less than a minute: it is trained again.
-        checkpoint_every=1 if recipe.training is None else 0,
+        checkpoint_every=0 if recipe.trains(model.capacity) else 1,
         progress=progress,
     )
 
 
 def _learns_from_unreduced(recipe: Recipe, model: Model) -> bool:
     """DynamicViT does where the backbone's own head may be for other classes."""
-    return recipe.training is None and recipe.teacher is None and _is_dynamic(model)
+    return not recipe.trains(model.capacity) and recipe.teacher is None and _is_dynamic(model)
 
 
 def _is_dynamic(model: Model) -> bool:
@@ -288,7 +370,7 @@ def _steps(recipe: Recipe, folder: Path, root: str | None, cpu: bool) -> dict[st
     steps: dict[str, tuple[_Step, str | None]] = {}
     for model in recipe.models:
         before = None
-        if recipe.training is not None:
+        if recipe.trains(model.capacity):
             before = _place(model.folder, "backbone")
             if before not in steps:
                 steps[before] = partial(_train_backbone, recipe, folder, root, cpu, model), None

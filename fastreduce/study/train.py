@@ -2,177 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import logging
 import math
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.loss import AsymmetricLossMultiLabel, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.layers import PatchDropout
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from .._files import write_atomically
-from ..integrations.timm import record
-from ..reducers.dynamicvit import dynamicvit_loss
 from ._lock import hold
 from .data import DataSet
 from .evaluate import measure_accuracy
-from .protocol import EMA_WEIGHTS, HISTORY, WEIGHTS, Backbone, Protocol, Reduction, plain_data
+from .history import PART, STATE, Epoch, Training, list_states, read_history, read_result, write_history, write_weights
+from .objective import Objective, Observed
+from .protocol import EMA_WEIGHTS, WEIGHTS, Backbone, Protocol, Reduction, plain_data
 
-__all__ = ["Epoch", "Training", "make_accelerator", "parameter_groups", "train"]
+__all__ = ["make_accelerator", "parameter_groups", "train"]
 
 _NEW_PARTS = ("head", "pos_embed", "patch_embed", "reducers")
 _WITHOUT_DECAY = ("pos_embed", "cls_token", "reg_token", "dist_token")
-_STATE, _PART = "epoch-", ".part"
 _log = logging.getLogger("fastreduce")
-
-
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-    """What one epoch gave.
-
-    Attributes:
-        losses: of every batch, the mean over all processes.
-        lr: of the last update.
-        accuracy: what :func:`~fastreduce.study.evaluate.measure_accuracy` gives, in per cent, or empty where it was not
-            measured.
-        ema_accuracy: the same of the moving average of the weights, empty without one.
-        seconds: without validation.
-    """
-
-    losses: list[float]
-    lr: float
-    accuracy: dict[str, float]
-    ema_accuracy: dict[str, float]
-    seconds: float
-
-    @property
-    def loss(self) -> float:
-        """The mean."""
-        return math.fsum(self.losses) / len(self.losses)
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """A finished training.
-
-    Attributes:
-        epochs: its history.
-        weights: ``model.safetensors``, with the names of the patched model.
-        ema_weights: ``model_ema.safetensors``, those of the moving average, or None.
-    """
-
-    epochs: list[Epoch]
-    weights: Path
-    ema_weights: Path | None
-
-
-def _check_same(folder: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for part, value in wanted.items():
-        held = found.get(part)
-        if isinstance(value, dict) and isinstance(held, dict):
-            other = [key for key in {**value, **held} if value.get(key) != held.get(key)]
-            value, held = ({key: side.get(key) for key in other} for side in (value, held))
-        if value != held:
-            raise ValueError(
-                f"{folder} holds another training: its {part} is {held!r}, wanted was {value!r}; "
-                "give another folder, or remove it"
-            )
-
-
-class _Observed(nn.Module):
-    """A model whose forward pass, the only one that gradients are synchronised for, also gives tokens and decisions."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model: Any = model
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        with record(self.model) as seen:
-            features = self.model.forward_features(images)
-        return self.model.forward_head(features), features[:, self.model.num_prefix_tokens :], seen.decisions
-
-
-class _Objective:
-    """The loss of a batch."""
-
-    def __init__(
-        self,
-        protocol: Protocol,
-        multi_label: bool,
-        teacher: Any,
-        fractions: list[float] | None,
-    ):
-        self.protocol, self.teacher, self.fractions = protocol, teacher, fractions
-        self.base: nn.Module
-        if multi_label:
-            gamma_neg, gamma_pos, clip = protocol.asymmetry
-            self.base = AsymmetricLossMultiLabel(gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip)
-        elif protocol.mixes:
-            self.base = SoftTargetCrossEntropy()
-        else:
-            self.base = LabelSmoothingCrossEntropy(protocol.label_smoothing)
-
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        tokens, decisions = None, []
-        if self.fractions is None:
-            logits = model(images)
-        else:
-            logits, tokens, decisions = model(images)
-        teacher_logits = teacher_tokens = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                features = self.teacher.forward_features(images)
-                teacher_logits = self.teacher.forward_head(features).float()
-                teacher_tokens = features[:, self.teacher.num_prefix_tokens :].float()
-        loss = self.base(logits, labels)
-        if self.protocol.distillation is not None:
-            assert teacher_logits is not None
-            share = self.protocol.distillation_weight
-            loss = (1 - share) * loss + share * self._distilled(logits, teacher_logits)
-        if self.fractions is None:
-            return loss
-        given: dict[str, Any] = {}
-        if teacher_logits is not None:
-            given = {"logits": logits, "teacher_logits": teacher_logits}
-            given |= {"tokens": tokens, "teacher_tokens": teacher_tokens}
-        return dynamicvit_loss(
-            loss,
-            decisions,
-            self.fractions,
-            ratio_weight=self.protocol.ratio_weight,
-            logit_weight=self.protocol.logit_weight,
-            token_weight=self.protocol.token_weight,
-            **given,
-        )
-
-    def _distilled(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        if self.protocol.distillation == "hard":
-            return F.cross_entropy(logits, teacher_logits.argmax(1))
-        temperature = self.protocol.temperature
-        student, teacher = (logits / temperature).log_softmax(1), (teacher_logits / temperature).log_softmax(1)
-        return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -207,6 +76,19 @@ def make_accelerator(protocol: Protocol, cpu: bool = False) -> Accelerator:
     )
 
 
+@contextmanager
+def _muon_in_float32() -> Iterator[None]:
+    """Let timm's Muon compute in float32: on a CPU its bfloat16 takes ten times as long."""
+    from timm.optim import muon
+
+    before = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(before, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = before
+
+
 def _loader(protocol: Protocol, data: DataSet) -> DataLoader:
     sampler = None
     if protocol.repeats > 1:
@@ -221,43 +103,6 @@ def _loader(protocol: Protocol, data: DataSet) -> DataLoader:
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
-
-
-def _states(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_STATE}*") if path.suffix != _PART)
-
-
-def _write_weights(model: nn.Module, path: Path) -> None:
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(path, lambda part: save_file(state, part))
-
-
-def _write_history(place: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
-    history = {"description": description, "epochs": [dataclasses.asdict(epoch) for epoch in epochs]}
-    write_atomically(place / HISTORY, json.dumps(history, indent=1) + "\n")
-
-
-def _read_history(folder: Path, place: Path, description: Mapping[str, Any]) -> list[Epoch]:
-    """The epochs behind the result or the checkpoint at a place of the folder."""
-    path = place / HISTORY
-    try:
-        found = json.loads(path.read_text())
-        epochs = [Epoch(**epoch) for epoch in found["epochs"]]
-        held = found["description"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the result of a training: {error}") from error
-    _check_same(folder, description, held)
-    return epochs
-
-
-def _read_result(folder: Path, description: Mapping[str, Any]) -> Training | None:
-    """The training that the folder holds, if it is finished."""
-    if not (folder / HISTORY).exists():
-        return None
-    epochs = _read_history(folder, folder, description)
-    ema = folder / EMA_WEIGHTS
-    return Training(epochs, folder / WEIGHTS, ema if ema.exists() else None)
 
 
 def _set_seed(seed: int) -> None:
@@ -330,6 +175,11 @@ class _Trainer:
         self.model = backbone.build(data.num_classes, protocol.drop_path)
         _check_size(backbone.name, self.model, data)
         reduced = None if reduction is None else reduction.apply(self.model)
+        if protocol.patch_drop and reduction is not None:
+            raise ValueError(f"patch_drop is for unreduced models, got {protocol.patch_drop} with {reduction.label}")
+        if protocol.patch_drop:
+            prefix: Any = self.model.num_prefix_tokens
+            self.patch_drop = self.model.patch_drop = PatchDropout(protocol.patch_drop, prefix)
         fractions, pupil = None, None if protocol.distillation is None else f"{protocol.distillation} distillation"
         if reduction is not None and reduced is not None and reduction.method == "dynamicvit":
             fractions, pupil = reduction.fractions(reduced), pupil or "dynamicvit"
@@ -342,7 +192,7 @@ class _Trainer:
             teacher = backbone.build(data.num_classes)
         if teacher is not None:
             teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
-        self.objective = _Objective(protocol, data.multi_label, teacher, fractions)
+        self.objective = Objective(protocol, data.multi_label, teacher, fractions)
         self.mixup: Any = None
         if protocol.mixes and not data.multi_label:
             self.mixup = Mixup(
@@ -354,14 +204,14 @@ class _Trainer:
             )
         self.optimizer = create_optimizer_v2(
             parameter_groups(self.model, protocol.weight_decay),
-            opt="adamw",
+            opt=protocol.optimizer,
             lr=protocol.lr * protocol.batch_size * accelerator.num_processes * protocol.accumulate / 1024,
             weight_decay=protocol.weight_decay,
             eps=protocol.eps,
         )
         # Before accelerate changes the model's forward.
         self.ema = None if protocol.ema is None else ModelEmaV3(self.model, decay=protocol.ema).to(accelerator.device)
-        observed = self.model if fractions is None else _Observed(self.model)
+        observed = self.model if fractions is None else Observed(self.model)
         self.trained, self.stepper, self.loader = accelerator.prepare(observed, self.optimizer, _loader(protocol, data))
         if not len(self.loader):
             raise ValueError(f"{data.name} has {len(data.train)} training images, which make no batch of {together}")
@@ -379,6 +229,8 @@ class _Trainer:
         # The names of the patched model, in whatever accelerate and DynamicViT wrap it.
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
+        in_float32 = protocol.optimizer == "muon" and accelerator.device.type == "cpu"
+        self.stepping = _muon_in_float32 if in_float32 else nullcontext
         _set_seed(protocol.seed + accelerator.process_index)
 
     def _save_weights(self, models: list[nn.Module], weights: list[Any], place: str | os.PathLike[str]) -> None:
@@ -394,9 +246,9 @@ class _Trainer:
 
     def write_weights(self, place: Path) -> None:
         """The model's, and those of its moving average."""
-        _write_weights(self.model, place / WEIGHTS)
+        write_weights(self.model, place / WEIGHTS)
         if self.ema is not None:
-            _write_weights(self.ema.module, place / EMA_WEIGHTS)
+            write_weights(self.ema.module, place / EMA_WEIGHTS)
 
     def _scale_rates(self, epoch: int) -> None:
         factor = 0.0 if epoch < self.protocol.frozen_epochs else self.protocol.backbone_lr
@@ -407,6 +259,9 @@ class _Trainer:
         """The losses of all batches, and the last learning rate of the new parts."""
         self.trained.train()
         self._scale_rates(epoch)
+        if self.protocol.patch_drop:
+            drops = epoch < round(self.protocol.patch_drop_share * self.protocol.epochs)
+            self.patch_drop.prob = self.protocol.patch_drop if drops else 0.0
         self.loader.set_epoch(epoch)
         losses, update = [], epoch * self.updates
         for done, (images, labels) in enumerate(self.loader, 1):
@@ -419,7 +274,8 @@ class _Trainer:
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.protocol.clip_norm is not None:
                     self.accelerator.clip_grad_norm_(self.trained.parameters(), self.protocol.clip_norm)
-                self.stepper.step()
+                with self.stepping():
+                    self.stepper.step()
                 self.stepper.zero_grad()
             losses.append(loss.detach().float())
             if self.accelerator.sync_gradients:
@@ -443,13 +299,13 @@ class _Trainer:
 
     def save_state(self, folder: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
         """A checkpoint under its own name, then away with the ones before: there is always a complete one."""
-        older = _states(folder)
-        whole = folder / f"{_STATE}{len(epochs):05}"
-        part = whole.with_name(whole.name + _PART)
+        older = list_states(folder)
+        whole = folder / f"{STATE}{len(epochs):05}"
+        part = whole.with_name(whole.name + PART)
         self.accelerator.save_state(str(part))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            _write_history(part, epochs, description)
+            write_history(part, epochs, description)
             part.replace(whole)
             for path in older:
                 shutil.rmtree(path)
@@ -460,8 +316,8 @@ class _Trainer:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.write_weights(folder)
-            _write_history(folder, epochs, description)
-            for path in folder.glob(f"{_STATE}*"):
+            write_history(folder, epochs, description)
+            for path in folder.glob(f"{STATE}*"):
                 shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
 
@@ -525,10 +381,10 @@ def train(
     folder = Path(folder)
     accelerator = make_accelerator(protocol, cpu)
     description = _describe(data, backbone, protocol, reduction, teacher, accelerator.num_processes)
-    if (finished := _read_result(folder, description)) is not None:
+    if (finished := read_result(folder, description)) is not None:
         return finished
-    if states := _states(folder):
-        _read_history(folder, states[-1], description)
+    if states := list_states(folder):
+        read_history(folder, states[-1], description)
     what = data.name if reduction is None else f"{data.name} {reduction.label}"
 
     def moved(done: float) -> None:
@@ -538,7 +394,13 @@ def train(
     def waiting(holder: str) -> None:
         _log.warning("%s is in use by %s: waiting for it", folder, holder)
 
-    trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator)
+    if protocol.epochs:
+        trainer = _Trainer(data, backbone, protocol, reduction, teacher, accelerator)
+        work = partial(
+            _train, trainer, folder, description, validate_every, checkpoint_every, moved, on_epoch
+        )  # fmt: skip
+    else:
+        work = partial(_leave_untrained, _untrained(data, backbone, reduction), folder, description)
     with ExitStack() as stack:
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
@@ -546,17 +408,40 @@ def train(
             _remove_remains(folder)
         accelerator.wait_for_everyone()
         # Another process may have finished, or begun, while this one waited for the folder.
-        if _read_result(folder, description) is None:
-            _train(trainer, folder, description, validate_every, checkpoint_every, moved, on_epoch)
+        if read_result(folder, description) is None:
+            work()
     accelerator.free_memory()
-    result = _read_result(folder, description)
+    result = read_result(folder, description)
     assert result is not None
     return result
 
 
+def _untrained(data: DataSet, backbone: Backbone, reduction: Reduction | None) -> nn.Module:
+    """Return the backbone as it is, with the method; ValueError for one with layers that would stay random."""
+    if not backbone.knows(data.num_classes):
+        raise ValueError(
+            f"without training the backbone needs a head for the {data.num_classes} classes of {data.name}"
+        )
+    model = backbone.build(data.num_classes)
+    _check_size(backbone.name, model, data)
+    if reduction is not None:
+        reduction.apply(model)
+        if any(name.startswith("reducers.") for name, _ in model.named_parameters()):
+            raise ValueError(f"{reduction.method} has layers to train: epochs must be at least 1")
+    return model
+
+
+def _leave_untrained(model: nn.Module, folder: Path, description: Mapping[str, Any]) -> None:
+    """Write what a training of no epochs leaves."""
+    if PartialState().is_main_process:
+        write_weights(model, folder / WEIGHTS)
+        write_history(folder, [], description)
+    PartialState().wait_for_everyone()
+
+
 def _remove_remains(folder: Path) -> None:
     """Remove what a killed process was in the middle of writing."""
-    for path in (*folder.glob(f"*{_PART}"), *folder.glob(".fastreduce-*"), *folder.glob(f"{_STATE}*/.fastreduce-*")):
+    for path in (*folder.glob(f"*{PART}"), *folder.glob(".fastreduce-*"), *folder.glob(f"{STATE}*/.fastreduce-*")):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -571,8 +456,8 @@ def _train(
 ) -> None:
     """Train from the last checkpoint of the folder to the end."""
     last = trainer.protocol.epochs
-    states = _states(folder)
-    epochs = _read_history(folder, states[-1], description) if states else []
+    states = list_states(folder)
+    epochs = read_history(folder, states[-1], description) if states else []
     if states:
         trainer.accelerator.load_state(str(states[-1]))
     for epoch in range(len(epochs), last):

@@ -23,6 +23,7 @@ from fastreduce.speed import comparison as engine
 from fastreduce.speed import payoff
 
 QUICK = ["compare", "--model", "test_vit", "--batch", "1", "--rounds", "1", "--methods", "topk", "--keep-rate", "0.5"]
+QUICK += ["--random", "--no-fidelity"]
 PLAN = ["plan", "--model", "test_vit", "--batch", "1", "--rounds", "1", "--keep-rate", "0.5", "--round-to", "none"]
 
 
@@ -70,7 +71,7 @@ def test_a_closed_pipe_costs_neither_json_nor_pictures(tmp_path):
     errors = process.stderr.read().decode()
     assert process.wait(120) == 0, errors
     assert [line.split()[0] for line in errors.splitlines()] == ["checking", "measuring", "drawing"]
-    assert sorted(os.listdir(tmp_path)) == ["result.json", "topk-0.5.png"]
+    assert sorted(os.listdir(tmp_path)) == ["index.html", "result.json", "topk-0.5.png"]
     row = json.loads((tmp_path / "result.json").read_text())["methods"][0]
     assert row["picture"] == str(tmp_path / "topk-0.5.png")
 
@@ -86,7 +87,7 @@ def test_a_full_disk_under_stdout_costs_nothing(tmp_path):
             text=True,
         )
     assert done.returncode == 2
-    assert sorted(os.listdir(tmp_path)) == ["result.json", "topk-0.5.png"]
+    assert sorted(os.listdir(tmp_path)) == ["index.html", "result.json", "topk-0.5.png"]
     assert "keep rate 0.5" in done.stderr
     assert done.stderr.endswith("\nerror: the tables cannot be written: No space left on device\n")
     assert "Traceback" not in done.stderr
@@ -109,7 +110,7 @@ def test_a_full_disk_under_the_json_costs_neither_tables_nor_pictures(tmp_path):
     assert "keep rate 0.5" in done.stdout
     assert "1 picture in" in done.stdout
     assert done.stderr.endswith("\nerror: '/dev/full' cannot be written: No space left on device\n")
-    assert os.listdir(tmp_path) == ["topk-0.5.png"]
+    assert sorted(os.listdir(tmp_path)) == ["index.html", "topk-0.5.png"]
 
 
 def test_a_picture_that_fails_costs_no_other(tmp_path, monkeypatch):
@@ -125,7 +126,7 @@ def test_a_picture_that_fails_costs_no_other(tmp_path, monkeypatch):
     file = tmp_path / "result.json"
     done = run(*QUICK, "--methods", "tome", "--out", tmp_path / "out", "--json", file)
     assert done.exit_code == 2
-    assert os.listdir(tmp_path / "out") == ["tome-0.5.png"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["index.html", "tome-0.5.png"]
     assert "1 picture in" in done.stdout
     assert f"error: '{tmp_path}/out/topk-0.5.png' cannot be written: No space left on device\n" in done.stderr
     topk, tome = json.loads(file.read_text())["methods"]

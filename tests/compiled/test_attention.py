@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from bench.proof.compiler import compiled_for
 from fastreduce.kernels import attention as kernels
 from fastreduce.kernels import attention_backward as backward
+from fastreduce.kernels._attention import last_rows, takes_whole, whole_tile
 from fastreduce.kernels._rows import unit_of
 from tests.compiled.gates import ARCHES, check_gates
 
@@ -101,6 +103,9 @@ def launch_options(
     ("shape", "dtype", "options", "arch"),
     [
         ((6, 197, 64), torch.float16, {"packed": True, "bias": True}, 90),
+        ((6, 197, 64), torch.bfloat16, {}, 90),
+        ((3, 99, 64), torch.float16, {"chosen": True, "bias": True}, 90),
+        ((6, 197, 64), torch.bfloat16, {"kind": "received", "bias": True}, 90),
         ((16, 197, 72), torch.float16, {"packed": True, "chosen": True, "bias": True}, 90),
         ((12, 197, 80), torch.float16, {"chosen": True, "bias": True}, 80),
         ((8, 4097, 128), torch.float16, {"kind": "received", "bias": True}, 80),
@@ -111,7 +116,9 @@ def launch_options(
 def test_gates_of_options(shape, dtype, options, arch):
     reports = check_gates(arch, lambda: launch_options(*shape, dtype, **options), wide=False)
     names = ["attention", options.get("kind"), "sum_heads" if options.get("kind") == "received" else None]
-    names += ["grad_queries", "grad_keys", "sum_heads" if "bias" in options else None]
+    # On Hopper all queries of a head fit into one program, which gives the keys their gradients too.
+    whole = arch == 90 and shape[1] <= 197 and shape[2] == 64 and "kind" not in options
+    names += ["grad_queries", None if whole else "grad_keys", "sum_heads" if "bias" in options else None]
     assert [report.name for report in reports] == [f"{name}_kernel" for name in names if name]
     for report in reports:
         if report.name == "sum_heads_kernel":
@@ -135,6 +142,31 @@ def test_gates_of_options(shape, dtype, options, arch):
 )
 def test_gates_of_rows_that_are_not_aligned(shape, width, dtype, options, arch):
     check_gates(arch, lambda: launch_options(*shape, dtype, width=width, **options), wide=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "step", "last"), [(197, 64, 16), (138, 64, 16), (99, 64, 64), (87, 64, 32), (128, 64, 0), (3, 16, 16)]
+)
+def test_the_last_step_is_as_narrow_as_what_is_left(rows, step, last):
+    assert last_rows(rows, step) == last
+
+
+def test_where_one_program_takes_all_queries():
+    def own(queries, head_dim=64, dtype=torch.float16, aligned=True):
+        tile = whole_tile(queries, head_dim, dtype, aligned, with_options=False)
+        return None if tile is None else tile.own
+
+    assert [own(queries) for queries in (1, 64, 65, 197, 256, 257)] == [64, 64, 128, 256, 256, None]
+    assert own(100, head_dim=128) == 128
+    assert own(197, head_dim=128) is None
+    assert own(197, head_dim=72) is None
+    assert own(197, dtype=torch.float32) is None
+    assert own(197, aligned=False) is None
+    with compiled_for(90):
+        assert takes_whole()
+    for arch in (80, "gfx942"):
+        with compiled_for(arch):
+            assert not takes_whole()
 
 
 def test_tiles_follow_the_alignment_of_every_stride():

@@ -1,39 +1,15 @@
 """Every reducer as an ONNX graph: the same decisions and numbers as eager mode, by operators that runtimes have."""
 
-import warnings
-
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
-import fastreduce
 from fastreduce.deploy import Decided, settled
 from fastreduce.deploy.export import onnx_program
 
+from .models import METHODS, VARIANTS, images, patched
+
 onnxruntime = pytest.importorskip("onnxruntime", reason="the ONNX graphs are run by onnxruntime")
 pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
-
-AT = (1, 2)
-METHODS = {
-    "topk": {},
-    "evit": {},
-    "dynamicvit": {},
-    "ats": {"trim": False},
-    "tome": {},
-    "kmedoids": {},
-    "dpcknn": {},
-    "sit": {},
-    "patchmerger": {},
-    "sinkhorn": {"eps": 0.1},
-    "radial": {"norm": "l2"},  # another norm is another constant in the same graph
-}
-# Other options, without a class token or with two prefix tokens: where the graph is another one.
-VARIANTS = {
-    "tome-exact-registers": {"rounds": "exact", "reg_tokens": 2},
-    "kmedoids-members": {"cost": "members"},
-    "kmedoids-equal": {"equal_weight": True, "first": 1, "keep": [5, 3]},
-    "evit-received": {"class_token": False, "global_pool": "avg"},
-}
 
 # No loop, no branch, no operator of our own, nothing whose shape depends on values, no scatter that adds.
 _OPERATORS = """
@@ -44,32 +20,6 @@ ReduceMean ReduceMin ReduceSum Reshape ScatterElements Shape Slice Softmax Split
 Transpose Unsqueeze Where
 """
 ALLOWED = set(_OPERATORS.split())
-
-
-def build(**options):
-    torch.manual_seed(0)
-    model = VisionTransformer(
-        img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=7, **options
-    ).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    return model
-
-
-def patched(name):
-    options = dict({**METHODS, **VARIANTS}[name])
-    of_model = {key: options.pop(key) for key in ("reg_tokens", "class_token", "global_pool") if key in options}
-    if name != "radial" and "keep" not in options:
-        options["keep_rate"] = 0.6
-    torch.manual_seed(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of random weights
-        return fastreduce.patch(build(**of_model), name.split("-")[0], at=AT, **options).eval()
-
-
-def images(batch, seed=5):
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module", params=[*METHODS, *VARIANTS])

@@ -13,9 +13,9 @@ from fastreduce.integrations.timm import reduced_counts, unpatch
 from fastreduce.reducers import REDUCERS
 from fastreduce.study import recipe as recipes
 from fastreduce.study.data import _PHOTOS
+from fastreduce.study.history import Epoch
 from fastreduce.study.protocol import DATA_SETS, Backbone, protocol_for
 from fastreduce.study.recipe import DIGITS, DIGITS_QUICK, Capacity, paper_recipe, reductions, train_all
-from fastreduce.study.train import Epoch
 
 from .test_train import BACKBONE, PLAIN, few_digits
 

@@ -26,6 +26,7 @@ from fastreduce.cli.app import app
 from fastreduce.cli.study import _backbone, _recipe
 from fastreduce.cli.study import study as commands
 from fastreduce.names import FAMILIES, TITLES
+from fastreduce.study import pages
 from fastreduce.study import recipe as recipes
 from fastreduce.study import run as running
 from fastreduce.study.comparison import TokenStatistics
@@ -104,6 +105,19 @@ def test_every_model_is_there(study, folder):
     ]
 
 
+def test_every_model_is_held_against_the_unreduced_one_of_its_backbone(study, folder):
+    right = [one.outputs["prediction"][:, 0] == one.outputs["target"] for one in study.recordings]
+    stored = json.loads((folder / "results.json").read_text())["models"]
+    for index, (gap, model) in enumerate(zip(study.gaps, stored, strict=True)):
+        if index in (0, 7):
+            assert gap is model["gap"] is None
+            continue
+        difference = 100 * (right[index].mean() - right[7 * (index > 7)].mean())
+        assert gap.mean == model["gap"]["mean"] == pytest.approx(difference)
+        assert gap.low <= gap.mean <= gap.high
+    assert study.gaps[1].words in (folder / "summary.md").read_text()
+
+
 def test_tables(study, folder):
     with open(folder / "tables" / "method.csv") as file:
         rows = list(csv.DictReader(file))
@@ -142,9 +156,9 @@ def test_models_that_learned_nothing_decide_nothing(study, folder):
 
 
 def test_several_matchings_are_said(study):
-    assert "ToMe" not in running._accuracy_table(study, small()).caption
+    assert "ToMe" not in pages._accuracy_table(study, small()).caption
     exact = dataclasses.replace(small(), reductions=reductions(("tome",), (0.25, 0.3, 0.5)))
-    assert running._accuracy_table(study, exact).caption.endswith(
+    assert pages._accuracy_table(study, exact).caption.endswith(
         "; ToMe at 0.25, 0.3 with as many matchings as reach its number of tokens"
     )
 
@@ -187,7 +201,7 @@ def test_what_cannot_be_written_costs_nothing_else(study, folder, tmp_path, monk
     (tmp_path / "results.json").mkdir()
     (tmp_path / "tables").write_text("a file")
     other = dataclasses.replace(study, unwritten=[])
-    running._write(other, small(), small().open(), tmp_path, torch.device("cpu"))
+    pages.write_study(other, small(), small().open(), tmp_path, torch.device("cpu"))
     assert "results.json (Is a directory)" in other.unwritten[0]
     assert len(other.unwritten) == 8
     assert all("/tables" in line for line in other.unwritten[1:])

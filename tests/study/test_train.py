@@ -349,7 +349,7 @@ def test_a_backbone_gets_a_new_head_for_other_classes(tmp_path):
     ("changes", "message"),
     [
         ({"batch_size": 7}, "batch_size must be even, got 7"),
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"epochs": -1}, "epochs must not be negative, got -1"),
         ({"warmup_epochs": 31}, r"between 0 and epochs \(30\), got 31"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\), got 1.0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),

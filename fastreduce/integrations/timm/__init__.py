@@ -2,13 +2,15 @@
 
 from ...recording import Record, Stage, is_patched, record, reducer_of
 from ..patching import config_of, patch, reduced_counts, set_keep_rate, unpatch
-from .models import create_model, input_config, model_names
+from .models import create_model, create_pretrained, imagenet_indices, input_config, model_names
 
 __all__ = [
     "Record",
     "Stage",
     "config_of",
     "create_model",
+    "create_pretrained",
+    "imagenet_indices",
     "input_config",
     "is_patched",
     "model_names",

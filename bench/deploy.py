@@ -1,0 +1,272 @@
+"""How fast a reduced model is where it is deployed, beside the unreduced model in the same runtime.
+
+``python -m bench.deploy`` prints unreduced ÷ reduced in eager mode, ONNX Runtime and OpenVINO at batch 1 and 8, for the
+shapes of DeiT-S and of CLIP's ViT-B/16. ``--small-batches`` prints batch 1, 2, 4 and 8 in eager mode, compiled and in
+ONNX Runtime; ``--int8`` what ONNX Runtime's quantisation makes of the models, with what it changes.
+
+All models of a row take turns, round after round. Every exported model is held against eager mode first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastreduce.deploy import export, load
+from fastreduce.deploy.check import speed_of
+from fastreduce.measure import environment, keep_memory, load_average, take_turns
+from fastreduce.names import TITLES
+from fastreduce.plain import FreeSlice
+from fastreduce.speed.comparison import Comparison
+from fastreduce.speed.settings import CompareSettings
+
+__all__ = ["main", "measure"]
+
+MODELS = ("deit_small_patch16_224", "vit_base_patch16_clip_224")
+METHODS = ("topk", "evit", "ats", "tome")
+WAYS = ("eager", "compiled", "onnxruntime", "openvino")
+_FORMATS = {"onnxruntime": ("onnx", ".onnx"), "openvino": ("openvino", ".xml")}
+_TOLERANCE = 1e-4  # of the logits, relative to the largest: beyond it a speed is of another model
+_UNREDUCED = "unreduced"
+
+Row = dict[str, Any]
+Call = Callable[[Tensor], Tensor]
+
+
+def _comparison(model: str, methods: Sequence[str], keep_rate: float, given: argparse.Namespace) -> Comparison:
+    return Comparison(
+        CompareSettings(
+            model=model,
+            methods=tuple(methods),
+            keep_rates=(keep_rate,),
+            device="cpu",
+            threads=given.threads,
+            checkpoint=given.checkpoint,
+            pretrained=given.pretrained,
+        )
+    )
+
+
+def _call(model: nn.Module, way: str, images: Tensor, folder: Path, name: str) -> Call:
+    """Return the model in one of the ways to run it."""
+    if way == "eager":
+        return model
+    if way == "compiled":
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(model, dynamic=False)
+        compiled(images)
+        return compiled
+    to, ending = _FORMATS[way]
+    file = folder / f"{name}{ending}"
+    if not file.is_file():
+        export(model, images[:2], file, to)
+    runtime = load(file)
+    return lambda images: runtime(images)[0]
+
+
+def _difference(call: Call, expected: Tensor, images: Tensor) -> float:
+    """Return the largest difference to eager mode, relative to the largest logit."""
+    return ((call(images) - expected).abs().max() / expected.abs().max()).item()
+
+
+def measure(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Yield a row for every model, keep rate, batch, way and method."""
+    for name in given.models:
+        for keep_rate in given.keep_rates:
+            comparison = _comparison(name, given.methods, keep_rate, given)
+            models: dict[str, nn.Module] = {_UNREDUCED: comparison.model}
+            models |= {entry.label: entry.model for entry in comparison.entries}
+            counts = {entry.label: entry.counts for entry in comparison.entries}
+            for batch in given.batches:
+                images = comparison.views(max(batch, 1))
+                for way in given.ways:
+                    yield from _rows(models, counts, comparison, images, way, folder, name, keep_rate, given.rounds)
+
+
+def _rows(
+    models: dict[str, nn.Module],
+    counts: dict[str, tuple[int, ...]],
+    comparison: Comparison,
+    images: Tensor,
+    way: str,
+    folder: Path,
+    name: str,
+    keep_rate: float,
+    rounds: int,
+) -> Iterator[Row]:
+    calls: dict[str, Call] = {}
+    differences: dict[str, float] = {}
+    with torch.no_grad():
+        for label, model in models.items():
+            slug = f"{name}-{label.replace(' ', '-')}" + ("" if label == _UNREDUCED else f"-{keep_rate:g}")
+            calls[label] = _call(model, way, images, folder, slug)
+            differences[label] = _difference(calls[label], model(images), images)
+        if way == "eager":
+            for label, kept in counts.items():
+                calls[f"slice of {label}"] = FreeSlice(comparison.model, kept, comparison.blocks)
+        for call in calls.values():
+            call(images)
+        timed = {label: (lambda call=call: call(images)) for label, call in calls.items()}
+        seconds = take_turns(timed, torch.device("cpu"), rounds)
+    for label in counts:
+        found = speed_of(len(images), seconds[label], seconds[_UNREDUCED])
+        row: Row = {"model": name, "keep_rate": keep_rate, "batch": len(images), "way": way, "method": label}
+        row |= {"ratio": found.ratio, "quartiles": found.quartiles, "seconds": found.reduced}
+        row |= {"unreduced_seconds": found.unreduced, "difference": differences[label]}
+        if way == "eager":
+            row["of_free_slice"] = speed_of(len(images), seconds[label], seconds[f"slice of {label}"]).ratio
+        yield row
+
+
+def _quantised(file: Path, images: Tensor, kind: str) -> Path:
+    """Write what ONNX Runtime's quantisation makes of a model, dynamic or static -> the file."""
+    from onnxruntime import quantization
+
+    out, weights = file.with_name(f"{file.stem}-{kind}.onnx"), quantization.QuantType.QInt8
+    if kind == "dynamic":
+        quantization.quantize_dynamic(
+            file, out, weight_type=quantization.QuantType.QInt8, op_types_to_quantize=["MatMul"]
+        )
+        return out
+
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = list(images.split(1))
+
+        def get_next(self) -> Any:
+            return {"images": self.left.pop(0).numpy()} if self.left else None
+
+    layers = ["MatMul", "Gemm"]
+    quantization.quantize_static(
+        file, out, Images(), per_channel=True, op_types_to_quantize=layers, weight_type=weights
+    )
+    return out
+
+
+def _int8(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Yield a row for every model, method and kind of int8: speed beside float32 in ONNX Runtime, and fidelity."""
+    for name in given.models:
+        comparison = _comparison(name, given.methods, given.keep_rates[0], given)
+        models: dict[str, nn.Module] = {_UNREDUCED: comparison.model}
+        models |= {entry.label: entry.model for entry in comparison.entries}
+        calibration, images = comparison.views(16), comparison.views(32)
+        for label, model in models.items():
+            file = export(model, images[:2], folder / f"int8-{name}-{label.replace(' ', '-')}.onnx")
+            with torch.no_grad():
+                expected = model(images)
+            plain = load(file)
+            for kind in ("dynamic", "static"):
+                runtime = load(_quantised(file, calibration, kind))
+                found = runtime(images)[0]
+                batch = images[: given.batches[0]]
+                calls = {"float32": lambda: plain(batch), "int8": lambda: runtime(batch)}  # noqa: B023
+                seconds = take_turns(calls, torch.device("cpu"), given.rounds)
+                yield {
+                    "model": name,
+                    "keep_rate": 1.0 if label == _UNREDUCED else given.keep_rates[0],
+                    "batch": len(batch),
+                    "method": label,
+                    "int8": kind,
+                    "ratio": speed_of(len(batch), seconds["int8"], seconds["float32"]).ratio,
+                    "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
+                    "difference": ((found - expected).abs().max() / expected.abs().max()).item(),
+                    "weights": comparison.weights,
+                }
+
+
+def _title(label: str) -> str:
+    return TITLES.get(label.replace(" ", "_"), label)
+
+
+def _lines(rows: Sequence[Row], ways: Sequence[str]) -> Iterator[str]:
+    """Yield a table in Markdown: one line for each model, keep rate, batch and method, one column for each way."""
+    heads = ["model", "keep rate", "batch", "method", *ways, *(["of the free slice"] if "eager" in ways else [])]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + " --- |" * len(heads)
+    found: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["model"], row["keep_rate"], row["batch"], row["method"]), {})[row["way"]] = row
+    for (model, keep_rate, batch, method), by_way in found.items():
+        cells = [f"{by_way[way]['ratio']:.2f}" if way in by_way else "" for way in ways]
+        if "eager" in ways:
+            cells.append(f"{by_way['eager']['of_free_slice']:.2f}" if "eager" in by_way else "")
+        yield "| " + " | ".join([model, f"{keep_rate:g}", str(batch), _title(method), *cells]) + " |"
+
+
+def _int8_lines(rows: Sequence[Row]) -> Iterator[str]:
+    yield "| model | method | int8 | times float32 | same class | largest difference |"
+    yield "|" + " --- |" * 6
+    for row in rows:
+        cells = [row["model"], _title(row["method"]), row["int8"], f"{row['ratio']:.2f}"]
+        yield "| " + " | ".join([*cells, f"{row['same_class']:.0%}", f"{row['difference']:.1%}"]) + " |"
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.deploy", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", type=_words, default=MODELS, help="timm models, with random weights unless given")
+    parser.add_argument("--methods", type=_words, default=METHODS)
+    parser.add_argument("--keep-rates", type=lambda text: tuple(map(float, _words(text))), default=None)
+    parser.add_argument("--batches", type=lambda text: tuple(map(int, _words(text))), default=None)
+    parser.add_argument("--ways", type=_words, default=None, help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--small-batches", action="store_true", help="batch 1, 2, 4, 8; eager, compiled, onnxruntime")
+    parser.add_argument("--int8", action="store_true", help="ONNX Runtime's int8, dynamic and static")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--json", type=Path, help="where to write everything")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the table -> 1 if an exported model computes something else, 0 otherwise."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    given.ways = given.ways or (WAYS[:3] if given.small_batches else ("eager", "onnxruntime", "openvino"))
+    given.batches = given.batches or ((1, 2, 4, 8) if given.small_batches else (1, 8))
+    given.keep_rates = given.keep_rates or ((0.7, 0.5) if given.small_batches else (0.5,))
+    if bad := [way for way in given.ways if way not in WAYS]:
+        parser.error(f"unknown way {bad[0]!r}; expected {', '.join(WAYS)}")
+    if given.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {given.rounds}")
+    keep_memory()
+    load_before = load_average()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for row in (_int8 if given.int8 else measure)(given, Path(folder)):
+                rows.append(row)
+                print(".", end="", file=sys.stderr, flush=True)
+        except (ValueError, TypeError) as error:
+            parser.error(str(error))
+    print(file=sys.stderr)
+    print(*(_int8_lines(rows) if given.int8 else _lines(rows, given.ways)), sep="\n")
+    print(f"\nUnreduced ÷ reduced, {given.rounds} rounds in turns; load before: {load_before}")
+    if given.json is not None:
+        result = {
+            "rows": rows,
+            "load": load_before,
+            "rounds": given.rounds,
+            "environment": environment(torch.device("cpu")),
+        }
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    wrong = [row for row in rows if not given.int8 and row["difference"] > _TOLERANCE]
+    for row in wrong:
+        print(f"{row['model']} {row['method']} {row['way']}: differs from eager mode by {row['difference']:.1e}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What ``FlopCounterMode`` counts of an operator: the matrix products of its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+__all__ = ["count_by_reference"]
+
+
+def _without_content(value: Any) -> Any:
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+
+def _products(reference: Callable[..., Any], args: Any) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference(*args)
+    return counter.get_total_flops()
+
+
+def count_by_reference(name: str, reference: Callable[..., Any]) -> None:
+    """Have an operator of ours counted as what its reference does, so that both backends count alike.
+
+    The reference runs on tensors without content; where it has to read some (packed images), on the operator's own.
+
+    Args:
+        name: of the operator in ``torch.ops.fastreduce``.
+        reference: takes the operator's arguments.
+    """
+
+    def formula(*args: Any, out_val: Any = None) -> int:
+        try:
+            return _products(reference, tree_map(_without_content, args))
+        except (RuntimeError, NotImplementedError):
+            return _products(reference, args)
+
+    register_flop_formula(getattr(torch.ops.fastreduce, name), get_raw=True)(formula)

@@ -1,0 +1,226 @@
+"""Fidelity in ``compare`` and ``plan``: right values, and verdicts that follow; pretrained weights out of reach."""
+
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+from PIL import Image
+from typer.testing import CliRunner
+
+import fastreduce
+from fastreduce.cli.app import app
+from fastreduce.cli.lost import choose
+from fastreduce.integrations.timm import create_model, input_config
+from fastreduce.integrations.timm import models as hub
+from fastreduce.quality.images import folder_images
+from fastreduce.speed import payoff
+from fastreduce.speed.advice import advice
+
+MODEL = "test_vit"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def words(done):
+    return " ".join(done.stdout.split())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Photographs in as many class folders as a checkpoint's head has, and that checkpoint."""
+    from fastreduce.pictures import sample_photos
+
+    root = tmp_path_factory.mktemp("pictures")
+    photos = list(sample_photos().values())
+    for number, name in enumerate(("ant", "bee", "cow")):
+        (root / "photos" / name).mkdir(parents=True)
+        for index in range(2):
+            photo = photos[(number + index) % len(photos)]().resize((200, 180), Image.Resampling.BICUBIC)
+            photo.save(root / "photos" / name / f"{index}.png")
+    torch.manual_seed(3)
+    model = create_model(MODEL, num_classes=3)
+    torch.save(model.state_dict(), root / "weights.pth")
+    return root, model.eval()
+
+
+@pytest.fixture(scope="module")
+def compared(folder, tmp_path_factory):
+    root, _ = folder
+    out = tmp_path_factory.mktemp("compare")
+    done = run(
+        *("compare", "--model", MODEL, "--batch", "1", "--rounds", "1", "--methods", "topk,tome", "--keep-rate", "0.5"),
+        *("--random", "--images", root / "photos", "--image-count", "5", "--at-least", "0.2"),
+        *("--out", out, "--json", out / "result.json"),
+    )
+    assert done.exit_code == 0, done.output
+    return done, json.loads((out / "result.json").read_text()), out
+
+
+def test_fidelity_is_that_of_the_function(compared, folder):
+    """The command's figures are those of fastreduce.fidelity, on the same model and pictures."""
+    _, result, _ = compared
+    torch.manual_seed(10)
+    model = create_model(MODEL).eval()
+    images = folder_images(str(folder[0] / "photos"), 1000)
+    rows = [images.names.index(name) for name in _taken(images, 5)]
+    fastreduce.patch(model, "topk", keep_rate=0.5)
+    found = fastreduce.fidelity(model, images.tensor(input_config(model), rows))
+    row = next(row for row in result["methods"] if row["method"] == "topk")
+    for measure in ("agreement", "pooled_cosine", "patch_cosine", "patch_cosine_last", "kl"):
+        assert row["fidelity"][measure]["mean"] == pytest.approx(found.mean(measure), abs=1e-5), measure
+    assert row["fidelity"]["images"] == result["fidelity"]["images"] == 5
+
+
+def _taken(images, count):
+    import numpy as np
+
+    return [images.names[row] for row in np.random.default_rng(7).permutation(len(images))[:count]]
+
+
+def test_the_table_and_the_choice(compared):
+    done, result, _ = compared
+    topk = next(row for row in result["methods"] if row["method"] == "topk")
+    line = f"topk 0.5 {topk['speedup']:.2f} {topk['fidelity']['agreement']['mean']:.3f}"
+    assert line in words(done)
+    assert "Accuracy is not measured: 3 class folders do not fit a head of 1000 classes" in words(done)
+    assert "say nothing about a trained model" in words(done)
+    fast = [row for row in result["methods"] if row["speedup"] > 1 and row["fidelity"]["pooled_cosine"]["mean"] >= 0.2]
+    best = max(fast, key=lambda row: row["speedup"], default=None)
+    assert (result["fidelity"]["chosen"] or {}).get("label") == (best and best["label"])
+
+
+def test_the_page_is_one_file_with_everything_in_it(compared):
+    _, result, out = compared
+    page = (out / "index.html").read_text()
+    assert not re.search(r"(?:src|href)=[\"']?(?!data:)[a-z/]", page), "nothing is fetched from elsewhere"
+    data = json.loads(re.search(r"const run = (.*);\n", page)[1].replace("<\\/", "</"))
+    assert [method["label"] for method in data["methods"]] == ["topk", "tome"]
+    (setting,) = data["methods"][0]["settings"]
+    assert [stage["name"] for stage in setting["stages"]] == ["input", "block 1", "block 3", "block 4"]
+    assert all(stage["picture"].startswith("data:image/jpeg;base64,") for stage in setting["stages"])
+    assert len({stage["picture"] for stage in setting["stages"]}) == 4
+    row = result["methods"][0]
+    assert setting["measures"]["patch_cosine"] == row["fidelity"]["patch_cosine"]["mean"]
+    assert data["headline"] == "pooled_cosine"
+    with Image.open(out / "speed-up-and-fidelity.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_labels_that_fit_give_accuracy(folder, tmp_path, monkeypatch):
+    """The head of the checkpoint has three classes, and there are three folders."""
+    root, model = folder
+    from fastreduce.speed import comparison as engine
+
+    monkeypatch.setattr(engine, "create_model", lambda name, **_: create_model(name, num_classes=3))
+    done = run(
+        *("plan", "--model", MODEL, "--batch", "1", "--rounds", "5", "--keep-rate", "0.5", "--no-pictures"),
+        *("--checkpoint", root / "weights.pth", "--images", root / "photos", "--at-most-lost", "100"),
+        *("--json", tmp_path / "result.json"),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "result.json").read_text())
+    accuracy = result["rates"][0]["fidelity"]["accuracy"]
+    images = folder_images(str(root / "photos"), 3)
+    with torch.no_grad():
+        right = model(images.tensor(input_config(model))).argmax(1) == torch.tensor(images.labels)
+    assert accuracy["images"] == 6
+    assert accuracy["before"] == pytest.approx(right.float().mean().item())
+    assert f"{100 * accuracy['before']:.1f} unreduced" in words(done)
+    assert result["fidelity"]["wanted"] == "at most 100 points of accuracy lost"
+
+
+def test_points_of_accuracy_need_labels(folder):
+    done = run("plan", "--model", MODEL, "--random", "--images", folder[0] / "photos", "--at-most-lost", "1")
+    assert done.exit_code == 2
+    assert "--at-most-lost needs labels" in done.stderr
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--images nowhere", "there is no folder 'nowhere'"),
+        ("--at-least 1.5", "at-least must lie in (0, 1], got 1.5"),
+        ("--at-least 0.9 --at-most-lost 1 --images .", "either --at-least or --at-most-lost"),
+        ("--at-most-lost 1", "--at-most-lost needs --images"),
+        ("--image-count 0", "image-count must be positive, got 0"),
+        ("--model hf:google/vit", "one of transformers"),
+    ],
+)
+def test_wrong_input_gets_one_line(arguments, message):
+    done = run("compare", *arguments.split())
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def _seconds(**ratios):
+    base = [1.0] * 6
+    return {"unreduced": base, "control": base, **{float(rate): [1 / by] * 6 for rate, by in ratios.items()}}
+
+
+def test_the_fastest_that_keeps_enough_is_recommended():
+    seconds = _seconds(**{"0.9": 1.2, "0.7": 1.5, "0.5": 1.9})
+    assert payoff.judge(8, seconds)["recommended"] == 0.9
+    assert payoff.judge(8, seconds, {0.9, 0.7})["recommended"] == 0.7
+    assert payoff.judge(8, seconds, set())["recommended"] is None
+    row = payoff.judge(8, seconds, {0.9, 0.7})
+    lines = " ".join(advice([row], {0.9, 0.7}, "fidelity at least 0.99"))
+    assert "reduce, with keep rate 0.7, the fastest with fidelity at least 0.99: 1.50 times as fast" in lines
+    assert "costs accuracy" not in lines
+    slow = payoff.judge(8, _seconds(**{"0.9": 1.0, "0.5": 1.9}), {0.9})
+    lines = " ".join(advice([slow], {0.9}, "fidelity at least 0.99"))
+    assert "keep rate 0.5 would pay, but only 0.9 has fidelity at least 0.99" in lines
+    lines = " ".join(advice([payoff.judge(8, seconds, set())], set(), "fidelity at least 0.99"))
+    assert "no keep rate has fidelity at least 0.99" in lines
+
+
+def test_choose():
+    rows = [{"speedup": speed, "name": name} for speed, name in ((1.2, "a"), (1.9, "b"), (1.5, "c"), (0.9, "d"))]
+    assert choose(rows, lambda row: row["name"] in "acd")["name"] == "c"
+    assert choose(rows, lambda row: row["name"] == "d") is None
+
+
+def test_pretrained_weights_are_tried_once_and_missed_in_one_line(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        hub, "_hub_trouble", lambda seconds: asked.append(seconds) or "the hub cannot be reached: no route"
+    )
+    done = run(
+        *("compare", "--model", MODEL, "--batch", "1", "--rounds", "1", "--methods", "topk", "--keep-rate", "0.5"),
+        *("--no-pictures", "--no-fidelity"),
+    )
+    assert done.exit_code == 0, done.output
+    assert asked == [5.0]
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note:")]
+    assert notes == ["note: pretrained weights cannot be had (the hub cannot be reached: no route), so they are random"]
+    assert "random weights (seed 10)" in done.stdout
+
+
+def test_a_hub_that_does_not_answer_is_given_up(monkeypatch):
+    """A name server that hangs has no time limit of its own."""
+    import threading
+    import time
+
+    from huggingface_hub import constants
+
+    released = threading.Event()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def hang(*_, **__):
+        released.wait(20)
+        raise OSError("too late")
+
+    monkeypatch.setattr(hub.urllib.request, "urlopen", hang)
+    start = time.perf_counter()
+    assert hub._hub_trouble(0.05) == "the hub did not answer within 0.05 seconds"
+    assert time.perf_counter() - start < 10
+    released.set()
