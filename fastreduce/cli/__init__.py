@@ -69,7 +69,3 @@ def _leave(code: int | str | None) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code if isinstance(code, int) else 1)
-
-
-if __name__ == "__main__":
-    main()

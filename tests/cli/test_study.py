@@ -26,7 +26,9 @@ from typer.testing import CliRunner
 
 from fastreduce.cli.app import app
 from fastreduce.cli.options import UserError
-from fastreduce.cli.study import _backbone, _changed, _Changes, _recipe, _taught_by, _training_errors, study
+from fastreduce.cli.study import study
+from fastreduce.cli.study_options import Changes, changed_protocol, make_backbone, make_recipe, make_teacher
+from fastreduce.cli.study_running import training_errors
 from fastreduce.study._lock import hold
 from fastreduce.study.data import open_data
 from fastreduce.study.protocol import Backbone, Protocol, protocol_for
@@ -236,8 +238,8 @@ def test_refusals_do_not_wait_for_torch(folder, weights):
     script = (
         "import json, sys\n"
         "from fastreduce import cli\n"
-        "from fastreduce.cli.study import _EXTRA\n"
-        "_EXTRA.clear()\n"
+        "from fastreduce.cli.study_running import EXTRA\n"
+        "EXTRA.clear()\n"
         "from fastreduce.cli.app import app\n"
         "from fastreduce.cli.study import study\n"
         "from typer.testing import CliRunner\n"
@@ -265,7 +267,7 @@ def test_what_only_the_work_finds(folder, weights):
 
 
 def test_help_needs_no_extra(monkeypatch):
-    monkeypatch.setattr("fastreduce.cli.study._EXTRA", {"no_such_package": "such"})
+    monkeypatch.setattr("fastreduce.cli.study_running.EXTRA", {"no_such_package": "such"})
     for arguments in ((), ("--help",), ("run", "--help"), ("train", "--help"), ("evaluate", "--help")):
         done = run(*arguments)
         assert done.exit_code == 0, done.output
@@ -429,36 +431,36 @@ def _words(folder):
 
 
 def test_a_part_of_the_study_is_made_as_in_the_whole():
-    backbone = _backbone("digits", None, None, False)
-    part = _recipe("digits", False, ["dpcknn", "radial"], ["0.25"], 0, backbone, None, {})
+    backbone = make_backbone("digits", None, None, False)
+    part = make_recipe("digits", False, ["dpcknn", "radial"], ["0.25"], 0, backbone, None, {})
     assert all(one in DIGITS.reductions for one in part.reductions)
     assert [one.variant for one in part.reductions] == ["dpcknn", "radial_l2"]
 
 
 def test_every_field_of_a_protocol_is_an_option():
-    names = [{field.name for field in dataclasses.fields(kind)} for kind in (_Changes, Protocol)]
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in (Changes, Protocol)]
     assert names[0] | {"seed"} == names[1]
     given = {"asymmetry": (2.0, 1.0, 0.0), "ema": 0.0, "distillation": "hard", "workers": 2}
-    changed = _changed(Protocol(), {**given, "epochs": 6})
+    changed = changed_protocol(Protocol(), {**given, "epochs": 6})
     assert changed == dataclasses.replace(Protocol(), **{**given, "ema": None}, epochs=6, warmup_epochs=4)
-    assert _changed(protocol_for("digits"), {"ema": 0.9, "warmup_epochs": 1}).warmup_epochs == 1
+    assert changed_protocol(protocol_for("digits"), {"ema": 0.9, "warmup_epochs": 1}).warmup_epochs == 1
 
 
 def test_the_backbone_of_a_study_has_epochs_of_its_own():
-    recipe = _recipe("digits", False, None, None, 3, DIGITS.backbone, 12, {"epochs": 4, "lr": 0.1})
+    recipe = make_recipe("digits", False, None, None, 3, DIGITS.backbone, 12, {"epochs": 4, "lr": 0.1})
     assert recipe.training == dataclasses.replace(DIGITS.training, epochs=12, warmup_epochs=1, seed=3)
     assert recipe.fine_tuning == dataclasses.replace(DIGITS.fine_tuning, epochs=4, warmup_epochs=0, seed=3, lr=0.1)
 
 
 def test_teachers(folder, weights):
     student = Backbone("deit_small_patch16_224", pretrained=True)
-    assert _taught_by(None, None, student) is None
-    assert _taught_by("deit_base_patch16_224", None, student) == Backbone("deit_base_patch16_224", pretrained=True)
-    assert _taught_by(None, weights, student) == Backbone("deit_small_patch16_224", checkpoint=weights)
-    recipe = dataclasses.replace(DIGITS, teacher=_taught_by(None, weights, DIGITS.backbone))
+    assert make_teacher(None, None, student) is None
+    assert make_teacher("deit_base_patch16_224", None, student) == Backbone("deit_base_patch16_224", pretrained=True)
+    assert make_teacher(None, weights, student) == Backbone("deit_small_patch16_224", checkpoint=weights)
+    recipe = dataclasses.replace(DIGITS, teacher=make_teacher(None, weights, DIGITS.backbone))
     model = next(recipe.models)
     assert _teacher(recipe, folder, model, 10) is None
-    recipe = dataclasses.replace(recipe, fine_tuning=_changed(recipe.fine_tuning, {"distillation": "soft"}))
+    recipe = dataclasses.replace(recipe, fine_tuning=changed_protocol(recipe.fine_tuning, {"distillation": "soft"}))
     assert torch.equal(_teacher(recipe, folder, model, 10).head.weight, load_file(weights)["head.weight"])
     with pytest.raises(ValueError, match="cannot teach: it has no head for 9 classes"):
         _teacher(recipe, folder, model, 9)
@@ -468,5 +470,5 @@ def test_an_image_that_a_worker_cannot_read_is_named(tmp_path):
     write_imagenet(tmp_path)
     (tmp_path / "val" / "n01" / "0.jpg").write_bytes(b"no image")
     broken = open_data("imagenet", tmp_path, image_size=8).val
-    with pytest.raises(UserError, match=r"^[^\n]*val/n01/0\.jpg cannot be read as an image"), _training_errors():
+    with pytest.raises(UserError, match=r"^[^\n]*val/n01/0\.jpg cannot be read as an image"), training_errors():
         list(DataLoader(broken, num_workers=1))

@@ -17,7 +17,7 @@ pytest.importorskip("typer")
 
 from safetensors.torch import load_file, save_file
 
-from fastreduce.cli.study import _model_options
+from fastreduce.cli.study_options import parse_model_options
 from fastreduce.integrations.timm import patch
 from fastreduce.study import data as reading
 from fastreduce.study import run as running
@@ -161,23 +161,23 @@ def test_crops_that_cannot_be(wrong):
 
 def test_model_options():
     words = ["img_size=32", "weight_init = jax", "qk_norm=true", "class_token=False", "init_values=1e-5"]
-    assert _model_options(words) == {
+    assert parse_model_options(words) == {
         **{"img_size": 32, "weight_init": "jax", "qk_norm": True, "class_token": False, "init_values": 1e-5}
     }
     for wrong in ("img_size", "=3", "img_size=", "num_classes=3", "3=4"):
         with pytest.raises(ValueError, match="--model-option"):
-            _model_options([wrong])
+            parse_model_options([wrong])
 
 
 @pytest.mark.parametrize("word", ["foo=3", "depth=x", "num_heads=0"])
 def test_model_options_that_timm_cannot_take(word):
-    backbone = Backbone("vit_tiny_patch16_224", _model_options(["embed_dim=12", word]))
+    backbone = Backbone("vit_tiny_patch16_224", parse_model_options(["embed_dim=12", word]))
     with pytest.raises(ValueError, match=f"cannot be had from timm with embed_dim=12, {word.split('=')[0]}="):
         backbone.build(3)
 
 
 def small_weights(path):
-    options = _model_options([*SMALL, "img_size=16"])
+    options = parse_model_options([*SMALL, "img_size=16"])
     model = Backbone("vit_tiny_patch16_224", options).build(3)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_a_backbone_of_its_own(tars, tmp_path, monkeypatch):
     from fastreduce.study import recipe as recipes
     from fastreduce.study import train as training
 
-    small = Backbone("vit_tiny_patch16_224", _model_options([*SMALL, "img_size=32"]))
+    small = Backbone("vit_tiny_patch16_224", parse_model_options([*SMALL, "img_size=32"]))
     monkeypatch.setitem(recipes.EMBEDDED, "cifar10", dataclasses.replace(CIFAR10, backbone=small))
     seen, before = [], training._Trainer.run_epoch
 

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fastreduce.cli.app import app
-from fastreduce.cli.study import _backbone, _recipe
 from fastreduce.cli.study import study as commands
+from fastreduce.cli.study_options import make_backbone, make_recipe
 from fastreduce.names import FAMILIES, TITLES
 from fastreduce.study import pages
 from fastreduce.study import recipe as recipes
@@ -267,7 +267,7 @@ def test_further_backbones_are_chosen_by_name(tmp_path):
 
     def chosen(dataset, capacities, methods=None, **backbone):
         named = {"model": None, "checkpoint": None, "pretrained": False, **backbone}
-        recipe = _recipe(dataset, False, methods, None, 0, _backbone(dataset, **named), None, {}, capacities)
+        recipe = make_recipe(dataset, False, methods, None, 0, make_backbone(dataset, **named), None, {}, capacities)
         return {one.name: list(dict.fromkeys(each.method for each in one.reductions)) for one in recipe.capacities}
 
     assert chosen("digits", None) == {"width-24": list(FAMILIES["Pruning"])}
