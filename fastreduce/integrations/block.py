@@ -88,7 +88,9 @@ def check_block(block: nn.Module, index: int, model: str, *, opened: bool) -> No
 @functools.cache
 def reduced_class(kind: Any) -> Any:
     """Return the subclass of a class of blocks whose instances reduce tokens."""
-    members = {"__module__": __name__, "kind": kind, "parts": parts_of(kind)}
+    members: dict[str, Any] = {"__module__": __name__, "kind": kind, "parts": parts_of(kind)}
+    if members["parts"].returns_tuple:
+        members["forward"] = _forward_tuple
     return type(f"Reduced{kind.__name__}", (ReducedBlock, kind), members)
 
 
@@ -501,7 +503,10 @@ class ReducedBlock:
         if site.positions:
             place = torch.arange(patches, dtype=torch.int32, device=x.device).expand(x.shape[0], -1)
         recorded = ACTIVE.records
-        inputs = () if whole or recorded or host.asks_for_inputs(model) else None
+        asked = whole or recorded or host.needs_grid
+        if not asked and type(host).asks_for_inputs is not Host.asks_for_inputs:
+            asked = host.asks_for_inputs(model)
+        inputs = () if asked else None
         backend = resolve(reducer.backend, x)
         tokens = Tokens(
             x, prefix=prefix, patches=patches, backend=backend, whole=whole, grid=grid, place=place, inputs=inputs
@@ -548,11 +553,6 @@ class ReducedBlock:
 
     def forward(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Any:
         """Tokens to Tokens; the first reduced block also takes a tensor (B, N, C), the last block returns one."""
-        if self.parts.returns_tuple:
-            return self._reduced(x, *args, **kwargs), None
-        return self._reduced(x, *args, **kwargs)
-
-    def _reduced(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Tensor | Tokens:
         if isinstance(x, torch.fx.Proxy) or (
             kwargs and any(isinstance(one, torch.fx.Proxy) for one in kwargs.values())
         ):
@@ -596,6 +596,11 @@ class ReducedBlock:
             if isinstance(last, ReducedBlock):
                 return site.host.finish(model, tokens) if last is self else tokens
         return site.host.finish(model, tokens) if self._is_last(blocks) else tokens
+
+
+def _forward_tuple(self: ReducedBlock, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> tuple[Any, None]:
+    """Stand in for the forward of a block that returns its tokens with something else, which nobody takes."""
+    return ReducedBlock.forward(self, x, *args, **kwargs), None
 
 
 def _call(layer: nn.Module, x: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def is_bare(layer: nn.Module) -> bool:
 
     A subclass (parametrised, quantised, an adapter, sharded) is not, nor a weight that is a tensor of its own kind.
     """
-    if type(layer) is not nn.Linear or not is_plain_tensor(layer.weight):
+    if type(layer) is not nn.Linear or type(layer.weight) not in _PLAIN_TENSORS:
         return False
     # As is_unhooked, which this is asked instead of in every pass.
     forward = layer._forward_pre_hooks or layer._forward_hooks or "forward" in layer.__dict__
