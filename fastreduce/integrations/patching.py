@@ -39,10 +39,20 @@ def _strange_model(model: nn.Module) -> str:
     kind = type(model)
     if kind.__name__ in _REASONS and kind.__module__.partition(".")[0] in ("timm", "transformers"):
         return _REASONS[kind.__name__]
-    inside = next(hosted(model), None)
-    if inside is not None:
-        return f"give the {type(inside[1]).__name__} inside of it, .{inside[0]}"
+    inside = list(hosted(model))
+    if inside:
+        path, found = next((one for one in inside if _passes(one[1])), inside[0])
+        return f"give the {type(found).__name__} inside of it, .{path}"
     return f"it is a {kind.__name__} of {kind.__module__}, of which the reducers do not know where its blocks are"
+
+
+def _passes(model: nn.Module) -> bool:
+    """Whether a model that a host knows is as the host wants it."""
+    try:
+        host_of(model).check(model)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _check_model(model: Any) -> Host:

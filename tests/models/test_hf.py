@@ -415,6 +415,18 @@ class TestRefusals:
         with pytest.raises(TypeError, match="Mine attention"):
             fastreduce.patch(model, "topk", at=AT)
 
+    def test_inside_of_something(self):
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+        words = transformers.LlamaConfig(**small, vocab_size=9)
+        both = nn.ModuleDict({"words": transformers.LlamaModel(words), "eyes": build("siglip")})
+        with pytest.raises(TypeError, match=r"give the SiglipVisionModel inside of it, \.eyes"):
+            fastreduce.patch(both, "topk")
+        clips = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGE))
+        model = llava()
+        model.second_tower = clips
+        with pytest.raises(TypeError, match=r"\.model\.vision_tower and the CLIPVisionModel \.second_tower"):
+            fastreduce.patch(model, "topk")
+
     def test_other_versions(self):
         model = build("dinov2")
         del model.dinov2.encoder.layer[2].attention.k_proj
