@@ -49,6 +49,7 @@ from fastreduce.integrations.timm import model_names, record
 from fastreduce.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
 from fastreduce.speed import comparison
 from fastreduce.speed.comparison import Comparison, Entry, check_positive, relative_difference
+from fastreduce.speed.timm_table import as_csv, row_of, tagged, work_of
 
 from .model_plots import save_plots
 
@@ -475,6 +476,7 @@ class _Contest:
             "images_checked": comparison.checked,
             "refused": comparison.refused,
             "group_seconds": time.perf_counter() - started,
+            "timm": self._timm_rows(seconds) if step == "forward" else [],
             "unreduced": self._row("unreduced", seconds, reasons),
             "free_slices": [
                 {"counts": list(counts), **self._row(counts, seconds, reasons)} for counts in comparison.slices
@@ -490,6 +492,20 @@ class _Contest:
             row["ideal_speedup"] = self.comparison.gmacs["unreduced"] / row["gmacs"]
         row |= _speed(seconds[name], len(self.images)) if name in seconds else {"images_per_second": None}
         return row | self._ratio("speedup", name, "unreduced", seconds)
+
+    def _timm_rows(self, seconds: Mapping[Any, list[float]]) -> list[dict[str, Any]]:
+        """Return the speeds in timm's words."""
+        comparison, image = self.comparison, self.images[:1]
+        name = comparison.settings.model
+        models = {"unreduced": (name, comparison.model)}
+        models |= {
+            entry.slug: (tagged(name, entry.label, entry.keep_rate), entry.model) for entry in comparison.entries
+        }
+        return [
+            row_of(name, len(self.images), image.shape[-1], statistics.median(seconds[key]), work_of(model, image))
+            for key, (name, model) in models.items()
+            if key in seconds
+        ]
 
     def _ratio(self, title: str, name: Any, other: Any, seconds: Mapping[Any, list[float]]) -> dict[str, Any]:
         if name in seconds and other in seconds:
@@ -763,6 +779,7 @@ def _parser() -> _Parser:
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rewritten after every group")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="rewritten after every group")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the forward passes as a table with timm's columns")
     return parser
 
 
@@ -771,6 +788,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = vars(parser.parse_args(arguments))
     quick, json_file, plots = given.pop("quick", False), given.pop("json", None), given.pop("plots", None)
+    table = given.pop("csv", None)
     settings = Settings(**{**(_QUICK if quick else {}), **given})
     console, started = Console(), time.perf_counter()
     if not console.is_terminal:
@@ -783,7 +801,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         try:
             settings = settings.resolve()
-            for path in filter(None, (json_file, plots)):
+            for path in filter(None, (json_file, plots, table)):
                 path.parent.mkdir(parents=True, exist_ok=True)
             if json_file is not None and json_file.is_dir():
                 raise ValueError(f"{str(json_file)!r} is a folder, not a file")
@@ -808,6 +826,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 part.replace(json_file)
             if plots is not None:
                 save_plots(groups, plots)
+    if table is not None:
+        table.write_text(as_csv(row for group in groups for row in group.get("timm", ())))
     console.print(_LEGEND, style="dim", highlight=False)
     return int(any(map(is_wrong, groups)))
 

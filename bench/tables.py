@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/speed.md, out of the results that are committed.
+"""The tables of README.md, docs/speed.md and docs/study.md, out of the results that are committed.
 
 python -m bench.tables            # prints them, to be pasted where they belong; a test compares
 """
@@ -6,9 +6,11 @@ python -m bench.tables            # prints them, to be pasted where they belong;
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastreduce.names import TITLES
 
 __all__ = ["TABLES", "markdown_table"]
 
@@ -19,6 +21,7 @@ FORWARD, TRAINING = "models-cpu-forward-2026-11-23", "models-cpu-training-2026-1
 QUALITY = "quality-saliency-2026-11-29"
 TUNED = "tune-saliency-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
+STUDY = "study-cifar10-off-the-shelf-2026-11-29"
 RATES = (0.7, 0.5)
 
 
@@ -36,17 +39,17 @@ def _by_label(methods: Iterable[Any], rate: float | None = None) -> dict[str, An
 
 
 def first_figures() -> list[str]:
-    """Return the README's six rows."""
-    result = _read(COMPARED)
-    kept = [_by_label(result["methods"], rate) for rate in RATES]
-    rows = [["unreduced", f"{result['unreduced']['images_per_second']:.1f}", "1.00", "", "1.00", ""]]
+    """Return the README's six rows: speed, and what it costs on real weights."""
+    result, quality = _read(COMPARED), _read(QUALITY)["methods"]
+    cells: dict[str, list[str]] = {"unreduced": ["1.00", "", "0"] * len(RATES)}
     for label in ("topk", "evit", "ats", "tome", "kmedoids"):
-        cells = [f"`{label}`", f"{kept[0][label]['images_per_second']:.1f}"]
-        for methods in kept:
-            cells += [f"{methods[label][key]:.2f}" for key in ("speedup", "speedup_over_official")]
-        rows.append(cells)
-    head = ["", "images/s, 0.7", "÷ unreduced, 0.7", "÷ plain, 0.7", "÷ unreduced, 0.5", "÷ plain, 0.5"]
-    return markdown_table(head, rows)
+        cells[f"`{label}`"] = []
+        for rate in RATES:
+            fast, lost = _by_label(result["methods"], rate)[label], _by_label(quality, rate)[label]
+            speeds = (f"{fast[key]:.2f}" for key in ("speedup", "speedup_over_official"))
+            cells[f"`{label}`"] += [*speeds, f"{lost['mean']['saliency_error_last']:.3f}"]
+    head = [f"{words}, {rate:g}" for rate in RATES for words in ("÷ unreduced", "÷ plain", "error")]
+    return markdown_table(["", *head], [[name, *row] for name, row in cells.items()])
 
 
 def compared(rate: float) -> list[str]:
@@ -163,10 +166,32 @@ def tuned() -> list[str]:
     return markdown_table([*head, "saliency error", "block:tokens"], rows)
 
 
+def _by_rate(result: Any, cell: Callable[[Any], str]) -> list[str]:
+    """Return a row a method and a column a keep rate of a study's result."""
+    reduced = [model for model in result["models"] if model["keep_rate"] is not None]
+    rates = sorted({model["keep_rate"] for model in reduced}, reverse=True)
+    rows = []
+    for method in dict.fromkeys(model["method"] for model in reduced):
+        own = {model["keep_rate"]: cell(model) for model in reduced if model["method"] == method}
+        rows.append([TITLES[method], *(own.get(rate, "") for rate in rates)])
+    return markdown_table(["method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def study_accuracy() -> list[str]:
+    """Return the accuracy of every method and keep rate on CIFAR-10, in per cent."""
+    return _by_rate(_read(STUDY), lambda model: f"{model['accuracy']['top1']:.2f}")
+
+
+def study_gaps() -> list[str]:
+    """Return what every method loses on CIFAR-10, in points, with its interval."""
+    return _by_rate(_read(STUDY), lambda model: "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**model["gap"]))
+
+
 TABLES = {
     "docs/quality.md": [*(quality(rate) for rate in (0.9, 0.7, 0.5)), tuned()],
     "README.md": [first_figures()],
     "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],
+    "docs/study.md": [study_accuracy(), study_gaps()],
 }
 
 

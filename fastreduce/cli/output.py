@@ -67,7 +67,7 @@ class Output:
             self.json_file = given.output_file("--json", json_file, inputs)
         self.troubles: list[str] = []
 
-    def _make(self, file: Path, content: Callable[[Path], object] | str) -> bool:
+    def make(self, file: Path, content: Callable[[Path], object] | str) -> bool:
         """Write a file whole -> whether that went well."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class Output:
         if self.to_stdout:
             if (error := write(sys.stdout, text)) is not None:
                 self.troubles.append(f"the JSON cannot be written to standard output: {error.strerror}")
-        elif self.json_file is not None and not self._make(self.json_file, text):
+        elif self.json_file is not None and not self.make(self.json_file, text):
             self.json_file = None
 
     def rewrite_json(self, result: Mapping[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Output:
         """Make a picture in the folder -> its path, or None if that failed."""
         assert self.folder is not None
         file = self.folder / name
-        return file if self._make(file, save) else None
+        return file if self.make(file, save) else None
 
     def end(self) -> None:
         """Raise UserError with the first of what went wrong."""

@@ -67,6 +67,9 @@ def plan(
     out: Annotated[str, typer.Option(metavar="FOLDER", help="Folder for the plot.")] = "fastreduce-plan",
     pictures: Annotated[bool, typer.Option(help="Whether to draw it.")] = True,
     json_file: given.Json = None,
+    csv_file: Annotated[
+        str | None, typer.Option("--csv", metavar="FILE", help="Write the speeds as a table with timm's columns.")
+    ] = None,
 ) -> None:
     """Measure on this machine from which keep rate and batch on a method pays, and say so when it does not.
 
@@ -105,8 +108,10 @@ def plan(
         )
         settings.check()
         output = Output(json_file, out if pictures else None, (checkpoint,))
+        table = None if csv_file is None else given.output_file("--csv", csv_file, (checkpoint,))
     with stoppable("building models"), progress_bar(lines=True) as progress:
         from ..speed.payoff import Planner
+        from ..speed.timm_table import as_csv
 
         with user_errors():
             planner = Planner(settings, started)
@@ -115,6 +120,8 @@ def plan(
         finished = measure(planner, progress, lambda: _measure_losses(planner, lost, progress))
     result = _with_losses(with_ending(planner, finished), lost)
     output.write_json(result)
+    if table is not None:
+        output.make(table, as_csv(planner.timm_rows()))
     output.write_page(lambda page: _print(page, result))
     if finished and output.folder is not None and not result["wrong"]:
         _draw_plan(planner.slug, output, result)

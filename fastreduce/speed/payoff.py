@@ -36,6 +36,7 @@ from . import comparison
 from .advice import advice
 from .comparison import FORMAT_VERSION, Comparison, Entry, relative_difference
 from .settings import ROUNDS_FOR_A_SPREAD, PlanSettings
+from .timm_table import row_of, tagged, work_of
 
 __all__ = ["Planner", "Settings", "judge", "round_up", "verdict"]
 
@@ -495,6 +496,20 @@ class Planner:
             if rounding is not None and rounding["proposed"] is not None:
                 (code,) = (found["code"] for found in rounding["tried"] if found["multiple"] == rounding["proposed"])
         return {**row, "rounding": rounding, "code": code}
+
+    def timm_rows(self) -> list[dict[str, Any]]:
+        """Return the speeds in timm's words: the unreduced model and every keep rate, at every batch."""
+        image = self.comparison.views(1)
+        models: dict[Any, tuple[str, nn.Module]] = {"unreduced": (self.settings.model, self.comparison.model)}
+        for rate, entry in self.entries.items():
+            models[rate] = tagged(self.settings.model, entry.label, rate), entry.model
+        work = {key: work_of(model, image) for key, (_, model) in models.items()}
+        return [
+            row_of(name, batch, image.shape[-1], statistics.median(seconds[key]), work[key])
+            for batch, seconds in self.seconds.items()
+            for key, (name, _) in models.items()
+            if seconds.get(key)
+        ]
 
     def result(self) -> dict[str, Any]:
         """Return everything that was measured and where, and what follows from it, ready for JSON.

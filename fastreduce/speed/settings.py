@@ -391,13 +391,5 @@ class ExportSettings(_Common):
         if "," in self.method:
             raise ValueError(f"--method: export takes one method, got {self.method!r}")
         if self.config is not None:
-            _check_config(self.config)
+            read_config(self.config)
         self.as_comparison().check()
-
-
-def _check_config(name: str) -> None:
-    """Raise ValueError unless a file holds the arguments of a patch."""
-    try:
-        read_config(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--config: {error}") from error

@@ -1,0 +1,79 @@
+"""``fastreduce export``: what it refuses in one line, and what it writes and says."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastreduce.cli.app import app
+from fastreduce.speed.settings import ExportSettings
+
+RUNNER = CliRunner()
+WRONG = {
+    "no ending": (["--out", "model"], r"--out must end in .onnx (onnx), .xml (openvino), .pt2 (pt2), got 'model'"),
+    "another ending": (["--out", "model.onnx", "--to", "pt2"], "--out must end in"),
+    "unknown format": (["--out", "model.onnx", "--to", "onx"], "unknown format 'onx'; did you mean 'onnx'?"),
+    "unknown method": (["--out", "model.pt2", "--method", "topq"], "unknown method 'topq'; did you mean 'topk'?"),
+    "several methods": (["--out", "model.pt2", "--method", "topk,tome"], "export takes one method, got 'topk,tome'"),
+    "keep rate": (["--out", "model.pt2", "--keep-rate", "2"], "keep_rate must lie in (0, 1], got 2"),
+    "rounds": (["--out", "model.pt2", "--rounds", "-1"], "rounds must not be negative, got -1"),
+    "batch": (["--out", "model.pt2", "--batch", "0"], "batch must be positive, got 0"),
+    "no config": (["--out", "model.pt2", "--config", "none.json"], "there is no file 'none.json'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_errors_are_one_line(name, tmp_path, monkeypatch):
+    arguments, message = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    done = RUNNER.invoke(app, ["export", *arguments])
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_that_is_none(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"keep_rate": 1}')
+    with pytest.raises(ValueError, match="names no method"):
+        ExportSettings(out="model.pt2", config=str(file)).check()
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr("fastreduce.speed.settings.find_spec", lambda name: None if name == "onnxscript" else 1)
+    with pytest.raises(ValueError, match=r'--to onnx needs onnxscript: pip install "fastreduce\[deploy\]"'):
+        ExportSettings(out="model.onnx").check()
+
+
+def test_the_format_follows_the_ending():
+    for ending, name in ((".onnx", "onnx"), (".xml", "openvino"), (".pt2", "pt2")):
+        assert ExportSettings(out=f"model{ending}").format == name
+    assert dataclasses.replace(ExportSettings(), method="radial").variant == "radial-l2"
+
+
+def test_an_onnx_file_held_against_eager_mode(tmp_path):
+    pytest.importorskip("onnxruntime", reason="the file is run by onnxruntime")
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"method": "evit", "keep_rate": 0.5, "at": [1]}))
+    out, result = tmp_path / "new" / "model.onnx", tmp_path / "result.json"
+    arguments = ["--model", "test_vit", "--config", str(config), "--out", str(out), "--rounds", "1", "--batch", "1"]
+    threads = torch.get_num_threads()
+    done = RUNNER.invoke(app, ["export", *arguments, "--json", str(result)])
+    torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
+    found = json.loads(result.read_text())
+    assert found["config"]["method"] == "evit"
+    assert found["fidelity"]["wrong"] == 0
+    assert found["fidelity"]["decisions"] > 0
+    assert found["fidelity"]["relative"] < 1e-5
+    assert found["bytes"] == out.stat().st_size
+    assert len(found["speeds"]) == 1
+    said = " ".join(done.stdout.split())
+    assert "0 of " in said
+    assert "decisions differ; largest difference" in said
+    assert "times as fast" in said
