@@ -179,10 +179,14 @@ def _draw_all(comparison: Comparison, output: Output, result: dict[str, Any]) ->
     if drawn:
         result["wall_seconds"] = comparison.elapsed
         output.rewrite_json(result)
-        words = f"{count(drawn, 'picture')} in {output.folder}{os.sep}" + (
-            ", all on one page: index.html" if page else ""
-        )
-        output.write_page(lambda page: page.line(words, wrap=False))
+        words = ["All of it on one page, with sliders: index.html"] if page else []
+        words.append(f"{count(drawn, 'picture')} in {output.folder}{os.sep}")
+        output.write_page(lambda sheet: _lines(sheet, words))
+
+
+def _lines(page: Page, words: list[str]) -> None:
+    for line in words:
+        page.line(line, wrap=False)
 
 
 def _panels(comparison: Comparison, entry: Entry) -> list[draw.Panel]:

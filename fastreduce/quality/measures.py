@@ -103,8 +103,9 @@ def image_fidelity(before: Outputs, after: Outputs) -> dict[str, Tensor]:
     if before.class_token is not None and after.class_token is not None:
         found["class_cosine"] = _cosine(before.class_token, after.class_token)
     found["pooled_cosine"] = _cosine(before.pooled, after.pooled)
-    found["patch_cosine"] = _cosine(before.patches, after.patches).mean(1)
-    found["patch_cosine_last"] = _cosine(before.patches, after.patches_last).mean(1)
+    if before.patches is not None and after.patches is not None and after.patches_last is not None:
+        found["patch_cosine"] = _cosine(before.patches, after.patches).mean(1)
+        found["patch_cosine_last"] = _cosine(before.patches, after.patches_last).mean(1)
     return found
 
 
@@ -164,7 +165,8 @@ def fidelity(
     """Hold a patched model against the unreduced one, on the same images.
 
     Args:
-        model: a patched timm Vision Transformer, on any device; it is put into evaluation mode meanwhile.
+        model: patched, on any device; it is put into evaluation mode meanwhile. Of a model that is not timm's only the
+            answer is compared: logits, and pooled features or an embedding.
         images: (N, 3, height, width) floating, normalised as the model wants it; or an iterable of batches, such as a
             ``DataLoader``, each of them images or a pair of images and labels. One batch is in memory at a time.
         labels: (N,) class indices, where ``images`` is a tensor.

@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
         logits: (B, classes), or None for a model without a head.
         class_token: (B, C) after the last norm, or None for a model without a class token.
         patches: (B, P, C) after the last norm, on the full grid: merged patches show the token that they are in,
-            dropped ones zeros.
+            dropped ones zeros; None for models of other libraries than timm.
         patches_last: (B, P, C) the same, but dropped patches show their own last token: what entered the block that
             dropped them, after the last norm.
     """
@@ -34,8 +34,8 @@ class Outputs(NamedTuple):
     pooled: Tensor
     logits: Tensor | None
     class_token: Tensor | None
-    patches: Tensor
-    patches_last: Tensor
+    patches: Tensor | None = None
+    patches_last: Tensor | None = None
 
     def take(self, rows: slice) -> Outputs:
         """Return the outputs of some of the images."""
@@ -75,18 +75,37 @@ def _entering(blocks: Sequence[nn.Module], at: Sequence[int]) -> Iterator[dict[i
 
 
 def check_kind(model: Any) -> Any:
-    """Return the timm model that was patched, or the argument if it is an unreduced timm model.
+    """Return the model that was patched, or the argument if it is unreduced.
 
     Raises:
-        TypeError: a model whose features cannot be had.
+        TypeError: no model.
     """
-    host = patched_model(model) if isinstance(model, nn.Module) and is_patched(model) else model
-    if not all(hasattr(host, name) for name in ("forward_intermediates", "forward_head", "blocks")):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fidelity takes a model (torch.nn.Module), got {model!r}")
+    return patched_model(model) if is_patched(model) else model
+
+
+def _has_dense_features(host: Any) -> bool:
+    """Whether a model is one of timm's, which hands out its patches on the full grid."""
+    return all(hasattr(host, name) for name in ("forward_intermediates", "forward_head", "blocks", "num_prefix_tokens"))
+
+
+def _answer(host: nn.Module, images: Tensor) -> Outputs:
+    """Return what a call of any other model gives: a tensor, or an output with logits or pooled features."""
+    found: Any = host(images)
+    found = found[0] if isinstance(found, tuple) and type(found) is tuple else found
+    if isinstance(found, Tensor) and found.ndim == 2:
+        return Outputs(found, None, None)
+    logits = getattr(found, "logits", None)
+    pooled = next(
+        (one for name in ("pooler_output", "image_embeds") if (one := getattr(found, name, None)) is not None), logits
+    )
+    if pooled is None or pooled.ndim != 2:
         raise TypeError(
-            "fidelity takes a timm Vision Transformer (one with forward_intermediates and forward_head), got "
-            f"{type(model).__name__}"
+            "fidelity takes a timm Vision Transformer, or a model that gives (B, C) features or logits, and "
+            f"{type(host).__name__} gives {type(found).__name__}"
         )
-    return host
+    return Outputs(pooled, logits, None)
 
 
 class _Given(nn.Module):
@@ -132,7 +151,7 @@ def model_outputs(
     """Run a model once, and return everything that fidelity is measured on.
 
     Args:
-        model: a timm Vision Transformer, patched or not, in evaluation mode.
+        model: patched or not, in evaluation mode. Of other libraries' models only what they answer is compared.
         images: (B, 3, height, width), on the model's device and in its dtype.
         last: whether to make ``patches_last``; else it is ``patches``.
         entering: (B, N, C) for every block, what enters it in the unreduced model (:func:`block_inputs`), with which
@@ -142,6 +161,8 @@ def model_outputs(
         TypeError: a model whose features cannot be had.
     """
     host = check_kind(model)
+    if not _has_dense_features(host):
+        return _answer(host, images)
     reduced = is_patched(model)
     at = host.reducers.blocks if reduced and last else ()
     with contextlib.ExitStack() as stack:

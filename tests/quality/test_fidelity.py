@@ -205,11 +205,31 @@ def test_wrong_arguments_are_said(arguments, error, words):
         fastreduce.fidelity(model, **arguments)
 
 
+def test_models_of_other_libraries_are_compared_by_their_answer():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=4, num_attention_heads=3, intermediate_size=96, image_size=64, patch_size=8
+    )
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    images = _images(3)
+    with torch.no_grad():
+        before = model(images).logits
+        after = fastreduce.patch(model, "topk", keep_rate=0.3, at=AT)(images).logits
+    found = fastreduce.fidelity(model, images)
+    assert set(found.values) == {"agreement", "kl", "pooled_cosine"}
+    assert torch.allclose(found.values["pooled_cosine"], torch.cosine_similarity(before, after), atol=1e-5)
+    assert found.values["pooled_cosine"].max() < 1
+    assert fastreduce.is_patched(model)
+
+
 def test_wrong_models_are_said():
     with pytest.raises(ValueError, match="not patched"):
         fastreduce.fidelity(_model(), _images(1))
-    with pytest.raises(TypeError, match="Linear"):
-        fastreduce.fidelity(nn.Linear(2, 2), _images(1))
+    with pytest.raises(TypeError, match="got 3"):
+        fastreduce.fidelity(3, _images(1))
+    with pytest.raises(TypeError, match="Identity gives Tensor"):
+        model_outputs(nn.Identity(), _images(1))
     headless = fastreduce.patch(_model(num_classes=0), "topk", keep_rate=0.6, at=AT)
     assert set(fastreduce.fidelity(headless, _images(1)).values) == {
         *("class_cosine", "pooled_cosine", "patch_cosine", "patch_cosine_last")
