@@ -77,6 +77,9 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
     logits, centers = torch.randn(b, n - 1, _KEPT).to(dtype), torch.randn(_KEPT, c)
     fused = torch.randn(b, 2 + _KEPT, c).to(dtype)
 
+    angles = torch.randn(n, q.shape[3]).to(dtype)
+    table = angles.cos(), angles.sin()
+
     def topk_stage(room: Any, backend: str) -> Any:
         kept = room.select_topk(room.cls_scores(q[:, :, 0], k, backend=backend), _KEPT, backend=backend)
         room.attention(q, k, v, index=kept, backend=backend)
@@ -146,6 +149,11 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
             lambda room, backend: room.sinkhorn_merge(
                 x[:, 1:], centers, head=x[:, :1], similarity=False, backend=backend
             ),
+        ),
+        Contender(
+            "rotate_tokens",
+            lambda room, backend: room.rotate_tokens(q, table, index, prefix=n - index.shape[1], backend=backend),
+            lambda: reference.rotate_tokens(q, *table, index, n - index.shape[1], False),
         ),
         Contender("Top-K stage", topk_stage, most=MOST_STAGE),
     ]

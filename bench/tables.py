@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/speed.md, out of the results that are committed.
+"""The tables of README.md, docs/speed.md and docs/study.md, out of the results that are committed.
 
 python -m bench.tables            # prints them, to be pasted where they belong; a test compares
 """
@@ -6,9 +6,11 @@ python -m bench.tables            # prints them, to be pasted where they belong;
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastreduce.names import TITLES
 
 __all__ = ["TABLES", "markdown_table"]
 
@@ -17,7 +19,9 @@ COMPARED = "compare-cpu-2threads-2026-11-23"  # one day's run on one machine: wh
 COMPARED_ALONE = "compare-cpu-1thread-2026-11-23"
 FORWARD, TRAINING = "models-cpu-forward-2026-11-23", "models-cpu-training-2026-11-23"
 QUALITY = "quality-saliency-2026-11-29"
+TUNED = "tune-saliency-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
+STUDY = "study-cifar10-off-the-shelf-2026-11-29"
 RATES = (0.7, 0.5)
 
 
@@ -144,10 +148,50 @@ def quality(rate: float) -> list[str]:
     return markdown_table(["method", *QUALITY_COLUMNS.values()], quality_cells(_read(QUALITY)["methods"], rate))
 
 
+def tuned() -> list[str]:
+    """Return tuned schedules beside the paper's, on photographs that the search did not see, of ``bench.tuning``."""
+    rows = []
+    for row in _read(TUNED)["choices"]:
+        stages = " ".join(f"{block}:{tokens}" for block, tokens in zip(row["at"], row["tokens"], strict=True))
+        measures = (row["unseen"][name]["mean"] for name in ("class_cosine", "patch_cosine"))
+        rows.append(
+            [
+                *(f"`{row['method']}`", row["origin"], f"{row['measured']['speedup']:.2f}"),
+                f"{row['predicted']['speedup']:.2f}",
+                *(f"{value:.3f}" for value in measures),
+                *(f"{row['predicted']['fidelity']:.3f}", f"{row['saliency_error']:.3f}", stages),
+            ]
+        )
+    head = ["method", "schedule", "times as fast", "predicted", "class token", "patches", "predicted"]
+    return markdown_table([*head, "saliency error", "block:tokens"], rows)
+
+
+def _by_rate(result: Any, cell: Callable[[Any], str]) -> list[str]:
+    """Return a row a method and a column a keep rate of a study's result."""
+    reduced = [model for model in result["models"] if model["keep_rate"] is not None]
+    rates = sorted({model["keep_rate"] for model in reduced}, reverse=True)
+    rows = []
+    for method in dict.fromkeys(model["method"] for model in reduced):
+        own = {model["keep_rate"]: cell(model) for model in reduced if model["method"] == method}
+        rows.append([TITLES[method], *(own.get(rate, "") for rate in rates)])
+    return markdown_table(["method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def study_accuracy() -> list[str]:
+    """Return the accuracy of every method and keep rate on CIFAR-10, in per cent."""
+    return _by_rate(_read(STUDY), lambda model: f"{model['accuracy']['top1']:.2f}")
+
+
+def study_gaps() -> list[str]:
+    """Return what every method loses on CIFAR-10, in points, with its interval."""
+    return _by_rate(_read(STUDY), lambda model: "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**model["gap"]))
+
+
 TABLES = {
-    "docs/quality.md": [quality(rate) for rate in (0.9, 0.7, 0.5)],
+    "docs/quality.md": [*(quality(rate) for rate in (0.9, 0.7, 0.5)), tuned()],
     "README.md": [first_figures()],
     "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],
+    "docs/study.md": [study_accuracy(), study_gaps()],
 }
 
 

@@ -121,6 +121,11 @@ def last_rows(rows: int, step: int) -> int:
     return min(step, max(16, next_power_of_2(left))) if left else 0
 
 
+def has_last_step(head_dim: int, dtype: torch.dtype, unit: int) -> bool:
+    """Whether the last step stands apart and is the only one that is masked: it takes registers, wider rows all."""
+    return dtype != torch.float32 and unit > 1 and padded_head_dim(head_dim) <= 64
+
+
 @triton.jit
 def load_rows(pointers, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load rows of D channels, zeros past them; ``rows`` is a mask or None."""

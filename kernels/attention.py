@@ -19,6 +19,7 @@ from ._attention import (
     attention_tiles,
     chosen_rows,
     clear_rows,
+    has_last_step,
     last_rows,
     launches,
     load_bias,
@@ -218,12 +219,13 @@ def _attend_rows(
     seen_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    whole = first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
+    MASKED: tl.constexpr = LAST_N < 0  # every step
+    whole = last_n if MASKED else first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
     for start in range(first_n, whole, BLOCK_N):
         acc, seen_max, seen_sum, row_max = _step(
             *(start + tl.arange(0, BLOCK_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
             *(scale_log2, log2_e, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n),
-            *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, False),
+            *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, MASKED),
         )
     if LAST_N > 0:
         # Where the number of keys is the image's own there may be none left, which the masks take care of.
@@ -444,13 +446,14 @@ def _forward_options(
 ) -> tuple[AttentionTile, dict[str, int]]:
     """Return the tile, and what the kernel is compiled by."""
     tile = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed).forward
+    apart = has_last_step(head_dim, dtype, unit)
     return tile, {
         "D": head_dim,
         "UNIT": unit,
         "BLOCK_M": tile.own,
-        "LAST_M": tile.own if packed else last_rows(queries, tile.own) or tile.own,
+        "LAST_M": (not packed and apart and last_rows(queries, tile.own)) or tile.own,
         "BLOCK_N": tile.step,
-        "LAST_N": tile.step if packed else last_rows(keys, tile.step),
+        "LAST_N": -1 if not apart else tile.step if packed else last_rows(keys, tile.step),
         "BLOCK_D": padded_head_dim(head_dim),
     }
 

@@ -14,6 +14,7 @@ from ._attention import (
     attention_tiles,
     chosen_rows,
     clear_rows,
+    has_last_step,
     last_rows,
     launches,
     load_bias,
@@ -270,8 +271,7 @@ def grad_queries_kernel(
     if parts is not None:
         of_keys = parts + (batch * heads + head) * keys
     offset = tl.sum(upstream.to(tl.float32) * result, 1)
-    # All steps are masked where the keys get their gradients: a last one apart would take registers that are not there.
-    MASKED: tl.constexpr = grad_k is not None
+    MASKED: tl.constexpr = LAST_N < 0
     whole = last_n if MASKED else first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
     if grad_scores is not None:
         # The mean of the scores' gradient under the attention; of the class token's only the first row has one.
@@ -298,7 +298,7 @@ def grad_queries_kernel(
             *(prefix, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n, scores_stride_n),
             *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, MASKED),
         )
-    if LAST_N > 0 and not MASKED:
+    if LAST_N > 0:
         acc, row_max, row_peak = _step(
             *(whole + tl.arange(0, LAST_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
             *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
@@ -580,6 +580,7 @@ def _backward(
     alone = not hidden and grad_scores is None and takes_whole()
     at_once = whole_tile(rows, head_dim, q.dtype, unit > 1, with_options=used) if alone else None
     whole, tile = at_once is not None, at_once or tiles.grad_queries
+    apart = not whole and has_last_step(head_dim, q.dtype, unit)
     delta = peak = peak_grad = None
     if not whole:
         delta = torch.empty_like(logsumexp)
@@ -613,7 +614,7 @@ def _backward(
             *out.stride()[:3],
             BLOCK_M=tile.own,
             BLOCK_N=tile.step,
-            LAST_N=last_rows(keys, tile.step) if offsets is None else tile.step,
+            LAST_N=-1 if not apart else last_rows(keys, tile.step) if offsets is None else tile.step,
             **shape,
             **settings(tile),
         )

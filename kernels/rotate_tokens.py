@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
+from ._launch import MOST_IMAGES, in_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,6 @@ def rotate_tokens_kernel(
             out += channels
 
 
-@in_parts("x", "place", "cos", "sin")
 def _launch(
     x: torch.Tensor,
     place: torch.Tensor | None,
@@ -150,9 +149,13 @@ def _launch(
     backward: bool,
 ) -> torch.Tensor:
     batch, heads, tokens, channels = x.shape
+    if batch > MOST_IMAGES:
+        tables = (table[(None,) * (4 - table.ndim)].expand(batch, -1, -1, -1) for table in (cos, sin))
+        return _launch_in_parts(x, place, *tables, prefix, half, backward)
     out = torch.empty(batch, tokens, heads, channels, dtype=x.dtype, device=x.device)
     if out.numel():
-        shared = cos.shape[1] == 1 and sin.shape[1] == 1
+        cos_strides, sin_strides = _strides(cos), _strides(sin)
+        shared = cos_strides[1] == 0 and sin_strides[1] == 0
         tile = head_tile(batch, tokens, heads, channels, shared)
         rotate_tokens_kernel[cdiv(tokens, tile.rows), batch, cdiv(heads, tile.heads)](
             x,
@@ -164,8 +167,8 @@ def _launch(
             heads,
             channels,
             *x.stride()[:3],
-            *_strides(cos),
-            *_strides(sin),
+            *cos_strides,
+            *sin_strides,
             *((0, 0) if place is None else place.stride()),
             BACKWARD=backward,
             HALF=half,
@@ -178,28 +181,26 @@ def _launch(
     return out.transpose(1, 2)
 
 
+_launch_in_parts = in_parts("x", "place", "cos", "sin")(_launch)
+
+
 def _strides(table: torch.Tensor) -> tuple[int, int, int]:
-    """Strides over images, heads and places of a table (B, 1 or H, P, D)."""
-    stride_b, stride_h, stride_p, _ = table.stride()
-    return stride_b, stride_h if table.shape[1] > 1 else 0, stride_p
-
-
-def _for_images(table: torch.Tensor, images: int) -> torch.Tensor:
-    """View a table (P, D), (1 or H, P, D) or (1 or B, 1 or H, P, D) as (B, 1 or H, P, D)."""
-    return table[(None,) * (4 - table.ndim)].expand(images, -1, -1, -1)
+    """Strides over images, heads and places of a table (P, D), (1 or H, P, D) or (1 or B, 1 or H, P, D)."""
+    strides, sizes = table.stride(), table.shape
+    stride_h = strides[-3] if len(sizes) > 2 and sizes[-3] > 1 else 0
+    stride_b = strides[0] if len(sizes) > 3 and sizes[0] > 1 else 0
+    return stride_b, stride_h, strides[-2]
 
 
 def rotate_tokens(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: torch.Tensor | None, prefix: int, half: bool
 ) -> torch.Tensor:
     """Launch; x (B, H, N, D) and tables with contiguous channels, place (B, N - prefix) of any strides or None."""
-    batch = x.shape[0]
-    return _launch(x, place, _for_images(cos, batch), _for_images(sin, batch), prefix, half, False)
+    return _launch(x, place, cos, sin, prefix, half, False)
 
 
 def rotate_tokens_backward(
     grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: torch.Tensor | None, prefix: int, half: bool
 ) -> torch.Tensor:
     """Launch; gradient of x for the gradient (B, H, N, D) of the result."""
-    batch = grad.shape[0]
-    return _launch(grad, place, _for_images(cos, batch), _for_images(sin, batch), prefix, half, True)
+    return _launch(grad, place, cos, sin, prefix, half, True)

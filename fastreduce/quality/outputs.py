@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..integrations.timm import unpatch
 from ..recording import Stage, is_patched, patched_model, record
+from ..reducers import Reducer
 from ..tokens import Tokens
 
 __all__ = ["Outputs", "block_inputs", "model_outputs", "shared_copy", "unreduced_copy"]
@@ -113,6 +114,17 @@ def _starting_with(host: Any, tokens: Tensor | None) -> Iterator[None]:
             host.blocks[index] = block
 
 
+@contextlib.contextmanager
+def _zeros_for_dropped(reducer: Reducer) -> Iterator[None]:
+    """Have dense features show zeros for dropped patches, whatever the user chose: what they were is put in here."""
+    before = reducer.fill
+    reducer.fill = "zero"
+    try:
+        yield
+    finally:
+        reducer.fill = before
+
+
 @torch.inference_mode()
 def model_outputs(
     model: nn.Module, images: Tensor, *, last: bool = True, entering: Sequence[Tensor] | None = None
@@ -135,6 +147,8 @@ def model_outputs(
     with contextlib.ExitStack() as stack:
         seen = stack.enter_context(record(host)) if reduced else None
         held = stack.enter_context(_entering(host.blocks, at))
+        if reduced:
+            stack.enter_context(_zeros_for_dropped(host.reducers))
         if reduced and entering is not None:
             stack.enter_context(_starting_with(host, entering[host.reducers.first]))
         features, patches, heads = _features(host, images)

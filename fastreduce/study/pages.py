@@ -140,7 +140,8 @@ def _drawn_patterns(study: Study, data: DataSet) -> tuple[Figure, str] | None:
     """Example images as the last stage of every pruning and hard merging method leaves them."""
     rates = sorted({one.run.keep_rate for one in study.recordings if one.run.keep_rate is not None})
     rate = rates[len(rates) // 2]
-    chosen = range(min(_EXAMPLES, study.recordings[0].images))
+    seen = study.recordings[0].images  # sorted by class, in most data sets
+    chosen = [number * seen // _EXAMPLES for number in range(_EXAMPLES)] if seen > _EXAMPLES else range(seen)
     grid = study.recordings[0].grid
     images = []
     mean, deviation = (np.array(values)[:, None, None] for values in (data.mean, data.std))
@@ -157,7 +158,7 @@ def _drawn_patterns(study: Study, data: DataSet) -> tuple[Figure, str] | None:
     figure = patterns(
         images, slots, grid, subtitle=f"keep rate {rate:g}; grey is lost, regions of one colour are merged"
     )
-    return figure, "The first validation images, not chosen."
+    return figure, "Validation images at even distances, not chosen."
 
 
 def _by_rate(results: Iterable[tuple[Run, Any]], caption: str, digits: int = 2) -> Table:

@@ -189,6 +189,7 @@ class Backbone:
         from timm.models.vision_transformer import VisionTransformer
         from torch import Tensor
 
+        from .._files import one_line
         from ..checkpoints import load_official, read_checkpoint
         from ..integrations.timm import create_model
 
@@ -198,6 +199,11 @@ class Backbone:
             )
         except RuntimeError as error:
             raise ValueError(f"{self.name} cannot be had from timm: {error}") from error
+        except (TypeError, AssertionError, AttributeError, ArithmeticError) as error:  # whatever an option breaks
+            if not self.options:
+                raise
+            given = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+            raise ValueError(f"{self.name} cannot be had from timm with {given}: {one_line(error)}") from error
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"{self.name} is a {type(model).__name__}, not a Vision Transformer of timm")
         if self.checkpoint is not None:

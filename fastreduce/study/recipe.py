@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -306,6 +307,18 @@ CIFAR10 = Recipe(
 EMBEDDED = {"digits": DIGITS, "cifar10": CIFAR10}
 
 
+@functools.lru_cache(maxsize=1)
+def _opened(data: str, image_size: int, augmentation: Any, root: str | None) -> DataSet:
+    """Open a data set for all models of a study: to read what is in its tar files takes seconds."""
+    from .data import open_data
+
+    return open_data(data, root, image_size=image_size, augmentation=augmentation)
+
+
+def _open(recipe: Recipe, root: str | None) -> DataSet:
+    return _opened(recipe.data, recipe.image_size, recipe.augmentation, root)
+
+
 def _train_backbone(
     recipe: Recipe, folder: Path, root: str | None, cpu: bool, model: Model, progress: _Progress | None = None
 ) -> Training:
@@ -313,7 +326,7 @@ def _train_backbone(
 
     assert recipe.training is not None
     return train(
-        recipe.open(root),
+        _open(recipe, root),
         model.capacity.backbone,
         recipe.training,
         folder / _place(model.folder, "backbone"),
@@ -328,7 +341,7 @@ def _fine_tune(
 ) -> Training:
     from .train import train
 
-    data, backbone = recipe.open(root), model.capacity.backbone
+    data, backbone = _open(recipe, root), model.capacity.backbone
     if recipe.trains(model.capacity):
         trained = folder / _place(model.folder, "backbone") / "model.safetensors"
         backbone = dataclasses.replace(backbone, checkpoint=trained)
@@ -410,6 +423,7 @@ def train_all(
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    _opened.cache_clear()  # the folder may have changed since an earlier study of this process
     if jobs > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"jobs must be 1 for the processes of accelerate launch, got {jobs}")
     steps = _steps(recipe, Path(folder), None if root is None else os.fspath(root), cpu)

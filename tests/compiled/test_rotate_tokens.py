@@ -7,8 +7,8 @@ from fastreduce.kernels import rotate_tokens as kernels
 from tests.compiled.gates import ARCHES, check_gates, with_dtypes
 
 
-@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("channels", "dtype"), with_dtypes([64, 128]))
 def test_gates(arch, dtype, channels, half):
     x = torch.zeros(2, 197, 3, 6, channels, dtype=dtype)[:, :, 0].transpose(1, 2)

@@ -5,6 +5,7 @@ import torch
 
 from fastreduce.kernels import _workspace
 from fastreduce.kernels import sinkhorn_merge as kernels
+from fastreduce.kernels.sinkhorn_merge_backward import sinkhorn_merge_backward
 from tests.compiled.gates import ARCHES, check_gates
 
 # (tokens, clusters, channels, dtype): keep rates .5, .25 and .9 of DeiT-T/S/B, and more tokens
@@ -26,7 +27,9 @@ def reports_for(arch, tokens, clusters, channels, dtype, *, width=None, prefix=1
     merged, similarity, *saved = (tensor.new_zeros(2, *tensor.shape[1:]) for tensor in (merged, similarity, *saved))
     grad = merged[:, prefix:]
     backward = check_gates(
-        arch, lambda: backward.sinkhorn_merge_backward(grad, x, centers, similarity, *saved, 1.0), wide=wide
+        arch,
+        lambda: sinkhorn_merge_backward(grad, x, centers, similarity, *saved, 1.0),
+        wide=wide,
     )
     assert [len(forward), len(backward)] == [4, 4]
     return forward[1:], backward

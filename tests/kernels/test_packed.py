@@ -137,13 +137,8 @@ def test_scores(counts, head_dim, prefix, dtype):
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     first, longest = q[0].index_select(1, offsets[:-1]).transpose(0, 1), max(counts, default=4) + 2
     ours, reference, exact = (
-        ops.cls_scores(
-            *(t.to(cast or dtype) for t in (first, k)),
-            value=v.to(cast or dtype),
-            prefix=prefix,
-            offsets=offsets,
-            longest=longest,
-            backend=backend,
+        ops.cls_value_scores_packed(
+            *(t.to(cast or dtype) for t in (first, k, v)), offsets, longest, prefix=prefix, backend=backend
         )
         for backend, cast in BACKENDS
     )
@@ -151,7 +146,7 @@ def test_scores(counts, head_dim, prefix, dtype):
     for b, count in enumerate(counts):
         assert not ours[b, max(count - prefix, 0) :].any()
         rows = slice(int(offsets[b]), int(offsets[b + 1]))
-        alone = ops.cls_scores(first[b : b + 1], k[:, :, rows], value=v[:, :, rows], prefix=prefix, backend="triton")
+        alone = ops.cls_value_scores(first[b : b + 1], k[:, :, rows], v[:, :, rows], prefix=prefix, backend="triton")
         torch.testing.assert_close(ours[b, : count - prefix], alone[0], rtol=1e-5, atol=1e-5)
 
 

@@ -223,6 +223,14 @@ def test_gradients_and_checkpointing(name):
         gradients()
 
 
+def test_a_mean_by_a_mask_gets_every_patch():
+    options = {"vision_config": IMAGE | {"num_patches": 16}, "text_config": IMAGE | {"vocab_size": 9}}
+    model = transformers.Siglip2ForImageClassification(transformers.Siglip2Config(**options)).eval()
+    found = run(fastreduce.patch(model, "topk", keep=KEEP, at=AT), "siglip2", output_hidden_states=True)
+    full = model.vision_model.post_layernorm(found.hidden_states[-1])
+    torch.testing.assert_close(found.logits, model.classifier(full.mean(1)))
+
+
 def test_eager_attention_is_respected():
     model = build("vit").double()
     given = answer(run(fastreduce.patch(model, "topk", keep=KEEP, at=AT), "vit", torch.float64))
@@ -407,6 +415,12 @@ class TestRefusals:
         with pytest.raises(TypeError, match="Mine attention"):
             fastreduce.patch(model, "topk", at=AT)
 
+    def test_other_versions(self):
+        model = build("dinov2")
+        del model.dinov2.encoder.layer[2].attention.k_proj
+        with pytest.raises(TypeError, match=r"no k_proj.*5\.24"):
+            fastreduce.patch(model, "topk", at=AT)
+
     def test_bad_form(self):
         with pytest.raises(ValueError, match="'full' or 'reduced'"):
             fastreduce.patch(build("vit"), "topk", hidden_states="dense")
@@ -428,3 +442,20 @@ def test_nothing_is_imported_that_is_not_needed():
     code = "import sys, timm, fastreduce; from bench.proof import tiny; fastreduce.patch(tiny.build(), 'topk');"
     code += "assert not {'transformers', 'open_clip'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_folder_is_opened(tmp_path):
+    from fastreduce.integrations.hf.folders import answer_of, open_folder
+
+    build("vit").save_pretrained(tmp_path)
+    opened = open_folder(f"hf:{tmp_path}")
+    assert opened.config["input_size"] == (3, 32, 32)
+    assert torch.equal(answer_of(run(opened.model, "vit")), answer(run(build("vit"), "vit")))
+    words = '{"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": true,'
+    (tmp_path / "preprocessor_config.json").write_text(words + '"image_mean": [0.1, 0.2, 0.3], "resample": 3}')
+    config = open_folder(tmp_path).config
+    assert (config["crop_pct"], config["mean"], config["interpolation"]) == (32 / 36, (0.1, 0.2, 0.3), "bicubic")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        open_folder(tmp_path / "nothing")
+    with pytest.raises(TypeError, match="neither logits"):
+        answer_of(object())

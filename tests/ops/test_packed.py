@@ -261,15 +261,16 @@ class TestOps:
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         offsets = torch.tensor([0, 5, 6, 9], dtype=torch.int32)
         first = q[0].index_select(1, offsets[:-1]).transpose(0, 1)
-        scores = ops.cls_scores(first, k, value=v, offsets=offsets, longest=7)
+        scores = ops.cls_value_scores_packed(first, k, v, offsets, 7)
         assert scores.shape == (3, 6)
         for b, (begin, end) in enumerate([(0, 5), (5, 6), (6, 9)]):
-            alone = ops.cls_scores(first[b : b + 1], k[:, :, begin:end], value=v[:, :, begin:end])
+            alone = ops.cls_value_scores(first[b : b + 1], k[:, :, begin:end], v[:, :, begin:end])
             assert torch.equal(scores[b : b + 1, : end - begin - 1], alone)
             assert not scores[b, end - begin - 1 :].any()
-        for wrong in ({"value": None}, {"longest": None}, {"valid": torch.ones(1, 12, dtype=torch.bool)}):
-            with pytest.raises(ValueError, match="with offsets the scores need value and longest, and no valid"):
-                ops.cls_scores(first, k, **({"value": v, "offsets": offsets, "longest": 7} | wrong))
+        with pytest.raises(ValueError, match="k and value must have one shape"):
+            ops.cls_value_scores_packed(first, k, v[:, :, 1:], offsets, 7)
+        with pytest.raises(ValueError, match="longest must be between 0"):
+            ops.cls_value_scores_packed(first, k, v, offsets, -1)
 
     def test_opcheck(self):
         x, index, offsets, num_out, residual = ragged((4, 6, 5), (3, 1, 5), 1, dtype=torch.float32)
@@ -309,7 +310,7 @@ class TestOps:
 
 def _scores(offsets):
     k = tokens(1, 2, 9, 4)
-    return ops.cls_scores(tokens(3, 2, 4), k, value=k, offsets=offsets, longest=5)
+    return ops.cls_value_scores_packed(tokens(3, 2, 4), k, k, offsets, 5)
 
 
 def test_capacity_rows_mean_nothing():

@@ -156,7 +156,7 @@ def test_scores_of_the_class_token_with_values_go_in_as_they_are():
     qkv = torch.randn(2, 30, 3, 3, 8, generator=seeded(6))
     q, k, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     valid = torch.arange(30) < torch.tensor([[30], [22]])
-    scores = ops.cls_scores(q[:, :, 0], k, value=value, valid=valid)
+    scores = ops.cls_value_scores(q[:, :, 0], k, value, valid=valid)
     logits = (q @ k.transpose(2, 3) * 8**-0.5).masked_fill(~valid[:, None, None], -torch.inf)
     weights = (logits.softmax(-1)[:, :, 0] * value.norm(dim=-1)).sum(1)[:, 1:]
     weights = weights / (weights.sum(1, keepdim=True) + 1e-6)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastreduce.cli.study import _model_options
 from fastreduce.integrations.timm import patch
+from fastreduce.study import data as reading
 from fastreduce.study import run as running
 from fastreduce.study.data import Augmentation, Crops, Shifts, open_data
 from fastreduce.study.protocol import Backbone, Reduction
@@ -168,6 +169,13 @@ def test_model_options():
             _model_options([wrong])
 
 
+@pytest.mark.parametrize("word", ["foo=3", "depth=x", "num_heads=0"])
+def test_model_options_that_timm_cannot_take(word):
+    backbone = Backbone("vit_tiny_patch16_224", _model_options(["embed_dim=12", word]))
+    with pytest.raises(ValueError, match=f"cannot be had from timm with embed_dim=12, {word.split('=')[0]}="):
+        backbone.build(3)
+
+
 def small_weights(path):
     options = _model_options([*SMALL, "img_size=16"])
     model = Backbone("vit_tiny_patch16_224", options).build(3)
@@ -186,18 +194,21 @@ def test_a_study_off_the_shelf(tars, tmp_path, monkeypatch):
     options = [word for one in (*SMALL, "img_size=16") for word in ("--model-option", one)]
     command = ("run", "--dataset", "folder", "--root", tars, "--model", "vit_tiny_patch16_224", *options)
     command += ("--checkpoint", tmp_path / "w.safetensors", "--epochs", 0, "--workers", 0, "--cpu", "--jobs", 1)
-    done = run(*command, "--keep-rate", 0.5, "--out", tmp_path / "out")
+    scans, read_split = [], reading._read_split
+    monkeypatch.setattr(reading, "_read_split", lambda path: scans.append(path) or read_split(path))
+    done = run(*command, "--keep-rate", 0.5, "--methods", "topk,tome,dpcknn", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
+    assert len(scans) == 4  # for training and for judging, whatever the number of models
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["recipe"]["backbone"]["checkpoint"] == "w.safetensors"
     found = written["models"]
-    assert [one["method"] for one in found] == ["none", *dict.fromkeys(one.variant for one in _untrained())]
+    assert [one["method"] for one in found] == ["none", "topk", "tome", "dpcknn"]
     data = open_data("folder", tars, image_size=16)
     images, labels = everything(data)
     for one in found:
         assert one["images"] == 9
-    for method, wanted in (("none", None), ("topk", "topk"), ("tome", "tome")):
-        reduced = model if wanted is None else patch(copy.deepcopy(model), wanted, keep_rate=0.5)
+    for method, wanted in (("none", None), ("topk", {}), ("tome", {}), ("dpcknn", {"equal_weight": True})):
+        reduced = model if wanted is None else patch(copy.deepcopy(model), method, keep_rate=0.5, **wanted)
         with torch.no_grad():
             right = (reduced(images).argmax(1) == labels).double().mean().item()
         held = next(one for one in found if one["method"] == method)

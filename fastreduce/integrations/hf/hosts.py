@@ -161,6 +161,8 @@ class EncoderHost(Host):
         tower, kind = self._tower(model)[0], type(model).__name__
         if type(tower).__name__ == "VJEPA2Model":  # its predictor counts patches
             return kind != "VJEPA2ForVideoClassification"
+        if kind == "Siglip2ForImageClassification":  # its mean is by the mask of the input's patches
+            return True
         if type(tower).__name__ == "IJepaModel" and getattr(tower, "pooler", None) is not None:  # of the first patch
             return True
         return model.reducers.hidden_states == "full" and self.looks(model) == "tokens"

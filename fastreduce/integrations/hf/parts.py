@@ -76,6 +76,11 @@ class Layer(Parts):
                 f"{{model}} cannot be reduced: block {{index}} has a {type(inside).__name__} attention, where a "
                 f"{self.kind} is wanted"
             )
+        if missing := [name for name in self.qkv if name not in inside._modules]:
+            return TypeError, (
+                f"{{model}} cannot be reduced: the {self.kind} of block {{index}} has no {missing[0]}: it is that of "
+                "another version of transformers, where 5.24 or newer is wanted"
+            )
         strange = self.geometry(block).strange if opened else None
         if strange:
             return ValueError, f"block {{index}} is to be reduced in its attention, but that {strange}"

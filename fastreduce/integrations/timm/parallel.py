@@ -91,7 +91,7 @@ class ScalingParts(TimmParts):
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
         """One output projection, or one for each half."""
-        if block.out_proj is not None:
+        if getattr(block, "out_proj", None) is not None:
             return linear(block.out_proj, attended)
         width = attended.shape[-1] - block.in_split[0]
         first, second = attended[..., :width], attended[..., width:]
@@ -106,7 +106,8 @@ class ScalingParts(TimmParts):
         return block.ls(projected)
 
     def _out(self, block: Any) -> tuple[Any, ...]:
-        return tuple(one for one in (block.out_proj, block.attn_out_proj, block.mlp_out_proj) if one is not None)
+        names = ("out_proj", "attn_out_proj", "mlp_out_proj")
+        return tuple(one for name in names if (one := block._modules.get(name)) is not None)
 
     def bias(self, block: Any) -> Tensor | None:
         """Return what becomes of the output projections' biases."""
@@ -144,7 +145,7 @@ class ScalingParts(TimmParts):
         hidden = sections[0] if block.mlp_bias is None else sections[0] + block.mlp_bias
         hidden = block.mlp_drop(block.mlp_act(hidden))
         out = out.transpose(1, 2).flatten(2)
-        if block.out_proj is None:  # a slice of both together would be multiplied by another route
+        if getattr(block, "out_proj", None) is None:  # a slice of both together would be multiplied by another route
             return block.attn_out_proj(out) + block.mlp_out_proj(hidden)
         return block.out_proj(torch.cat([out, hidden], dim=-1))
 

@@ -19,7 +19,7 @@ from ..measures import MEASURES, Fidelity
 from ..outputs import shared_copy
 from .losses import SHARES, Calibration, LossTable, patched
 from .search import Schedule, count_levels, fastest_within, front_of
-from .times import TimeTable, measure_times
+from .times import Clock, TimeTable, measure_times
 
 __all__ = ["Choice", "Tuner"]
 
@@ -86,6 +86,7 @@ class Tuner:
         labels: (N,) and (M,) class indices, or None.
         saved: a file for the tables, so that an interrupted run goes on where it was; None for none.
         key: of the tables in that file: everything that they depend on.
+        clock: gives the seconds of a call on a device.
 
     Attributes:
         refused: methods that cannot serve this model, with the reason.
@@ -103,6 +104,7 @@ class Tuner:
         labels: tuple[Sequence[int], Sequence[int]] | None = None,
         saved: Path | None = None,
         key: Mapping[str, Any] | None = None,
+        clock: Clock = seconds_of,
     ):
         if not len(seen) or not len(unseen):
             raise ValueError(f"a search needs images, and others to check it, got {len(seen)} and {len(unseen)}")
@@ -115,7 +117,7 @@ class Tuner:
         self.patches = int(model.patch_embed.num_patches)  # type: ignore[union-attr, arg-type]
         self._least_rate = max(0.25, round((2 / self.patches) ** (1 / 3), 2))  # below it, r³ would leave no token
         self.counts = count_levels(self.patches, LEVELS)
-        self.saved, self.key = saved, dict(key or {})
+        self.saved, self.key, self.clock = saved, dict(key or {}), clock
         self.refused: dict[str, str] = {}
         self.methods: dict[str, dict[str, Any]] = {}
         for name, arguments in methods.items():
@@ -166,7 +168,12 @@ class Tuner:
             self.times = TimeTable(**tables["times"])
         else:
             self.times = measure_times(
-                self.seen, self.methods, self.batch, self.counts, progress=lambda done: progress("timing", done, 1)
+                self.seen,
+                self.methods,
+                self.batch,
+                self.counts,
+                clock=self.clock,
+                progress=lambda done: progress("timing", done, 1),
             )
             tables["times"] = dataclasses.asdict(self.times)
             self._write(tables)
@@ -361,7 +368,7 @@ class Tuner:
             for done in range(rounds):
                 progress("measuring", done, rounds)
                 for name in order:
-                    seconds[name].append(seconds_of(lambda name=name: models[name](images), device))  # type: ignore[misc]
+                    seconds[name].append(self.clock(lambda name=name: models[name](images), device))  # type: ignore[misc]
                 order.reverse()
         finally:
             cut_to_whole_rounds(seconds)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...measure import seconds_of
 from .losses import Calibration, patched
 
-__all__ = ["STAGES", "TimeTable", "measure_times"]
+__all__ = ["STAGES", "Clock", "TimeTable", "measure_times"]
 
 # Shares of all patches before and after the stages that are timed; between them the table is interpolated.
 STAGES = ((1.0, 0.9), (1.0, 0.6), (1.0, 0.3), (0.5, 0.45), (0.5, 0.25))
@@ -88,7 +88,12 @@ class TimeTable:
         return total
 
 
-def _rounds(calls: dict[Any, Callable[[], object]], device: torch.device, rounds: int) -> dict[Any, float]:
+Clock = Callable[[Callable[[], object], torch.device], float]  # the seconds of one call
+
+
+def _rounds(
+    calls: dict[Any, Callable[[], object]], device: torch.device, rounds: int, clock: Clock
+) -> dict[Any, float]:
     """Take turns -> the median of each, in seconds, after one call of each that does not count."""
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -96,7 +101,7 @@ def _rounds(calls: dict[Any, Callable[[], object]], device: torch.device, rounds
     order = list(calls)
     for _ in range(rounds):
         for name in order:
-            seconds[name].append(seconds_of(calls[name], device))
+            seconds[name].append(clock(calls[name], device))
         order.reverse()
     return {name: statistics.median(values) for name, values in seconds.items()}
 
@@ -109,6 +114,7 @@ def measure_times(
     counts: Sequence[int],
     *,
     rounds: int = ROUNDS,
+    clock: Clock = seconds_of,
     progress: Callable[[float], None] = lambda done: None,
 ) -> TimeTable:
     """Measure the times of blocks and stages for a batch.
@@ -119,6 +125,7 @@ def measure_times(
         batch: images.
         counts: token counts, descending, the first being all patches.
         rounds: in which everything takes turns; the median counts.
+        clock: gives the seconds of a call on a device.
         progress: called with the share that is done.
     """
     model, device = calibration.model, calibration.images.device
@@ -132,12 +139,12 @@ def measure_times(
     block = model.blocks[middle]
     calls: dict[Any, Callable[[], object]] = {count: partial(block, cut[count]) for count in counts}
     calls["whole"] = partial(model, images)
-    found = _rounds(calls, device, rounds)
+    found = _rounds(calls, device, rounds, clock)
     progress(1 / (1 + len(methods)))
     plain = [found[count] for count in counts]
     table = TimeTable(batch, depth, list(counts), plain, max(0.0, found["whole"] - depth * plain[0]))
     for done, (name, arguments) in enumerate(methods.items(), 2):
-        _measure_method(table, model, name, arguments, tokens, middle, rounds)
+        _measure_method(table, model, name, arguments, tokens, middle, rounds, clock)
         progress(done / (1 + len(methods)))
     return table
 
@@ -148,7 +155,14 @@ def _filled(images: Tensor, batch: int) -> Tensor:
 
 
 def _measure_method(
-    table: TimeTable, model: Any, name: str, arguments: dict[str, Any], tokens: Tensor, middle: int, rounds: int
+    table: TimeTable,
+    model: Any,
+    name: str,
+    arguments: dict[str, Any],
+    tokens: Tensor,
+    middle: int,
+    rounds: int,
+    clock: Clock,
 ) -> None:
     """Time stages of a method beside unreduced blocks, in the same rounds, and the block that follows each."""
     patches, prefix, device = table.counts[0], model.num_prefix_tokens, tokens.device
@@ -181,7 +195,7 @@ def _measure_method(
                 "plain": partial(plain_block, short),
                 "before": partial(plain_block, start),
             }
-            found = _rounds(calls, device, rounds)
+            found = _rounds(calls, device, rounds, clock)
         pace = table.plain(wanted) / found["plain"]  # a machine that is busier now than it was is no cost of the method
         extra = found["stage"] - (middle - first) * found["before"] - found["plain"]
         stages.append([float(before), float(wanted), pace * extra])
