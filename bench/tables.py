@@ -39,17 +39,17 @@ def _by_label(methods: Iterable[Any], rate: float | None = None) -> dict[str, An
 
 
 def first_figures() -> list[str]:
-    """Return the README's six rows."""
-    result = _read(COMPARED)
-    kept = [_by_label(result["methods"], rate) for rate in RATES]
-    rows = [["unreduced", f"{result['unreduced']['images_per_second']:.1f}", "1.00", "", "1.00", ""]]
+    """Return the README's six rows: speed, and what it costs on real weights."""
+    result, quality = _read(COMPARED), _read(QUALITY)["methods"]
+    cells: dict[str, list[str]] = {"unreduced": ["1.00", "", "0"] * len(RATES)}
     for label in ("topk", "evit", "ats", "tome", "kmedoids"):
-        cells = [f"`{label}`", f"{kept[0][label]['images_per_second']:.1f}"]
-        for methods in kept:
-            cells += [f"{methods[label][key]:.2f}" for key in ("speedup", "speedup_over_official")]
-        rows.append(cells)
-    head = ["", "images/s, 0.7", "÷ unreduced, 0.7", "÷ plain, 0.7", "÷ unreduced, 0.5", "÷ plain, 0.5"]
-    return markdown_table(head, rows)
+        cells[f"`{label}`"] = []
+        for rate in RATES:
+            fast, lost = _by_label(result["methods"], rate)[label], _by_label(quality, rate)[label]
+            speeds = (f"{fast[key]:.2f}" for key in ("speedup", "speedup_over_official"))
+            cells[f"`{label}`"] += [*speeds, f"{lost['mean']['saliency_error_last']:.3f}"]
+    head = [f"{words}, {rate:g}" for rate in RATES for words in ("÷ unreduced", "÷ plain", "error")]
+    return markdown_table(["", *head], [[name, *row] for name, row in cells.items()])
 
 
 def compared(rate: float) -> list[str]:

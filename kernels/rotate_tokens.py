@@ -150,8 +150,8 @@ def _launch(
 ) -> torch.Tensor:
     batch, heads, tokens, channels = x.shape
     if batch > MOST_IMAGES:
-        tables = (table[(None,) * (4 - table.ndim)].expand(batch, -1, -1, -1) for table in (cos, sin))
-        return _launch_in_parts(x, place, *tables, prefix, half, backward)
+        cos, sin = (table[(None,) * (4 - table.ndim)].expand(batch, -1, -1, -1) for table in (cos, sin))
+        return _launch_in_parts(x, place, cos, sin, prefix, half, backward)
     out = torch.empty(batch, tokens, heads, channels, dtype=x.dtype, device=x.device)
     if out.numel():
         cos_strides, sin_strides = _strides(cos), _strides(sin)

@@ -402,6 +402,9 @@ def test_evaluation():
     assert found.images_per_second_quartiles[0] <= found.images_per_second <= found.images_per_second_quartiles[1]
     json.dumps(dataclasses.asdict(found))
     for method, tokens in (("topk", [8, 4, 2]), ("evit", [9, 5, 3]), ("ats", None)):
+        if tokens is None:  # attention so sharp that images keep fewer tokens than ATS allows them
+            for block in model.blocks:
+                nn.init.normal_(block.attn.qkv.weight)
         fastreduce.patch(model, method, keep_rate=0.5)
         reduced = evaluate(model, data, batch_size=8, rounds=3)
         assert reduced.gmacs < 0.8 * found.gmacs
@@ -411,6 +414,7 @@ def test_evaluation():
             tokens = [(stage.kept >= 0).sum(1).double().mean().item() for stage in seen.stages]
             most = fastreduce.reduced_counts(model)
             assert all(0 < mean <= count for mean, count in zip(tokens, most, strict=True))
+            assert any(mean < count - 0.01 for mean, count in zip(tokens, most, strict=True))
         assert reduced.tokens == pytest.approx(tokens)
         fastreduce.unpatch(model)
 
