@@ -209,6 +209,14 @@ def _int8_lines(rows: Sequence[Row]) -> Iterator[str]:
         yield "| " + " | ".join([*cells, f"{row['same_class']:.0%}", f"{row['difference']:.1%}"]) + " |"
 
 
+def _save(given: argparse.Namespace, rows: Sequence[Row], load: float | None) -> None:
+    """Write what there is so far."""
+    if given.json is not None:
+        machine = environment(torch.device("cpu"))
+        result = {"rows": list(rows), "load": load, "rounds": given.rounds, "environment": machine}
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
@@ -248,20 +256,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             for row in (_int8 if given.int8 else measure)(given, Path(folder)):
                 rows.append(row)
+                _save(given, rows, load_before)
                 print(".", end="", file=sys.stderr, flush=True)
         except (ValueError, TypeError) as error:
             parser.error(str(error))
     print(file=sys.stderr)
     print(*(_int8_lines(rows) if given.int8 else _lines(rows, given.ways)), sep="\n")
     print(f"\nUnreduced ÷ reduced, {given.rounds} rounds in turns; load before: {load_before}")
-    if given.json is not None:
-        result = {
-            "rows": rows,
-            "load": load_before,
-            "rounds": given.rounds,
-            "environment": environment(torch.device("cpu")),
-        }
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [row for row in rows if not given.int8 and row["difference"] > _TOLERANCE]
     for row in wrong:
         print(f"{row['model']} {row['method']} {row['way']}: differs from eager mode by {row['difference']:.1e}")

@@ -116,6 +116,9 @@ class Plan:
     def _first_members(self, batch: int) -> Tensor:
         """(B, num_out) the first input token that went into each output token."""
         slot = self.slots(batch).long()
+        if torch.compiler.is_exporting():  # a scatter that takes the lowest is wrong in some of ONNX's runtimes
+            members = slot.unsqueeze(1) == torch.arange(self.num_out, device=slot.device).unsqueeze(1)
+            return members.int().argmax(2)
         order = torch.arange(self.num_in, device=slot.device).expand_as(slot)
         first = slot.new_full((batch, self.num_out), self.num_in)
         return first.scatter_reduce(1, slot, order, "amin").remainder(self.num_in)
@@ -137,7 +140,7 @@ class Plan:
         # One column more, for what is not real.
         slot = kept.new_full((batch, self.num_in + 1), rest)
         order = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-        return slot.scatter(1, kept.remainder(self.num_in + 1), order)[:, : self.num_in]
+        return slot.scatter(1, torch.where(kept < 0, self.num_in, kept), order)[:, : self.num_in]
 
     def kept_indices(self, batch: int) -> Tensor | None:
         """(B, num_out) index of the input token that each output token is (of a clustering its centre).

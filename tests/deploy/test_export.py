@@ -8,6 +8,7 @@ from fastreduce.deploy import Decided, differing, export, load, settled
 from fastreduce.deploy.decisions import Kind
 from fastreduce.deploy.export import check
 from fastreduce.reducers import radial
+from fastreduce.tokens import Plan
 
 from .models import METHODS, VARIANTS, build, images, patched
 
@@ -101,3 +102,11 @@ def test_aotinductor(tmp_path):
     run = load(file)
     for batch in (1, 5):
         torch.testing.assert_close(run(images(batch, seed=batch))[0], eager(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_first_members_are_the_same_in_a_graph(monkeypatch):
+    plan = Plan(0, 9, 4, slot=torch.tensor([[0, 3, 3, 2, 0, 1, 1, 2, 3], [2, 2, 2, 3, 3, 3, 0, 0, 0]]))
+    expected = plan._first_members(2)
+    assert expected.tolist() == [[0, 5, 3, 1], [6, 0, 0, 3]]
+    monkeypatch.setattr("torch.compiler.is_exporting", lambda: True)
+    assert torch.equal(plan._first_members(2), expected)
