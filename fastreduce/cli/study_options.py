@@ -84,8 +84,8 @@ KnownMethod = Annotated[
     str | None, typer.Option("--method", help="The method, or none. (default: that of the training)")
 ]
 KnownRate = Annotated[float | None, typer.Option("--keep-rate", help="Its keep rate. (default: that of the training)")]
-_WEIGHTS_HELP = "A folder that study train wrote, or a file of weights."
-Weights = Annotated[Path, typer.Argument(help=_WEIGHTS_HELP)]
+WEIGHTS_HELP = "A folder that study train wrote, or a file of weights."
+Weights = Annotated[Path, typer.Argument(help=WEIGHTS_HELP)]
 Ema = Annotated[bool, typer.Option("--ema", help="The moving average: model_ema.safetensors of the folder.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that load images. (default: the protocol's)")]
 
