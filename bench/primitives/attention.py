@@ -63,9 +63,24 @@ def _tiled(inputs: Inputs) -> int:
     return 2 * nbytes(q) + sweeps * (nbytes(k, v) + q.shape[1] * nbytes(*of_keys))
 
 
+def _goes_at_once(inputs: Inputs, queries: int) -> bool:
+    """Whether one program holds all queries of a head, and makes all gradients."""
+    from fastreduce.kernels._attention import takes_whole, whole_tile
+
+    q, with_options = inputs["q"], any(name in inputs for name in ("bias", "index", "offsets"))
+    if "policy" in inputs or not takes_whole():
+        return False
+    return whole_tile(queries, q.shape[3], q.dtype, aligned=True, with_options=with_options) is not None
+
+
 def _backward_tiled(inputs: Inputs, scored: bool = False) -> int:
-    """First K, V and the policy once a tile of queries, then Q and the upstream gradient once a tile of keys."""
+    """First K, V and the policy once a tile of queries, then Q and the upstream gradient once a tile of keys.
+
+    Where all is done at once: Q, the upstream gradient, the result, K and V once.
+    """
     q, k, v, *of_keys = _tensors(inputs)
+    if not scored and _goes_at_once(inputs, q.shape[2]):
+        return 3 * nbytes(q) + nbytes(k, v) + nbytes(q, k, v) + q.shape[1] * nbytes(*of_keys)
     tiles = _tiles(inputs, scored)
     over_keys = math.ceil(q.shape[2] / tiles.grad_queries.own)
     over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
@@ -167,6 +182,8 @@ def _index_backward_tiled(inputs: Inputs) -> int:
     """As without an index, of fewer queries; then their gradients are added up."""
     q, k, v, _ = inputs.values()
     queries, rows, index = _index_bytes(inputs)
+    if _goes_at_once(inputs, queries):
+        return 3 * rows + index + nbytes(k, v) + 2 * rows + nbytes(q, k, v)
     tiles = _tiles(inputs)
     over_keys = math.ceil(queries / tiles.grad_queries.own)
     over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
@@ -217,6 +234,8 @@ def _packed_tiled(inputs: Inputs) -> int:
 def _packed_backward_tiled(inputs: Inputs) -> int:
     q = inputs["q"]
     row, tiles = nbytes(q) // q.shape[2], _tiles(inputs)
+    if _goes_at_once(inputs, max(_lengths(inputs))):
+        return 3 * nbytes(q) + 5 * row * sum(_lengths(inputs))
     read = 0
     for length in _lengths(inputs):
         sweeps = math.ceil(length / tiles.grad_queries.own) + math.ceil(length / tiles.grad_keys.own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
     return rows + nbytes(inputs["x"], place, *outputs)
 
 
+def _tiled(inputs: Inputs) -> int:
+    """Rows of the table and places once for the heads that a program takes, which are few where images are."""
+    from fastreduce.kernels.rotate_tokens import head_tile
+
+    x, place, cos = inputs["x"], inputs["place"], inputs["cos"]
+    batch, heads, tokens, channels = x.shape
+    groups = math.ceil(heads / head_tile(batch, tokens, heads, channels, True).heads)
+    rows = 2 * place.numel() * cos.shape[-1] * cos.element_size()
+    return groups * (rows + nbytes(place)) + 2 * nbytes(x)
+
+
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
     return _floor(inputs, outputs)
 
@@ -54,6 +66,8 @@ ROTATE_TOKENS = Primitive(
     call=_call,
     plain=_plain,
     floor=_floor,
+    tiled=_tiled,
+    backward_tiled=_tiled,
     gradients=("x",),
     backward_floor=_backward_floor,
 )
