@@ -51,8 +51,10 @@ _PAST_THE_END = "rows of a tile past the end repeat the last row, since a mask o
 _OWN_NORMS = "norms are a pass of their own"
 _NORMS_APART = "norms are a pass of their own: a load that feeds a product and a sum races on sm_90 (Triton issue 6691)"
 KNOWN_TRAFFIC = {
-    "attention forward deit_tiny-50": Known(1.19, "the mean of V is a pass of its own, where one tile holds all else"),
-    "attention backward deit_tiny-50": Known(
+    "attention_policy forward deit_tiny-50": Known(
+        1.19, "the mean of V is a pass of its own, where one tile holds all else"
+    ),
+    "attention_policy backward deit_tiny-50": Known(
         1.16, "besides, the saved result and the keys of the greatest logits are read"
     ),
     "cluster_dpc_knn forward": Known(1.52, f"{_PAST_THE_END}; {_OWN_NORMS}"),

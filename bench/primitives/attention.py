@@ -287,8 +287,8 @@ def _received_backward_tiled(inputs: Inputs) -> int:
 
 _COMMON: dict[str, Any] = {"floor": _floor, "gradients": ("q", "k", "v"), "backward_floor": _backward_floor}
 
-ATTENTION = Primitive(
-    "attention",
+ATTENTION_POLICY = Primitive(
+    "attention_policy",
     make=_make,
     call=functools.partial(_call, ops.attention_policy),
     plain=_plain,
@@ -331,7 +331,7 @@ ATTENTION_PACKED = Primitive(
 )
 _call_class, _plain_class, _apart_class = _scores("class")
 ATTENTION_CLASS = Primitive(
-    "attention_scores_class",
+    "attention_cls_scores",
     make=_make_plain,
     call=_call_class,
     plain=_plain_class,
@@ -342,7 +342,7 @@ ATTENTION_CLASS = Primitive(
 )
 _call_received, _plain_received, _apart_received = _scores("received")
 ATTENTION_RECEIVED = Primitive(
-    "attention_scores_received",
+    "attention_received_scores",
     make=_make_plain,
     call=_call_received,
     plain=_plain_received,

@@ -88,7 +88,7 @@ CLS_SCORES = Primitive(
     backward_floor=_backward_floor,
 )
 CLS_VALUE_SCORES = Primitive(
-    "cls_scores_value",
+    "cls_value_scores",
     make=_make_value,
     call=functools.partial(_call, ops.cls_value_scores),
     plain=_plain_value,
@@ -96,7 +96,7 @@ CLS_VALUE_SCORES = Primitive(
 )
 
 CLS_VALUE_SCORES_PACKED = Primitive(
-    "cls_scores_packed",
+    "cls_value_scores_packed",
     make=_make_packed,
     call=functools.partial(_call, ops.cls_value_scores_packed),
     plain=_plain_packed,

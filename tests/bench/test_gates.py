@@ -88,7 +88,7 @@ def test_other_shapes_are_refused(words):
 
 
 def test_unknown_primitives_are_refused():
-    with pytest.raises(ValueError, match="unknown primitive 'sort_tokens'; expected one of attention, "):
+    with pytest.raises(ValueError, match="unknown primitive 'sort_tokens'; expected one of attention_policy, "):
         choose_primitives("gather_tokens,sort_tokens")
 
 

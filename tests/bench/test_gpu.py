@@ -305,8 +305,8 @@ def _checked(primitive, direction, dtype, wrong):
 
 
 def test_what_is_wrong_is_not_timed_in_its_dtype_and_costs_no_other_its_time(session):
-    rows = [("cls_scores", "forward", "bfloat16", "off"), ("attention", "backward", "float32", "off by 2 %")]
-    rows += [("attention", "backward", "bfloat16", None), ("soft_merge", "forward", "float16", "off")]
+    rows = [("cls_scores", "forward", "bfloat16", "off"), ("attention_policy", "backward", "float32", "off by 2 %")]
+    rows += [("attention_policy", "backward", "bfloat16", None), ("soft_merge", "forward", "float16", "off")]
     for row in rows:
         session.add("parity", _checked(*row))
     session.add("repeat", _checked("merge_tokens", "backward", "bfloat16", "output 0: 3 of 9 elements differ"))
@@ -314,8 +314,8 @@ def test_what_is_wrong_is_not_timed_in_its_dtype_and_costs_no_other_its_time(ses
     assert found == {("merge_tokens", "backward", "bfloat16"), *(row[:3] for row in rows if row[3])}
     timed, quick = _timed("bfloat16", session.result), _timed("float32", session.result)
     assert not {("cls_scores", "forward"), ("merge_tokens", "backward")} & timed
-    assert {("attention", "backward"), ("soft_merge", "forward"), ("cls_scores", "backward")} <= timed
-    assert ("attention", "backward") not in quick
+    assert {("attention_policy", "backward"), ("soft_merge", "forward"), ("cls_scores", "backward")} <= timed
+    assert ("attention_policy", "backward") not in quick
     assert {("cls_scores", "forward"), ("merge_tokens", "backward")} <= quick
 
 
@@ -531,4 +531,4 @@ def test_the_table_of_the_rule_names_the_slower_side(session):
     assert f"| {index} | 2049 | 16 | 30.0 | 40.0 | 1.33 | SDPA, the slower |" in text
     assert f"| {scores} | 577 | 16 | 50.0 | 40.0 | 0.80 | ours, the slower |" in text
     assert f"| {scores} | 1025" not in text
-    assert f"slower side for {index} at 2049 keys, batch 16; {scores} at 577 keys, batch 16." in text
+    assert f"slower side for {scores} at 577 keys, batch 16; {index} at 2049 keys, batch 16." in text
