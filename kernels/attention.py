@@ -585,6 +585,7 @@ def _attend(
         *strides(index),
         **options,
         **settings(tile),
+        **settings(tile),
     )
 
 
