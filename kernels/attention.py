@@ -586,6 +586,7 @@ def _attend(
         **options,
         **settings(tile),
         **settings(tile),
+        **settings(tile),
     )
 
 
