@@ -243,7 +243,8 @@ class ReducedBlock:
                 pair = pairs_at(beside.pair(), tokens)
         if now.groups > 1:
             k, v = k.repeat_interleave(now.groups, 1), v.repeat_interleave(now.groups, 1)
-        return Heads(tokens, normed, q, k, v, metric, now.scale, by_class, pair)
+        mix = functools.partial(parts.mixed_logits, self) if parts.mixes_heads else None
+        return Heads(tokens, normed, q, k, v, metric, now.scale, by_class, pair, mix)
 
     def _rotated(self, x: Tensor, tokens: Tokens, now: Geometry, kept: Tensor | None = None) -> Tensor:
         """Queries or keys (B, H, prefix + n, D) turned by the places of the tokens, or of the kept ones (B, K)."""
@@ -323,8 +324,8 @@ class ReducedBlock:
     def _is_plain(self, heads: Heads) -> bool:
         """Whether attention is a softmax over the keys with at most a bias of each: our own cannot drop weights."""
         tokens = heads.tokens
-        plain = tokens.packing is None and tokens.policy is None and heads.pair is None
-        return plain and self.parts.softmax(self)[1] == 0.0
+        plain = tokens.packing is None and tokens.policy is None and heads.pair is None and heads.mix is None
+        return plain and heads.v.shape[3] == heads.k.shape[3] and self.parts.softmax(self)[1] == 0.0
 
     def _has_kernel(self, heads: Heads) -> bool:
         """Whether plain attention can run on our own kernel."""
@@ -335,6 +336,9 @@ class ReducedBlock:
         keys = heads.tokens.packing
         assert keys is not None
         queries = queries or keys
+        if heads.v.shape[3] > heads.k.shape[3]:  # a width of keys at a time
+            parts = heads.v.split(heads.k.shape[3], dim=3)
+            return torch.cat([self._packed(heads._replace(v=one), q, queries, **chosen) for one in parts], dim=3)
         return ops.attention_packed(
             q,
             heads.k,
@@ -356,20 +360,35 @@ class ReducedBlock:
         fused, dropout = parts.softmax(self)
         if tokens.policy is not None:
             self._check_policy(heads, dropout)
-            return ops.attention_policy(q, k, v, tokens.policy, scale=scale, backend=tokens.backend)
+            # Values as wide as several keys, a width of keys at a time.
+            made = [
+                ops.attention_policy(q, k, values, tokens.policy, scale=scale, backend=tokens.backend)
+                for values in v.split(k.shape[3], dim=3)
+            ]
+            return made[0] if len(made) == 1 else torch.cat(made, dim=3)
         if tokens.bias is not None and self._has_kernel(heads):  # SDPA's fastest kernels take no bias
             return ops.attention(q, k, v, bias=tokens.bias, scale=scale, backend=tokens.backend)
         bias = None if tokens.bias is None and heads.pair is None else _bias(heads, q, kept)
         if fused:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout or 0.0, scale=scale)
         logits = (q * scale) @ k.transpose(-2, -1)
+        if heads.mix is not None:
+            logits = heads.mix(logits)
         if bias is not None:
             logits = logits + bias
+        if heads.mix is not None:
+            sizes = None if tokens.bias is None else tokens.sizes
+            return parts.mixed_weights(self, logits.softmax(dim=-1), sizes).to(v.dtype) @ v
         return parts.dropped(self, logits.softmax(dim=-1).to(v.dtype)) @ v
 
     def _check_policy(self, heads: Heads, dropout: float | None) -> None:
         """Raise where attention that is masked in training would leave something out."""
         reducer: Reducer = self._site.model.reducers
+        if heads.mix is not None:
+            raise ValueError(
+                f"{reducer.name} masks attention in training, of which the heads of block {self.index} mix their "
+                "weights: train another method, or use it in evaluation"
+            )
         if heads.pair is not None:
             raise ValueError(
                 f"{reducer.name} masks attention in training, which leaves no room for the bias that this model adds "

@@ -88,6 +88,7 @@ class Parts(abc.ABC):
         layer_norms: classes of norms that compute ``F.layer_norm``, so that a kernel may do their work.
         reads_itself: whether :meth:`beside` has something to say of a block that is called with tokens alone.
         returns_tuple: whether blocks return (tokens, something), of which the model takes the first.
+        mixes_heads: whether heads mix their logits or weights, so that attention needs the matrix of all of them.
     """
 
     wanted: str = "a block of a known layout"
@@ -96,6 +97,7 @@ class Parts(abc.ABC):
     layer_norms: tuple[type, ...] = (nn.LayerNorm,)
     reads_itself: bool = False
     returns_tuple: bool = False
+    mixes_heads: bool = False
 
     # ---- what it is
 
@@ -159,6 +161,18 @@ class Parts(abc.ABC):
     def dropped(self, block: Any, weights: Tensor) -> Tensor:
         """Return the attention weights (B, H, M, N) behind the block's own dropout."""
         return weights
+
+    def mixed_logits(self, block: Any, logits: Tensor) -> Tensor:
+        """Return logits (B, H, M, N) as heads mix them before the softmax, where they do."""
+        return logits
+
+    def mixed_weights(self, block: Any, weights: Tensor, sizes: Tensor | None) -> Tensor:
+        """Return weights (B, H, M, N) as heads mix them behind the softmax, and behind dropout.
+
+        ``sizes`` (B, N) is how many patches a key counts as, or None: what is added to a key's weight, whatever that
+        is, is added for each of them.
+        """
+        return self.dropped(block, weights)
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
         """Call the attention as the block does, for all tokens -> (B, N, C); None where it cannot be called.

@@ -27,10 +27,7 @@ _REASONS = {
     "VisionTransformerSAM": "its windows need the full grid",
     "Hiera": "its hierarchy of grids needs every patch in its place",
     "Xcit": "its attention is over channels, and its convolutions need the full grid",
-    "Cait": "its heads mix their attention weights, which takes the whole matrix of every head at once",
     "ConVit": "its attention weighs the grid's relative positions as it does contents, which needs the full grid",
-    "Gemma4VitEncoder": "its blocks turn the halves of a head by two axes apart, which the reducers do not know",
-    "Gemma4VitClassifier": "its blocks turn the halves of a head by two axes apart, which the reducers do not know",
 }
 
 

@@ -26,6 +26,7 @@ class PlainAttention(nn.Module):
     options: dict[str, Any]
     layers: dict[str, Tensor]
     prefix: int
+    late_class: bool  # CaiT's class token comes behind the blocks
 
     def _layer(self, stage: int, name: str) -> Tensor:
         return self.layers[f"{'score_predictor' if self.method == 'dynamicvit' else 'cluster_layers'}.{stage}.{name}"]
@@ -61,6 +62,11 @@ class PlainAttention(nn.Module):
             if getattr(attn, "q_bias", None) is not None:
                 made = made + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
             q, k, v = made.reshape(batch, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if hasattr(attn, "sub_norm"):  # the two maps of a head are heads of their own here
+            q, k = (one.unflatten(3, (2, -1)).transpose(2, 3).flatten(1, 2) for one in (q, k))
+            v = v.repeat_interleave(2, dim=1)
+        if hasattr(attn, "proj_l"):
+            return q, k, v, k
         q, k = attn.q_norm(q), attn.k_norm(k)
         metric = k
         if walk.tables is not None and walk.place is not None:
@@ -76,6 +82,9 @@ class PlainAttention(nn.Module):
     def _weights(self, block: Any, walk: Walk, q: Tensor, k: Tensor) -> Tensor:
         """Return the attention matrix (B, H, N, N), before dropout."""
         logits = (q @ k.transpose(-2, -1)) * block.attn.scale
+        if hasattr(block.attn, "proj_l"):
+            logits = torch.einsum("hg,bgmn->bhmn", block.attn.proj_l.weight, logits)
+            logits = logits + block.attn.proj_l.bias[:, None, None]
         if walk.size is not None and self.options["prop_attn"]:
             logits = logits + walk.size.log()[:, None, None, :]
         if walk.valid is not None:
@@ -94,6 +103,9 @@ class PlainAttention(nn.Module):
     def _project(self, block: Any, out: Tensor, normed: Tensor) -> Tensor:
         """Project attention's result (B, H, M, D) to (B, M, C), ready to be added."""
         attn = block.attn
+        if hasattr(attn, "sub_norm"):
+            first, second = out[:, ::2], out[:, 1::2]
+            out = attn.sub_norm(first - attn._compute_lambda() * second) * (1 - attn.lambda_init)
         out = out.transpose(1, 2).flatten(2)
         if getattr(attn, "norm", None) is not None:
             out = attn.norm(out)
@@ -107,7 +119,8 @@ class PlainAttention(nn.Module):
             out = block.norm1(out)
         elif getattr(block, "gamma_1", None) is not None:
             out = block.gamma_1 * out
-        return block.drop_path1(block.ls1(out) if hasattr(block, "ls1") else out)
+        drop = block.drop_path1 if hasattr(block, "drop_path1") else block.drop_path
+        return drop(block.ls1(out) if hasattr(block, "ls1") else out)
 
     def _mlp(self, block: Any, x: Tensor) -> Tensor:
         """Return what the MLP adds to (B, N, C)."""
@@ -116,14 +129,16 @@ class PlainAttention(nn.Module):
         made = block.mlp(block.norm2(x))
         if getattr(block, "gamma_2", None) is not None:
             made = block.gamma_2 * made
-        return block.drop_path2(block.ls2(made) if hasattr(block, "ls2") else made)
+        drop = block.drop_path2 if hasattr(block, "drop_path2") else block.drop_path
+        return drop(block.ls2(made) if hasattr(block, "ls2") else made)
 
     def _attention(self, block: Any, walk: Walk, *, reads: bool) -> Tensor:
         """``x + proj(softmax(q k^T + log size) v)``; keeps the matrix and returns what ToMe compares."""
         attn, normed = block.attn, self._normed(block, walk.x)
         q, k, v, metric = self._query_key_value(block, walk, normed)
         walk.matrix = None
-        if self.fused and not reads and not (self.training and self.method == "dynamicvit"):
+        plain = not hasattr(attn, "proj_l")
+        if plain and self.fused and not reads and not (self.training and self.method == "dynamicvit"):
             size = walk.size if self.options.get("prop_attn") else None
             bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
             mask = bias if walk.valid is None else walk.valid[:, None, None, :]  # no method has both
@@ -132,6 +147,12 @@ class PlainAttention(nn.Module):
         else:
             weights = self._weights(block, walk, q, k)
             walk.matrix = weights if self.method == "dynamicvit" else attn.attn_drop(weights)
-            out = walk.matrix.to(v.dtype) @ v
+            mixed = walk.matrix
+            if hasattr(attn, "proj_w"):
+                each = attn.proj_w.bias[:, None, None]  # what every key gets, a merged one for each of its tokens
+                if walk.size is not None and self.options["prop_attn"]:
+                    each = each * walk.size[:, None, None, :]
+                mixed = torch.einsum("hg,bgmn->bhmn", attn.proj_w.weight, mixed) + each
+            out = mixed.to(v.dtype) @ v
         walk.x = walk.x + self._project(block, out, normed)
         return metric

@@ -125,7 +125,7 @@ class Merges(PlainAttention):
         patches = torch.arange(unit.shape[1], device=unit.device).expand(unit.shape[:2])
         walk.place = moved(walk.place, torch.cat([patches[:, even::2].gather(1, stays), patches[:, odd::2]], dim=1))
         walk.size = total.squeeze(-1)
-        if self.model.global_pool not in ("", "token"):
+        if self.model.global_pool not in ("", "token") or self.late_class:
             slot = torch.empty(unit.shape[:2], dtype=torch.int64, device=unit.device)
             first, last = stays.shape[1], unit.shape[1] - r
             rank = torch.arange(last, device=unit.device).expand(unit.shape[0], last)

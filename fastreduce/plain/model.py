@@ -91,7 +91,8 @@ class PlainModel(Selections, Merges, Mixtures):
             raise ValueError(f"{method!r} has parameters of its own; give them as layers")
         self.layers = dict(layers or {})
         self.decisions: list[Tensor] = []
-        self.prefix: int = self.model.num_prefix_tokens
+        self.late_class = hasattr(model, "blocks_token_only")
+        self.prefix: int = 0 if self.late_class else self.model.num_prefix_tokens
         if method == "radial":
             for stage, kept in enumerate(self._radial_patterns(self.model.patch_embed.grid_size)):
                 self.register_buffer(f"kept_{stage}", kept, persistent=False)
@@ -117,8 +118,13 @@ class PlainModel(Selections, Merges, Mixtures):
                     self._tome(walk, keys, stage)
             walk.x = walk.x + self._mlp(block, walk.x)
         self.decisions = walk.decisions
-        if model.global_pool not in ("", "token"):
+        if model.global_pool not in ("", "token") or self.late_class:
             self._prepare_pooling(walk)
+        if self.late_class:
+            token = model.cls_token.expand(len(walk.x), -1, -1)
+            for block in model.blocks_token_only:
+                token = block(walk.x, token)
+            walk.x = torch.cat([token, walk.x], dim=1)
         return model.forward_head(model.norm(walk.x))
 
     def _prepare_pooling(self, walk: Walk) -> None:

@@ -21,7 +21,7 @@ class Selections(PlainAttention):
     def _scores(self, matrix: Tensor) -> Tensor:
         """Return (B, patches), the attention of the class token, or else of the average token, in (B, H, N, N)."""
         rows = matrix.mean(dim=1)
-        received = rows[:, 0] if self.model.cls_token is not None else rows.mean(dim=1)
+        received = rows[:, 0] if self.model.cls_token is not None and self.prefix > 0 else rows.mean(dim=1)
         return received[:, self.prefix :]
 
     def _topk(self, walk: Walk, keep: int) -> None:

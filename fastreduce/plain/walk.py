@@ -39,6 +39,8 @@ def distances(x: Tensor) -> Tensor:
 
 def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
     """Images (B, 3, height, width) -> tokens (B, N, C) as they enter the first block, and each block's rotary table."""
+    if hasattr(model, "blocks_token_only"):
+        return model.pos_drop(model.patch_embed(images) + model.pos_embed), None
     found = model._pos_embed(model.patch_embed(images))
     if not isinstance(found, tuple):
         return model.norm_pre(model.patch_drop(found)), None

@@ -12,7 +12,7 @@ from ..arguments import switch
 from ..ops import unchecked as ops
 from ..tokens import Packing, Plan, Tokens
 from .base import ModelShape, Reducer, ScheduledReducer
-from .block import AttentionBlock, Heads, class_attention, is_captured, keep_tokens
+from .block import AttentionBlock, Heads, class_attention, is_captured, keep_tokens, needs_matrix
 from .schedule import KeepSchedule
 
 __all__ = ["ATS", "official_points"]
@@ -167,7 +167,7 @@ def _stays_padded(backend: str) -> bool:
 def _scores(heads: Heads) -> Tensor:
     """(B, N - prefix) class attention summed over heads, times the length of each value."""
     tokens, packing, q = heads.tokens, heads.tokens.packing, heads.q
-    if heads.pair is not None:
+    if needs_matrix(heads):
         return (class_attention(heads) * heads.v[:, :, tokens.prefix :].norm(dim=-1)).sum(1)
     options: dict[str, Any] = {"prefix": tokens.prefix, "scale": heads.scale, "backend": tokens.backend}
     if packing is None:

@@ -13,6 +13,7 @@ be attended. :func:`keep_tokens` does the last two for a method that selects.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -41,6 +42,7 @@ __all__ = [
     "is_unhooked",
     "keep_tokens",
     "merge",
+    "needs_matrix",
     "received",
 ]
 
@@ -71,6 +73,7 @@ class Heads(NamedTuple):
         scale: factor of the attention logits.
         by_class: whether the first token is a class token, by whose attention tokens are scored.
         pair: (1 or B, H, N, N) what the model adds to the logit of every pair, or None.
+        mix: what the model makes of the logits (B, H, M, N) of all heads together, or None.
         added: (B, N, C) what attention adds to every token, where it has run already, else None.
     """
 
@@ -83,6 +86,7 @@ class Heads(NamedTuple):
     scale: float
     by_class: bool
     pair: Tensor | None = None
+    mix: Callable[[Tensor], Tensor] | None = None
     added: Tensor | None = None
 
 
@@ -253,13 +257,18 @@ def importance(heads: Heads) -> Tensor:
     q, k, tokens = heads.q, heads.k, heads.tokens
     if not heads.by_class:
         return received(heads)[:, tokens.prefix :] / (q.shape[1] * q.shape[2])
-    if heads.pair is not None:
+    if needs_matrix(heads):
         return class_attention(heads).mean(1)
     return ops.cls_scores(q[:, :, 0], k, prefix=tokens.prefix, scale=heads.scale, backend=tokens.backend)
 
 
+def needs_matrix(heads: Heads) -> bool:
+    """Whether logits are more than products of queries and keys, so that no kernel knows them."""
+    return heads.pair is not None or heads.mix is not None
+
+
 def class_attention(heads: Heads) -> Tensor:
-    """(B, H, N - prefix) the class token's attention to every patch, where pairs have a bias."""
+    """(B, H, N - prefix) the class token's attention to every patch, where the whole matrix is needed."""
     logits, valid = _logits(heads, 1)[:, :, 0], heads.tokens.valid
     if valid is not None:
         logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
@@ -268,16 +277,18 @@ def class_attention(heads: Heads) -> Tensor:
 
 def received(heads: Heads) -> Tensor:
     """(B, N) the attention that every token gets, summed over heads and queries, before attention dropout."""
-    if heads.pair is not None:
+    if needs_matrix(heads):
         return _logits(heads, heads.q.shape[2]).softmax(-1).sum((1, 2))
     return ops.received_scores(heads.q, heads.k, scale=heads.scale, backend=heads.tokens.backend)
 
 
 def _logits(heads: Heads, queries: int) -> Tensor:
-    """(B, H, queries, N) logits of the first queries, in float32 or wider, with the bias of every pair."""
-    assert heads.pair is not None
+    """(B, H, queries, N) logits of the first queries, in float32 or wider: mixed, and with the bias of every pair."""
     logits = (heads.q[:, :, :queries] * heads.scale) @ heads.k.transpose(-2, -1)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) + heads.pair[:, :, :queries]
+    if heads.mix is not None:
+        logits = heads.mix(logits)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if heads.pair is None else logits + heads.pair[:, :, :queries]
 
 
 def attend_with_importance(block: AttentionBlock, heads: Heads) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,13 @@ MODELS = {
     "parallel-things": ("vit_small_patch16_18x2_224", {}),
     "naflex": ("naflexvit_base_patch16_gap", {}),
     "qwen3": ("qwen3_vit_88m_enc", {"out_features": 16}),
+    "differential": ("vit_dwee_patch16_reg1_gap_256", {}),
+    "differential-parallel": ("vit_dpwee_patch16_reg1_gap_256", {}),
+    "cait": ("cait_xxs24_224", {}),
+    "gemma4": (
+        "gemma4_vit_167m_enc",
+        {"head_dim": 16, "intermediate_size": 64, "position_embedding_size": 16, "pooling_kernel_size": 2},
+    ),
     "deepseek": ("deepseek_vit_412m_enc", {"out_features": 16, "img_size": 56}),
 }
 AT = (1, 2)
@@ -64,7 +71,7 @@ def build(name):
 class Masked:
     """The unreduced model, in which no token attends to those that a record says were dropped.
 
-    Hooks give attention a mask through ``scaled_dot_product_attention``, which every model here calls.
+    Hooks give attention a mask through ``scaled_dot_product_attention``, which every model here but CaiT calls.
     """
 
     def __init__(self, model, seen, prefix):
@@ -76,15 +83,23 @@ class Masked:
 
         def masked(q, k, v, attn_mask=None, **options):
             hidden = self._hidden(index["block"], q)
-            if hidden is not None:
+            if hidden is not None and hidden.shape[1] == k.shape[2]:  # CaiT's class token attends behind the blocks
                 bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill(hidden, float("-inf"))[:, None, None]
                 attn_mask = bias if attn_mask is None else attn_mask + bias
             return attend(q, k, v, attn_mask=attn_mask, **options)
+
+        def hide(matrix, value):  # (B, M, N, H)
+            hidden = self._hidden(index["block"], matrix)
+            return matrix if hidden is None else matrix.masked_fill(hidden[:, None, :, None], value)
 
         hooks = [
             block.register_forward_pre_hook(lambda *_, number=number: index.update(block=number))
             for number, block in enumerate(self.model.blocks)
         ]
+        for block in self.model.blocks:
+            if hasattr(getattr(block, "attn", None), "proj_l"):  # talking heads, in which no fused attention is called
+                hooks.append(block.attn.proj_l.register_forward_hook(lambda _, inputs, out: hide(out, float("-inf"))))
+                hooks.append(block.attn.proj_w.register_forward_hook(lambda _, inputs, out: hide(out, 0.0)))
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", masked)
         try:
             return self.model(images)
@@ -154,18 +169,19 @@ def test_selections_equal_masking(name, method, monkeypatch):
 
 
 ROTARY = ("eva", "eva02", "eva02-post", "dinov3", "pe", "rope-axial", "rope-mixed", "grouped", "post-norm")
+OTHERS = ("differential", "cait")  # they have no positions in their blocks, but an attention of their own
 METHODS = {name: options for name, options in tiny.METHODS.items() if not name.endswith(("members", "equal", "scaled"))}
 NO_SAMPLING = ("dinov3", "pe")  # they pool over patches in a way that cannot leave padding out
 METHODS["tome-after"] = {"method": "tome", "metric": "after"}
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("name", (*ROTARY, *OTHERS))
 def test_equals_the_plain_algorithm(name, method):
     """Merged tokens stand at the place of their destination, centre or strongest source; a fused one nowhere."""
     model, images = build(name)
     arguments = {"keep_rate": 0.5, "at": AT, **METHODS[method]}
-    if method == "ats" and (model.cls_token is None or name in NO_SAMPLING):
+    if method == "ats" and (model.cls_token is None or name in NO_SAMPLING or name in OTHERS):
         with pytest.raises(ValueError, match=r"class token|global_pool="):
             fastreduce.patch(model, **arguments)
         return
@@ -174,7 +190,7 @@ def test_equals_the_plain_algorithm(name, method):
     torch.testing.assert_close(run(reduced, images), expected, rtol=0, atol=1e-8 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["dinov3", "rope-mixed", "beit"])
+@pytest.mark.parametrize("name", ["dinov3", "rope-mixed", "beit", *OTHERS, "gemma4"])
 def test_gradients_checkpoints_and_graphs(name):
     """One step of training: as it is, with checkpoints, and in one graph."""
     results = []
@@ -193,7 +209,7 @@ def test_gradients_checkpoints_and_graphs(name):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["dinov3", "beit", "parallel", "parallel-things", "naflex"])
+@pytest.mark.parametrize("name", ["dinov3", "beit", "parallel", "parallel-things", "naflex", *OTHERS, "gemma4"])
 def test_copies_autocast_and_dense_features(name):
     model, images = build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -242,16 +258,20 @@ def test_images_of_another_size():
 
 def test_refusals_say_what_is_in_the_way():
     for name, words in (
-        ("vit_dwee_patch16_reg1_gap_256", "block 1 has a DiffAttention attention"),
-        ("cait_xxs24_224", "heads mix their attention weights"),
-        ("gemma4_vit_167m", "two axes apart"),
+        ("samvit_base_patch16", "windows need the full grid"),
+        ("convit_tiny", "relative positions"),
+        ("gemma4_vit_167m", "give the Gemma4VitEncoder inside of it, .encoder"),
     ):
         if name not in timm.list_models():
             continue
         with torch.device("meta"):
-            model = timm.create_model(name, **({"depth": 4} if "dwee" in name else {}))
+            model = timm.create_model(name)
         with pytest.raises(TypeError, match=words):
             fastreduce.patch(model, "topk", keep_rate=0.5)
+    model, images = build("cait")
+    fastreduce.patch(model, "dynamicvit", keep_rate=0.5, at=AT).train()
+    with pytest.raises(ValueError, match="mix their"):
+        model(images)
     model, _ = build("dinov3")
     model.reset_classifier(7, "token")
     with pytest.raises(ValueError, match="packed=False"):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ...tokens import Tokens
 from ..block import reduced_block
 from ..registry import host_of
+from .grid import feature_size
 
 __all__ = ["ForwardIntermediates"]
 
@@ -61,7 +62,7 @@ def _forward_intermediates(
             heads.append(full[:, :prefix])
             spatial.append(full[:, prefix:])
     if output_fmt == "NCHW":
-        rows, columns = host.embedding(model).dynamic_feat_size(x.shape[-2:])
+        rows, columns = feature_size(host.embedding(model), x.shape[-2:])
         spatial = [y.reshape(len(y), rows, columns, -1).permute(0, 3, 1, 2).contiguous() for y in spatial]
     with_prefix = return_prefix_tokens and prefix > 0
 

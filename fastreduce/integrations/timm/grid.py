@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["forget_grid", "grid_of", "watch_grid"]
+__all__ = ["feature_size", "forget_grid", "grid_of", "watch_grid"]
+
+
+def feature_size(embedding: Any, size: Sequence[int]) -> tuple[int, int]:
+    """Return (rows, columns) that a patch embedding makes of images of (height, width)."""
+    known = getattr(embedding, "dynamic_feat_size", None)
+    if known is not None:
+        return known(tuple(size))
+    height, width = embedding.patch_size
+    return size[0] // height, size[1] // width
 
 
 class _Grid:
@@ -16,8 +26,7 @@ class _Grid:
         self.grid: tuple[int, int] | None = None
 
     def __call__(self, module: Any, inputs: Any, output: Tensor) -> None:
-        height, width = inputs[0].shape[-2:]
-        self.grid = module.dynamic_feat_size((height, width))
+        self.grid = feature_size(module, inputs[0].shape[-2:])
 
 
 def watch_grid(embedding: Any) -> None:

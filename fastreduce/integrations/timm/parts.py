@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ...reducers.block import is_bare, is_unhooked
 from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
-from ..registry import register_parts
 
 __all__ = ["BlockParts", "TimmParts", "check_no_mask", "is_timms"]
 
@@ -116,6 +115,15 @@ class TimmParts(Parts):
             q = attn.q_norm(made[0])
             return (q,) if last == 1 else (q, attn.k_norm(made[1]), made[2])
         return attn.k_norm(made[0]), made[1]
+
+    def sections(self, attn: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
+        """Return the slices ``first`` to ``last`` of the packed projection, (B, N, C) each, with heads together."""
+        if last - first == 3:
+            return linear(attn.qkv, normed).chunk(3, dim=2)
+        width = attn.qkv.out_features // 3
+        rows = slice(first * width, last * width)
+        bias = None if attn.qkv.bias is None else attn.qkv.bias[rows]
+        return F.linear(normed, attn.qkv.weight[rows], bias).chunk(last - first, dim=2)
 
     def apart(self, together: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
         """(B, N, parts * H * D) -> views, each (B, H, N, D)."""
@@ -228,5 +236,3 @@ class BlockParts(TimmParts):
         normed = block.norm2(x) if normed is None else normed
         return x + block.drop_path2(block.ls2(block.mlp(normed)))
 
-
-register_parts(vit.Block, BlockParts())
