@@ -194,6 +194,27 @@ def _with_prefix(slot: Tensor, prefix: int) -> Tensor:
     return torch.cat([head, slot], dim=1)
 
 
+def compose_mass(plans: Sequence[Plan], batch: int) -> Tensor:
+    """(B, num_out) float32: how many original patches every token stands for after all ``plans``, fractions too.
+
+    A soft merge shares a patch out among its tokens, in proportion to the patch's weights in them; so the sum over
+    tokens is the number of patches that were not dropped. Of a hard merge it is the number of its patches.
+    """
+    mass = None
+    for plan in plans:
+        if plan.weights is not None:
+            shares = plan.weights.log().softmax(dim=2)  # (B, num_in, num_out)
+            mass = shares.sum(1) if mass is None else (mass.to(shares.dtype).unsqueeze(1) @ shares).squeeze(1)
+            continue
+        slot = plan.slots(batch).long()
+        counted = torch.ones_like(slot, dtype=torch.float32) if mass is None else mass
+        # One column more, for what was dropped.
+        sums = counted.new_zeros(batch, plan.num_out + 1)
+        mass = sums.scatter_add(1, torch.where(slot < 0, plan.num_out, slot), counted)[:, : plan.num_out]
+    assert mass is not None
+    return mass
+
+
 def check_fill(fill: str) -> None:
     """Raise unless ``fill`` says what a dropped patch shows."""
     if fill not in ("last", "zero"):
@@ -396,6 +417,10 @@ class Tokens(_Fields):
             assert self.inputs is not None
             inputs = self.inputs
         return unmerge(self.x, self.plans, self.prefix, inputs=inputs, backend=self.backend)
+
+    def mass(self) -> Tensor:
+        """(B, n): how many patches every patch token stands for, see :func:`compose_mass`; at least one plan."""
+        return compose_mass(self.plans, self.batch)
 
     def __getattr__(self, name: str) -> Any:
         """Look at ``x`` as at a tensor; what would change it without what belongs to it explains itself."""

@@ -118,16 +118,24 @@ class Host(abc.ABC):
             return tokens.dense("last")
         if self.looks(model) != "patches":
             return tokens.x
+        if any(plan.weights is not None for plan in tokens.plans) and self.weighs(model) is None:
+            return self._counted(model, tokens, tokens.mass())
         if any(plan.merges for plan in tokens.plans):
             return tokens.dense()
         present = tokens.valid if tokens.policy is None else tokens.policy
         if present is None:
             return tokens.x
         self.check_pooling(model, model.reducers.name)
-        # The pooling divides by the number of rows: scaled rows make that the mean over those that count.
+        return self._counted(model, tokens, present[:, tokens.prefix :])
+
+    def _counted(self, model: Any, tokens: Tokens, count: Tensor) -> Tensor:
+        """Scale rows so that their mean, which divides by the number of rows, counts each patch token ``count`` times.
+
+        ``count`` is (B, n); prefix tokens that are pooled count once.
+        """
         outside = self.pooled_prefix(model)
-        counted = present[:, outside:].to(tokens.x.dtype)
-        scale = counted * (counted.shape[1] / counted.sum(1, keepdim=True))
+        count = F.pad(count.to(tokens.x.dtype), (tokens.prefix - outside, 0), value=1.0)
+        scale = count * (count.shape[1] / count.sum(1, keepdim=True))
         return tokens.x * F.pad(scale, (outside, 0), value=1.0).unsqueeze(-1)
 
     def check_pooling(self, model: Any, method: str) -> None:

@@ -43,6 +43,13 @@ class PlainAttention(nn.Module):
         """Let every patch be in the token that its own went into, slot (B, tokens before)."""
         walk.home = slot if walk.home is None else slot.gather(1, walk.home)
 
+    def _share_out(self, walk: Walk, weights: Tensor) -> None:
+        """Let every token's patches be in the new ones in proportion to its weights, (B, tokens before, tokens)."""
+        self._move_home(walk, weights.argmax(dim=2))
+        shares = (weights / weights.sum(dim=2, keepdim=True)).detach()
+        mass = shares.new_ones(shares.shape[:2]) if walk.mass is None else walk.mass
+        walk.mass = torch.einsum("bn,bnk->bk", mass, shares)
+
     def _normed(self, block: Any, x: Tensor) -> Tensor:
         """Return what attention gets of (B, N, C): blocks with their norms behind them take the tokens as they are."""
         return x if self._is_post_norm(block) else block.norm1(x)

@@ -26,7 +26,7 @@ class Mixtures(PlainAttention):
 
         hidden = F.gelu(F.linear(F.layer_norm(patches, patches.shape[-1:], *parts("0")), *parts("1")))
         weights = (self._layer(stage, "scale") * F.linear(hidden, *parts("3"))).softmax(dim=1)
-        self._move_home(walk, weights.argmax(dim=2))
+        self._share_out(walk, weights)
         walk.place = moved(walk.place, weights.argmax(dim=1))
         walk.x = torch.cat([head, weights.transpose(1, 2) @ patches], dim=1)
 
@@ -39,7 +39,7 @@ class Mixtures(PlainAttention):
         if self.options["scaled"]:
             logits = logits * patches.shape[-1] ** -0.5
         weights = logits.softmax(dim=-1)
-        self._move_home(walk, weights.argmax(dim=1))
+        self._share_out(walk, weights.transpose(1, 2))
         walk.place = moved(walk.place, weights.argmax(dim=2))
         walk.x = torch.cat([head, weights @ patches], dim=1)
 
@@ -58,6 +58,6 @@ class Mixtures(PlainAttention):
             rows = margin - (logits + columns).logsumexp(dim=2, keepdim=True)
             columns = margin - (logits + rows).logsumexp(dim=1, keepdim=True)
         plan = (logits + rows + columns - margin).exp()
-        self._move_home(walk, plan.argmax(dim=1))
+        self._share_out(walk, plan.transpose(1, 2))
         walk.place = moved(walk.place, plan.argmax(dim=2))
         walk.x = torch.cat([head, plan @ patches], dim=1)

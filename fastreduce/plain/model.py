@@ -39,7 +39,8 @@ class PlainModel(Selections, Merges, Mixtures):
 
     Where that code has no answer, the plain meaning is taken: without a class token, a token's score is the attention
     that it receives, averaged over heads and queries; prefix tokens (class, distillation, registers) are never reduced;
-    where tokens were merged, pooling over patches counts each patch once, in the token that it is in or weighs most in;
+    where tokens were merged, pooling over patches counts each patch once, in the token that it is in; a mean shares a
+    patch of a soft merge out by its weights, and another pooling has it in the token in which it weighs most;
     where images keep different numbers of tokens, the mean is that of the ones that count. Radial patterns drop tokens
     instead of masking them. DPC-KNN's density has no noise. After a forward pass of DynamicViT in training,
     :attr:`decisions` holds what was drawn.
@@ -129,6 +130,14 @@ class PlainModel(Selections, Merges, Mixtures):
 
     def _prepare_pooling(self, walk: Walk) -> None:
         """Make the mean over all rows the one that is meant."""
+        plain_mean = self.model.global_pool == "avg" and isinstance(self.model.norm, nn.Identity)
+        if walk.mass is not None and plain_mean:
+            counted = F.pad(walk.mass, (self.prefix, 0), value=1.0)
+            if not getattr(self.model, "pool_include_prefix", False):
+                counted = counted[:, self.prefix :]
+            share = F.pad(counted / counted.mean(dim=1, keepdim=True), (walk.x.shape[1] - counted.shape[1], 0), value=1)
+            walk.x = walk.x * share.unsqueeze(-1).to(walk.x.dtype)
+            return
         if walk.home is not None:  # repeat every merged token, so that pooling counts each patch once
             patches = rows_of(walk.x[:, self.prefix :], walk.home)
             walk.x = torch.cat([walk.x[:, : self.prefix], patches], dim=1)

@@ -19,6 +19,7 @@ class Walk:
     patches: int  # patch tokens before any reduction
     size: Tensor | None = None  # (B, N) patches that each token stands for
     home: Tensor | None = None  # (B, patches) the token that each patch is in
+    mass: Tensor | None = None  # (B, n) patches that each patch token stands for, with fractions, of soft merges
     valid: Tensor | None = None  # (B, N) False for padding
     matrix: Tensor | None = None  # (B, H, N, N) attention of the block before
     place: Tensor | None = None  # (B, N - prefix) the patch at whose place each token is, -1 for none, if blocks rotate
