@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention import PlainAttention
-from .walk import check_unpatched, embed
+from .walk import check_unpatched, embed, logits_of, prefix_of
 
 __all__ = ["FreeSlice"]
 
@@ -39,7 +39,7 @@ class FreeSlice(PlainAttention):
         """Images (B, 3, height, width) -> logits (B, classes)."""
         model = self.model
         x, tables = embed(model, images)
-        prefix = model.num_prefix_tokens
+        prefix = prefix_of(model)
         for index, block in enumerate(model.blocks):
             rope = {} if tables is None else {"rope": tables[index][..., : x.shape[1] - prefix, :]}
             if index not in self.counts:
@@ -48,4 +48,4 @@ class FreeSlice(PlainAttention):
             x = x + self._branch(block, block.attn(self._normed(block, x), **rope))
             x = x[:, : prefix + self.counts[index]]
             x = x + self._mlp(block, x)
-        return model.forward_head(model.norm(x))
+        return logits_of(model, x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .merging import Merges
 from .mixing import Mixtures
 from .selection import Selections
-from .walk import Walk, check_unpatched, embed, rows_of
+from .walk import Walk, check_unpatched, embed, logits_of, prefix_of, rows_of
 
 __all__ = ["PlainModel"]
 
@@ -46,7 +46,7 @@ class PlainModel(Selections, Merges, Mixtures):
     :attr:`decisions` holds what was drawn.
 
     Args:
-        model: an unpatched timm ``VisionTransformer`` or ``Eva``; its modules are shared, not copied.
+        model: an unpatched timm ``VisionTransformer``, ``Eva`` or ``Cait``; its modules are shared, not copied.
         method: any name in ``fastreduce.REDUCERS``.
         at: blocks at which the stages stand.
         keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.
@@ -57,7 +57,7 @@ class PlainModel(Selections, Merges, Mixtures):
         **options: as in :func:`fastreduce.patch`.
 
     Raises:
-        ValueError: a patched model, an unknown method, or a learned one without layers.
+        ValueError: a patched model, one of another class or with blocks of another, an unknown method, or a learned one without layers.
         TypeError: an option that the method does not have.
     """
 
@@ -93,7 +93,7 @@ class PlainModel(Selections, Merges, Mixtures):
         self.layers = dict(layers or {})
         self.decisions: list[Tensor] = []
         self.late_class = hasattr(model, "blocks_token_only")
-        self.prefix: int = 0 if self.late_class else self.model.num_prefix_tokens
+        self.prefix: int = prefix_of(model)
         if method == "radial":
             for stage, kept in enumerate(self._radial_patterns(self.model.patch_embed.grid_size)):
                 self.register_buffer(f"kept_{stage}", kept, persistent=False)
@@ -121,12 +121,7 @@ class PlainModel(Selections, Merges, Mixtures):
         self.decisions = walk.decisions
         if model.global_pool not in ("", "token") or self.late_class:
             self._prepare_pooling(walk)
-        if self.late_class:
-            token = model.cls_token.expand(len(walk.x), -1, -1)
-            for block in model.blocks_token_only:
-                token = block(walk.x, token)
-            walk.x = torch.cat([token, walk.x], dim=1)
-        return model.forward_head(model.norm(walk.x))
+        return logits_of(model, walk.x)
 
     def _prepare_pooling(self, walk: Walk) -> None:
         """Make the mean over all rows the one that is meant."""

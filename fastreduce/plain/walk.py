@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Walk", "check_unpatched", "distances", "embed", "moved", "rotated", "rows_of"]
+__all__ = [
+    "Walk",
+    "check_unpatched",
+    "distances",
+    "embed",
+    "logits_of",
+    "moved",
+    "prefix_of",
+    "rotated",
+    "rows_of",
+]
 
 
 @dataclasses.dataclass
@@ -71,7 +81,32 @@ def rotated(x: Tensor, table: Tensor, place: Tensor, prefix: int, half: bool) ->
     return torch.cat([x[:, :, :prefix], found.to(x.dtype)], dim=2)
 
 
+_MODELS = ("VisionTransformer", "Eva", "Cait")
+_BLOCKS = ("Block", "ResPostBlock", "EvaBlock", "EvaBlockPostNorm", "LayerScaleBlock")
+
+
 def check_unpatched(model: Any) -> None:
-    """ValueError about a model that is patched."""
+    """Raise ValueError for a model that is patched, or of which no plain form is written."""
     if hasattr(model, "reducers"):
         raise ValueError("the plain form needs the unpatched model; call fastreduce.unpatch first, or give it a copy")
+    strange = [type(block).__name__ for block in model.blocks if type(block).__name__ not in _BLOCKS]
+    if strange or not any(kind.__name__ in _MODELS for kind in type(model).__mro__):
+        what = f"blocks of {strange[0]}" if strange else f"a {type(model).__name__}"
+        raise ValueError(
+            f"no plain form of the methods is written for {what}, to be compared with; fastreduce.patch reduces it"
+        )
+
+
+def prefix_of(model: Any) -> int:
+    """Return how many leading tokens the blocks see: CaiT's class token comes behind them."""
+    return 0 if hasattr(model, "blocks_token_only") else model.num_prefix_tokens
+
+
+def logits_of(model: Any, x: Tensor) -> Tensor:
+    """Return what the model makes of the tokens (B, N, C) behind its blocks."""
+    if hasattr(model, "blocks_token_only"):
+        token = model.cls_token.expand(len(x), -1, -1)
+        for block in model.blocks_token_only:
+            token = block(x, token)
+        x = torch.cat([token, x], dim=1)
+    return model.forward_head(model.norm(x))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integrations.registry import host_of
 from ..integrations.timm import unpatch
 from ..recording import Stage, is_patched, patched_model, record
 from ..reducers import Reducer
@@ -175,17 +176,19 @@ def model_outputs(
         features, patches, heads = _features(host, images)
     filled = patches
     if seen is not None and last:
-        filled = _filled_with_last(patches, seen.stages, held, host.num_prefix_tokens, host.norm)
+        filled = _filled_with_last(patches, seen.stages, held, host_of(host).prefix(host), host.norm)
     pooled = host.forward_head(features, pre_logits=True)
     logits = host.forward_head(features) if getattr(host, "num_classes", 0) else None
-    class_token = heads[:, 0] if getattr(host, "cls_token", None) is not None else None
+    class_token = None
+    if getattr(host, "cls_token", None) is not None:  # CaiT's comes behind the blocks
+        class_token = heads[:, 0] if heads.shape[1] else features[:, 0]
     return Outputs(pooled.flatten(1), logits, class_token, patches, filled)
 
 
 def _features(host: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the head gets, and (B, P, C) patches on the full grid and (B, prefix, C) the rest, both normed."""
     options = {"indices": [len(host.blocks) - 1], "norm": True, "output_fmt": "NLC"}
-    if host.num_prefix_tokens:
+    if host_of(host).prefix(host):
         features, [(patches, heads)] = host.forward_intermediates(images, return_prefix_tokens=True, **options)
         return features, patches, heads
     features, [patches] = host.forward_intermediates(images, **options)
