@@ -176,6 +176,23 @@ class TestWrappers:
         with pytest.raises(TypeError, match=r"inside of it, \.base_model"):
             fastreduce.patch(Forwarding(model), "topk", **SCHEDULE)
 
+    def test_wrappers_of_models_say_what_to_give(self):
+        """Data parallel, features only, a tower of another library; what is around a patched model goes on working."""
+        names = {"data parallel": (nn.DataParallel, "module"), "sequence": (nn.Sequential, "0")}
+        for wrap, where in names.values():
+            with pytest.raises(TypeError, match=rf"give the VisionTransformer inside of it, \.{where}"):
+                fastreduce.patch(wrap(tiny.build()), "topk", **SCHEDULE)
+        small = {**tiny.SMALL, "img_size": 64, "features_only": True, "out_indices": (1, 3)}
+        getter = timm.create_model("vit_tiny_patch16_224", **{k: v for k, v in small.items() if k != "num_classes"})
+        with pytest.raises(TypeError, match=r"give the VisionTransformer inside of it, \.model"):
+            fastreduce.patch(getter, "topk", **SCHEDULE)
+        images = torch.randn(2, 3, 64, 64)
+        before = [one.shape for one in run(getter, images)]
+        fastreduce.patch(getter.model, "topk", **SCHEDULE)
+        after = run(getter, images)
+        assert [one.shape for one in after] == before  # the full grid
+        assert all(one.abs().amax(1).min() > 0 for one in after)
+
     def test_sharded_blocks_are_refused_whole(self):
         model = patched()
         kind = type(model.blocks[2])

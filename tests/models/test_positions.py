@@ -176,7 +176,7 @@ METHODS["tome-after"] = {"method": "tome", "metric": "after"}
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", (*ROTARY, *OTHERS))
+@pytest.mark.parametrize("name", [*ROTARY, *OTHERS])
 def test_equals_the_plain_algorithm(name, method):
     """Merged tokens stand at the place of their destination, centre or strongest source; a fused one nowhere."""
     model, images = build(name)
@@ -190,17 +190,21 @@ def test_equals_the_plain_algorithm(name, method):
     torch.testing.assert_close(run(reduced, images), expected, rtol=0, atol=1e-8 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["dinov3", "rope-mixed", "beit", *OTHERS, "gemma4"])
+COMPILED = ("dinov3", "rope-mixed", "beit", *OTHERS)  # the others would take a minute more
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_checkpoints_and_graphs(name):
     """One step of training: as it is, with checkpoints, and in one graph."""
     results = []
-    for way in ("plain", "checkpointed", "compiled"):
+    for way in ("plain", "checkpointed", "compiled")[: 3 if name in COMPILED else 2]:
         torch._dynamo.reset()
         model, images = build(name)
         model, images = model.float().train(), images.float()
         fastreduce.patch(model, "tome", keep_rate=0.5, at=AT)
         model.set_grad_checkpointing(way == "checkpointed")
         call = torch.compile(model, backend="aot_eager", fullgraph=True) if way == "compiled" else model
+        torch.manual_seed(0)  # relative positions come from an MLP with dropout
         call(images).square().sum().backward()
         results.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
         assert all(gradient is not None for gradient in results[-1])
@@ -209,7 +213,7 @@ def test_gradients_checkpoints_and_graphs(name):
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * one.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["dinov3", "beit", "parallel", "parallel-things", "naflex", *OTHERS, "gemma4"])
+@pytest.mark.parametrize("name", MODELS)
 def test_copies_autocast_and_dense_features(name):
     model, images = build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -2,11 +2,16 @@
 
 import importlib.util
 
-from . import cait, differential, eva, gemma4, hosts, pairs, parallel, parts
+from . import cait, differential, eva, hosts, pairs, parallel, parts
 
-__all__ = ["cait", "differential", "eva", "gemma4", "hosts", "pairs", "parallel", "parts"]
+__all__ = ["cait", "differential", "eva", "hosts", "pairs", "parallel", "parts"]
 
 if importlib.util.find_spec("timm.models.naflexvit") is not None:  # timm 1.0.16 and newer
     from . import naflex
 
     __all__ += ["naflex"]
+
+if importlib.util.find_spec("timm.models.gemma4_vit") is not None:  # timm 1.0.31 and newer
+    from . import gemma4
+
+    __all__ += ["gemma4"]

@@ -60,6 +60,7 @@ class CaitHost(TimmHost):
     """
 
     base = cait.Cait
+    methods = tuple(name for name in TimmHost.methods if hasattr(cait.Cait, name))  # timm 1.0.0 has the first alone
 
     def prefix(self, model: Any) -> int:
         """Return 0: the class token comes behind the blocks."""

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from timm.models import gemma4_vit
 from torch import Tensor, nn
 
 from ..parts import Beside, Linear
 from ..registry import register_host, register_parts
 from .eva import EvaParts, TowerHost
 from .parts import check_no_mask
-
-try:
-    from timm.models import gemma4_vit
-except ImportError:  # timm before 1.0.28
-    gemma4_vit = None
 
 __all__ = ["Gemma4Host", "Gemma4Parts"]
 
@@ -31,8 +27,8 @@ def _together(x: Tensor) -> Tensor:
 class Gemma4Parts(EvaParts):
     """``Gemma4Block``: norm, attention, norm; norm, gated MLP, norm. A merge does not pass the norms."""
 
-    attentions: tuple[type, ...] = () if gemma4_vit is None else (gemma4_vit.Gemma4Attention,)
-    row_by_row = EvaParts.row_by_row if gemma4_vit is None else (*EvaParts.row_by_row, gemma4_vit.Gemma4ClippableLinear)
+    attentions: tuple[type, ...] = (gemma4_vit.Gemma4Attention,)
+    row_by_row = (*EvaParts.row_by_row, gemma4_vit.Gemma4ClippableLinear)
     tail_names = ("norm2", "drop_path")
 
     def geometry(self, block: Any) -> Any:
@@ -113,7 +109,7 @@ class Gemma4Parts(EvaParts):
 class Gemma4Host(TowerHost):
     """``Gemma4VitEncoder``, called with images: it pools cells of neighbouring patches behind its blocks."""
 
-    base: type = nn.Module if gemma4_vit is None else gemma4_vit.Gemma4VitEncoder
+    base = gemma4_vit.Gemma4VitEncoder
 
     def shape_grid(self, model: Any) -> tuple[int, int]:
         """Return the grid of the images that timm names: the model has no size of its own."""
@@ -133,6 +129,5 @@ class Gemma4Host(TowerHost):
         return x
 
 
-if gemma4_vit is not None:
-    register_parts(gemma4_vit.Gemma4Block, Gemma4Parts())
-    register_host(gemma4_vit.Gemma4VitEncoder, Gemma4Host())
+register_parts(gemma4_vit.Gemma4Block, Gemma4Parts())
+register_host(gemma4_vit.Gemma4VitEncoder, Gemma4Host())

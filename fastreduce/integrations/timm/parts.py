@@ -235,4 +235,3 @@ class BlockParts(TimmParts):
         """Norm, MLP, layer scale, drop path, and the residual."""
         normed = block.norm2(x) if normed is None else normed
         return x + block.drop_path2(block.ls2(block.mlp(normed)))
-
