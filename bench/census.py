@@ -2,8 +2,8 @@
 
 A name counts as isotropic if the model's tokens keep their number and width from block to block: its blocks hold an
 attention, stand in one container, and there is one patch embedding. Models are made on the meta device, so that this
-takes minutes, not gigabytes. ``--refused`` prints the reason for every name that is refused, ``--kinds`` one name of every
-structure and how many names share it: the test tries these, two blocks deep.
+takes minutes, not gigabytes. ``--refused`` prints the reason for every name that is refused. ``--kinds`` prints one
+name of every structure and how many names share it: the test tries these, two blocks deep.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ class PlainModel(Selections, Merges, Mixtures):
     :attr:`decisions` holds what was drawn.
 
     Args:
-        model: an unpatched timm ``VisionTransformer``, ``Eva`` or ``Cait``; its modules are shared, not copied.
+        model: an unpatched timm ``VisionTransformer``, ``Eva`` or ``Cait``;
+            its modules are shared, not copied.
         method: any name in ``fastreduce.REDUCERS``.
         at: blocks at which the stages stand.
         keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.
@@ -57,7 +58,8 @@ class PlainModel(Selections, Merges, Mixtures):
         **options: as in :func:`fastreduce.patch`.
 
     Raises:
-        ValueError: a patched model, one of another class or with blocks of another, an unknown method, or a learned one without layers.
+        ValueError: a patched model, another class of models or blocks, an unknown method, or a learned one without
+            layers.
         TypeError: an option that the method does not have.
     """
 

@@ -36,6 +36,7 @@ MODELS = {
     "naflex": ("naflexvit_base_patch16_gap", {}),
     "qwen3": ("qwen3_vit_88m_enc", {"out_features": 16}),
     "differential": ("vit_dwee_patch16_reg1_gap_256", {}),
+    "differential-class": ("vit_dwee_patch16_reg1_gap_256", {"class_token": True, "global_pool": "token"}),
     "differential-parallel": ("vit_dpwee_patch16_reg1_gap_256", {}),
     "cait": ("cait_xxs24_224", {}),
     "gemma4": (
@@ -169,7 +170,7 @@ def test_selections_equal_masking(name, method, monkeypatch):
 
 
 ROTARY = ("eva", "eva02", "eva02-post", "dinov3", "pe", "rope-axial", "rope-mixed", "grouped", "post-norm")
-OTHERS = ("differential", "cait")  # they have no positions in their blocks, but an attention of their own
+OTHERS = ("differential-class", "cait")  # they have no positions in their blocks, but an attention of their own
 METHODS = {name: options for name, options in tiny.METHODS.items() if not name.endswith(("members", "equal", "scaled"))}
 NO_SAMPLING = ("dinov3", "pe")  # they pool over patches in a way that cannot leave padding out
 METHODS["tome-after"] = {"method": "tome", "metric": "after"}
@@ -181,7 +182,7 @@ def test_equals_the_plain_algorithm(name, method):
     """Merged tokens stand at the place of their destination, centre or strongest source; a fused one nowhere."""
     model, images = build(name)
     arguments = {"keep_rate": 0.5, "at": AT, **METHODS[method]}
-    if method == "ats" and (model.cls_token is None or name in NO_SAMPLING or name in OTHERS):
+    if method == "ats" and (model.cls_token is None or name in (*NO_SAMPLING, "cait")):
         with pytest.raises(ValueError, match=r"class token|global_pool="):
             fastreduce.patch(model, **arguments)
         return
@@ -211,6 +212,25 @@ def test_gradients_checkpoints_and_graphs(name):
     for one, *others in zip(*results, strict=True):
         for other in others:
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3 * one.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["differential", "differential-class"])
+def test_differential_attention_masked_in_training_and_packed(name):
+    """Values are twice as wide as keys, which the operators of these two methods do not take."""
+    model, images = build(name)
+    arguments = {"method": "dynamicvit", "keep_rate": 0.5, "at": (0, 2)}
+    reduced, plain = tiny.reduced_and_plain(model, **arguments)
+    answers = []
+    for one in (plain.train(), reduced.train()):
+        torch.manual_seed(3)
+        answers.append(one(images))
+    torch.testing.assert_close(*answers, rtol=0, atol=1e-8 * answers[0].abs().max().item())
+    if name == "differential-class":
+        padded, packed = (
+            run(fastreduce.patch(build(name)[0], "ats", keep_rate=0.5, at=AT, packed=way), images)
+            for way in (False, True)
+        )
+        torch.testing.assert_close(packed, padded, rtol=0, atol=1e-9 * padded.abs().max().item())
 
 
 @pytest.mark.parametrize("name", MODELS)
