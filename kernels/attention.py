@@ -585,8 +585,6 @@ def _attend(
         *strides(index),
         **options,
         **settings(tile),
-        **settings(tile),
-        **settings(tile),
     )
 
 
