@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def merges(self) -> bool:
-        """Whether an output token can stand for several input tokens."""
+        """True if an output token can stand for several input tokens."""
         return self.fused or self.slot is not None or self.weights is not None
 
     def place(self, place: Tensor) -> Tensor:

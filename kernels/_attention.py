@@ -100,7 +100,7 @@ def whole_tile(
 
 
 def takes_whole() -> bool:
-    """Whether the device is a Hopper; the interpreter takes what Hopper takes."""
+    """Return whether the device is a Hopper; the interpreter takes what Hopper takes."""
     if not is_compiled(sum_heads_kernel):
         return True
     target = triton.runtime.driver.active.get_current_target()

@@ -70,7 +70,7 @@ def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1
 def averages_while_loading(
     searching: int, channels: int, dtype: torch.dtype, heads: int, *, aligned: bool = True
 ) -> bool:
-    """Whether keys are averaged as the matching loads them, which saves a launch and the metric in memory.
+    """Return whether keys are averaged as the matching loads them, which saves a launch and the metric in memory.
 
     In half precision up to 128 channels, all of which a tile keeps; float32 keeps the means of its even tokens in
     memory for its next steps. Of rows that are not aligned every element takes an address, and these spill.

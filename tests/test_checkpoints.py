@@ -565,7 +565,7 @@ def small_files(tmp_path):
 
 
 def is_refused(path, content):
-    """Whether reading ends in one line; anything but that and success is an error, a library's warning too."""
+    """Return whether reading ends in one line; anything but that and success is an error, a library's warning too."""
     rewrite(path, content)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -114,11 +114,11 @@ class Other:
 
     @property
     def installed(self) -> bool:
-        """Whether its module can be imported."""
+        """True if its module can be imported."""
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
     def serves(self, device: str, direction: str) -> bool:
-        """Whether it can be called on this kind of device (``"cpu"``, ``"cuda"``) in this direction."""
+        """Return whether it can be called on this kind of device (``"cpu"``, ``"cuda"``) in this direction."""
         return (self.on_cpu or device == "cuda") and (self.backward or direction == "forward") and self.installed
 
 

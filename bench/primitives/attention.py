@@ -64,7 +64,7 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _goes_at_once(inputs: Inputs, queries: int) -> bool:
-    """Whether one program holds all queries of a head, and makes all gradients."""
+    """Return whether one program holds all queries of a head, and makes all gradients."""
     from fastreduce.kernels._attention import takes_whole, whole_tile
 
     q, with_options = inputs["q"], any(name in inputs for name in ("bias", "index", "offsets"))

@@ -44,7 +44,7 @@ class Fidelity:
 
     @property
     def faithful(self) -> bool:
-        """Whether nothing but rounding differs."""
+        """True if nothing but rounding differs."""
         return not self.wrong and self.relative <= 1e-4
 
 

@@ -327,7 +327,7 @@ class ReducedBlock:
         return plain and self.parts.softmax(self)[1] == 0.0
 
     def _has_kernel(self, heads: Heads) -> bool:
-        """Whether plain attention can run on our own kernel."""
+        """Return whether plain attention can run on our own kernel."""
         return heads.tokens.backend == "triton" and heads.q.shape[3] <= MAX_HEAD_DIM and self._is_plain(heads)
 
     def _packed(self, heads: Heads, q: Tensor, queries: Packing | None, **chosen: Any) -> Tensor:
@@ -455,7 +455,7 @@ class ReducedBlock:
 
     @property
     def drops_paths(self) -> bool:
-        """Whether drop path is active."""
+        """True if drop path is active."""
         drop: Any = self.parts.path1(self)
         return drop is not None and drop.training and getattr(drop, "drop_prob", 0.0) > 0
 
@@ -538,7 +538,7 @@ class ReducedBlock:
             raise ValueError(f"block {self.index} has {_NO_BACKWARD_HOOKS}")
 
     def _is_last(self, blocks: Any) -> bool:
-        """Whether no reduced block comes after this one in the container."""
+        """Return whether no reduced block comes after this one in the container."""
         if torch.compiler.is_compiling():  # a block that is compiled by itself must not come upon itself in the tree
             return next(reversed(blocks._modules)) == str(self._site.index)
         for index in range(len(blocks) - 1, -1, -1):
@@ -608,7 +608,7 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _hangs_on(module: nn.Module) -> bool:
-    """Whether hooks of the user's hang on a module."""
+    """Return whether hooks of the user's hang on a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

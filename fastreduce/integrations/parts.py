@@ -133,7 +133,7 @@ class Parts(abc.ABC):
 
     @abc.abstractmethod
     def splits(self, block: Any) -> bool:
-        """Whether queries can be projected apart from keys and values, with the same numbers."""
+        """Return whether queries can be projected apart from keys and values, with the same numbers."""
 
     @abc.abstractmethod
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
@@ -189,7 +189,7 @@ class Parts(abc.ABC):
         return out
 
     def gated(self, block: Any) -> bool:
-        """Whether :meth:`inner` looks at the rows that the queries came from."""
+        """Return whether :meth:`inner` looks at the rows that the queries came from."""
         return False
 
     @abc.abstractmethod
@@ -216,7 +216,7 @@ class Parts(abc.ABC):
 
     @abc.abstractmethod
     def is_linear(self, block: Any) -> bool:
-        """Whether projection, tail and drop path are linear in each row now: a merge may come before them."""
+        """Return whether projection, tail and drop path are linear in each row now: a merge may come before them."""
 
     def path1(self, block: Any) -> nn.Module | None:
         """Return the drop path of the attention, or None."""
@@ -242,7 +242,7 @@ class Parts(abc.ABC):
         return x + (made if path is None else path(made))
 
     def treats_rows_alike(self, *modules: nn.Module | None) -> bool:
-        """Whether layers treat every row alike, and nothing was hung on them."""
+        """Return whether layers treat every row alike, and nothing was hung on them."""
         return are_plain(modules, self.row_by_row)
 
 
@@ -251,7 +251,7 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def are_plain(modules: tuple[nn.Module | None, ...], kinds: tuple[type, ...]) -> bool:
-    """Whether all modules, but those that are None, are of these very classes with nothing hung on them."""
+    """Return whether all modules, but those that are None, are of these very classes with nothing hung on them."""
     for module in modules:
         if module is None:
             continue
@@ -263,7 +263,7 @@ def are_plain(modules: tuple[nn.Module | None, ...], kinds: tuple[type, ...]) ->
 
 
 def is_idle_dropout(drop: nn.Module | None) -> bool:
-    """Whether a dropout drops nothing now, and nothing hangs on it."""
+    """Return whether a dropout drops nothing now, and nothing hangs on it."""
     if drop is None or type(drop) is nn.Identity:
         return drop is None or is_unhooked(drop)
     return type(drop) is nn.Dropout and (drop.p == 0 or not drop.training) and is_unhooked(drop)

@@ -71,10 +71,10 @@ class Host(abc.ABC):
 
     @abc.abstractmethod
     def has_class_token(self, model: Any) -> bool:
-        """Whether the first token is a class token."""
+        """Return whether the first token is a class token."""
 
     def positions(self, model: Any) -> bool:
-        """Whether blocks look at where a token is, so that ``Tokens.place`` is kept."""
+        """Return whether blocks look at where a token is, so that ``Tokens.place`` is kept."""
         return False
 
     def grid(self, model: Any, patches: int) -> tuple[int, int]:
@@ -86,11 +86,11 @@ class Host(abc.ABC):
         return rows, columns
 
     def asks_for_inputs(self, model: Any) -> bool:
-        """Whether somebody will ask in the pass at hand what dropped patches were."""
+        """Return whether somebody will ask in the pass at hand what dropped patches were."""
         return self.needs_grid
 
     def keeps_every_patch(self, model: Any) -> bool:
-        """Whether no patch is dropped before the blocks, as patch dropout does in training."""
+        """Return whether no patch is dropped before the blocks, as patch dropout does in training."""
         return True
 
     # ---- what is behind the blocks
@@ -138,7 +138,7 @@ class Host(abc.ABC):
     # ---- training, and what belongs to a patched model
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether the model runs its blocks again in the backward pass."""
+        """Return whether the model runs its blocks again in the backward pass."""
         return False
 
     def check_checkpointing(self, model: Any) -> None:
@@ -227,5 +227,5 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def is_compiled(model: object) -> bool:
-    """Whether a model is what ``torch.compile`` made of one."""
+    """Return whether a model is what ``torch.compile`` made of one."""
     return isinstance(model, torch._dynamo.OptimizedModule)

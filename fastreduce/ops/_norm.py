@@ -76,7 +76,7 @@ def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None, 
 
 
 def wants_affine(ctx: Any) -> bool:
-    """Whether weight or bias gets a gradient."""
+    """Return whether weight or bias gets a gradient."""
     return any(ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2])
 
 

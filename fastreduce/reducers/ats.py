@@ -95,7 +95,7 @@ class ATS(ScheduledReducer):
         return (index, valid) if points <= most else (index[:, :most], valid[:, : prefix + most])
 
     def _trims(self, index: Tensor) -> bool:
-        """Whether the host may wait for numbers."""
+        """Return whether the host may wait for numbers."""
         trim = self.trim if self.trim is not None else index.device.type == "cpu"
         if torch.jit.is_tracing():
             self._check_traced()

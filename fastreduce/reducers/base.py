@@ -120,7 +120,7 @@ class Reducer(nn.Module, abc.ABC):
 
     @property
     def untrained(self) -> bool:
-        """Whether the method brings layers of its own, which mean nothing until they are trained or loaded."""
+        """True if the method brings layers of its own, which mean nothing until they are trained or loaded."""
         return next(self.parameters(), None) is not None
 
     def concerns(self, shape: ModelShape) -> dict[str, str]:

@@ -159,7 +159,7 @@ def is_captured() -> bool:
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module does what its class does: no hook on it, and no forward of its own.
+    """Return whether calling a module does what its class does: no hook on it, and no forward of its own.
 
     Hooks on all modules (``register_module_forward_hook``) do not count: counters of operations use them, and are to
     count what is done without them.
@@ -174,7 +174,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_plain_tensor(weight: object) -> bool:
-    """Whether a weight is no tensor of its own kind (quantised, sharded)."""
+    """Return whether a weight is no tensor of its own kind (quantised, sharded)."""
     return type(weight) in _PLAIN_TENSORS
 
 

@@ -24,7 +24,7 @@ __all__ = [
 
 
 def for_onnx() -> bool:
-    """Whether ``torch.onnx.export`` is capturing the graph."""
+    """Return whether ``torch.onnx.export`` is capturing the graph."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 

@@ -91,7 +91,7 @@ class Floors:
         return cls(chance, floors)
 
     def counts(self, backbone: str, accuracy: float) -> bool:
-        """Whether a model counts."""
+        """Return whether a model counts."""
         return accuracy > self.by_backbone.get(backbone, self.chance + LEAST_ABOVE_CHANCE)
 
     def below(self, recordings: Sequence[Recording]) -> list[Run]:

@@ -216,11 +216,11 @@ class Backbone:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it starts from weights that were trained before."""
+        """True if it starts from weights that were trained before."""
         return self.pretrained or self.checkpoint is not None
 
     def knows(self, num_classes: int) -> bool:
-        """Whether its weights include a head for so many classes."""
+        """Return whether its weights include a head for so many classes."""
         from timm.models import get_pretrained_cfg
         from torch import Tensor
 
@@ -419,7 +419,7 @@ class Protocol:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a single-label set are mixed."""
+        """True if images of a single-label set are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 

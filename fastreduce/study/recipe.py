@@ -144,7 +144,7 @@ class Recipe:
         return open_data(self.data, root, image_size=self.image_size, augmentation=self.augmentation)
 
     def trains(self, capacity: Capacity) -> bool:
-        """Whether this backbone is trained here, because it has no weights."""
+        """Return whether this backbone is trained here, because it has no weights."""
         return self.training is not None and not capacity.backbone.has_weights
 
     @property

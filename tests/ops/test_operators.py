@@ -133,7 +133,7 @@ class TestArguments:
 
 
 def _explains(message, argument):
-    """Whether it names the argument, or is one of ours about the relation of two."""
+    """Return whether it names the argument, or is one of ours about the relation of two."""
     ours = ("must be", "must have", "exclude", "goes with", "need", "takes", "got")
     named = argument in message or any(word in message for word in ours)
     return named and "object has no attribute" not in message and "aten::" not in message

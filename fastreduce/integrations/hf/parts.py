@@ -101,7 +101,7 @@ class Layer(Parts):
         return Geometry(attention if _hooked_by_user(attention) else None, scale, 1, self.half(), strange)
 
     def half(self) -> bool:
-        """Whether a rotation pairs channels half a head apart."""
+        """Return whether a rotation pairs channels half a head apart."""
         return True
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
@@ -126,7 +126,7 @@ class Layer(Parts):
     # ---- queries, keys, values
 
     def splits(self, block: Any) -> bool:
-        """Whether the projection of queries is bare."""
+        """Return whether the projection of queries is bare."""
         return is_bare(getattr(self.inside(block), self.qkv[0]))
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
@@ -176,13 +176,13 @@ class Layer(Parts):
         return getattr(self.inside(block), self.out), *map(block._modules.get, names)
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer between attention and residual treats rows alike, with nothing hung on it."""
+        """Return whether every layer between attention and residual treats rows alike, with nothing hung on it."""
         outs = self._outs(block)
         known = tuple(type(one) for one in outs if _is_librarys(type(one), ("LayerScale", "DropPath")))
         return are_plain(outs, (*self.row_by_row, *known))
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projection, tail and drop path are linear in each row now."""
+        """Return whether projection, tail and drop path are linear in each row now."""
         out, drop, *tail = self._outs(block)
         known = tuple(type(one) for one in tail if _is_librarys(type(one), ("LayerScale", "DropPath")))
         return is_bare(out) and is_idle_dropout(drop) and are_plain(tuple(tail), (nn.Identity, *known))

@@ -58,7 +58,7 @@ class TowerHost(Host):
         return True
 
     def keeps_every_patch(self, model: Any) -> bool:
-        """Whether there is no patch dropout."""
+        """Return whether there is no patch dropout."""
         return type(self.tower(model).patch_dropout).__name__ == "Identity"
 
     def looks(self, model: Any) -> Looks:
@@ -76,7 +76,7 @@ class TowerHost(Host):
         return "a pooling by attention, or behind a norm, cannot respect; a mean with final_ln_after_pool=True can"
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether ``set_grad_checkpointing`` was called."""
+        """Return whether ``set_grad_checkpointing`` was called."""
         return self.tower(model).transformer.grad_checkpointing
 
     def install(self, model: Any) -> None:

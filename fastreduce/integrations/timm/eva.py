@@ -42,7 +42,7 @@ class EvaParts(TimmParts):
         return {"rope": torch.cat([sin, cos], dim=-1)}
 
     def splits(self, block: Any) -> bool:
-        """Whether queries can be projected apart: always where the three have layers of their own."""
+        """Return whether queries can be projected apart: always where the three have layers of their own."""
         attn = block.attn
         if getattr(attn, "qkv", None) is not None:
             return super().splits(block)
@@ -123,7 +123,7 @@ class EvaHost(TimmHost):
     base = eva.Eva
 
     def positions(self, model: Any) -> bool:
-        """Whether there is a rotary embedding."""
+        """Return whether there is a rotary embedding."""
         return model.rope is not None
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:

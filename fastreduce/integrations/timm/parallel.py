@@ -56,7 +56,7 @@ class ScalingParts(TimmParts):
         return F.linear(normed, proj.weight[rows], None if proj.bias is None else proj.bias[rows])
 
     def splits(self, block: Any) -> bool:
-        """Whether the norm of queries treats rows alike; the projection is bare."""
+        """Return whether the norm of queries treats rows alike; the projection is bare."""
         return are_plain((block.q_norm,), self.row_by_row)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
@@ -115,13 +115,13 @@ class ScalingParts(TimmParts):
         return self.tail(block, sum(found[1:], found[0])) if found else None
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether MLP, projections, layer scale and drop path treat rows alike."""
+        """Return whether MLP, projections, layer scale and drop path treat rows alike."""
         activation = (nn.GELU, nn.SiLU, nn.ReLU, nn.Identity)
         tail = (*self._out(block), block.mlp_drop, block.ls, block.drop_path)
         return are_plain(tail, self.row_by_row) and are_plain((block.mlp_act,), activation)
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projections, layer scale and drop path are linear in each row."""
+        """Return whether projections, layer scale and drop path are linear in each row."""
         return all(map(is_bare, self._out(block))) and are_plain((block.ls, block.drop_path), self.scales)
 
     def path1(self, block: Any) -> nn.Module | None:
@@ -205,7 +205,7 @@ class ThingsParts(BlockParts):
         return None
 
     def splits(self, block: Any) -> bool:
-        """Whether every packed projection is bare, and every norm treats rows alike."""
+        """Return whether every packed projection is bare, and every norm treats rows alike."""
         norms = [part for branch in block.attns for part in (branch.norm, branch.attn.q_norm)]
         return all(is_bare(branch.attn.qkv) for branch in block.attns) and are_plain(tuple(norms), self.row_by_row)
 
@@ -255,7 +255,7 @@ class ThingsParts(BlockParts):
         return sum(found[1:], found[0]) if found else None
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer behind the attentions treats rows alike."""
+        """Return whether every layer behind the attentions treats rows alike."""
         tails = [p for one in block.attns for p in (one.attn.proj, one.attn.proj_drop, one.ls, one.drop_path)]
         return are_plain(tuple(tails), self.row_by_row)
 

@@ -24,7 +24,7 @@ _NORMS = tuple(
 
 
 def is_timms(module: nn.Module, known: type) -> bool:
-    """Whether a module is of a class of timm's, whose forward nobody has replaced."""
+    """Return whether a module is of a class of timm's, whose forward nobody has replaced."""
     return type(module) is known and known.forward.__module__.startswith("timm.")  # type: ignore[attr-defined]
 
 
@@ -89,7 +89,7 @@ class TimmParts(Parts):
     # ---- queries, keys, values
 
     def splits(self, block: Any) -> bool:
-        """Whether the packed projection is bare."""
+        """Return whether the packed projection is bare."""
         attn = block.attn
         norm = getattr(attn, "q_norm", None)
         # The usual one first, without a call.
@@ -154,7 +154,7 @@ class TimmParts(Parts):
         return out
 
     def gated(self, block: Any) -> bool:
-        """Whether there is a gate."""
+        """Return whether there is a gate."""
         return getattr(block.attn, "gate", None) is not None
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
@@ -163,13 +163,13 @@ class TimmParts(Parts):
         return attn.proj_drop(linear(attn.proj, attended))
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer between attention and residual treats rows alike, with nothing hung on it."""
+        """Return whether every layer between attention and residual treats rows alike, with nothing hung on it."""
         attn, tail = block.attn, map(block._modules.get, self.tail_names)
         inside = getattr(attn, "norm", None), getattr(attn, "gate", None), attn.proj, attn.proj_drop
         return are_plain((*inside, *tail), self.row_by_row)
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projection, tail and drop path are linear in each row now."""
+        """Return whether projection, tail and drop path are linear in each row now."""
         attn = block.attn
         idle = is_idle_dropout(attn.proj_drop) and is_bare(attn.proj)
         return idle and are_plain(tuple(map(block._modules.get, self.tail_names)), self.scales)
