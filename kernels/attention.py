@@ -473,7 +473,7 @@ def attention(
     longest_keys: int = 0,
     num_out: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; q (B, H, M, D), k and v (B, H, N, D), dense last axes -> out (B, H, M, D), logsumexp (B, H, M).
+    """Launch once; q (B, H, M, D), k and v (B, H, N, D), dense last axes -> out (B, H, M, D), logsumexp (B, H, M).
 
     A bias is (B, N), an index (B, K): then M is prefix + K in what follows. With offsets of the queries and the keys,
     (images + 1,) int32 each, B is 1, and ``longest_queries`` and ``longest_keys`` say how many an image has at most.
@@ -500,7 +500,7 @@ def attention(
 def attention_policy(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: torch.Tensor, scale: float, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches; q, k, v (B, H, N, D), dense last axes, policy (B, N) -> out, and three for its gradient.
+    """Launch twice; q, k, v (B, H, N, D), dense last axes, policy (B, N) -> out, and three for its gradient.
 
     They are the logsumexp (B, H, N), total (B, H, N) and the mean (B, H, D) of v.
     """

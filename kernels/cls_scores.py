@@ -311,7 +311,7 @@ def _forward(
 def cls_scores(
     q: torch.Tensor, k: torch.Tensor, prefix: int, scale: float, valid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches; q (B, H, D), k (B, H, N, D), dense last axes -> scores (B, N - prefix), logits, logsumexp."""
+    """Launch twice; q (B, H, D), k (B, H, N, D), dense last axes -> scores (B, N - prefix), logits, logsumexp."""
     return _forward(q, k, None, valid, prefix, scale)
 
 
@@ -319,7 +319,7 @@ def cls_scores(
 def cls_value_scores(
     q: torch.Tensor, k: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, prefix: int, scale: float
 ) -> torch.Tensor:
-    """Two launches; q (B, H, D), k and value (B, H, N, D), dense last axes -> scores (B, N - prefix)."""
+    """Launch twice; q (B, H, D), k and value (B, H, N, D), dense last axes -> scores (B, N - prefix)."""
     return _forward(q, k, value, valid, prefix, scale)[0]
 
 
@@ -333,7 +333,7 @@ def cls_value_scores_packed(
     prefix: int,
     scale: float,
 ) -> torch.Tensor:
-    """Two launches; q (B, H, D), k and value (1, H, T, D), dense last axes -> scores (B, longest - prefix)."""
+    """Launch twice; q (B, H, D), k and value (1, H, T, D), dense last axes -> scores (B, longest - prefix)."""
     return _forward(q, k, value, None, prefix, scale, offsets, longest)[0]
 
 

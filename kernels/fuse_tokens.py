@@ -536,7 +536,7 @@ def fuse_tokens_norm_backward(
     prefix: int,
     residual_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and a sum if affine -> gradients of x, of the scores, of out if rows, else (B, 0, C).
+    """Launch, and sum if affine -> gradients of x, of the scores, of out if rows, else (B, 0, C).
 
     The last are those of weight and bias (2, C) float32, else (0, C).
     """

@@ -312,7 +312,7 @@ def assign_slots_kernel(
 
 
 def mean_keys(keys: torch.Tensor) -> torch.Tensor:
-    """One launch; keys (B, H, N, D) with contiguous channels -> (B, N, D), rounded once."""
+    """Launch once; keys (B, H, N, D) with contiguous channels -> (B, N, D), rounded once."""
     batch, heads, tokens, channels = keys.shape
     metric = torch.empty(batch, tokens, channels, dtype=keys.dtype, device=keys.device)
     if metric.numel():

@@ -191,7 +191,7 @@ def _spread(
     EPS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``out[n] = share[n] * row[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
+    """Compute ``out[n] = share[n] * row[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
 
     A size's gradient is what its token's dot differs by from the slot's weighted mean, over the slot's divisor.
     """
@@ -476,7 +476,7 @@ def sum_grouped(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> 
 
 @in_parts("x", "slot")
 def sum_slots(x: torch.Tensor, slot: torch.Tensor, num_out: int) -> torch.Tensor:
-    """Two launches; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
+    """Launch twice; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
     return sum_grouped(x, *group_slots(slot, num_out))
 
 
@@ -596,7 +596,7 @@ def merge_tokens_norm_backward(
     eps: float,
     log_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and a sum if affine -> gradients of x (B, N, C), of size (B, N) float32 if there is x, else (B, 0).
+    """Launch, and sum if affine -> gradients of x (B, N, C), of size (B, N) float32 if there is x, else (B, 0).
 
     Then those of the merged rows (B, M, C) if rows, and of the head (B, P, C) if head, else (B, 0, C); of the norm's
     weight and bias (2, C) float32, else (0, C).

@@ -228,7 +228,7 @@ def column_sum_kernel(
 
 @in_parts("q", "k")
 def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Two launches; q (B, H, M, D), k (B, H, N, D), dense last axes -> scores (B, N)."""
+    """Launch twice; q (B, H, M, D), k (B, H, N, D), dense last axes -> scores (B, N)."""
     batch, heads, keys, head_dim = k.shape
     queries = q.shape[2]
     scores = torch.empty(batch, keys, dtype=torch.float32, device=k.device)

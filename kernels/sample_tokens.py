@@ -135,7 +135,7 @@ def sample_tokens_kernel(
 def sample_tokens(
     scores: torch.Tensor, budget: int, prefix: int, parts: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; scores (B, N) of any strides -> index (B, budget) int64, valid (B, prefix + budget) bool.
+    """Launch once; scores (B, N) of any strides -> index (B, budget) int64, valid (B, prefix + budget) bool.
 
     Looked up are the points (2 i + 1) / (2 parts), i < budget; None stands for budget + 1 parts.
     """

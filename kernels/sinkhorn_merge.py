@@ -403,7 +403,7 @@ def _forward(
 def sinkhorn_merge(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Four launches; x (B, N, C), centers (K, C) and head (B, P, C) or None with contiguous channels.
+    """Launch four times; x (B, N, C), centers (K, C) and head (B, P, C) or None with contiguous channels.
 
     Returns merged (B, P + K, C), similarity (B, N, padded), token_bias (B, N), inverse_norm (B, N), token_shifts and
     token_scales (B, iters, N), cluster_biases (B, iters + 1, padded), the first of which is minus the maximum of each

@@ -435,7 +435,7 @@ def sinkhorn_merge_backward(
     cluster_scales: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Four launches and a sum; grad (B, K, C) with contiguous channels -> gradients of x and of the centres."""
+    """Launch four times, and sum; grad (B, K, C) with contiguous channels -> gradients of x and of the centres."""
     batch, tokens, channels = x.shape
     clusters, padded, iters = centers.shape[0], similarity.shape[2], token_shifts.shape[1]
     grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)

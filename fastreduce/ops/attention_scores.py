@@ -93,14 +93,14 @@ def attention_cls_scores_unchecked(
     scale: float | None = None,
     backend: Resolved,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention_cls_scores` without checks, by the backend named."""
+    """Call :func:`attention_cls_scores` without checks, by the backend named."""
     return _attend(q, k, v, "class", bias, prefix, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
 
 def attention_received_scores_unchecked(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention_received_scores` without checks, by the backend named."""
+    """Call :func:`attention_received_scores` without checks, by the backend named."""
     return _attend(q, k, v, "received", bias, 0, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
 

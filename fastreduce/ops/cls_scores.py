@@ -113,7 +113,7 @@ def cls_scores_unchecked(
     valid: Tensor | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`cls_scores` without checks, by the backend named."""
+    """Call :func:`cls_scores` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.cls_scores(q, k, prefix, scale, valid)
@@ -132,7 +132,7 @@ def cls_value_scores_unchecked(
     valid: Tensor | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`cls_value_scores` without checks, by the backend named."""
+    """Call :func:`cls_value_scores` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     forward = reference.cls_value_scores if backend == "reference" else _value_forward
     return forward(q.detach(), k.detach(), value.detach(), valid, prefix, scale)
@@ -149,7 +149,7 @@ def cls_value_scores_packed_unchecked(
     scale: float | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`cls_value_scores_packed` without checks, by the backend named."""
+    """Call :func:`cls_value_scores_packed` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     forward = reference.cls_value_scores_packed if backend == "reference" else _value_packed
     return forward(q.detach(), k.detach(), value.detach(), offsets, longest, prefix, scale)

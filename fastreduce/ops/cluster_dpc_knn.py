@@ -29,7 +29,7 @@ def _cluster(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[T
 def cluster_dpc_knn_groups_unchecked(
     x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`cluster_dpc_knn_groups` without checks, by the backend named."""
+    """Call :func:`cluster_dpc_knn_groups` without checks, by the backend named."""
     x, noise = x.detach(), None if noise is None else noise.detach()
     if backend == "reference":
         return *reference.cluster_dpc_knn(x, k, neighbors, noise), None
@@ -40,7 +40,7 @@ def cluster_dpc_knn_groups_unchecked(
 def cluster_dpc_knn_unchecked(
     x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
-    """:func:`cluster_dpc_knn` without checks, by the backend named."""
+    """Call :func:`cluster_dpc_knn` without checks, by the backend named."""
     return cluster_dpc_knn_groups_unchecked(x, k, neighbors=neighbors, noise=noise, backend=backend)[:2]
 
 

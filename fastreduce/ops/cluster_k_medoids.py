@@ -35,7 +35,7 @@ def cluster_k_medoids_unchecked(
     first: int = 0,
     backend: Resolved,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`cluster_k_medoids` without checks, by the backend named."""
+    """Call :func:`cluster_k_medoids` without checks, by the backend named."""
     x, weights = x.detach(), None if weights is None else weights.detach()
     if backend == "reference" or weights is None or cost == "members":
         return reference.cluster_k_medoids(x, weights, k, iters, cost == "members", first)

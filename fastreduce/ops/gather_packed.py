@@ -49,7 +49,7 @@ def _offsets(valid: Tensor) -> Tensor:
 
 
 def token_offsets_unchecked(valid: Tensor, *, backend: Resolved) -> Tensor:
-    """:func:`token_offsets` without checks, by the backend named."""
+    """Call :func:`token_offsets` without checks, by the backend named."""
     return reference.token_offsets(valid) if backend == "reference" else _offsets(valid)
 
 
@@ -129,7 +129,7 @@ def gather_packed_unchecked(
     residual: Tensor | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`gather_packed` without checks, by the backend named."""
+    """Call :func:`gather_packed` without checks, by the backend named."""
     arguments = x, index, *offsets, prefix, num_out, residual
     if backend == "reference":
         return reference.gather_packed(*arguments)
@@ -228,7 +228,7 @@ class UnpackTokens(torch.autograd.Function):
 
 
 def unpack_tokens_unchecked(x: Tensor, offsets: Tensor, *, longest: int, backend: Resolved) -> Tensor:
-    """:func:`unpack_tokens` without checks, by the backend named."""
+    """Call :func:`unpack_tokens` without checks, by the backend named."""
     if backend == "reference":
         return reference.unpack_tokens(x, offsets, longest)
     return UnpackTokens.apply(x, offsets, longest) if wants_gradient(x) else _unpack(x, offsets, longest)

@@ -54,7 +54,7 @@ class LinearPacked(torch.autograd.Function):
 def linear_packed_unchecked(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, backend: Resolved
 ) -> Tensor:
-    """:func:`linear_packed` without checks, by the backend named."""
+    """Call :func:`linear_packed` without checks, by the backend named."""
     if backend == "reference":
         return reference.linear_packed(x, weight, bias, offsets)
     if wants_gradient(x, weight, bias):

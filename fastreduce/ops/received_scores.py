@@ -51,7 +51,7 @@ class ReceivedScores(torch.autograd.Function):
 
 
 def received_scores_unchecked(q: Tensor, k: Tensor, *, scale: float | None = None, backend: Resolved) -> Tensor:
-    """:func:`received_scores` without checks, by the backend named."""
+    """Call :func:`received_scores` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.received_scores(q, k, scale)

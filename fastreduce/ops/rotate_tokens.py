@@ -99,7 +99,7 @@ def rotate_tokens_unchecked(
     layout: Layout = "interleaved",
     backend: Resolved,
 ) -> Tensor:
-    """:func:`rotate_tokens` without checks, by the backend named."""
+    """Call :func:`rotate_tokens` without checks, by the backend named."""
     (cos, sin), half = table, layout == "half"
     if backend == "reference":
         return reference.rotate_tokens(x, cos, sin, place, prefix, half)

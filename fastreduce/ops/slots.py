@@ -44,12 +44,12 @@ def check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
 
 
 def group_slots_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor]:
-    """:func:`group_slots` without checks, by the backend named."""
+    """Call :func:`group_slots` without checks, by the backend named."""
     return reference.group_slots(slot, num_out) if backend == "reference" else grouped(slot, num_out)
 
 
 def prepare_merge_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor] | None:
-    """:func:`prepare_merge` without checks, by the backend named."""
+    """Call :func:`prepare_merge` without checks, by the backend named."""
     return None if backend == "reference" else grouped(slot, num_out)
 
 

@@ -46,7 +46,7 @@ def number_below(ascending: Tensor, values: Tensor) -> Tensor:
 
 
 def nearest_in_row(row: Tensor, values: Tensor) -> Tensor:
-    """``argmin_n |values[b, i] - row[b, n]|``, the lowest n on ties: row (B, N), values (B, K) -> (B, K)."""
+    """Compute ``argmin_n |values[b, i] - row[b, n]|``, the lowest n on ties: row (B, N), values (B, K) -> (B, K)."""
     return (values.unsqueeze(2) - row.unsqueeze(1)).abs().argmin(2)
 
 

@@ -145,7 +145,7 @@ def attention_policy_with_sums(
 
 
 def attention_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> Tensor:
-    """``out = A v`` with S[m, n] = scale * q[m] k[n] and a policy p that hides keys softly.
+    """Compute ``out = A v`` with S[m, n] = scale * q[m] k[n] and a policy p that hides keys softly.
 
     Formula::
 

@@ -21,7 +21,7 @@ def _logits(q: Tensor, k: Tensor, valid: Tensor | None, scale: float) -> Tensor:
 
 
 def cls_scores(q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
-    """``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
+    """Compute ``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
 
     q (B, H, D), k (B, H, N, D), valid (B, N) or None -> (B, N - prefix).
     """

@@ -11,7 +11,7 @@ __all__ = ["gather_packed", "gather_packed_backward", "token_offsets", "unpack_t
 
 
 def token_offsets(valid: Tensor) -> Tensor:
-    """``offsets[b] = sum(valid[:b])``: (B, N) bool -> (B + 1,) int32."""
+    """Compute ``offsets[b] = sum(valid[:b])``: (B, N) bool -> (B + 1,) int32."""
     return torch.nn.functional.pad(valid.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
 
 

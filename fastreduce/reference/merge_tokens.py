@@ -54,7 +54,7 @@ def merge_tokens(
     eps: float = 0.0,
     head: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``merged[m] = sum_{slot[n] = m} size[n] x[n] / (sum_{slot[n] = m} size[n] + eps) (+ residual[m])``.
+    """Compute ``merged[m] = sum_{slot[n] = m} size[n] x[n] / (sum_{slot[n] = m} size[n] + eps) (+ residual[m])``.
 
     x (B, N, C), slot (B, N) with values in 0 .. num_out - 1, size (B, N) or None for ones, residual (B, num_out, C) or
     None, head (B, P, C) or None -> head and merged rows (B, P + num_out, C), and the sizes (B, num_out), which carry no
@@ -70,7 +70,7 @@ def merge_tokens(
 
 
 def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor, slot: Tensor, num_out: int) -> Tensor:
-    """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider.
+    """Compute ``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider.
 
     The exponential of 89 is beyond float32. So where the greatest logarithm of a slot is above 40, all the sizes of the
     slot are divided by ``exp(greatest - 40)``: their mean is the same, since eps is nothing beside ``exp(40)``. Tokens

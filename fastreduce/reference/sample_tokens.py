@@ -21,7 +21,7 @@ def sampling_grid(budget: int, parts: int | None = None, device: torch.device | 
 
 
 def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
-    """``argmin_n |grid[b, i] - cdf[b, n]|``, the lowest n on ties, all in the dtype's own rounding.
+    """Compute ``argmin_n |grid[b, i] - cdf[b, n]|``, the lowest n on ties, all in the dtype's own rounding.
 
     cdf (B, N) non-decreasing and not negative, grid (B, K), both contiguous -> (B, K) int64. Two binary searches
     instead of a (B, K, N) comparison.
