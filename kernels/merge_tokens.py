@@ -65,7 +65,7 @@ def reduce_slots_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program walks the tokens of SLOTS slots, side by side, each in index order: deterministic."""
+    """Sum the tokens of SLOTS slots in each program, side by side, each in index order: deterministic."""
     batch = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * SLOTS
     m = first + tl.arange(0, SLOTS)
@@ -269,7 +269,7 @@ def spread_slots_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program spreads the rows of SLOTS slots, side by side."""
+    """Spread the rows of SLOTS slots in each program, side by side."""
     batch = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     in_slots = m < num_slots
@@ -342,7 +342,7 @@ def merge_tokens_norm_backward_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: SUMMED rows, SLOTS side by side, whose gradients it computes, stores if wanted, and spreads."""
+    """Compute the gradients of SUMMED rows in each program, SLOTS side by side; store them if wanted, and spread."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels

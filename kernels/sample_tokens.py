@@ -29,7 +29,10 @@ class SampleSettings:
 
 @functools.cache
 def sample_settings(tokens: int, budget: int) -> SampleSettings:
-    """Two a thread, since searches wait for memory; 512 at most, as 1,024 spilled two words on sm_80 (Triton 3.9)."""
+    """Return settings of two a thread, since searches wait for memory.
+
+    512 is the most: 1,024 spilled on sm_80 (Triton 3.9).
+    """
     block_n = min(512, max(32, next_power_of_2(tokens)))
     block_k = min(512, max(32, next_power_of_2(budget)))
     return SampleSettings(block_n, block_k, num_warps=max(1, max(block_n, block_k) // 64))
@@ -61,7 +64,7 @@ def sample_tokens_kernel(
     SCORE_ONE: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
 ):
-    """One program samples one image; what one phase stores the next one loads, behind a barrier."""
+    """Sample one image in each program; what one phase stores the next one loads, behind a barrier."""
     batch = tl.program_id(0).to(tl.int64)
     scores += batch * scores_stride_b
     cdf += batch * tokens
