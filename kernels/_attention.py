@@ -91,8 +91,8 @@ def whole_tile(
 
     Such a program makes five products for the gradients.
     Two passes make seven, as each computes the logits and the gradient of the weights for itself.
-    16,384 accumulators are what 8 warps hold beside a step's logits, on Hopper alone: older tensor cores take operands from registers. With a
-    policy, gradients of scores or channels to be masked a few words would spill.
+    16,384 accumulators are what 8 warps hold beside a step's logits, on Hopper alone: older tensor cores take operands
+    from registers. With a policy, gradients of scores or channels to be masked a few words would spill.
     """
     own, width = max(64, next_power_of_2(queries)), padded_head_dim(head_dim)
     if not aligned or dtype == torch.float32 or width != head_dim or own * max(64, width) > 16384:
