@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """How an exported model differs from the same model in eager mode.
+    """Differences of an exported model from the same model in eager mode.
 
     Attributes:
         runtime: what it ran in.

@@ -43,7 +43,7 @@ _NO_BACKWARD_HOOKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where a reduced block stands.
+    """A reduced block's place in the model.
 
     Attributes:
         index: number of the block, from 0.
@@ -115,7 +115,7 @@ class _InParts:
     tokens: Tokens
 
     def forward(self, normed: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(B, N, C) -> what the attention itself returns; ``made`` keeps queries, keys and values."""
+        """Return what the attention itself returns for (B, N, C); ``made`` keeps queries, keys and values."""
         heads = self.block._project(normed, self.tokens, self.block.parts.geometry(self.block), late=False)
         object.__setattr__(self, "made", heads)
         return self.block.parts.as_returned(self.block._projected(self.block.attend(heads), heads.tokens.packing))
@@ -167,12 +167,12 @@ class ReducedBlock:
     # ---- norms
 
     def attention_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before attention, where a kernel may apply it to what it makes of the tokens."""
+        """Return the norm before attention, where a kernel may apply it to what it makes of the tokens."""
         parts = self.parts
         return None if tokens.backend == "reference" else _fusible(parts.norm1(self), tokens, parts.layer_norms)
 
     def mlp_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before the MLP, likewise."""
+        """Return the norm before the MLP, where a kernel may apply it likewise."""
         parts = self.parts
         return None if tokens.backend == "reference" else _fusible(parts.norm2(self), tokens, parts.layer_norms)
 
@@ -221,7 +221,10 @@ class ReducedBlock:
             )
 
     def _project(self, normed: Tensor, tokens: Tokens, now: Geometry, *, late: bool) -> Heads:
-        """All three from one product where a launch costs more than a few rows of it, else no query without need."""
+        """Project query, key and value.
+
+        One product makes all three where a launch costs more than a few rows of it, else no query without need.
+        """
         parts, packing, beside = self.parts, tokens.packing, tokens.beside
         if now.strange is not None:
             self._check(now)
@@ -311,7 +314,7 @@ class ReducedBlock:
         return self._attention(heads, q.unflatten(2, heads.q.shape[1::2]).transpose(1, 2), kept)
 
     def _picked(self, heads: Heads, kept: Tensor, queries: Packing | None, rows: int) -> Tensor:
-        """(1, rows, C) the normed rows of the prefix and of the kept tokens, packed as ``queries`` says."""
+        """Return the normed rows (1, rows, C) of the prefix and of the kept tokens, packed as ``queries`` says."""
         tokens = heads.tokens
         assert tokens.packing is not None
         assert queries is not None
@@ -321,7 +324,10 @@ class ReducedBlock:
         )
 
     def _is_plain(self, heads: Heads) -> bool:
-        """Whether attention is a softmax over the keys with at most a bias of each: our own cannot drop weights."""
+        """Return whether attention is a softmax over the keys with at most a bias of each.
+
+        Our own attention cannot drop weights.
+        """
         tokens = heads.tokens
         plain = tokens.packing is None and tokens.policy is None and heads.pair is None
         return plain and self.parts.softmax(self)[1] == 0.0
@@ -331,7 +337,7 @@ class ReducedBlock:
         return heads.tokens.backend == "triton" and heads.q.shape[3] <= MAX_HEAD_DIM and self._is_plain(heads)
 
     def _packed(self, heads: Heads, q: Tensor, queries: Packing | None, **chosen: Any) -> Tensor:
-        """Every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
+        """Attend for every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
         keys = heads.tokens.packing
         assert keys is not None
         queries = queries or keys
@@ -468,7 +474,7 @@ class ReducedBlock:
     # ---- the block
 
     def _packed_mlp(self, tokens: Tokens) -> Tokens:
-        """The half behind attention, for tokens of all images in one row."""
+        """Apply the half behind attention to tokens of all images in one row."""
         x, packing, parts = tokens.x, tokens.packing, self.parts
         backend = resolve(self._site.model.reducers.backend, x)
         made = parts.mlp(self, x, tokens.normed, functools.partial(linear_layer, packing=packing, backend=backend))
@@ -615,7 +621,10 @@ def _hangs_on(module: nn.Module) -> bool:
 
 
 def _fusible(norm: Any, tokens: Tokens, known: tuple[type, ...]) -> Norm | None:
-    """A norm whose work a kernel can do as it is; half-precision autocast would have it in float32."""
+    """Return a norm whose work a kernel can do as it is, else None.
+
+    Half-precision autocast would have the norm in float32.
+    """
     if norm is None or torch.is_autocast_enabled(tokens.x.device.type):
         return None
     if type(norm) not in known or len(norm.normalized_shape) != 1 or not is_unhooked(norm):
@@ -624,7 +633,7 @@ def _fusible(norm: Any, tokens: Tokens, known: tuple[type, ...]) -> Norm | None:
 
 
 def _bias(heads: Heads, q: Tensor, kept: Tensor | None) -> Tensor:
-    """(B or 1, 1 or H, 1 or M, N) what is added to the logits, for the queries of all tokens or of the kept ones."""
+    """Return what is added to the logits, (B or 1, 1 or H, 1 or M, N), for the queries of all or of the kept tokens."""
     tokens, pair, bias = heads.tokens, heads.pair, None
     if pair is not None and kept is not None:
         rows = torch.arange(tokens.prefix, device=kept.device).expand(len(kept), -1)
@@ -646,7 +655,7 @@ _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 
 
 def reduced_block(module: nn.Module) -> Any:
-    """A reduced block, or the one in a wrapper (compiled by itself, checkpointed); None for any other module."""
+    """Return a reduced block, or the one in a wrapper (compiled by itself, checkpointed); None for any other module."""
     while not isinstance(module, ReducedBlock):
         inner = [module._modules[name] for name in _WRAPPED if name in module._modules]
         if not inner or inner[0] is None:

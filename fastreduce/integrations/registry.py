@@ -1,4 +1,6 @@
-"""Which models and blocks can be reduced: hosts and parts by class, each library's only once the user has it loaded.
+"""Registers of the models and blocks that can be reduced: hosts and parts by class.
+
+A library's own are added only once the user has it loaded.
 
 A *host* knows one class of model; it has no state, and reads the model at every call. To bring another library:
 
@@ -41,7 +43,7 @@ _parts: dict[type | str, Parts] = {}
 
 
 class Host(abc.ABC):
-    """What a reducer must know of one class of model. Stateless: every method is given the model.
+    """Knowledge of one class of model that a reducer needs. Stateless: every method is given the model.
 
     Attributes:
         container: the attribute that holds the blocks, or None where :meth:`blocks` has to look further.

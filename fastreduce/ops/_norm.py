@@ -1,4 +1,4 @@
-"""What the primitives that end in a layer normalisation share: checks, and what their gradients ask for."""
+"""Checks shared by the primitives that end in a layer normalisation, and the inputs that their gradients ask for."""
 
 from __future__ import annotations
 

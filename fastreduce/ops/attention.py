@@ -33,7 +33,7 @@ MAX_HEAD_DIM = 256  # of the kernels
 
 
 def _sequence_first(tensor: Tensor) -> Tensor:
-    """(B, H, M, D) in the memory order (B, M, H, D), which the next projection reads without a copy."""
+    """Copy (B, H, M, D) into the memory order (B, M, H, D), which the next projection reads without a copy."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -37,7 +37,7 @@ _scores = register(
 def _by_reference(
     q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.attention_scores``, of operators that all have second derivatives."""
+    """Compute what ``reference.attention_scores`` does by operators that all have second derivatives."""
     out, logsumexp = reference.attention_with_sums(q, k, v, scale, bias)
     return out, reference.key_scores(q, k, logsumexp, kind, bias, prefix, scale)
 

@@ -1,4 +1,4 @@
-"""How much the class token attends to every patch token, without the attention matrix.
+"""Attention of the class token to every patch token, without the attention matrix.
 
 ``cls_scores`` averages over heads; ``cls_value_scores`` weighs by the lengths of values and sums.
 """

@@ -85,7 +85,7 @@ def cluster_dpc_knn(
 def cluster_dpc_knn_groups(
     x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`cluster_dpc_knn`, and the groups for :func:`merge_tokens` from the same launch.
+    """Cluster as :func:`cluster_dpc_knn` does, and return the groups for :func:`merge_tokens` from the same launch.
 
     Returns:
         centers (B, k), label (B, N), and what :func:`prepare_merge` returns for this label: the groups for the kernels,

@@ -54,7 +54,7 @@ def token_offsets_unchecked(valid: Tensor, *, backend: Resolved) -> Tensor:
 
 
 def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
-    """Where the tokens of every image begin once they are packed, and where the last ones end.
+    """Return where the tokens of every image begin once they are packed, and where the last image's end.
 
     Equivalent PyTorch::
 

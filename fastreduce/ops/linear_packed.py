@@ -65,7 +65,7 @@ def linear_packed_unchecked(
 def linear_packed(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """A linear layer on the tokens that are there: of packed tokens with room behind them, the room costs nothing.
+    """Apply a linear layer to the packed tokens that are there; the room behind them costs nothing.
 
     Equivalent PyTorch::
 

@@ -82,7 +82,7 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
 def match_tokens_groups(
     metric: Tensor, r: int, *, prefix: int = 1, backend: str | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`match_tokens`, and the groups for :func:`merge_tokens` from the same launch.
+    """Match as :func:`match_tokens` does, and return the groups for :func:`merge_tokens` from the same launch.
 
     Returns:
         slot (B, N), and what :func:`prepare_merge` returns for it: the groups for the kernels, None for the reference.

@@ -206,7 +206,7 @@ def fidelity(
 
 
 class _Collected:
-    """What is known of the images so far: a few numbers each."""
+    """Figures of the images so far: a few numbers each."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}

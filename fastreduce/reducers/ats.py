@@ -75,7 +75,7 @@ class ATS(ScheduledReducer):
         return super().make(shape, **arguments)
 
     def counts(self, shape: ModelShape) -> list[int]:
-        """Most patch tokens that an image can keep after each stage."""
+        """Return the most patch tokens that an image can keep after each stage."""
         counts, present = [], shape.patches
         for stage in range(len(self.blocks)):
             present = min(present, self._points(stage, shape.patches))
@@ -88,7 +88,7 @@ class ATS(ScheduledReducer):
         return official_points(count + 1) if self.points == "official" else count
 
     def _sample(self, scores: Tensor, tokens: Tokens, stage: int) -> tuple[Tensor, Tensor]:
-        """Which tokens an image keeps (B, M), and which columns are real (B, prefix + M): no more than are there."""
+        """Return which tokens an image keeps (B, M), and which columns (B, prefix + M) are real, as many as there are."""
         count, points = self.schedule.count(stage, tokens.patches), self._points(stage, tokens.patches)
         prefix, most = tokens.prefix, tokens.num_patches
         index, valid = ops.sample_tokens(scores, points, prefix=prefix, parts=count + 1, backend=tokens.backend)
@@ -160,12 +160,15 @@ class ATS(ScheduledReducer):
 
 
 def _stays_padded(backend: str) -> bool:
-    """Whether tokens cannot be packed: an exported graph of PyTorch's operators has no number of rows of its own."""
+    """Return whether tokens cannot be packed.
+
+    An exported graph of PyTorch's operators has no number of rows of its own.
+    """
     return backend == "reference" and torch.compiler.is_exporting()
 
 
 def _scores(heads: Heads) -> Tensor:
-    """(B, N - prefix) class attention summed over heads, times the length of each value."""
+    """Return the class attention (B, N - prefix) summed over heads, times the length of each value."""
     tokens, packing, q = heads.tokens, heads.tokens.packing, heads.q
     if heads.pair is not None:
         return (class_attention(heads) * heads.v[:, :, tokens.prefix :].norm(dim=-1)).sum(1)
@@ -193,6 +196,6 @@ def _in_one_row(heads: Heads) -> Heads:
 
 
 def _plan(block: AttentionBlock, tokens: Tokens, index: Tensor, seen: Tensor | None) -> Plan:
-    """What a stage decided, the same for packed tokens and padded ones."""
+    """Return what a stage decided, the same for packed tokens and padded ones."""
     valid = None if seen is None else seen[:, tokens.prefix :]
     return Plan(block.index, tokens.num_patches, index.shape[1], kept=index, valid=valid)

@@ -27,7 +27,7 @@ class TokenScore(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N), float32 or wider: the logarithm of the weights."""
+        """Return the logarithm of the weights, (B, N, C) -> (B, N), float32 or wider."""
         score = self.score(x).squeeze(-1)
         return score.to(torch.promote_types(score.dtype, torch.float32))
 

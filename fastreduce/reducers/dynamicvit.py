@@ -56,7 +56,7 @@ class KeepPredictor(nn.Module):
         return F.log_softmax(self._mix(hidden[..., :half], mean)[:, prefix:], dim=-1)
 
     def _mix(self, own: Tensor, shared: Tensor) -> Tensor:
-        """What ``out_conv`` makes of (B, N, C/2) each token's own half and (B, C/2) the one that an image shares."""
+        """Apply ``out_conv`` to each token's own half (B, N, C/2) and to (B, C/2), the half that an image shares."""
         first: Any = self.out_conv[0]
         if type(self.out_conv) is not nn.Sequential or not is_unhooked(self.out_conv) or not is_bare(first):
             return self.out_conv(torch.cat([own, shared.unsqueeze(1).expand_as(own)], dim=-1))
@@ -165,7 +165,7 @@ def _ratios(keep_ratios: float | Sequence[float], decisions: Sequence[Tensor]) -
 
 
 def keep_ratio_loss(decisions: Sequence[Tensor], keep_ratios: float | Sequence[float]) -> Tensor:
-    """``mean_j mean_b (mean_n decisions[j][b, n] - keep_ratios[j]) ** 2``.
+    """Return ``mean_j mean_b (mean_n decisions[j][b, n] - keep_ratios[j]) ** 2``.
 
     Args:
         decisions: (B, P) for each stage, 1 for kept tokens; ``Record.decisions`` of :func:`fastreduce.record`.
@@ -234,7 +234,7 @@ def dynamicvit_loss(
     token_weight: float = 0.5,
     token_form: Literal["mse", "kl"] = "mse",
 ) -> Tensor:
-    """The task's loss, the keep-ratio loss, and two distillation losses wherever a teacher is given.
+    """Return the task's loss, the keep-ratio loss, and two distillation losses wherever a teacher is given.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""How many tokens every stage keeps."""
+"""Counts of the tokens that every stage keeps."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
 
 
 def _sums(x: Tensor, slot: Tensor, num_out: int, size: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The size-weighted sums (B, num_out, C) of x and the sums (B, num_out) of the sizes."""
+    """Return the size-weighted sums (B, num_out, C) of x and the sums (B, num_out) of the sizes."""
     batch, tokens, channels = x.shape
     if for_onnx():
         return sums_of_slots(x.to(dtype), None if size is None else size.to(dtype), slot, num_out)
@@ -115,7 +115,7 @@ def merge_tokens_size_backward(
 
 
 def _divisor(total: Tensor, eps: float) -> Tensor:
-    """What the sum of a slot is divided by; never zero."""
+    """Return what the sum of a slot is divided by; never zero."""
     return (total + eps if eps else total).clamp_min(1e-30)
 
 

@@ -1,4 +1,4 @@
-"""Where the layers of Hugging Face's encoders keep their pieces: one skeleton under many names."""
+"""Parts of the layers of Hugging Face's encoders: one skeleton under many names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def _is_librarys(kind: Any, endings: tuple[str, ...]) -> bool:
 
 
 def _hooked_by_user(module: nn.Module) -> bool:
-    """Whether hooks hang on a module that are not the library's own, which collect hidden states and attentions."""
+    """Return whether hooks hang on a module beside the library's own.
+
+    The library's hooks collect hidden states and attentions.
+    """
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     hooks = module._forward_hooks
@@ -247,7 +250,9 @@ class VJEPA2Layer(Layer):
 
 
 def _table_of_clip(attention: Any, patches: int) -> tuple[Tensor, Tensor]:
-    """(patches, D) cosines and sines: a third of the channels turned by frame, row and column each, the rest still.
+    """Return cosines and sines (patches, D).
+
+    A third of the channels is turned by frame, row and column each, the rest stays still.
 
     As the released weights have it, the angles of a third are repeated one after another, while neighbours are paired.
     """

@@ -54,7 +54,7 @@ class TowerHost(Host):
         return 1
 
     def has_class_token(self, model: Any) -> bool:
-        """There is one."""
+        """Return True: every tower has a class token."""
         return True
 
     def keeps_every_patch(self, model: Any) -> bool:
@@ -110,7 +110,10 @@ class _Intermediates:
         indices: int | Sequence[int] | None = None,
         stop_early: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """As open_clip's, on the full grid: every patch shows the token that it is in, a dropped one what it was."""
+        """Return open_clip's intermediates on the full grid.
+
+        Every patch shows the token that it is in, a dropped one what it was.
+        """
         if attn_mask is not None:
             raise ValueError("a reduced tower takes no attn_mask: its tokens are not the input's")
         transformer = self.transformer

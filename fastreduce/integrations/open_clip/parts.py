@@ -1,4 +1,4 @@
-"""Where the blocks of open_clip's image towers keep their pieces."""
+"""Parts of the blocks of open_clip's image towers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SCALES = ("open_clip.LayerScale",)
 
 
 def _kinds(modules: tuple[nn.Module | None, ...], names: tuple[str, ...]) -> tuple[type, ...]:
-    """Return the classes among those of modules that have one of these names."""
+    """Return the classes of modules that have one of these names."""
     return tuple(type(one) for one in modules if one is not None and name_of(type(one)) in names)
 
 
 class _Parts(Parts):
-    """What both layouts share: ``ln_1``, ``attn`` with one weight for all projections, ``ls_1``, ``ln_2``, ``mlp``.
+    """Parts of both layouts: ``ln_1``, ``attn`` with one weight for all projections, ``ls_1``, ``ln_2``, ``mlp``.
 
     Attributes:
         kind: ``"library.ClassName"`` of the attention.

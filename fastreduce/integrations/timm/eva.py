@@ -49,7 +49,10 @@ class EvaParts(TimmParts):
         return are_plain((attn.q_proj, getattr(attn, "q_norm", None)), self.row_by_row)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """One packed layer, with biases of its own or apart; or three layers, of which two may have fewer heads."""
+        """Project by one packed layer, with biases of its own or apart, or by three layers.
+
+        Keys and values may have fewer heads.
+        """
         attn = block.attn
         if getattr(attn, "qkv", None) is None:
             layers = (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]
@@ -158,15 +161,15 @@ class TowerHost(TimmHost):
     needs_grid = True
 
     def positions(self, model: Any) -> bool:
-        """Every block rotates."""
+        """Return True: every block rotates."""
         return True
 
     def has_class_token(self, model: Any) -> bool:
-        """There is none."""
+        """Return False: there is no class token."""
         return False
 
     def looks(self, model: Any) -> Any:
-        """Every patch, in its place."""
+        """Return ``"tokens"``: every patch, in its place."""
         return "tokens"
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:

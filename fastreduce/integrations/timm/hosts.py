@@ -20,7 +20,7 @@ _reentrant_checkpoints = getattr(timm.layers, "use_reentrant_ckpt", lambda: True
 
 
 class TimmHost(Host):
-    """What timm's models share: ``blocks``, ``patch_embed``, ``num_prefix_tokens``, ``global_pool``, ``norm``.
+    """Host of what timm's models share: ``blocks``, ``patch_embed``, ``num_prefix_tokens``, ``global_pool``, ``norm``.
 
     Attributes:
         base: the class whose methods the bridge knows.

@@ -60,7 +60,7 @@ class ScalingParts(TimmParts):
         return are_plain((block.q_norm,), self.row_by_row)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """The sections behind the MLP's, each (B, H, N, D)."""
+        """Return the sections behind the MLP's, each (B, H, N, D)."""
         together = self._slice(block, normed, 1 + first, 1 + last)
         made = self.apart(together, block.num_heads, last - first)
         norms = (block.q_norm, block.k_norm, None)[first:last]
@@ -90,7 +90,7 @@ class ScalingParts(TimmParts):
         return torch.cat([out, block.mlp_drop(block.mlp_act(hidden))], dim=-1)
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """One output projection, or one for each half."""
+        """Apply the output projection, or the one of each half."""
         if getattr(block, "out_proj", None) is not None:
             return linear(block.out_proj, attended)
         width = attended.shape[-1] - block.in_split[0]
@@ -210,7 +210,7 @@ class ThingsParts(BlockParts):
         return all(is_bare(branch.attn.qkv) for branch in block.attns) and are_plain(tuple(norms), self.row_by_row)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """The slices of every attention, heads behind one another."""
+        """Return the slices of every attention, heads behind one another."""
         usual = super().project
         made = [usual(branch, branch.norm(normed), first, last, linear) for branch in block.attns]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
@@ -220,7 +220,7 @@ class ThingsParts(BlockParts):
         return super().softmax(block.attns[0])
 
     def dropped(self, block: Any, weights: Tensor) -> Tensor:
-        """Every attention's weights (B, H, M, N) behind its own dropout."""
+        """Drop every attention's weights (B, H, M, N) by its own dropout."""
         parts = weights.chunk(len(block.attns), dim=1)
         return torch.cat([branch.attn.attn_drop(part) for branch, part in zip(block.attns, parts, strict=True)], dim=1)
 
@@ -242,7 +242,7 @@ class ThingsParts(BlockParts):
         return torch.stack(made).sum(dim=0)
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """As :meth:`branch`, which leaves no tail."""
+        """Apply :meth:`branch`, which leaves no tail."""
         return self.branch(block, attended)
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
@@ -260,7 +260,10 @@ class ThingsParts(BlockParts):
         return are_plain(tuple(tails), self.row_by_row)
 
     def is_linear(self, block: Any) -> bool:
-        """Whether every branch is linear in each row; a drop path of its own each would need a draw of its own."""
+        """Return whether every branch is linear in each row.
+
+        A drop path of its own each would need a draw of its own.
+        """
         for branch in block.attns:
             dropping = branch.drop_path.training and not isinstance(branch.drop_path, nn.Identity)
             if dropping or not is_bare(branch.attn.proj) or not is_idle_dropout(branch.attn.proj_drop):

@@ -1,4 +1,4 @@
-"""Where timm's blocks keep their pieces."""
+"""Parts of timm's blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_timms(module: nn.Module, known: type) -> bool:
 
 
 class TimmParts(Parts):
-    """What timm's layouts share: a block has ``attn``, ``norm1``, ``norm2``, ``mlp`` and two drop paths.
+    """Parts common to timm's layouts: a block has ``attn``, ``norm1``, ``norm2``, ``mlp`` and two drop paths.
 
     Attributes:
         attentions: classes of attention that this layout knows.
@@ -118,7 +118,7 @@ class TimmParts(Parts):
         return attn.k_norm(made[0]), made[1]
 
     def apart(self, together: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts * H * D) -> views, each (B, H, N, D)."""
+        """View (B, N, parts * H * D) as parts, each (B, H, N, D)."""
         batch, tokens, width = together.shape
         return together.view(batch, tokens, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -145,7 +145,7 @@ class TimmParts(Parts):
         return block.attn.attn_drop(weights)
 
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
-        """Timm's optional norm and gate."""
+        """Apply timm's optional norm and gate."""
         attn = block.attn
         if (norm := getattr(attn, "norm", None)) is not None:
             out = norm(out)

@@ -63,13 +63,13 @@ class Choice:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What :func:`fastreduce.patch` takes."""
+        """Options that :func:`fastreduce.patch` takes."""
         fused = int(self.arguments["method"] == "evit")
         return {**self.arguments, "at": list(self.at), "keep": [count - fused for count in self.keep]}
 
     @property
     def name(self) -> tuple[Any, ...]:
-        """What tells it from others that are measured."""
+        """Name that tells it from others that are measured."""
         return self.method, self.at, self.keep
 
 
