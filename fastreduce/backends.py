@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton kernels or the PyTorch reference.
+"""Choice of the implementation that runs: Triton kernels or the PyTorch reference.
 
 The order is: the ``backend=`` argument, then the innermost :func:`backend` block of this thread or asyncio task, then
 the environment variable ``FASTREDUCE_BACKEND``, then ``"auto"``. ``"auto"`` means Triton for CUDA tensors and the

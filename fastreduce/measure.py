@@ -138,7 +138,7 @@ def capture(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile; of a single value itself, twice."""
+    """Return the first and third quartile; of a single value itself, twice."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -252,7 +252,7 @@ def _version(package: str) -> str | None:
 
 
 def count_gmacs(model: nn.Module, images: Tensor) -> float:
-    """10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
+    """Count the 10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
     # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)

@@ -55,7 +55,7 @@ class Trained:
 
     @property
     def keep_rate(self) -> float | None:
-        """That of the first stage."""
+        """Keep rate of the first stage."""
         rate = None if self.reduction is None else self.reduction.keep_rate
         return rate[0] if isinstance(rate, tuple) else rate
 

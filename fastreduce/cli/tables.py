@@ -20,7 +20,7 @@ _NAMED = 3  # so many are named, the others counted
 
 
 def count(number: int, thing: str) -> str:
-    """``1 round``, ``2 rounds``."""
+    """Return ``1 round`` or ``2 rounds``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 

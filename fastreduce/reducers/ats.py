@@ -88,7 +88,7 @@ class ATS(ScheduledReducer):
         return official_points(count + 1) if self.points == "official" else count
 
     def _sample(self, scores: Tensor, tokens: Tokens, stage: int) -> tuple[Tensor, Tensor]:
-        """Return which tokens an image keeps (B, M), and which columns (B, prefix + M) are real, as many as there are."""
+        """Return the tokens that an image keeps (B, M), and the real columns (B, prefix + M): no more than there are."""
         count, points = self.schedule.count(stage, tokens.patches), self._points(stage, tokens.patches)
         prefix, most = tokens.prefix, tokens.num_patches
         index, valid = ops.sample_tokens(scores, points, prefix=prefix, parts=count + 1, backend=tokens.backend)

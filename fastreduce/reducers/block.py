@@ -140,7 +140,7 @@ class AttentionBlock(Protocol):
         ...
 
     def attention_norm(self, tokens: Tokens) -> Norm | None:
-        """Return the norm before attention where the kernel that reduces the tokens may apply it (``Tokens.normed``)."""
+        """Return the norm before attention if the kernel that reduces the tokens may apply it (``Tokens.normed``)."""
         ...
 
     def mlp_norm(self, tokens: Tokens) -> Norm | None:

@@ -1,4 +1,4 @@
-"""What ``fastreduce compare`` measures. It prints nothing and draws nothing.
+"""Measurements of ``fastreduce compare``, which print nothing and draw nothing.
 
 Every method runs beside three others: the unreduced model, the free slice (an ideal whose decision costs nothing) and
 the published algorithm written plainly. All of them take turns in every round, the unreduced model at its start and at
@@ -82,7 +82,7 @@ Progress = Callable[[str, float, float], None]  # what is done, how much of it, 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What there is to draw of one stage, for the first image: exactly one of the two is given.
+    """A picture of one stage for the first image: exactly one of the two is given.
 
     Attributes:
         block: the transformer block, ``count`` its patch tokens after the stage.
@@ -135,7 +135,7 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        """For file names: ``radial-l2-0.7``."""
+        """Name for files: ``radial-l2-0.7``."""
         return f"{self.label} {self.keep_rate:g}".replace(" ", "-")
 
 

@@ -273,7 +273,7 @@ class PlanSettings(_Common):
 
     @property
     def multiple(self) -> int | None:
-        """What the counts are rounded up to throughout, if to anything."""
+        """Number that counts are rounded up to a multiple of throughout, if there is one."""
         return int(self.round_to) if re.fullmatch("[0-9]{1,18}", self.round_to) else None
 
     def check(self) -> None:

@@ -87,12 +87,12 @@ def _identity(first: Run, second: Run) -> Row:
 
 
 def _measure(column: str) -> str:
-    """``iou_std_3`` -> ``iou``."""
+    """Turn ``iou_std_3`` into ``iou``."""
     return column.rsplit("_", 1)[0].removesuffix("_std")
 
 
 def _mirrored(row: Row) -> Row:
-    """The row of the same two runs in the other order."""
+    """Return the row of the same two runs in the other order."""
     mirrored: Row = {}
     for column, value in row.items():
         if column.endswith(("_a", "_b")):
@@ -106,7 +106,7 @@ def _mirrored(row: Row) -> Row:
 
 
 class _Prepared:
-    """What the pairs of a recording share, made once."""
+    """Preparations that the pairs of a recording share, made once."""
 
     def __init__(self, recording: Recording):
         self.recording = recording
@@ -205,7 +205,7 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class TokenStatistics:
-    """How many tokens a run leaves, and where it loses them.
+    """Numbers of tokens that a run leaves, and the blocks where it loses them.
 
     Attributes:
         run: which model and data set.
@@ -250,7 +250,7 @@ def token_statistics(recording: Recording) -> TokenStatistics:
 
 
 def chance_iou(first: float, second: float) -> float:
-    """The IoU to expect of two kept sets that have nothing to do with each other, from the share that each keeps."""
+    """Return the IoU to expect of two unrelated kept sets, from the share that each keeps."""
     return first * second / (first + second - first * second)
 
 
@@ -307,7 +307,7 @@ def correlate(
     columns: Sequence[str] | None = None,
     absolute: bool = False,
 ) -> list[Row]:
-    """How closely each similarity follows the difference in accuracy.
+    """Correlate each similarity with the difference in accuracy.
 
     Rows that are correlated together: along ``"keep_rate"`` those of one method and backbone; along ``"backbone"``
     those of one method; along ``"method"`` those of one anchor A at one keep rate, with B at the same rate (an

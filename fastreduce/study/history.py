@@ -32,7 +32,7 @@ STATE, PART = "epoch-", ".part"
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave.
+    """Results of one epoch.
 
     Attributes:
         losses: of every batch, the mean over all processes.
