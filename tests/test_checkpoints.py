@@ -83,7 +83,7 @@ class Slots:
 
 
 def everything_harmless():
-    """What training scripts put beside their weights."""
+    """Return what training scripts put beside their weights."""
     config, slots = Config(), Slots()
     config.self, slots.rate = config, 0.5
     return {

@@ -32,7 +32,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """One run of everything on the small model, with pictures."""
+    """Run everything once on the small model, with pictures."""
     out = tmp_path_factory.mktemp("compare")
     arguments = [
         "compare",
@@ -240,7 +240,7 @@ def test_ats_is_held_against_a_slice_of_what_it_kept():
 
 
 def test_three_rounds_whatever_the_clock_says(tmp_path):
-    """What was not asked for is left out to have them, and said."""
+    """Measurements that were not asked for are left out to have three rounds, and that is said."""
     file = tmp_path / "result.json"
     done = run("compare", "--model", MODEL, "--seconds", "0.1", "--no-pictures", "--json", file)
     assert done.exit_code == 0, done.output
@@ -279,7 +279,7 @@ def test_top_level():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with files that are not what they are given for."""
+    """Make a folder with files that are not what they are given for."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "text.jpg").write_text("not an image")
     (folder / "junk.safetensors").write_bytes(b"junk")

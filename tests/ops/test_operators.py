@@ -1,4 +1,4 @@
-"""What every operator promises, by the reference and in general: derivatives, arguments, vmap, unchecked twins."""
+"""Promises of every operator, by the reference and in general: derivatives, arguments, vmap, unchecked twins."""
 
 import contextlib
 import functools
@@ -283,7 +283,7 @@ class TestDeviceGuard:
 
 
 class TestGroups:
-    """What prepare_merge returned is an argument too."""
+    """The result of prepare_merge is an argument too."""
 
     X, SLOT = torch.randn(2, 6, 4), torch.tensor([[0, 1, 2, 1, 0, 2]] * 2)
 
