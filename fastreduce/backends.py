@@ -41,7 +41,7 @@ class _Choice:
 # The blocks that this context is in, outermost first.
 _choices: ContextVar[tuple[_Choice, ...]] = ContextVar("fastreduce_backend", default=())
 # Code that torch.compile traces cannot set a ContextVar, nor read one before torch 2.15: here are the blocks that it
-# opens, and before 2.15 those of the thread too.
+# opens, and before 2.15 the thread's too.
 _of_thread = threading.local()
 _COMPILE_READS_CONTEXT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 

@@ -108,7 +108,7 @@ def capture(
     Args:
         call: what to capture.
         warmups: calls before.
-        stream: where to capture: that of the forward pass, if the call is a backward pass. Default: a new one.
+        stream: where to capture: the forward pass's stream, if the call is a backward pass. Default: a new one.
         pool: ``torch.cuda.graph_pool_handle()`` for graphs that share their memory; what one leaves there, such as its
             results, is lost when another is replayed.
 

@@ -103,8 +103,8 @@ class Plan:
     def place(self, place: Tensor) -> Tensor:
         """Return where the output tokens are, (B, num_out) int32, for where the input tokens are, (B, num_in).
 
-        Kept tokens keep their place, clusters have their centre's, soft merges that of their strongest source, other
-        merges that of :attr:`seat`, or of their first member; a fused token and padding have none, -1.
+        Kept tokens keep their place, clusters have their centre's, soft merges their strongest source's, other
+        merges the place of :attr:`seat`, or of their first member; a fused token and padding have none, -1.
         """
         batch = place.shape[0]
         index = self.seat if self.seat is not None else self.sources(batch)
@@ -262,7 +262,7 @@ class Packing:
     """A layout of the tokens of all images in one row, without padding between them.
 
     Attributes:
-        offsets: (B + 1,) int32 on the tokens' device: those of image b are rows ``offsets[b] .. offsets[b + 1]``.
+        offsets: (B + 1,) int32 on the tokens' device: image b's are rows ``offsets[b] .. offsets[b + 1]``.
         longest: no image has more tokens. The host knows it without waiting for the device, so it is a bound.
     """
 

@@ -49,7 +49,7 @@ SHORT_GRAD_QUERIES = AttentionTile(64, 16, 8)
 # of float32 at 128 channels with any option too.
 SMALL_HALF = AttentionTile(16, 16, 4, all_registers=True)
 SMALL_FLOAT = AttentionTile(16, 16, 8, all_registers=True)
-# Exact dots hold their operands in registers, those of two gradients the most.
+# Exact dots hold their operands in registers, dots of two gradients the most.
 FLOAT_TILES = {
     64: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), AttentionTile(32, 16, 8)),
     128: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), SMALL_FLOAT),

@@ -96,7 +96,7 @@ def _norm_gradient(
     normed_stride_b,
     normed_stride_n,
 ):
-    """Whole gradient of rows of out (ROWS, BLOCK_C), and what they add to those of weight and bias.
+    """Return the whole gradient of rows of out (ROWS, BLOCK_C), and what they add to weight's and bias's.
 
     Rows that are masked have and add zeros, channels past the last have numbers that mean nothing and add zeros.
     """

@@ -119,7 +119,7 @@ def _step(
     BLOCK_D: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Take some more keys into the running softmax; only those of the last step are masked."""
+    """Take some more keys into the running softmax; only the last step's keys are masked."""
     in_n = columns < last_n if LAST else None
     key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee")

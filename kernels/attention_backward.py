@@ -493,7 +493,7 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch twice; grad (B, H, M, D) -> gradients of q, k, v and the bias, (B, 0) without.
 
-    A third with a bias if ``with_bias``. With an index the first gradient is that of the chosen queries,
+    A third with a bias if ``with_bias``. With an index the first gradient is the chosen queries',
     (B, H, prefix + K, D). The gradient of the ``kind`` of :func:`key_scores` joins.
     """
     of_keys = bias if with_bias else None

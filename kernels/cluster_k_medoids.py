@@ -1,7 +1,7 @@
 """K-Medoids in three launches: squared lengths; all distances, the cost and rank of every token; all iterations.
 
-Distances are written to a workspace. Where it does not hold those of all images, the last two launches take some images
-at a time: an image of N tokens takes about 4 N^2 bytes.
+Distances are written to a workspace. Where it does not hold all images' distances, the last two launches take some
+images at a time: an image of N tokens takes about 4 N^2 bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def cluster_tile(tokens: int) -> ClusterTile:
 
 @triton.jit
 def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n):
-    """Costs of tokens i (BLOCK_I,), and those of most weight into the place of their rank among the centers."""
+    """Store the costs of tokens i (BLOCK_I,), and the tokens of most weight at their rank among the centers."""
     in_i = i < tokens
     weights += batch * weights_stride_b
     total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)

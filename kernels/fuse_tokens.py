@@ -544,7 +544,7 @@ def fuse_tokens_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch, and sum if affine -> gradients of x, of the scores, of out if rows, else (B, 0, C).
 
-    The last are those of weight and bias (2, C) float32, else (0, C).
+    The last are the gradients of weight and bias (2, C) float32, else (0, C).
     """
     batch, tokens, channels = x.shape
     num_out = out.shape[1]

@@ -206,7 +206,7 @@ def gather_tokens_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch, and sum if affine; rows of out grouped by their N tokens -> gradients of x (B, N, C), of out if rows.
 
-    The latter is (B, M, C), else (B, 0, C); then those of weight and bias (2, C) float32, else (0, C).
+    The latter is (B, M, C), else (B, 0, C); then the gradients of weight and bias (2, C) float32, else (0, C).
     """
     batch, num_out, channels = out.shape
     tokens = offsets.shape[1] - 1

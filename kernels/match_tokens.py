@@ -340,7 +340,7 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
 def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch one to three times; keys (B, H, N, D) -> similarity (B, A) float32, place (B, A) int32 among odd tokens.
 
-    Of the A even tokens, those of the prefix are left out.
+    The A even tokens leave out the prefix's.
     """
     batch, heads, tokens, channels = keys.shape
     num_a, num_b = (tokens + 1) // 2, tokens // 2

@@ -598,8 +598,8 @@ def merge_tokens_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch, and sum if affine -> gradients of x (B, N, C), of size (B, N) float32 if there is x, else (B, 0).
 
-    Then those of the merged rows (B, M, C) if rows, and of the head (B, P, C) if head, else (B, 0, C); of the norm's
-    weight and bias (2, C) float32, else (0, C).
+    Then the gradients of the merged rows (B, M, C) if rows, and of the head (B, P, C) if head, else (B, 0, C); of the
+    norm's weight and bias (2, C) float32, else (0, C).
     """
     batch, num_out, channels = merged.shape
     tokens, num_slots = order.shape[1], offsets.shape[1] - 1

@@ -2,8 +2,8 @@
 
 Neither the plan nor the normalised tokens are ever written.
 
-Without a backward the similarities are a workspace. Where it does not hold those of all images, some are merged at a
-time: an image of N tokens and K clusters takes about 4 N K bytes.
+Without a backward the similarities are a workspace. Where it does not hold all images' similarities, some are merged at
+a time: an image of N tokens and K clusters takes about 4 N K bytes.
 
 Rows of similarities are padded to a multiple of 16 columns, which hold -inf: every access is 16 bytes, and the
 padding drops out of all sums by itself. At a small eps the biases are large, so a plan is not made from their rounded

@@ -124,7 +124,7 @@ class _InParts:
 class ReducedBlock:
     """A block that takes and gives :class:`~fastreduce.tokens.Tokens`; see :func:`reduced_class`.
 
-    Its parts, parameters, buffers, hooks and attributes are those of the block that it stands for, in the very same
+    It has the parts, parameters, buffers, hooks and attributes of the block that it stands for, in the very same
     dictionaries: what is replaced or registered on either is so on both.
     """
 

@@ -28,7 +28,7 @@ __all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", 
 _library = torch.library.Library("fastreduce", "FRAGMENT")
 # What a call may be made of to be launched directly: subclasses of tensors and symbolic sizes go to the dispatcher.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, tuple, type(None)})
-_recording = torch._C._len_torch_dispatch_stack  # modes, as those of make_fx, of FakeTensor, or that count operators
+_recording = torch._C._len_torch_dispatch_stack  # modes, such as make_fx's, of FakeTensor, or that count operators
 _transforming = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 

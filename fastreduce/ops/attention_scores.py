@@ -137,7 +137,7 @@ def attention_cls_scores(
         q: (B, H, M, D) queries, as for :func:`attention`; the class token's is the first.
         k: (B, H, N, D) keys.
         v: (B, H, N, D) values.
-        bias: (B, N) as for :func:`attention`, or None; the scores are those of the biased logits.
+        bias: (B, N) as for :func:`attention`, or None; the scores follow the biased logits.
         prefix: number of leading keys that get no score.
         scale: factor on the dot products; None means ``D ** -0.5``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
@@ -176,13 +176,13 @@ def attention_received_scores(
         weights @ v, weights.sum((1, 2))  # received_scores(q, k)
 
     Three launches forward, of which the second computes the logits again and the third adds up the heads. Two backward,
-    whatever has a gradient; that of the scores costs one more product of q and k.
+    whatever has a gradient; the scores' gradient costs one more product of q and k.
 
     Args:
         q: (B, H, M, D) queries, as for :func:`attention`.
         k: (B, H, N, D) keys.
         v: (B, H, N, D) values.
-        bias: (B, N) as for :func:`attention`, or None; the scores are those of the biased logits.
+        bias: (B, N) as for :func:`attention`, or None; the scores follow the biased logits.
         scale: factor on the dot products; None means ``D ** -0.5``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. No backend holds the matrix of
             a long sequence: the kernels no N x N at all, the reference 2 ** 20 logits an image outside autograd.

@@ -87,7 +87,7 @@ _value_packed = register(
 
 
 class ClsScores(torch.autograd.Function):
-    """Gradient: that of a softmax, from the logits and their logsumexp kept by the forward pass."""
+    """Gradient of a softmax, from the logits and their logsumexp kept by the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
@@ -198,7 +198,7 @@ def cls_scores(
 
     Args:
         q: (B, H, D) the class query of every head. float32, float16, bfloat16 (reference: any).
-        k: (B, H, N, D) all keys, those of the prefix included, in q's dtype. Any strides; with a dense last axis, as a
+        k: (B, H, N, D) all keys, the prefix's included, in q's dtype. Any strides; with a dense last axis, as a
             view of a packed qkv has it, nothing is copied.
         prefix: number of leading keys that take part in the softmax but get no score.
         scale: factor on the dot products; None means ``D ** -0.5``.

@@ -90,7 +90,7 @@ def _gather_backward(grad: Tensor, index: Tensor, source: Tensor, target: Tensor
 
 
 class GatherPacked(torch.autograd.Function):
-    """Gradient: every row that was kept gets that of the row it became; the residual's is the output's."""
+    """Gradients: a kept row gets the gradient of the row it became; the residual's is the output's."""
 
     @staticmethod
     def forward(
@@ -148,7 +148,7 @@ def gather_packed(
 ) -> Tensor:
     """Keep the prefix and the chosen patch tokens of every image, packed, and add a residual to them.
 
-    As :func:`gather_tokens`, but every image has, and keeps, a number of tokens of its own: those of image b are rows
+    As :func:`gather_tokens`, but every image has, and keeps, a number of tokens of its own: image b's are rows
     ``offsets[b] .. offsets[b + 1]``, and there is no padding between images. The numbers stay on the device.
 
     Equivalent PyTorch, for image b::

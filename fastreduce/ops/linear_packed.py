@@ -32,7 +32,7 @@ def _backward(
 
 
 class LinearPacked(torch.autograd.Function):
-    """Gradient: that of a linear layer on the rows that are there; only what is asked for is computed."""
+    """Gradient of a linear layer on the rows that are there; only what is asked for is computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:

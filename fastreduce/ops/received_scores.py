@@ -34,7 +34,7 @@ _forward = register(
 
 
 class ReceivedScores(torch.autograd.Function):
-    """Gradient: that of the softmax, by PyTorch, as few need it: one head's blocks of the matrix at a time."""
+    """Gradient of the softmax, by PyTorch, as few need it: one head's blocks of the matrix at a time."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:

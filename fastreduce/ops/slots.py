@@ -31,7 +31,7 @@ def check_slot(slot: Tensor) -> None:
 
 
 def check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
-    """Raise unless groups are those of :func:`group_slots` for such slots."""
+    """Raise unless groups are what :func:`group_slots` makes of such slots."""
     check_pair("groups", groups, "order and offsets")
     shapes = shape_of(slot), (slot.shape[0], num_out + 1)
     for name, tensor, shape in zip(("order of groups", "offsets of groups"), groups, shapes, strict=True):

@@ -40,7 +40,7 @@ class PlainModel(Selections, Merges, Mixtures):
     Where that code has no answer, the plain meaning is taken: without a class token, a token's score is the attention
     that it receives, averaged over heads and queries; prefix tokens (class, distillation, registers) are never reduced;
     where tokens were merged, pooling over patches counts each patch once, in the token that it is in or weighs most in;
-    where images keep different numbers of tokens, the mean is that of the ones that count. Radial patterns drop tokens
+    where images keep different numbers of tokens, the mean is over the ones that count. Radial patterns drop tokens
     instead of masking them. DPC-KNN's density has no noise. After a forward pass of DynamicViT in training,
     :attr:`decisions` holds what was drawn.
 

@@ -34,8 +34,9 @@ class ATS(ScheduledReducer):
         blocks: where the stages stand.
         schedule: sampling points of each stage, the most that an image can keep.
         points: where the cumulated attention is looked up. ``"official"``, as the released code: the rounding of
-            ``torch.arange`` gives it a point more for some counts (:func:`official_points` knows which), so that an image may
-            keep one token more; none of the paper's settings is among them. ``"exact"``: as many points as the schedule says.
+            ``torch.arange`` gives it a point more for some counts (:func:`official_points` knows which), so that an
+            image may keep one token more; none of the paper's settings is among them. ``"exact"``: as many points as
+            the schedule says.
         trim: cut the padding down to the longest image of the batch. That needs the number on the host: None does so
             in eager mode on the CPU, where it costs nothing; True everywhere but in a compiled graph; False never.
             Under ``torch.jit.trace`` True is refused, and so is ``packed``: the lengths of the example would stay.

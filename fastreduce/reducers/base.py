@@ -169,7 +169,7 @@ class Reducer(nn.Module, abc.ABC):
 
     @property
     def first(self) -> int:
-        """The first block that the reducer has to do with: that of the first stage, or one before it."""
+        """The first block that the reducer has to do with: the first stage's, or one before it."""
         return self.blocks[0]
 
     def opens(self, index: int) -> bool:

@@ -60,8 +60,8 @@ class Heads(NamedTuple):
     """Input of attention: query, key and value of the tokens that enter a block.
 
     Attributes:
-        tokens: the tokens (B, N, C) that they come from: their ``bias``, ``policy`` and ``packing`` are those of the
-            keys. Packed, B is 1 and N the length of the row.
+        tokens: the tokens (B, N, C) that they come from: their ``bias``, ``policy`` and ``packing`` are the
+            keys'. Packed, B is 1 and N the length of the row.
         normed: (B, N, C) what the norm before attention made of them.
         q: (B, H, N, D); or (B, H, 1, D), the class token's row alone (packed, the row of each image), which is what a
             method needs that decides before it attends.

@@ -33,7 +33,7 @@ class TokenScore(nn.Module):
 
 
 def _weights(score: Tensor, label: Tensor, clusters: int) -> Tensor:
-    """Exponentials of the scores (B, N), those of a cluster whose greatest score is above 40 divided by one number.
+    """Return exponentials of the scores (B, N), divided by one number in a cluster whose greatest score is above 40.
 
     They would overflow; the weighted means are the same, as :func:`fastreduce.ops.merge_tokens` has them.
     """

@@ -1,6 +1,6 @@
 """DynamicViT: a small network predicts which tokens to keep (Rao et al. 2021), and what it is trained with.
 
-The losses are those of section 3.3, in the weights and forms of Haurum et al. 2023.
+The losses stand in section 3.3; their weights and forms are Haurum et al.'s (2023).
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def token_distillation_loss(
 
     Args:
         tokens: (B, P, C) patch tokens of the student after its last norm.
-        teacher_tokens: (B, P, C) those of the teacher; no gradient flows into them.
+        teacher_tokens: (B, P, C) the teacher's tokens; no gradient flows into them.
         kept: (B, P), above 0.5 where a token was kept; no gradient flows into it.
         form: ``"mse"``: mean squared difference of their elements; ``"kl"``: Kullback-Leibler divergence of the softmax
             over channels, teacher against student, averaged over the tokens.

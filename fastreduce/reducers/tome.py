@@ -172,7 +172,7 @@ class ToMe(Reducer):
         return slot, groups, None if seat is None else seat[:, tokens.prefix :] - tokens.prefix
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
-        """Attention half with merging: prefix, unmerged tokens of even position, then those of odd position."""
+        """Attention half with merging: prefix, unmerged tokens of even position, then tokens of odd position."""
         merges = self._merges(stage, tokens.patches, tokens.num_patches)
         if not merges:
             return attend_all(block, tokens)

@@ -36,7 +36,7 @@ def _chosen(q: Tensor, index: Tensor, prefix: int, offsets: Offsets | None = Non
 
     ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``.
 
-    Of packed images (1, H, num_out, D): those of image b begin at ``offsets[1][b]`` of q.
+    Of packed images (1, H, num_out, D): image b's begin at ``offsets[1][b]`` of q.
     """
     tokens = q.transpose(1, 2).flatten(2)
     if offsets is None:
@@ -217,7 +217,7 @@ def attention(
 def _through(
     q: Tensor, k: Tensor, grad_logits: Tensor, weights: Tensor, upstream: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from those of the logits (B, H, M, N) and of the result."""
+    """Return the gradients of q, k and v from the gradients of the logits (B, H, M, N) and of the result."""
     grad_q = (grad_logits @ k.to(grad_logits.dtype)) * scale
     grad_k = (grad_logits.transpose(2, 3) @ q.to(grad_logits.dtype)) * scale
     return grad_q, grad_k, weights.transpose(2, 3) @ upstream

@@ -1,4 +1,4 @@
-"""Packed tokens: those of all images in one row, image b in ``offsets[b] .. offsets[b + 1]``, zeros behind the last."""
+"""Packed tokens: all images' tokens in one row, image b in ``offsets[b] .. offsets[b + 1]``, zeros behind the last."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Entry:
 
     Attributes:
         options: what tells it from other entries of the method; ``chosen`` is everything that :func:`patch` got.
-        counts: patch tokens after each stage; of ATS, once it has run, those of the longest image of the batch.
+        counts: patch tokens after each stage; of ATS, once it has run, the counts of the longest image of the batch.
         layers: where the method's own layers have their weights from, or None if it has none.
         exact: float64 logits of the plain algorithm.
         difference: of the logits to ``exact``, relative to the largest of these.
@@ -433,7 +433,7 @@ class Comparison:
         return reduced
 
     def _settle_counts(self) -> None:
-        """Methods that keep what each image calls for: the count is that of the longest image of this batch."""
+        """Set the counts of methods that keep what each image calls for: they are the longest image's in this batch."""
         for entry in self.entries:
             if not REDUCERS[entry.method].ragged:
                 continue

@@ -218,7 +218,7 @@ class CompareSettings(_Common):
         seconds: rounds are added until about this long after the start, if ``rounds`` is None.
         fused_baseline: let the plain algorithm use fused attention in blocks of which no one reads the matrix.
 
-    The others are those of both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
+    The others belong to both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
     threads (None for torch's choice, or 1 where that is faster), seed (of random weights), method_options
     (``tome.rounds=exact``).
     """
@@ -254,7 +254,7 @@ class PlanSettings(_Common):
         seconds: rounds are added until about this long after the start, if ``rounds`` is None. Compiling comes on top.
         graphs: replay CUDA graphs.
 
-    The others are those of :class:`CompareSettings`.
+    The others are the same as in :class:`CompareSettings`.
     """
 
     method: str = "topk"
@@ -304,7 +304,7 @@ class TuneSettings(_Common):
         measure: the measure of fidelity that counts.
         seconds: not used by a search, which takes as long as its tables take.
 
-    The others are those of :class:`CompareSettings`; ``at`` is what is searched.
+    The others are the same as in :class:`CompareSettings`; ``at`` is what is searched.
     """
 
     methods: tuple[str, ...] = ()
@@ -343,7 +343,7 @@ class ExportSettings(_Common):
         batches: images at a time when it is timed.
         rounds: of the timing; 0 for none.
 
-    The others are those of :class:`CompareSettings`.
+    The others are the same as in :class:`CompareSettings`.
     """
 
     out: str = "reduced.onnx"

@@ -22,7 +22,7 @@ class Study:
     """Results of a study.
 
     Attributes:
-        recordings: the unreduced model first, then the reduced ones, then those of further backbones.
+        recordings: the unreduced model first, then the reduced ones, then models of further backbones.
         evaluations: of the same models.
         tokens: of the same models.
         rows: similarities along ``"keep_rate"`` and ``"method"``, of the study's own backbone, and along
@@ -93,9 +93,9 @@ def analyse(recordings: Sequence[Recording], evaluations: Sequence[Evaluation], 
     """Compare and correlate what was recorded.
 
     Args:
-        recordings: of one data set; those of the study's own backbone first, and of these the unreduced model.
+        recordings: of one data set; the study's own backbone comes first, and of its models the unreduced one.
         evaluations: of the same models.
-        seconds: that the parts before took; those of this part are added.
+        seconds: that the parts before took; this part's are added.
     """
     start = time.perf_counter()
     tokens = [token_statistics(recording) for recording in recordings]

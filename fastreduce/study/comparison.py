@@ -180,10 +180,10 @@ def compare(
 
     Returns:
         A row a pair that has anything in common: ``dataset_a``, ``dataset_b``, ``backbone_*``, ``method_*``,
-        ``keep_rate_*``, ``accuracy_*``, and ``difference``, the accuracy of A minus that of B. Of every block where
+        ``keep_rate_*``, ``accuracy_*``, and ``difference``, the accuracy of A minus B's. Of every block where
         both have a stage the mean over images (and, as ``iou_std_3``, the population's deviation) of ``iou_3`` and, not
         across methods, ``ioa_3`` for kept sets; ``homogeneity_3``, ``completeness_3`` and ``nmi_3`` for assignments
-        (the true labels are those of B across keep rates, else of A). Of every block with features of both ``cca_3``,
+        (the true labels come from B across keep rates, else from A). Of every block with features of both ``cca_3``,
         ``cca_squared_3``, ``pwcca_3``, ``pwcca_reverse_3``, ``cka_3`` and ``procrustes_3``. See
         :mod:`fastreduce.study.measures`.
 
@@ -345,7 +345,7 @@ def correlate(
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write a table; columns are those of all rows, in order of appearance, and cells without a value are empty.
+    """Write a table with the columns of all rows, in order of appearance; cells without a value are empty.
 
     Raises:
         OSError: the file cannot be written.

@@ -404,7 +404,7 @@ def find(
         tokens: :func:`~fastreduce.study.comparison.token_statistics` of each, and of those on other backbones.
         rows: what :func:`~fastreduce.study.comparison.compare` gave along ``"keep_rate"``, ``"backbone"`` and
             ``"method"``; any may be missing.
-        floors: above which models count; by default those of ``recordings``. Give them where there are other backbones.
+        floors: above which models count; by default from ``recordings``. Give them where there are other backbones.
 
     Returns:
         A finding for each claim, in the paper's order. One that only models below the floor could decide is undecided.

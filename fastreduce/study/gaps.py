@@ -56,7 +56,7 @@ class Gap:
 
 
 def common_words(gaps: Sequence[Gap]) -> str:
-    """Say what would decide those of several differences that are within chance; empty if none is."""
+    """Say what would decide the differences that are within chance; empty if none is."""
     open_gaps = [gap for gap in gaps if gap.sign == 0]
     if not open_gaps:
         return ""

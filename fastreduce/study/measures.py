@@ -154,7 +154,7 @@ def cluster_agreement(true: Integers, predicted: Integers) -> Floats:
 
     Args:
         true: (images, P) integer labels, any values. The paper's argument order differs: across keep rates the true
-            labels are those of the lower rate, across backbones and methods those of the first model.
+            labels come from the lower rate, across backbones and methods from the first model.
         predicted: (images, P) integer labels.
 
     Returns:
@@ -205,7 +205,7 @@ def token_depths(kept: Mapping[int, Integers], patches: int, depth: int) -> dict
 
     Returns:
         ``mean`` and ``std`` (P,) float64 for each position, ``pooled_mean`` and ``pooled_std`` over all of them; the
-        deviations are those of the population.
+        deviations are the population's.
 
     Raises:
         ValueError: no stage, other numbers of images in the stages, or an index out of range.
@@ -268,7 +268,7 @@ def map_similarities(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
 
     Returns:
         ``kl`` Σ b log2(b / a) and ``kl_reverse`` Σ a log2(a / b). ``js`` is half of Σ m log2(m / a) + Σ m log2(m / b)
-        with m the mean map: the arguments are those of the paper's code, the reverse of Jensen-Shannon's, and it has no
+        with m the mean map: the arguments stand as in the paper's code, the reverse of Jensen-Shannon's, and it has no
         bound. ``pcc`` Pearson and ``scc`` Spearman correlation. ``sim``: the sum of minima after scaling each map to
         [0, 1] and then to a sum of 1. ``emd``: optimal transport over the Euclidean distance of cells (POT). A zero in
         one map makes the first three inf or NaN, a constant map ``pcc``, ``scc`` and ``sim`` NaN.

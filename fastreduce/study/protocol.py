@@ -128,7 +128,7 @@ class Crops:
 
     Attributes:
         padding: pixels on every side, a reflection of the image.
-        mean, std: of the normalisation, for pixels of 0 to 1; by default those of CIFAR-10.
+        mean, std: of the normalisation, for pixels of 0 to 1; by default CIFAR-10's.
     """
 
     padding: int = 4

@@ -81,7 +81,7 @@ class Model:
     Attributes:
         capacity: the backbone that it starts from, under the name that recordings give it.
         reduction: of it, or None.
-        folder: of all that start from there, below that of the study's models; empty for the study's own backbone.
+        folder: of all that start from there, below the folder of the study's models; empty for its own backbone.
     """
 
     capacity: Capacity
@@ -115,7 +115,7 @@ class Recipe:
             without ``training`` the unreduced model after its fine-tuning.
 
     Raises:
-        ValueError: two backbones of one name, or one whose name cannot be that of its folder.
+        ValueError: two backbones of one name, or one whose name cannot name its folder.
     """
 
     data: str

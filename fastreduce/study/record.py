@@ -171,7 +171,7 @@ class ColumnWriter:
         """Add rows: arrays whose first dimension is one length, and the rest as in the first call.
 
         Raises:
-            ValueError: other columns, types or shapes than those of the first call.
+            ValueError: other columns, types or shapes than in the first call.
         """
         if not self._pieces:
             for index, (name, array) in enumerate(columns.items()):
@@ -418,7 +418,7 @@ def record_images(
         progress: is told the number of images so far, after every batch.
 
     Returns:
-        The recording, opened from the file; its accuracy is that of these batches.
+        The recording, opened from the file, with the accuracy on these batches.
 
     Raises:
         ValueError: no images, no such block, class features of a model without class token, an unknown dtype, or a

@@ -24,7 +24,7 @@ class TimmHost(Host):
 
     Attributes:
         base: the class whose methods the bridge knows.
-        methods: those of its methods that must be as timm has them.
+        methods: names of its methods that must be as timm has them.
     """
 
     base: type
