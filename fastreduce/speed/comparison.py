@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -48,6 +49,7 @@ from ..measure import (
     ratio,
     recompile_limits,
     seconds_of,
+    take_turns,
 )
 from ..names import compared_methods, nearest
 from ..pictures import cut
@@ -472,13 +474,11 @@ class Comparison:
             candidates[f"{entry.slug} plain"] = entry.plain
         return candidates
 
-    def _time(self, model: Callable[[Tensor], object]) -> float:
-        return seconds_of(lambda: model(self.images), self.device)
-
     def _probe(self, count: int) -> float:
         self._load_images(count)
-        self._time(self.model)
-        return statistics.median(self._time(self.model) for _ in range(3))
+        call = functools.partial(self.model, self.images)
+        call()
+        return statistics.median(seconds_of(call, self.device) for _ in range(3))
 
     def _choose_threads(self) -> None:
         """Take one thread where that is faster: on a busy machine threads mostly wait for each other."""
@@ -625,23 +625,23 @@ class Comparison:
 
     def _rounds(self, candidates: dict[Any, Any], progress: Progress) -> None:
         """Time rounds that begin and end with the unreduced model, as many as were asked for or fit into the time."""
-        self.seconds = {name: [] for name in [*candidates, _AGAIN]}
         models = {**candidates, _AGAIN: candidates["unreduced"]}
-        between = [name for name in candidates if name != "unreduced"]
-        start, finished = self.elapsed, 0
-        wanted = self.settings.rounds or FEWEST_ROUNDS
-        while finished < wanted:
-            order = ["unreduced", *between, _AGAIN]
-            for done, name in enumerate(order):
-                progress("measuring", finished + done / len(order), wanted)
-                self.seconds[name].append(self._time(models[name]))
-            finished += 1
-            between.reverse()
-            if self.settings.rounds is None:
+        calls = {name: functools.partial(model, self.images) for name, model in models.items()}
+        start, wanted = self.elapsed, self.settings.rounds or FEWEST_ROUNDS
+
+        def more(finished: int) -> bool:
+            nonlocal wanted
+            if finished and self.settings.rounds is None:
                 left = self.settings.seconds - _PICTURE_SECONDS * len(self.entries) - self.elapsed
                 fitting = finished + int(left * finished / (self.elapsed - start))
                 wanted = min(max(fitting, finished, FEWEST_ROUNDS), _MOST_ROUNDS)
-        progress("measuring", finished, finished)
+            return finished < wanted
+
+        def moved(done: float) -> None:
+            progress("measuring", done, wanted)
+
+        take_turns(calls, self.device, more, seconds=self.seconds, ends=True, moved=moved)
+        progress("measuring", wanted, wanted)
 
     def _seconds_of(self, name: Any) -> list[float]:
         """Return the seconds of every round, of the unreduced model the mean of start and end."""
