@@ -299,6 +299,6 @@ def _version(package: str) -> str | None:
 def count_gmacs(model: nn.Module, images: Tensor) -> float:
     """Count the 10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
     # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() / 2e9 / len(images)

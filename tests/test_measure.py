@@ -44,7 +44,8 @@ def test_rounds_are_asked_for_one_by_one_and_told():
     asked, told = [], []
     order, run = turns(lambda done: asked.append(done) or done < 2, moved=told.append)
     run()
-    assert asked == [0, 1, 2] and len(order) == 8
+    assert asked == [0, 1, 2]
+    assert len(order) == 8
     assert told == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75]
 
 
@@ -52,7 +53,8 @@ def test_a_call_that_fails_takes_no_more_turns():
     failures = []
     order, run = turns(3, fails=(3,), failed=lambda name, error: failures.append((name, str(error))))
     assert run() == {"a": [1, 7, 8], "b": [2, 6, 9], "c": [], "d": [4, 5, 10]}
-    assert failures == [("c", "call 3")] and order.count("c") == 1
+    assert failures == [("c", "call 3")]
+    assert order.count("c") == 1
 
 
 def test_an_interrupted_round_is_cut_away():

@@ -419,7 +419,7 @@ class Comparison:
             twin.reducers.load_state_dict(layers)
             return twin.to(self.device).eval()
         given = _deciding(method, chosen)
-        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **given)
+        plain = PlainModel(model, method, at=self.blocks, layers=layers, **given)
         return plain.to(self.device).eval()
 
     def plain(self, model: nn.Module, entry: Entry) -> nn.Module:
@@ -726,7 +726,6 @@ class Comparison:
             "backend": self.backend,
             "compile": settings.compile,
             "memory_kept": self.memory_kept,
-            "fused_baseline": settings.fused_baseline,
             "images_checked": self.checked,
             "refused": self.refused,
             "left_out": [{"label": entry.label, "keep_rate": entry.keep_rate} for entry in self.left_out],

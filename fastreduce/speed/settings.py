@@ -216,7 +216,6 @@ class CompareSettings(_Common):
         keep_rates: each in (0, 1].
         batch: images in a batch.
         seconds: rounds are added until about this long after the start, if ``rounds`` is None.
-        fused_baseline: let the plain algorithm use fused attention in blocks of which no one reads the matrix.
 
     The others belong to both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
     threads (None for torch's choice, or 1 where that is faster), seed (of random weights), method_options
@@ -228,7 +227,6 @@ class CompareSettings(_Common):
     keep_rates: tuple[float, ...] = KEEP_RATES
     batch: int | None = None
     seconds: float = 150.0
-    fused_baseline: bool = False
 
     def check(self) -> None:
         """Raise ValueError for everything that is known to be wrong without torch."""

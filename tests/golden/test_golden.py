@@ -63,9 +63,9 @@ def _patched(file, prefix, arguments, dtype=torch.float32):
     return model.to(dtype)
 
 
-def _plain(file, prefix, arguments, dtype=torch.float32, fused=False):
+def _plain(file, prefix, arguments, dtype=torch.float32):
     layers = {key: value.to(dtype) for key, value in _layers(file, prefix, arguments).items()}
-    return PlainModel(golden.model(dtype), fused=fused, layers=layers, **arguments)
+    return PlainModel(golden.model(dtype), layers=layers, **arguments)
 
 
 def _rows_of(output):
@@ -169,11 +169,10 @@ def test_float64(file, prefix, arguments):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("file", "prefix", "arguments"), CASES)
-def test_plain(file, prefix, arguments, fused):
+def test_plain(file, prefix, arguments):
     with torch.no_grad():
-        logits = _plain(file, prefix, arguments, fused=fused)(golden.images())
+        logits = _plain(file, prefix, arguments)(golden.images())
     torch.testing.assert_close(logits, golden.read(file)[0][prefix + "logits"], rtol=1e-4, atol=2e-5)
 
 
