@@ -29,7 +29,6 @@ from ..backends import check_backend, resolve
 from ..checkpoints import load_official, read_checkpoint
 from ..integrations.timm import (
     Record,
-    Stage,
     create_model,
     create_pretrained,
     input_config,
@@ -58,6 +57,7 @@ from ..plain import FreeSlice, PlainModel
 from ..plain.model import OPTIONS
 from ..reducers import REDUCERS
 from ..reducers.schedule import stage_blocks
+from .decisions import Drawn, changed_decisions, drawn, relative_difference
 from .settings import DTYPES as DTYPE_NAMES
 from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name
 
@@ -80,25 +80,6 @@ _AGAIN = "unreduced again"  # its turn at the end of a round
 _ACTIVATIONS = 16  # rows of the residual stream's width that are in memory at a time, for every token
 
 Progress = Callable[[str, float, float], None]  # what is done, how much of it, out of how much
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A picture of one stage for the first image: exactly one of the two is given.
-
-    Attributes:
-        block: the transformer block, ``count`` its patch tokens after the stage.
-        kept: (rows, columns) bool, patches that are still tokens of their own; of a soft merge those that weigh most in
-            one of the tokens.
-        soft: whether it is a soft merge.
-        slot: (rows, columns) the token that each patch is in.
-    """
-
-    block: int
-    count: int
-    kept: NDArray[np.bool_] | None = None
-    slot: NDArray[np.int64] | None = None
-    soft: bool = False
 
 
 @dataclasses.dataclass
@@ -236,52 +217,6 @@ def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) ->
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     return (pixels - mean) / std
-
-
-def relative_difference(logits: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value."""
-    logits = logits[: len(exact)].double()
-    return ((logits - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
-
-
-def _partition(stage: Stage) -> Tensor:
-    """Name every patch's group (B, P) by its first patch, -1 for dropped ones: the tokens' order does not matter."""
-    slot = stage.patch_slot
-    position = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
-    first = torch.full((slot.shape[0], stage.num_out + 1), slot.shape[1], device=slot.device)
-    first = first.scatter_reduce(1, slot + 1, position, "amin")
-    return torch.where(slot < 0, slot, first.gather(1, slot + 1))
-
-
-def _changed_decisions(ours: Record, exact: Record, images: int) -> int:
-    """Return how many of the images end in other groups than in float64."""
-    if not exact.stages:
-        return 0
-    differs = torch.zeros(images, dtype=torch.bool, device=exact.stages[0].slot.device)
-    for mine, theirs in zip(ours.stages, exact.stages, strict=True):
-        differs |= (_partition(mine)[:images] != _partition(theirs)[:images]).any(1)
-    return int(differs.sum())
-
-
-def _drawn(seen: Record, blocks: Sequence[int], grid: tuple[int, int]) -> list[Drawn]:
-    """Return the first image's stages; a stage that reduced nothing shows what was there."""
-    kept: NDArray[np.bool_] | None = np.ones(grid, bool)
-    slot: NDArray[np.int64] | None = None
-    count, soft = math.prod(grid), False
-    stages = {stage.block: stage for stage in seen.stages}
-    drawn = []
-    for block in blocks:
-        if (stage := stages.get(block)) is not None:
-            soft = stage.weights is not None
-            if stage.merges or stage.sources is None:
-                kept, slot, count = None, stage.patch_slot[0].cpu().numpy().reshape(grid), stage.num_out
-            else:
-                own, fused = stage.sources[0].cpu().numpy(), stage.fused
-                kept, slot = np.zeros(math.prod(grid), bool), None
-                kept[own[own >= 0]] = True
-                kept, count = kept.reshape(grid), stage.num_out if soft or fused else int((own >= 0).sum())
-        drawn.append(Drawn(block, count, kept, slot, soft))
-    return drawn
 
 
 class Comparison:
@@ -546,7 +481,7 @@ class Comparison:
         reduced = self._reference(exact_model, entry)
         with record(reduced) as exact:
             reduced(self.images[:images].double())
-        return _changed_decisions(seen, exact, images)
+        return changed_decisions(seen, exact, images)
 
     def check_entry(self, entry: Entry, exact_model: nn.Module) -> None:
         """Hold the logits against the plain algorithm in float64, and record what was done with the first image."""
@@ -554,7 +489,7 @@ class Comparison:
         with record(entry.model) as seen:
             entry.difference = relative_difference(entry.model(self.images), entry.exact)
         entry.plain_difference = relative_difference(entry.plain(self.images), entry.exact)
-        entry.stages = _drawn(seen, self.blocks, self.grid)
+        entry.stages = drawn(seen, self.blocks, self.grid)
         if self.is_far(entry.difference):
             entry.changed = self.changed_decisions(entry, seen, exact_model, self.checked)
 

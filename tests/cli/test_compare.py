@@ -21,6 +21,7 @@ from fastreduce.integrations.timm import create_model
 from fastreduce.measure import count_gmacs
 from fastreduce.ops import unchecked
 from fastreduce.speed import comparison as engine
+from fastreduce.speed import decisions
 
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["compare", "--model", MODEL, "--batch", "2", "--rounds", "2", "--random", "--no-fidelity", "--no-pictures"]
@@ -416,7 +417,7 @@ def test_the_batch_fits_the_time(monkeypatch, image, batch):
 
 def test_near_ties_are_told(monkeypatch):
     monkeypatch.setattr(engine, "_SUSPICIOUS", 0)
-    monkeypatch.setattr(engine, "_changed_decisions", lambda *_: 1)
+    monkeypatch.setattr(engine, "changed_decisions", lambda *_: 1)
     done = run(*QUICK, "--methods", "topk", "--keep-rate", "0.5")
     assert done.exit_code == 0
     assert "*: near-ties: in float32 other tokens were chosen than in float64." in done.stdout
@@ -433,9 +434,9 @@ def test_decisions_are_compared_as_groups_of_patches():
 
     for method in ("topk", "evit", "tome"):
         first, again, other = partition(0, method), partition(0, method), partition(1, method)
-        assert engine._changed_decisions(first, again, 2) == 0
-        assert engine._changed_decisions(first, other, 2) == 2
-        groups = engine._partition(first.stages[0])
+        assert decisions.changed_decisions(first, again, 2) == 0
+        assert decisions.changed_decisions(first, other, 2) == 2
+        groups = decisions.partition(first.stages[0])
         for image in range(2):
             slot = first.stages[0].patch_slot[image].tolist()
             expected = [-1 if own < 0 else slot.index(own) for own in slot]
