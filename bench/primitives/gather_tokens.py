@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, randn
+from bench.primitives._norm import with_norm
 from fastreduce import ops
 
 
@@ -45,43 +45,6 @@ def _call(**arguments: Any) -> Outputs:
     return (ops.gather_tokens(**arguments),)
 
 
-def affine(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Weight and bias of a layer normalisation, as training leaves them: near one, near zero."""
-    weight, bias = (0.1 * randn(generator, shape.dtype, shape.channels) for _ in range(2))
-    return {"weight": 1 + weight, "bias": bias}
-
-
-def normalised(inputs: Inputs, out: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own layer normalisation of the rows."""
-    return F.layer_norm(out, out.shape[-1:], inputs["weight"], inputs["bias"], 1e-6)
-
-
-def norm_backward_floor(inputs: Inputs, out: torch.Tensor) -> int:
-    """What the norm adds: out is read with the other upstream gradient, out's whole gradient is written."""
-    return 3 * nbytes(out) + 3 * nbytes(inputs["weight"])
-
-
-def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
-    return _make(shape, generator) | affine(shape, generator)
-
-
-def _call_norm(*, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any) -> Outputs:
-    return ops.gather_tokens(**arguments, norm=(weight, bias, 1e-6))
-
-
-def _plain_norm(inputs: Inputs) -> Outputs:
-    (out,) = _plain(inputs)
-    return out, normalised(inputs, out)
-
-
-def _floor_norm(inputs: Inputs, outputs: Outputs) -> int:
-    return _floor(inputs, outputs[:1]) + nbytes(inputs["weight"], inputs["bias"], outputs[1])
-
-
-def _backward_floor_norm(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    return _backward_floor(inputs, outputs[:1], gradients[:2]) + norm_backward_floor(inputs, outputs[0])
-
-
 GATHER_TOKENS = Primitive(
     "gather_tokens",
     make=_make,
@@ -91,14 +54,4 @@ GATHER_TOKENS = Primitive(
     gradients=("x", "residual"),
     backward_floor=_backward_floor,
 )
-
-
-GATHER_TOKENS_NORM = Primitive(
-    "gather_tokens_norm",
-    make=_make_norm,
-    call=_call_norm,
-    plain=_plain_norm,
-    floor=_floor_norm,
-    gradients=("x", "residual", "weight", "bias"),
-    backward_floor=_backward_floor_norm,
-)
+GATHER_TOKENS_NORM = with_norm(GATHER_TOKENS, ops.gather_tokens)

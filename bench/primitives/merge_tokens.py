@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, randn
-from bench.primitives.gather_tokens import affine, norm_backward_floor, normalised
+from bench.primitives._norm import with_norm
 from fastreduce import ops
 
 
@@ -69,27 +69,6 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(inputs["slot"], inputs["size"], merged, grad_x)
 
 
-def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
-    return _make(shape, generator) | affine(shape, generator)
-
-
-def _call_norm(*, indices: Any, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any) -> Outputs:
-    return ops.merge_tokens(**arguments, norm=(weight, bias, 1e-6))
-
-
-def _plain_norm(inputs: Inputs) -> Outputs:
-    merged, total = _plain(inputs)
-    return merged, total, normalised(inputs, merged)
-
-
-def _floor_norm(inputs: Inputs, outputs: Outputs) -> int:
-    return _floor(inputs, outputs) + nbytes(inputs["weight"], inputs["bias"])
-
-
-def _backward_floor_norm(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    return _backward_floor(inputs, outputs[:2], gradients[:2]) + norm_backward_floor(inputs, outputs[0])
-
-
 def _make_learned(shape: Shape, generator: torch.Generator) -> Inputs:
     """Patches and class token are views of the tokens; no cluster is empty; a layer as it is initialised."""
     batch, patches, channels, clusters = shape.batch, shape.patches, shape.channels, shape.kept
@@ -146,15 +125,7 @@ MERGE_TOKENS = Primitive(
     gradients=("x", "residual"),
     backward_floor=_backward_floor,
 )
-MERGE_TOKENS_NORM = Primitive(
-    "merge_tokens_norm",
-    make=_make_norm,
-    call=_call_norm,
-    plain=_plain_norm,
-    floor=_floor_norm,
-    gradients=("x", "residual", "weight", "bias"),
-    backward_floor=_backward_floor_norm,
-)
+MERGE_TOKENS_NORM = with_norm(MERGE_TOKENS, _call)
 MERGE_TOKENS_LEARNED = Primitive(
     "merge_tokens_learned",
     make=_make_learned,
