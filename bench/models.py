@@ -96,7 +96,7 @@ Group = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure. None or nothing stands for a choice made from the device.
+    """Settings of a measurement. None or nothing stands for a choice made from the device.
 
     Attributes:
         methods: names in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a single norm. Empty for all.
@@ -160,7 +160,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Parity:
-    """How a method compares with the official algorithm in one step.
+    """Comparison of a method with the official algorithm in one step.
 
     Attributes:
         against: what it was held against, in words.

@@ -41,7 +41,7 @@ TARGETS = (1.5, 2.0)
 
 
 def unseen_photographs(config: Any, count: int) -> Tensor | None:
-    """(count, 3, height, width): ImageNet's photographs in the wheel ``foolbox``, or None without it."""
+    """Return (count, 3, height, width): ImageNet's photographs in the wheel ``foolbox``, or None without it."""
     try:
         files = distribution("foolbox").files or []
     except PackageNotFoundError:

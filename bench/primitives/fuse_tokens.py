@@ -12,7 +12,7 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """The scores in float32, as class attention comes."""
+    """Make the scores in float32, as class attention comes."""
     batch, channels = shape.batch, shape.channels
     scores = randn(generator, torch.float32, batch, shape.patches).softmax(dim=1)
     return {
@@ -35,7 +35,7 @@ def _plain(inputs: Inputs) -> Outputs:
 
 
 def _decisions(inputs: Inputs) -> int:
-    """Which tokens stay, and the scores of those that do not."""
+    """Count which tokens stay, and the scores of the rest."""
     return nbytes(inputs["order"][:, : inputs["k"]], inputs["scores"][:, inputs["k"] :])
 
 
@@ -44,7 +44,10 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """Of x the rows of the rest, for the scores' gradient; the residual's gradient is the upstream gradient itself."""
+    """Count x's rows of the rest, for the scores' gradient.
+
+    The residual's gradient is the upstream gradient itself.
+    """
     grad_x, grad_scores, _ = gradients
     return _decisions(inputs) + nbytes(inputs["x"][:, 1 + inputs["k"] :], *outputs, grad_x, grad_scores)
 

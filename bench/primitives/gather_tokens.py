@@ -12,7 +12,7 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """The index in the order of scores: at random."""
+    """Make the index in the order of scores: at random."""
     batch, patches, channels = shape.batch, shape.patches, shape.channels
     best_first = torch.rand(batch, patches, generator=generator, device=generator.device).argsort(dim=1)
     return {
@@ -23,20 +23,20 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """A gather with the index expanded over the channels, the class token in front."""
+    """Gather with the index expanded over the channels, the class token in front."""
     x, index = inputs["x"], inputs["index"]
     kept = x[:, 1:].gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     return (torch.cat([x[:, :1], kept], dim=1) + inputs["residual"],)
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
-    """Of x only the rows that stay."""
+    """Count only the rows that stay of x."""
     kept = outputs[0].numel() * inputs["x"].element_size()
     return kept + nbytes(inputs["index"], inputs["residual"], *outputs)
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """The residual's gradient is the upstream gradient itself, which is read for that of x."""
+    """Count the upstream gradient, which is the residual's gradient itself and is read for x's."""
     grad_x, _ = gradients
     return nbytes(inputs["index"], *outputs, grad_x)
 

@@ -14,7 +14,7 @@ from fastreduce import ops
 
 
 def matched_slots(shape: Shape, generator: torch.Generator) -> Tensor:
-    """(B, N): what matching gives if as many tokens merge as can, half of the patches."""
+    """Return (B, N): what matching gives if as many tokens merge as can, half of the patches."""
     metric = randn(generator, shape.dtype, shape.batch, shape.tokens, 64)
     return ops.match_tokens(metric, shape.kept, backend="reference")
 
@@ -63,7 +63,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """The residual's gradient is the upstream gradient itself, which is read for that of x."""
+    """Count the upstream gradient, which is the residual's gradient itself and is read for x's."""
     merged, _ = outputs
     grad_x, _ = gradients
     return nbytes(inputs["slot"], inputs["size"], merged, grad_x)
@@ -93,7 +93,7 @@ def _call_learned(*, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any)
 
 
 def _plain_learned(inputs: Inputs) -> Outputs:
-    """The layer's exponential, in float32 at least, and weighted rows added up at flat indices over all images."""
+    """Take the layer's exponential, in float32 at least, and add weighted rows up at flat indices over all images."""
     x, clusters = inputs["x"], inputs["num_out"]
     batch, _, channels = x.shape
     score = F.linear(x, inputs["weight"], inputs["bias"])
@@ -110,7 +110,7 @@ def _floor_learned(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor_learned(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """The head's gradient is a part of the upstream gradient; of that, the rest is read."""
+    """Count the upstream gradient without the head's part, which is the head's gradient itself."""
     upstream = outputs[0][:, inputs["head"].shape[1] :]
     grad_x, grad_weight, _ = gradients
     return nbytes(upstream, *(inputs[name] for name in ("x", "slot", "weight", "bias")), grad_x, grad_weight)
