@@ -83,7 +83,7 @@ class Slots:
 
 
 def everything_harmless():
-    """What training scripts put beside their weights."""
+    """Return what training scripts put beside their weights."""
     config, slots = Config(), Slots()
     config.self, slots.rate = config, 0.5
     return {
@@ -565,7 +565,7 @@ def small_files(tmp_path):
 
 
 def is_refused(path, content):
-    """Whether reading ends in one line; anything but that and success is an error, a library's warning too."""
+    """Return whether reading ends in one line; anything but that and success is an error, a library's warning too."""
     rewrite(path, content)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -131,7 +131,7 @@ Json = Annotated[
 
 
 def split(words: list[str] | None) -> tuple[str, ...]:
-    """``["a,b", "c"]`` -> ``("a", "b", "c")``."""
+    """Split ``["a,b", "c"]`` into ``("a", "b", "c")``."""
     return tuple(part.strip() for word in words or [] for part in word.split(",") if part.strip())
 
 
@@ -144,7 +144,7 @@ def names(option: str, words: list[str] | None) -> tuple[str, ...]:
 
 
 def numbers(option: str, example: str, words: list[str] | None, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
-    """``["0.7,0.5", "0.3"]`` -> ``(0.7, 0.5, 0.3)``, None if the option was not given."""
+    """Turn ``["0.7,0.5", "0.3"]`` into ``(0.7, 0.5, 0.3)``, None if the option was not given."""
     if not words:
         return None
     try:

@@ -43,7 +43,7 @@ _NO_BACKWARD_HOOKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where a reduced block stands.
+    """A reduced block's place in the model.
 
     Attributes:
         index: number of the block, from 0.
@@ -115,7 +115,7 @@ class _InParts:
     tokens: Tokens
 
     def forward(self, normed: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(B, N, C) -> what the attention itself returns; ``made`` keeps queries, keys and values."""
+        """Return what the attention itself returns for (B, N, C); ``made`` keeps queries, keys and values."""
         heads = self.block._project(normed, self.tokens, self.block.parts.geometry(self.block), late=False)
         object.__setattr__(self, "made", heads)
         return self.block.parts.as_returned(self.block._projected(self.block.attend(heads), heads.tokens.packing))
@@ -124,7 +124,7 @@ class _InParts:
 class ReducedBlock:
     """A block that takes and gives :class:`~fastreduce.tokens.Tokens`; see :func:`reduced_class`.
 
-    Its parts, parameters, buffers, hooks and attributes are those of the block that it stands for, in the very same
+    It has the parts, parameters, buffers, hooks and attributes of the block that it stands for, in the very same
     dictionaries: what is replaced or registered on either is so on both.
     """
 
@@ -167,12 +167,12 @@ class ReducedBlock:
     # ---- norms
 
     def attention_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before attention, where a kernel may apply it to what it makes of the tokens."""
+        """Return the norm before attention, where a kernel may apply it to what it makes of the tokens."""
         parts = self.parts
         return None if tokens.backend == "reference" else _fusible(parts.norm1(self), tokens, parts.layer_norms)
 
     def mlp_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before the MLP, likewise."""
+        """Return the norm before the MLP, where a kernel may apply it likewise."""
         parts = self.parts
         return None if tokens.backend == "reference" else _fusible(parts.norm2(self), tokens, parts.layer_norms)
 
@@ -221,7 +221,10 @@ class ReducedBlock:
             )
 
     def _project(self, normed: Tensor, tokens: Tokens, now: Geometry, *, late: bool) -> Heads:
-        """All three from one product where a launch costs more than a few rows of it, else no query without need."""
+        """Project query, key and value.
+
+        One product makes all three where a launch costs more than a few rows of it, else no query without need.
+        """
         parts, packing, beside = self.parts, tokens.packing, tokens.beside
         if now.strange is not None:
             self._check(now)
@@ -311,7 +314,7 @@ class ReducedBlock:
         return self._attention(heads, q.unflatten(2, heads.q.shape[1::2]).transpose(1, 2), kept)
 
     def _picked(self, heads: Heads, kept: Tensor, queries: Packing | None, rows: int) -> Tensor:
-        """(1, rows, C) the normed rows of the prefix and of the kept tokens, packed as ``queries`` says."""
+        """Return the normed rows (1, rows, C) of the prefix and of the kept tokens, packed as ``queries`` says."""
         tokens = heads.tokens
         assert tokens.packing is not None
         assert queries is not None
@@ -321,17 +324,20 @@ class ReducedBlock:
         )
 
     def _is_plain(self, heads: Heads) -> bool:
-        """Whether attention is a softmax over the keys with at most a bias of each: our own cannot drop weights."""
+        """Return whether attention is a softmax over the keys with at most a bias of each.
+
+        Our own attention cannot drop weights.
+        """
         tokens = heads.tokens
         plain = tokens.packing is None and tokens.policy is None and heads.pair is None
         return plain and self.parts.softmax(self)[1] == 0.0
 
     def _has_kernel(self, heads: Heads) -> bool:
-        """Whether plain attention can run on our own kernel."""
+        """Return whether plain attention can run on our own kernel."""
         return heads.tokens.backend == "triton" and heads.q.shape[3] <= MAX_HEAD_DIM and self._is_plain(heads)
 
     def _packed(self, heads: Heads, q: Tensor, queries: Packing | None, **chosen: Any) -> Tensor:
-        """Every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
+        """Attend for every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
         keys = heads.tokens.packing
         assert keys is not None
         queries = queries or keys
@@ -455,7 +461,7 @@ class ReducedBlock:
 
     @property
     def drops_paths(self) -> bool:
-        """Whether drop path is active."""
+        """True if drop path is active."""
         drop: Any = self.parts.path1(self)
         return drop is not None and drop.training and getattr(drop, "drop_prob", 0.0) > 0
 
@@ -468,7 +474,7 @@ class ReducedBlock:
     # ---- the block
 
     def _packed_mlp(self, tokens: Tokens) -> Tokens:
-        """The half behind attention, for tokens of all images in one row."""
+        """Apply the half behind attention to tokens of all images in one row."""
         x, packing, parts = tokens.x, tokens.packing, self.parts
         backend = resolve(self._site.model.reducers.backend, x)
         made = parts.mlp(self, x, tokens.normed, functools.partial(linear_layer, packing=packing, backend=backend))
@@ -538,7 +544,7 @@ class ReducedBlock:
             raise ValueError(f"block {self.index} has {_NO_BACKWARD_HOOKS}")
 
     def _is_last(self, blocks: Any) -> bool:
-        """Whether no reduced block comes after this one in the container."""
+        """Return whether no reduced block comes after this one in the container."""
         if torch.compiler.is_compiling():  # a block that is compiled by itself must not come upon itself in the tree
             return next(reversed(blocks._modules)) == str(self._site.index)
         for index in range(len(blocks) - 1, -1, -1):
@@ -608,14 +614,17 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _hangs_on(module: nn.Module) -> bool:
-    """Whether hooks of the user's hang on a module."""
+    """Return whether hooks of the user's hang on a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def _fusible(norm: Any, tokens: Tokens, known: tuple[type, ...]) -> Norm | None:
-    """A norm whose work a kernel can do as it is; half-precision autocast would have it in float32."""
+    """Return a norm whose work a kernel can do as it is, else None.
+
+    Half-precision autocast would have the norm in float32.
+    """
     if norm is None or torch.is_autocast_enabled(tokens.x.device.type):
         return None
     if type(norm) not in known or len(norm.normalized_shape) != 1 or not is_unhooked(norm):
@@ -624,7 +633,7 @@ def _fusible(norm: Any, tokens: Tokens, known: tuple[type, ...]) -> Norm | None:
 
 
 def _bias(heads: Heads, q: Tensor, kept: Tensor | None) -> Tensor:
-    """(B or 1, 1 or H, 1 or M, N) what is added to the logits, for the queries of all tokens or of the kept ones."""
+    """Return what is added to the logits, (B or 1, 1 or H, 1 or M, N), for the queries of all or of the kept tokens."""
     tokens, pair, bias = heads.tokens, heads.pair, None
     if pair is not None and kept is not None:
         rows = torch.arange(tokens.prefix, device=kept.device).expand(len(kept), -1)
@@ -646,7 +655,7 @@ _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 
 
 def reduced_block(module: nn.Module) -> Any:
-    """A reduced block, or the one in a wrapper (compiled by itself, checkpointed); None for any other module."""
+    """Return a reduced block, or the one in a wrapper (compiled by itself, checkpointed); None for any other module."""
     while not isinstance(module, ReducedBlock):
         inner = [module._modules[name] for name in _WRAPPED if name in module._modules]
         if not inner or inner[0] is None:

@@ -1,4 +1,6 @@
-"""Which models and blocks can be reduced: hosts and parts by class, each library's only once the user has it loaded.
+"""Registers of the models and blocks that can be reduced: hosts and parts by class.
+
+A library's own are added only once the user has it loaded.
 
 A *host* knows one class of model; it has no state, and reads the model at every call. To bring another library:
 
@@ -41,7 +43,7 @@ _parts: dict[type | str, Parts] = {}
 
 
 class Host(abc.ABC):
-    """What a reducer must know of one class of model. Stateless: every method is given the model.
+    """Knowledge of one class of model that a reducer needs. Stateless: every method is given the model.
 
     Attributes:
         container: the attribute that holds the blocks, or None where :meth:`blocks` has to look further.
@@ -71,10 +73,10 @@ class Host(abc.ABC):
 
     @abc.abstractmethod
     def has_class_token(self, model: Any) -> bool:
-        """Whether the first token is a class token."""
+        """Return whether the first token is a class token."""
 
     def positions(self, model: Any) -> bool:
-        """Whether blocks look at where a token is, so that ``Tokens.place`` is kept."""
+        """Return whether blocks look at where a token is, so that ``Tokens.place`` is kept."""
         return False
 
     def grid(self, model: Any, patches: int) -> tuple[int, int]:
@@ -86,11 +88,11 @@ class Host(abc.ABC):
         return rows, columns
 
     def asks_for_inputs(self, model: Any) -> bool:
-        """Whether somebody will ask in the pass at hand what dropped patches were."""
+        """Return whether somebody will ask in the pass at hand what dropped patches were."""
         return self.needs_grid
 
     def keeps_every_patch(self, model: Any) -> bool:
-        """Whether no patch is dropped before the blocks, as patch dropout does in training."""
+        """Return whether no patch is dropped before the blocks, as patch dropout does in training."""
         return True
 
     # ---- what is behind the blocks
@@ -138,7 +140,7 @@ class Host(abc.ABC):
     # ---- training, and what belongs to a patched model
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether the model runs its blocks again in the backward pass."""
+        """Return whether the model runs its blocks again in the backward pass."""
         return False
 
     def check_checkpointing(self, model: Any) -> None:
@@ -227,5 +229,5 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def is_compiled(model: object) -> bool:
-    """Whether a model is what ``torch.compile`` made of one."""
+    """Return whether a model is what ``torch.compile`` made of one."""
     return isinstance(model, torch._dynamo.OptimizedModule)

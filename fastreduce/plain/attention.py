@@ -22,7 +22,6 @@ class PlainAttention(nn.Module):
     at: tuple[int, ...]
     keep_rate: float | Sequence[float] | None
     keep: Sequence[int] | None
-    fused: bool
     options: dict[str, Any]
     layers: dict[str, Tensor]
     prefix: int
@@ -118,20 +117,12 @@ class PlainAttention(nn.Module):
             made = block.gamma_2 * made
         return block.drop_path2(block.ls2(made) if hasattr(block, "ls2") else made)
 
-    def _attention(self, block: Any, walk: Walk, *, reads: bool) -> Tensor:
-        """``x + proj(softmax(q k^T + log size) v)``; keeps the matrix and returns what ToMe compares."""
+    def _attention(self, block: Any, walk: Walk) -> Tensor:
+        """Compute ``x + proj(softmax(q k^T + log size) v)``, keep the matrix, and return what ToMe compares."""
         attn, normed = block.attn, self._normed(block, walk.x)
         q, k, v, metric = self._query_key_value(block, walk, normed)
-        walk.matrix = None
-        if self.fused and not reads and not (self.training and self.method == "dynamicvit"):
-            size = walk.size if self.options.get("prop_attn") else None
-            bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
-            mask = bias if walk.valid is None else walk.valid[:, None, None, :]  # no method has both
-            dropout = attn.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=attn.scale)
-        else:
-            weights = self._weights(block, walk, q, k)
-            walk.matrix = weights if self.method == "dynamicvit" else attn.attn_drop(weights)
-            out = walk.matrix.to(v.dtype) @ v
+        weights = self._weights(block, walk, q, k)
+        walk.matrix = weights if self.method == "dynamicvit" else attn.attn_drop(weights)
+        out = walk.matrix.to(v.dtype) @ v
         walk.x = walk.x + self._project(block, out, normed)
         return metric

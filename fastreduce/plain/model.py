@@ -40,7 +40,7 @@ class PlainModel(Selections, Merges, Mixtures):
     Where that code has no answer, the plain meaning is taken: without a class token, a token's score is the attention
     that it receives, averaged over heads and queries; prefix tokens (class, distillation, registers) are never reduced;
     where tokens were merged, pooling over patches counts each patch once, in the token that it is in or weighs most in;
-    where images keep different numbers of tokens, the mean is that of the ones that count. Radial patterns drop tokens
+    where images keep different numbers of tokens, the mean is over the ones that count. Radial patterns drop tokens
     instead of masking them. DPC-KNN's density has no noise. After a forward pass of DynamicViT in training,
     :attr:`decisions` holds what was drawn.
 
@@ -50,7 +50,6 @@ class PlainModel(Selections, Merges, Mixtures):
         at: blocks at which the stages stand.
         keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.
         keep: instead, a sequence of counts.
-        fused: use ``scaled_dot_product_attention`` in blocks whose attention matrix no one reads.
         layers: the method's own parameters under the released code's names (``score_predictor.0.in_conv.0.weight``,
             ``cluster_layers.0.queries``, ...), for instance ``dict(patched.reducers.named_parameters())``.
         **options: as in :func:`fastreduce.patch`.
@@ -68,7 +67,6 @@ class PlainModel(Selections, Merges, Mixtures):
         at: int | Sequence[int],
         keep_rate: float | Sequence[float] | None = None,
         keep: int | Sequence[int] | None = None,
-        fused: bool = False,
         layers: Mapping[str, Tensor] | None = None,
         **options: Any,
     ):
@@ -84,7 +82,6 @@ class PlainModel(Selections, Merges, Mixtures):
         self.at = (at,) if isinstance(at, int) else tuple(at)
         self.keep_rate = keep_rate
         self.keep = (keep,) if isinstance(keep, int) else keep
-        self.fused = fused
         self.options = {**OPTIONS[method], **options}
         learned = method in ("dynamicvit", "sit", "patchmerger", "sinkhorn")
         if not layers and (learned or (method == "dpcknn" and not self.options["equal_weight"])):
@@ -110,7 +107,7 @@ class PlainModel(Selections, Merges, Mixtures):
             if stage is not None and self.method == "ats":
                 self._ats(block, walk, stage)
             else:
-                keys = self._attention(block, walk, reads=self._reads(index))
+                keys = self._attention(block, walk)
                 if stage is not None and self.method in ("topk", "evit"):
                     getattr(self, f"_{self.method}")(walk, self._count(stage, walk.patches))
                 elif stage is not None and self.method == "tome":
@@ -134,9 +131,3 @@ class PlainModel(Selections, Merges, Mixtures):
             counted = present[:, outside:].to(walk.x.dtype)
             share = counted / counted.mean(dim=1, keepdim=True)
             walk.x = torch.cat([walk.x[:, :outside], walk.x[:, outside:] * share.unsqueeze(-1)], dim=1)
-
-    def _reads(self, index: int) -> bool:
-        """Return whether anyone looks at the attention matrix of a block."""
-        if self.method in ("topk", "evit"):
-            return index in self.at
-        return self.method == "kmedoids" and index + 1 in self.at and not self.options["equal_weight"]

@@ -1,4 +1,4 @@
-"""What a forward pass of a plain model carries from block to block, and what all methods do with rows."""
+"""State that a plain model carries from block to block, and the functions of rows that all methods share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Walk", "check_unpatched", "distances", "embed", "moved", "rotated", 
 
 @dataclasses.dataclass
 class Walk:
-    """What one forward pass carries from block to block."""
+    """State that one forward pass carries from block to block."""
 
     x: Tensor  # (B, N, C), prefix first
     patches: int  # patch tokens before any reduction
@@ -51,7 +51,7 @@ def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
 
 
 def moved(place: Tensor | None, index: Tensor) -> Tensor | None:
-    """(B, n) places of the tokens before, (B, m) the one that each token comes from or -1 -> (B, m) their places."""
+    """Return the places (B, m) of tokens from the places (B, n) before and the token (B, m) each comes from, or -1."""
     return None if place is None else torch.where(index < 0, -1, place.gather(1, index.clamp_min(0)))
 
 

@@ -86,7 +86,7 @@ def check_kind(model: Any) -> Any:
 
 
 def _has_dense_features(host: Any) -> bool:
-    """Whether a model is one of timm's, which hands out its patches on the full grid."""
+    """Return whether a model is one of timm's, which hands out its patches on the full grid."""
     return all(hasattr(host, name) for name in ("forward_intermediates", "forward_head", "blocks", "num_prefix_tokens"))
 
 

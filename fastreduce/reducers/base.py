@@ -1,4 +1,4 @@
-"""What a reducer is."""
+"""Base class of all reducers, and the model as they see it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["ModelShape", "Reducer", "ScheduledReducer", "idle_stages", "new_sche
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a reducer may know of the model when it is made.
+    """Facts about the model that a reducer may know when it is made.
 
     Attributes:
         depth: number of blocks.
@@ -120,7 +120,7 @@ class Reducer(nn.Module, abc.ABC):
 
     @property
     def untrained(self) -> bool:
-        """Whether the method brings layers of its own, which mean nothing until they are trained or loaded."""
+        """True if the method brings layers of its own, which mean nothing until they are trained or loaded."""
         return next(self.parameters(), None) is not None
 
     def concerns(self, shape: ModelShape) -> dict[str, str]:
@@ -169,11 +169,14 @@ class Reducer(nn.Module, abc.ABC):
 
     @property
     def first(self) -> int:
-        """The first block that the reducer has to do with: that of the first stage, or one before it."""
+        """The first block that the reducer has to do with: the first stage's, or one before it."""
         return self.blocks[0]
 
     def opens(self, index: int) -> bool:
-        """Whether the attention of a block is always done in parts; where it is not, the block's own is called."""
+        """Return whether the attention of a block is always done in parts.
+
+        Where it is not, the block's own is called.
+        """
         return index in self.blocks and type(self).attend is not Reducer.attend
 
     @abc.abstractmethod
@@ -181,7 +184,7 @@ class Reducer(nn.Module, abc.ABC):
         """Patch tokens after each stage, on a model of this shape (a fused token counts)."""
 
     def extra_repr(self) -> str:
-        """The method and where it acts."""
+        """Return the method and where it acts."""
         return f"{self.name}, blocks={self.blocks}, backend={self.backend!r}"
 
 

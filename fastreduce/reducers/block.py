@@ -1,4 +1,4 @@
-"""What a method may ask of a transformer block, and what the methods have in common when they ask it.
+"""Verbs that a method may ask of a transformer block, and what the methods have in common when they ask.
 
 A reducing block has an attention half and an MLP. A method acts on the first, through three verbs:
 
@@ -57,11 +57,11 @@ class Norm(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What attention is given: query, key and value of the tokens that enter a block.
+    """Input of attention: query, key and value of the tokens that enter a block.
 
     Attributes:
-        tokens: the tokens (B, N, C) that they come from: their ``bias``, ``policy`` and ``packing`` are those of the
-            keys. Packed, B is 1 and N the length of the row.
+        tokens: the tokens (B, N, C) that they come from: their ``bias``, ``policy`` and ``packing`` are the
+            keys'. Packed, B is 1 and N the length of the row.
         normed: (B, N, C) what the norm before attention made of them.
         q: (B, H, N, D); or (B, H, 1, D), the class token's row alone (packed, the row of each image), which is what a
             method needs that decides before it attends.
@@ -140,11 +140,11 @@ class AttentionBlock(Protocol):
         ...
 
     def attention_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before attention, where the kernel that reduces the tokens may apply it: see ``Tokens.normed``."""
+        """Return the norm before attention if the kernel that reduces the tokens may apply it (``Tokens.normed``)."""
         ...
 
     def mlp_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before the MLP, likewise."""
+        """Return the norm before the MLP, likewise."""
         ...
 
     @property
@@ -154,12 +154,15 @@ class AttentionBlock(Protocol):
 
 
 def is_captured() -> bool:
-    """Whether tensors stand for others, under torch.compile or torch.func: nothing to wait for, nothing to keep."""
+    """Return whether tensors stand for others, under torch.compile or torch.func.
+
+    Then there is nothing to wait for and nothing to keep.
+    """
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module does what its class does: no hook on it, and no forward of its own.
+    """Return whether calling a module does what its class does: no hook on it, and no forward of its own.
 
     Hooks on all modules (``register_module_forward_hook``) do not count: counters of operations use them, and are to
     count what is done without them.
@@ -174,12 +177,14 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_plain_tensor(weight: object) -> bool:
-    """Whether a weight is no tensor of its own kind (quantised, sharded)."""
+    """Return whether a weight is no tensor of its own kind (quantised, sharded)."""
     return type(weight) in _PLAIN_TENSORS
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output.
+    """Return whether a layer is a linear map and nothing else.
+
+    Hooks may compute its weight (pruning) or change its output.
 
     A subclass (parametrised, quantised, an adapter, sharded) is not, nor a weight that is a tensor of its own kind.
     """
@@ -196,7 +201,7 @@ def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
 
 
 def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """:func:`ops.gather_tokens`, and what the norm makes of its rows if there is one."""
+    """Call :func:`ops.gather_tokens`, and return also what the norm makes of its rows if there is one."""
     if norm is None:
         return ops.gather_tokens(x, index, **options), None
     return ops.gather_tokens(x, index, norm=norm, **options)
@@ -205,7 +210,7 @@ def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple
 def fuse(
     norm: Norm | None, x: Tensor, order: Tensor, scores: Tensor, k: int, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`ops.fuse_tokens`, and what the norm makes of its rows if there is one."""
+    """Call :func:`ops.fuse_tokens`, and return also what the norm makes of its rows if there is one."""
     if norm is None:
         return ops.fuse_tokens(x, order, scores, k, **options), None
     return ops.fuse_tokens(x, order, scores, k, norm=norm, **options)
@@ -214,7 +219,7 @@ def fuse(
 def merge(
     norm: Norm | None, x: Tensor, slot: Tensor, num_out: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`ops.merge_tokens`, and what the norm makes of its rows if there is one."""
+    """Call :func:`ops.merge_tokens`, and return also what the norm makes of its rows if there is one."""
     if norm is None:
         return *ops.merge_tokens(x, slot, num_out, **options), None
     return ops.merge_tokens(x, slot, num_out, norm=norm, **options)
@@ -259,7 +264,7 @@ def importance(heads: Heads) -> Tensor:
 
 
 def class_attention(heads: Heads) -> Tensor:
-    """(B, H, N - prefix) the class token's attention to every patch, where pairs have a bias."""
+    """Return the class token's attention (B, H, N - prefix) to every patch, where pairs have a bias."""
     logits, valid = _logits(heads, 1)[:, :, 0], heads.tokens.valid
     if valid is not None:
         logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
@@ -267,14 +272,14 @@ def class_attention(heads: Heads) -> Tensor:
 
 
 def received(heads: Heads) -> Tensor:
-    """(B, N) the attention that every token gets, summed over heads and queries, before attention dropout."""
+    """Return the attention (B, N) that every token gets, summed over heads and queries, before attention dropout."""
     if heads.pair is not None:
         return _logits(heads, heads.q.shape[2]).softmax(-1).sum((1, 2))
     return ops.received_scores(heads.q, heads.k, scale=heads.scale, backend=heads.tokens.backend)
 
 
 def _logits(heads: Heads, queries: int) -> Tensor:
-    """(B, H, queries, N) logits of the first queries, in float32 or wider, with the bias of every pair."""
+    """Return the logits (B, H, queries, N) of the first queries, in float32 or wider, with the bias of every pair."""
     assert heads.pair is not None
     logits = (heads.q[:, :, :queries] * heads.scale) @ heads.k.transpose(-2, -1)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)) + heads.pair[:, :, :queries]

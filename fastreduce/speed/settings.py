@@ -216,9 +216,8 @@ class CompareSettings(_Common):
         keep_rates: each in (0, 1].
         batch: images in a batch.
         seconds: rounds are added until about this long after the start, if ``rounds`` is None.
-        fused_baseline: let the plain algorithm use fused attention in blocks of which no one reads the matrix.
 
-    The others are those of both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
+    The others belong to both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
     threads (None for torch's choice, or 1 where that is faster), seed (of random weights), method_options
     (``tome.rounds=exact``).
     """
@@ -228,7 +227,6 @@ class CompareSettings(_Common):
     keep_rates: tuple[float, ...] = KEEP_RATES
     batch: int | None = None
     seconds: float = 150.0
-    fused_baseline: bool = False
 
     def check(self) -> None:
         """Raise ValueError for everything that is known to be wrong without torch."""
@@ -254,7 +252,7 @@ class PlanSettings(_Common):
         seconds: rounds are added until about this long after the start, if ``rounds`` is None. Compiling comes on top.
         graphs: replay CUDA graphs.
 
-    The others are those of :class:`CompareSettings`.
+    The others are the same as in :class:`CompareSettings`.
     """
 
     method: str = "topk"
@@ -273,7 +271,7 @@ class PlanSettings(_Common):
 
     @property
     def multiple(self) -> int | None:
-        """What the counts are rounded up to throughout, if to anything."""
+        """Number that counts are rounded up to a multiple of throughout, if there is one."""
         return int(self.round_to) if re.fullmatch("[0-9]{1,18}", self.round_to) else None
 
     def check(self) -> None:
@@ -304,7 +302,7 @@ class TuneSettings(_Common):
         measure: the measure of fidelity that counts.
         seconds: not used by a search, which takes as long as its tables take.
 
-    The others are those of :class:`CompareSettings`; ``at`` is what is searched.
+    The others are the same as in :class:`CompareSettings`; ``at`` is what is searched.
     """
 
     methods: tuple[str, ...] = ()
@@ -343,7 +341,7 @@ class ExportSettings(_Common):
         batches: images at a time when it is timed.
         rounds: of the timing; 0 for none.
 
-    The others are those of :class:`CompareSettings`.
+    The others are the same as in :class:`CompareSettings`.
     """
 
     out: str = "reduced.onnx"

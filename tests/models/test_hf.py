@@ -67,7 +67,7 @@ def inputs_of(name, dtype=torch.float32):
 
 
 def answer(output):
-    """What the model is asked for: logits, an embedding, a pooled token."""
+    """Return what the model is asked for: logits, an embedding, a pooled token."""
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
         if getattr(output, name, None) is not None:
             return getattr(output, name)
@@ -266,7 +266,7 @@ class TestHiddenStates:
             assert run(model, "dinov3").last_hidden_state.shape[1] == tokens
 
     def test_the_librarys_hooks_do_not_slow_it_down(self):
-        """They hang on attentions once hidden states were asked for, and change nothing."""
+        """The library's hooks hang on attentions once hidden states were asked for, and change nothing."""
         model = fastreduce.patch(build("vit"), "topk", keep=KEEP, at=AT)
         run(model, "vit", output_hidden_states=True)
         parts, block = _layers(model)[0]

@@ -117,11 +117,11 @@ class EncoderHost(Host):
         return known.leading + (getattr(tower.config, "num_register_tokens", 0) or 0)
 
     def has_class_token(self, model: Any) -> bool:
-        """Whether there is a class token."""
+        """Return whether there is a class token."""
         return self._tower(model)[1].leading > 0
 
     def positions(self, model: Any) -> bool:
-        """Whether queries and keys are rotated."""
+        """Return whether queries and keys are rotated."""
         return self._tower(model)[1].rotary
 
     def grid(self, model: Any, patches: int) -> tuple[int, int]:
@@ -143,7 +143,7 @@ class EncoderHost(Host):
         return "patches" if self._pools(model) else "tokens"
 
     def _pools(self, model: Any) -> bool:
-        """Whether the encoder itself pools by attention."""
+        """Return whether the encoder itself pools by attention."""
         return getattr(self._tower(model)[0], "head", None) is not None
 
     def weighs(self, model: Any) -> str | None:
@@ -157,7 +157,7 @@ class EncoderHost(Host):
         return self._tower(model)[1].leading
 
     def _is_full(self, model: Any) -> bool:
-        """Whether what is behind the layers gets every patch: no head is known that could do with less."""
+        """Return whether what is behind the layers gets every patch: no head is known that could do with less."""
         tower, kind = self._tower(model)[0], type(model).__name__
         if type(tower).__name__ == "VJEPA2Model":  # its predictor counts patches
             return kind != "VJEPA2ForVideoClassification"
@@ -168,7 +168,7 @@ class EncoderHost(Host):
         return model.reducers.hidden_states == "full" and self.looks(model) == "tokens"
 
     def asks_for_inputs(self, model: Any) -> bool:
-        """Whether dropped patches will be shown as they were."""
+        """Return whether dropped patches will be shown as they were."""
         return model.reducers.fill == "last" and (PASS.wanted or self._is_full(model))
 
     def finish(self, model: Any, tokens: Tokens) -> Tensor:
@@ -182,7 +182,7 @@ class EncoderHost(Host):
     # ---- training, and what belongs to a patched model
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether some layer runs again in the backward pass."""
+        """Return whether some layer runs again in the backward pass."""
         return any(getattr(layer, "gradient_checkpointing", False) for layer in self.blocks(model))
 
     def check_checkpointing(self, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the layers of Hugging Face's encoders keep their pieces: one skeleton under many names."""
+"""Parts of the layers of Hugging Face's encoders: one skeleton under many names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def _is_librarys(kind: Any, endings: tuple[str, ...]) -> bool:
 
 
 def _hooked_by_user(module: nn.Module) -> bool:
-    """Whether hooks hang on a module that are not the library's own, which collect hidden states and attentions."""
+    """Return whether hooks hang on a module beside the library's own.
+
+    The library's hooks collect hidden states and attentions.
+    """
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     hooks = module._forward_hooks
@@ -101,7 +104,7 @@ class Layer(Parts):
         return Geometry(attention if _hooked_by_user(attention) else None, scale, 1, self.half(), strange)
 
     def half(self) -> bool:
-        """Whether a rotation pairs channels half a head apart."""
+        """Return whether a rotation pairs channels half a head apart."""
         return True
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
@@ -126,7 +129,7 @@ class Layer(Parts):
     # ---- queries, keys, values
 
     def splits(self, block: Any) -> bool:
-        """Whether the projection of queries is bare."""
+        """Return whether the projection of queries is bare."""
         return is_bare(getattr(self.inside(block), self.qkv[0]))
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
@@ -176,13 +179,13 @@ class Layer(Parts):
         return getattr(self.inside(block), self.out), *map(block._modules.get, names)
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer between attention and residual treats rows alike, with nothing hung on it."""
+        """Return whether every layer between attention and residual treats rows alike, with nothing hung on it."""
         outs = self._outs(block)
         known = tuple(type(one) for one in outs if _is_librarys(type(one), ("LayerScale", "DropPath")))
         return are_plain(outs, (*self.row_by_row, *known))
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projection, tail and drop path are linear in each row now."""
+        """Return whether projection, tail and drop path are linear in each row now."""
         out, drop, *tail = self._outs(block)
         known = tuple(type(one) for one in tail if _is_librarys(type(one), ("LayerScale", "DropPath")))
         return is_bare(out) and is_idle_dropout(drop) and are_plain(tuple(tail), (nn.Identity, *known))
@@ -247,7 +250,9 @@ class VJEPA2Layer(Layer):
 
 
 def _table_of_clip(attention: Any, patches: int) -> tuple[Tensor, Tensor]:
-    """(patches, D) cosines and sines: a third of the channels turned by frame, row and column each, the rest still.
+    """Return cosines and sines (patches, D).
+
+    A third of the channels is turned by frame, row and column each, the rest stays still.
 
     As the released weights have it, the angles of a third are repeated one after another, while neighbours are paired.
     """

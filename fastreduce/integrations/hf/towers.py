@@ -1,4 +1,4 @@
-"""Where Hugging Face's encoders of images, videos and sounds keep their layers, and what their tokens are."""
+"""Towers of Hugging Face: its encoders of images, videos and sounds, their layers and their tokens."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _image(config: Any) -> tuple[int, ...]:
-    """(rows, columns)."""
+    """Return (rows, columns)."""
     sizes = zip(_pair(config.image_size), _pair(config.patch_size), strict=True)
     return tuple(size // patch for size, patch in sizes)
 
 
 def _most(config: Any) -> tuple[int, ...]:
-    """(rows, columns) of the largest square; of SigLIP 2 every image brings its own."""
+    """Return (rows, columns) of the largest square; of SigLIP 2 every image brings its own."""
     side = math.isqrt(config.num_patches)
     return (side, side) if side * side == config.num_patches else (1, config.num_patches)
 
 
 def _spectrogram(config: Any) -> tuple[int, ...]:
-    """(bands, times), whose patches overlap."""
+    """Return (bands, times), whose patches overlap."""
     bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     return bands, (config.max_length - config.patch_size) // config.time_stride + 1
 
 
 def _video(config: Any) -> tuple[int, ...]:
-    """(frames, rows, columns) of VideoMAE."""
+    """Return (frames, rows, columns) of VideoMAE."""
     return config.num_frames // config.tubelet_size, *_image(config)
 
 
 def _tubelets(config: Any) -> tuple[int, ...]:
-    """(frames, rows, columns) of ViViT."""
+    """Return (frames, rows, columns) of ViViT."""
     frames, rows, columns = config.tubelet_size
     height, width = _pair(config.image_size)
     return config.num_frames // frames, height // rows, width // columns
 
 
 def _clip(config: Any) -> tuple[int, ...]:
-    """(frames, rows, columns) of V-JEPA 2."""
+    """Return (frames, rows, columns) of V-JEPA 2."""
     side = config.crop_size // config.patch_size
     return config.frames_per_clip // config.tubelet_size, side, side
 
 
 class Tower(NamedTuple):
-    """What is known of a class of encoders.
+    """Facts about a class of encoders.
 
     Attributes:
         layers: the attributes that lead to its layers.

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...measure import seconds_of
+from ...measure import Clock, seconds_of, take_turns
 from .losses import Calibration, patched
 
-__all__ = ["STAGES", "Clock", "TimeTable", "measure_times"]
+__all__ = ["STAGES", "TimeTable", "measure_times"]
 
 # Shares of all patches before and after the stages that are timed; between them the table is interpolated.
 STAGES = ((1.0, 0.9), (1.0, 0.6), (1.0, 0.3), (0.5, 0.45), (0.5, 0.25))
@@ -88,21 +88,13 @@ class TimeTable:
         return total
 
 
-Clock = Callable[[Callable[[], object], torch.device], float]  # the seconds of one call
-
-
 def _rounds(
     calls: dict[Any, Callable[[], object]], device: torch.device, rounds: int, clock: Clock
 ) -> dict[Any, float]:
     """Take turns -> the median of each, in seconds, after one call of each that does not count."""
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    order = list(calls)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(clock(calls[name], device))
-        order.reverse()
+    seconds = take_turns(calls, device, rounds, clock=clock)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
