@@ -58,6 +58,13 @@ class EncoderHost(Host):
 
     # ---- what it is
 
+    def inside(self, model: Any) -> Any:
+        """Return the model of transformers, which decides what is behind the layers."""
+        return model
+
+    def _kind(self, model: Any) -> str:
+        return type(self.inside(model)).__name__
+
     def _tower(self, model: Any) -> tuple[Any, Tower]:
         """Return the encoder, and what is known of its class."""
         path = model.__dict__.get("_path_to_tower")
@@ -69,16 +76,16 @@ class EncoderHost(Host):
 
     def check(self, model: Any) -> None:
         """Raise unless there is one encoder, and what is behind it can do with some of its tokens."""
-        kind, found = type(model).__name__, list(towers_in(model))
+        kind, found = self._kind(model), list(towers_in(model))
         if not found:
-            raise TypeError(f"{kind} cannot be reduced: {self._obstacle(model)}")
+            raise TypeError(f"{kind} cannot be reduced: {self._obstacle(self.inside(model))}")
         if len(found) > 1:
             inside = " and ".join(f"the {type(tower).__name__} .{path}" for path, tower, _ in found)
             raise TypeError(f"{kind} cannot be reduced: it has {inside}; give one of them")
         path, tower, known = found[0]
         if kind.endswith(("ForMaskedImageModeling", "ForPreTraining")):
             raise TypeError(f"{kind} cannot be reduced: it reconstructs images, which needs every patch in its place")
-        if kind == "VideoMAEForVideoClassification" and not model.config.use_mean_pooling:
+        if kind == "VideoMAEForVideoClassification" and not self.inside(model).config.use_mean_pooling:
             raise TypeError(f"{kind} cannot be reduced: with use_mean_pooling=False it looks at the first patch alone")
         layers = _at(tower, known.layers)
         if type(layers) is not nn.ModuleList:
@@ -135,7 +142,7 @@ class EncoderHost(Host):
 
     def looks(self, model: Any) -> Looks:
         """Return what the head looks at, or the pooling of the encoder itself."""
-        kind = type(model).__name__
+        kind = self._kind(model)
         if kind in _BY_CLASS:
             return "class"
         if kind in _MEANS or kind == "VJEPA2ForVideoClassification":
@@ -148,9 +155,9 @@ class EncoderHost(Host):
 
     def weighs(self, model: Any) -> str | None:
         """Say why a pooling cannot leave rows out: only a mean can, that no norm comes before."""
-        if self.looks(model) != "patches" or _MEANS.get(type(model).__name__) is False:
+        if self.looks(model) != "patches" or _MEANS.get(self._kind(model)) is False:
             return None
-        return f"the pooling of {type(model).__name__}, by attention or behind a norm, cannot respect"
+        return f"the pooling of {self._kind(model)}, by attention or behind a norm, cannot respect"
 
     def pooled_prefix(self, model: Any) -> int:
         """Return the class token, which means leave out."""
@@ -158,7 +165,7 @@ class EncoderHost(Host):
 
     def _is_full(self, model: Any) -> bool:
         """Whether what is behind the layers gets every patch: no head is known that could do with less."""
-        tower, kind = self._tower(model)[0], type(model).__name__
+        tower, kind = self._tower(model)[0], self._kind(model)
         if type(tower).__name__ == "VJEPA2Model":  # its predictor counts patches
             return kind != "VJEPA2ForVideoClassification"
         if kind == "Siglip2ForImageClassification":  # its mean is by the mask of the input's patches

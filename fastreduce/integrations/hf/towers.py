@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["TOWERS", "Tower", "towers_in"]
+__all__ = ["TOWERS", "Tower", "images_in", "towers_in"]
 
 Axes = Callable[[Any], tuple[int, ...]]
 
@@ -99,3 +99,8 @@ def towers_in(model: nn.Module) -> Iterator[tuple[str, Any, Tower]]:
         kind = type(module)
         if kind.__name__ in TOWERS and kind.__module__.startswith("transformers."):
             yield path, module, TOWERS[kind.__name__]
+
+
+def images_in(tower: nn.Module) -> bool:
+    """Whether an encoder takes images (B, 3, height, width), and not videos, sounds, or patches of many sizes."""
+    return TOWERS[type(tower).__name__].axes is _image
