@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,28 +153,33 @@ def open_named(name: str, seconds: float = HUB_SECONDS) -> Opened:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Load without the library's progress bars and reports."""
-    from transformers.utils import logging
-
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    """Load without the library's progress bars and reports, and those of what it imports."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
+        from transformers.utils import logging as its_own
+
+        shown = its_own.is_progress_bar_enabled()
+        its_own.disable_progress_bar()
         yield
-    finally:
-        logging.set_verbosity(level)
         if shown:
-            logging.enable_progress_bar()
+            its_own.enable_progress_bar()
+    finally:
+        logging.disable(disabled)
 
 
 def _open(name: str, folder: Path) -> Opened:
     """Build the model of a folder that is there; messages call it by ``name``."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"the model {name!r} has no config.json")
-    kind = _class_of(_read_json(folder / "config.json"), name)
+    config = _read_json(folder / "config.json")
+    own: dict[str, Any] = {}
     with _quietly():
+        kind = _class_of(config, name)
+        if kind.__name__.endswith("WithProjection") and "vision_config" in config and "projection_dim" in config:
+            own["projection_dim"] = config["projection_dim"]  # of images and texts; the tower's own may say otherwise
         try:
-            model, about = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+            model, about = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **own)
         except Exception as error:
             raise ValueError(f"the model {name!r} cannot be loaded: {' '.join(str(error).split())}") from error
     vision = getattr(model.config, "vision_config", model.config)

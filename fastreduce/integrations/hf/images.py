@@ -12,7 +12,7 @@ from ...tokens import Tokens
 from ..registry import register_host
 from .folders import answer_of
 from .hosts import EncoderHost
-from .plain import PlainView
+from .plain import PlainView, wanted_options
 from .towers import images_in, towers_in
 
 __all__ = ["ImageModel"]
@@ -171,8 +171,8 @@ class ImageModel(nn.Module):
         return features.pooled if pre_logits else features.logits
 
     def block_options(self, images: Tensor) -> dict[str, Any]:
-        """Return the tables that the layers are given beside the tokens of these images."""
-        seen: dict[str, Any] = {}
+        """Return what the layers are called with beside the tokens of these images: tables of positions, no mask."""
+        seen: dict[str, Any] = wanted_options(self.blocks[0])
 
         def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             seen.update({name: value for name, value in kwargs.items() if name == "position_embeddings"})
@@ -182,7 +182,7 @@ class ImageModel(nn.Module):
             self(images)
         finally:
             handle.remove()
-        return {name: value for name, value in seen.items() if value is not None}
+        return seen
 
     def plain(self) -> PlainView:
         """Return the unreduced model as the plain algorithms take it; parameters and buffers are shared."""

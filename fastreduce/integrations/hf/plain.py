@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PlainView"]
+__all__ = ["PlainView", "wanted_options"]
 
 _NORMS = (("layernorm_before", "layernorm_after"), ("layer_norm1", "layer_norm2"), ("norm1", "norm2"))
 _NORMS += (("rms_norm1", "rms_norm2"),)
@@ -46,6 +47,12 @@ def _options(rope: Tensor | None) -> dict[str, Any]:
     return {"position_embeddings": (cos, sin)}
 
 
+def wanted_options(layer: nn.Module) -> dict[str, Any]:
+    """Return what a layer must be called with that has nothing to say for an image without padding."""
+    parameters = inspect.signature(layer.forward).parameters
+    return {"attention_mask": None} if "attention_mask" in parameters else {}
+
+
 class _Block(nn.Module):
     """A layer under the names of timm's blocks, for evaluation: drop path and dropout do nothing."""
 
@@ -58,11 +65,11 @@ class _Block(nn.Module):
         self.ls1, self.ls2 = _child(layer, "layer_scale1"), _child(layer, "layer_scale2")
         self.mlp = nn.Sequential(_child(layer, "mlp", "ffn"), drop)
         self.drop_path1 = self.drop_path2 = _child(layer, "drop_path")
-        self.own = [layer]
+        self.own, self.wanted = [layer], wanted_options(layer)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
         """Call the layer itself: (B, N, C) -> (B, N, C)."""
-        made = self.own[0](x, **_options(rope))
+        made = self.own[0](x, **self.wanted, **_options(rope))
         return made[0] if isinstance(made, tuple) else made
 
 

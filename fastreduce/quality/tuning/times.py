@@ -163,7 +163,10 @@ def _beside(model: Any, images: Tensor) -> dict[str, Any]:
 
 def _first_rows(beside: dict[str, Any], count: int) -> dict[str, Any]:
     """Cut tables to the first patches."""
-    return {name: tuple(table[..., :count, :] for table in tables) for name, tables in beside.items()}
+    return {
+        name: None if tables is None else tuple(table[..., :count, :] for table in tables)
+        for name, tables in beside.items()
+    }
 
 
 def _measure_method(
@@ -187,14 +190,14 @@ def _measure_method(
             continue
         start = tokens[:, : prefix + before].contiguous()
         short = tokens[:, : prefix + wanted].contiguous()
-        plain_block = model.blocks[middle]
+        plain_block, all_of_them = model.blocks[middle], _first_rows(beside, before)
         with patched(model, at=(middle,), keep=[wanted - fused], **arguments):
             first = model.reducers.first
 
             def run(first: int = first, start: Tensor = start) -> Any:
                 state: Any = start
                 for index in range(first, middle + 1):
-                    state = model.blocks[index](state, **beside)
+                    state = model.blocks[index](state, **all_of_them)
                 return state
 
             handed_on = run()
@@ -204,9 +207,9 @@ def _measure_method(
             following = model.blocks[middle + 1]
             calls: dict[Any, Callable[[], object]] = {
                 "stage": run,
-                "after": partial(following, handed_on, **beside),
+                "after": partial(following, handed_on, **all_of_them),
                 "plain": partial(plain_block, short, **_first_rows(beside, wanted)),
-                "before": partial(plain_block, start, **_first_rows(beside, before)),
+                "before": partial(plain_block, start, **all_of_them),
             }
             found = _rounds(calls, device, rounds, clock)
         pace = table.plain(wanted) / found["plain"]  # a machine that is busier now than it was is no cost of the method
