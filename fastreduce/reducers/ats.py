@@ -49,6 +49,7 @@ class ATS(ScheduledReducer):
     """
 
     name = "ats"
+    leaves_padding = True
     ragged = True
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from ...tokens import Tokens, unmerge
 
-__all__ = ["PASS", "forget_passes", "watch_passes"]
+__all__ = ["PASS", "forget_masks", "forget_passes", "masked_pooling", "watch_masks", "watch_passes"]
+
+_MASKS = ("attention_mask", "pixel_attention_mask")
 
 
 class _Pass(threading.local):
@@ -19,11 +22,15 @@ class _Pass(threading.local):
     Attributes:
         wanted: whether the caller wants hidden states on the full grid.
         tokens: what came out of the last layer, where they are wanted.
+        masked: whether the caller gave a mask; where none was, libraries may hand layers one of ones.
+        valid: (B, N) bool, which of the tokens behind the last layer are no padding, or None for all.
     """
 
     def __init__(self) -> None:
         self.wanted = False
         self.tokens: Tokens | None = None
+        self.masked = False
+        self.valid: Tensor | None = None
 
 
 PASS = _Pass()
@@ -98,6 +105,60 @@ def _full(states: Sequence[Any], tokens: Tokens | None, fill: str) -> tuple[Tens
     return tuple(made)
 
 
+class _Masks:
+    """Forward pre-hook on a patched model's encoder: notes whether the caller gave a mask."""
+
+    def __init__(self, tower: nn.Module):
+        names = list(inspect.signature(tower.forward).parameters)
+        self.masks = [(name, names.index(name) if name in names else len(names)) for name in _MASKS]
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masked = False
+        for name, place in self.masks:
+            masked = masked or kwargs.get(name) is not None or (place < len(args) and args[place] is not None)
+        if masked != PASS.masked:
+            PASS.masked = masked
+        if PASS.valid is not None:
+            PASS.valid = None
+
+
+class _MaskOfPooling:
+    """Forward pre-hook on a pooling that gets the mask of the input: it gets that of the tokens that are left."""
+
+    def __call__(self, module: Any, args: Any) -> Any:
+        if len(args) < 2 or args[1] is None:
+            return None
+        rows, mask = args[:2]
+        if mask.shape[1] == rows.shape[1]:
+            return None
+        return rows, PASS.valid
+
+
+def watch_masks(tower: Any) -> None:
+    """Let a patched model's encoder note masks, and its pooling take those of the tokens that are left."""
+    tower.register_forward_pre_hook(_Masks(tower), with_kwargs=True)
+    if (pooling := masked_pooling(tower)) is not None:
+        pooling.register_forward_pre_hook(_MaskOfPooling())
+
+
+def forget_masks(tower: Any) -> None:
+    """Undo :func:`watch_masks`."""
+    pooling = masked_pooling(tower)
+    for module, kind in ((tower, _Masks), *(() if pooling is None else ((pooling, _MaskOfPooling),))):
+        _forget(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, kind)
+
+
+def masked_pooling(tower: Any) -> Any:
+    """Return the pooling of an encoder that gets the mask of the input's patches, or None."""
+    return getattr(tower, "head", None) if type(tower).__name__ == "Siglip2VisionModel" else None
+
+
+def _forget(hooks: Any, more: Any, kind: type) -> None:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        del hooks[key]
+        more.pop(key, None)
+
+
 def watch_passes(module: nn.Module, model: nn.Module) -> None:
     """Let a module of a patched model hand out full grids from now on."""
     module.register_forward_pre_hook(_Before(model), with_kwargs=True)
@@ -110,6 +171,4 @@ def forget_passes(module: nn.Module) -> None:
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, _Before),
         (module._forward_hooks, module._forward_hooks_with_kwargs, _After),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:  # type: ignore[arg-type]
-            del hooks[key]
-            more.pop(key, None)
+        _forget(hooks, more, kind)

@@ -11,7 +11,7 @@ from ...reducers import ModelShape
 from ...tokens import Tokens
 from ..registry import Host, Looks, register_host
 from . import parts as _parts
-from .hidden_states import PASS, forget_passes, watch_passes
+from .hidden_states import PASS, forget_masks, forget_passes, masked_pooling, watch_masks, watch_passes
 from .towers import TOWERS, Tower, towers_in
 
 __all__ = ["EncoderHost"]
@@ -184,6 +184,11 @@ class EncoderHost(Host):
             tokens = tokens.unpacked()
         if PASS.wanted:
             PASS.tokens = tokens
+        if tokens.valid is not None and masked_pooling(self._tower(model)[0]) is not None and not self._is_full(model):
+            if any(plan.merges for plan in tokens.plans):
+                return tokens.dense()  # every patch counts once, by the mask of the input
+            PASS.valid = tokens.valid
+            return tokens.x
         return tokens.dense(model.reducers.fill) if self._is_full(model) else super().finish(model, tokens)
 
     # ---- training, and what belongs to a patched model
@@ -208,11 +213,13 @@ class EncoderHost(Host):
         """Keep the way to the encoder, and let hidden states show the full grid."""
         path, tower, known = next(towers_in(model))
         object.__setattr__(model, "_path_to_tower", path)
+        watch_masks(tower)
         watch_passes(_at(tower, known.owner), model)
 
     def remove(self, model: Any) -> None:
         """Undo :meth:`install`."""
         tower, known = self._tower(model)
+        forget_masks(tower)
         forget_passes(_at(tower, known.owner))
         object.__delattr__(model, "_path_to_tower")
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...reducers.block import is_bare
+from ...reducers.block import is_bare, is_captured
 from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
 from ..registry import register_parts
+from .hidden_states import PASS
 
 __all__ = ["Layer", "RotaryLayer", "VJEPA2Layer", "VideoMAELayer"]
 
@@ -105,13 +106,18 @@ class Layer(Parts):
         return True
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
-        """Take no mask."""
-        if any(one is not None for one in (*args, kwargs.get("attention_mask"), kwargs.get("position_mask"))):
-            raise ValueError(
-                "a reduced encoder takes no mask: it is of the input's tokens, and others are left. Padded images (of "
-                "SigLIP 2, with fewer patches than max_num_patches) have to be given in batches of one size"
-            )
-        return None
+        """Take a mask of padding, at the first block that knows of tokens; the model may make one where none was given."""
+        masks = [one for one in (*args, kwargs.get("attention_mask")) if one is not None]
+        if kwargs.get("position_mask") is not None or len(masks) > 1:
+            raise ValueError("a reduced encoder takes no mask of positions: it is of the input's tokens, others are left")
+        if not masks or not PASS.masked or block._site.index != block._site.model.reducers.first:
+            return None
+        return Beside(valid=_real_tokens(masks[0]))
+
+    def of_fewer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Leave out the mask: what is left of it, if anything, the tokens know."""
+        without = kwargs | {"attention_mask": None} if "attention_mask" in kwargs else kwargs
+        return (None,) * len(args), without
 
     # ---- norms
 
@@ -210,14 +216,30 @@ class Layer(Parts):
         return block.layer_scale2(made) if self.scaled else made
 
 
+def _real_tokens(mask: Tensor) -> Tensor:
+    """Read (B, 1, N, N) bool or additive masks, or (B, N), -> (B, N) bool; ValueError if it is not one of keys alone."""
+    if mask.ndim == 2:
+        return mask.bool()
+    if mask.ndim != 4:
+        raise ValueError(f"a reduced encoder takes a mask (B, N) or (B, 1, N, N), got {tuple(mask.shape)}")
+    real = mask if mask.dtype == torch.bool else mask >= 0
+    row = real[:, 0, 0]
+    if not is_captured() and not torch.jit.is_tracing() and not bool((real == row[:, None, None]).all()):
+        raise ValueError(
+            "a reduced encoder takes a mask of padding, which hides the same tokens from all: this one hides others "
+            "from each, and after a reduction other tokens are left"
+        )
+    return row
+
+
 class RotaryLayer(Layer):
     """A layer that is handed a rotary table, of DINOv3."""
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Take the table of all patches."""
-        super().beside(block, args, kwargs)
+        found = super().beside(block, args, kwargs)
         table = kwargs.get("position_embeddings")
-        return None if table is None else Beside(table=table)
+        return found if table is None else Beside(table=table, valid=None if found is None else found.valid)
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
         """Call the attention with the rows of the tokens at hand."""
@@ -237,7 +259,8 @@ class VJEPA2Layer(Layer):
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Make the table that the attention stands for."""
-        super().beside(block, args, kwargs)
+        if PASS.masked:
+            raise ValueError("V-JEPA 2's layers take no mask of padding")
         return Beside(table=functools.partial(_table_of_clip, self.inside(block)))
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
