@@ -81,12 +81,17 @@ class _After:
             return tuple(_full(one, tokens, reducer.fill) if isinstance(one, tuple) else one for one in output)
         if getattr(output, "hidden_states", None) is None:
             return None
-        output.hidden_states = _full(output.hidden_states, tokens, reducer.fill)
+        # Some versions put what is behind the last norm in the place of the last state.
+        normed = output.hidden_states[-1] is not None and output.hidden_states[-1] is output.get("last_hidden_state")
+        output.hidden_states = _full(output.hidden_states, tokens, reducer.fill, normed)
         return output
 
 
-def _full(states: Sequence[Any], tokens: Tokens | None, fill: str) -> tuple[Tensor | None, ...]:
-    """Bring what entered the first layer, and came out of each, to the full grid if tokens say how; None stays None."""
+def _full(states: Sequence[Any], tokens: Tokens | None, fill: str, normed: bool = False) -> tuple[Tensor | None, ...]:
+    """Bring what entered the first layer, and came out of each, to the full grid if tokens say how; None stays None.
+
+    ``normed``: the last is what the model's own code made of what it got, which may be the full grid already.
+    """
     states = [state.x if isinstance(state, Tokens) else state for state in states]
     if tokens is None:
         return tuple(states)
@@ -94,9 +99,10 @@ def _full(states: Sequence[Any], tokens: Tokens | None, fill: str) -> tuple[Tens
     made: list[Tensor | None] = []
     for index, state in enumerate(states):
         number = sum(plan.block < index for plan in tokens.plans)  # stages up to layer index - 1
-        if state is None or not number:
+        is_there = index == last and normed and state.shape[1] == tokens.prefix + tokens.patches
+        if state is None or not number or is_there:
             made.append(state)
-        elif index == last:  # the model may have got something else for its pooling
+        elif index == last and not normed:  # the model may have got something else for its pooling
             made.append(tokens.dense(fill))
         else:
             inputs = tokens.inputs[:number] if fill == "last" and tokens.inputs is not None else None

@@ -12,7 +12,7 @@ from ...tokens import Tokens
 from ..registry import Host, Looks, register_host
 from . import parts as _parts
 from .hidden_states import PASS, forget_masks, forget_passes, masked_pooling, watch_masks, watch_passes
-from .towers import TOWERS, Tower, towers_in
+from .towers import TOWERS, Tower, layers_at, towers_in
 
 __all__ = ["EncoderHost"]
 
@@ -87,10 +87,10 @@ class EncoderHost(Host):
             raise TypeError(f"{kind} cannot be reduced: it reconstructs images, which needs every patch in its place")
         if kind == "VideoMAEForVideoClassification" and not self.inside(model).config.use_mean_pooling:
             raise TypeError(f"{kind} cannot be reduced: with use_mean_pooling=False it looks at the first patch alone")
-        layers = _at(tower, known.layers)
+        layers = _at(tower, layers_at(tower, known))
         if type(layers) is not nn.ModuleList:
             raise TypeError(
-                f"{kind} cannot be reduced: its layers, .{'.'.join(filter(None, (path, known.layers)))}, are a "
+                f"{kind} cannot be reduced: its layers, .{'.'.join(filter(None, (path, layers_at(tower, known))))}, are a "
                 f"{type(layers).__name__} where an nn.ModuleList is wanted"
             )
 
@@ -104,14 +104,14 @@ class EncoderHost(Host):
     def blocks(self, model: Any) -> Any:
         """Return the encoder's layers."""
         tower, known = self._tower(model)
-        return _at(tower, known.layers)
+        return _at(tower, layers_at(tower, known))
 
     def shape(self, model: Any) -> ModelShape:
         """Return depth, grid, prefix and width."""
         tower, known = self._tower(model)
         config = tower.config
         return ModelShape(
-            depth=len(_at(tower, known.layers)),
+            depth=len(_at(tower, layers_at(tower, known))),
             grid=known.axes(config),
             prefix=self.prefix(model),
             has_class_token=known.leading > 0,

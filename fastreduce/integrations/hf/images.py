@@ -13,7 +13,7 @@ from ..registry import register_host
 from .folders import answer_of
 from .hosts import EncoderHost
 from .plain import PlainView, wanted_options
-from .towers import images_in, towers_in
+from .towers import images_in, layers_at, towers_in
 
 __all__ = ["ImageModel"]
 
@@ -66,7 +66,7 @@ class ImageModel(nn.Module):
                 f"{type(model).__name__} takes no plain images, which the commands make: patch it in Python"
             )
         self._shape = HOST.shape(self)
-        object.__setattr__(self, "_last_norm", _last_norm(tower, f"{known.layers}."))
+        object.__setattr__(self, "_last_norm", _last_norm(tower, f"{layers_at(tower, known)}."))
         self._watching: dict[str, Any] | None = None
         with torch.no_grad():
             images = next(model.parameters()).new_zeros(1, *self.input_config["input_size"])

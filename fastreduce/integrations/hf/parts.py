@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
 from ..registry import register_parts
 from .hidden_states import PASS
 
-__all__ = ["Layer", "RotaryLayer", "VJEPA2Layer", "VideoMAELayer"]
+__all__ = ["Layer", "RotaryLayer", "NestedLayer", "VJEPA2Layer", "VideoMAELayer"]
 
 
 def _is_librarys(kind: Any, endings: tuple[str, ...]) -> bool:
@@ -80,7 +81,7 @@ class Layer(Parts):
         if missing := [name for name in self.qkv if name not in inside._modules]:
             return TypeError, (
                 f"{{model}} cannot be reduced: the {self.kind} of block {{index}} has no {missing[0]}: it is that of "
-                "another version of transformers, where 5.24 or newer is wanted"
+                "another version of transformers, where 5.8 or newer is wanted"
             )
         strange = self.geometry(block).strange if opened else None
         if strange:
@@ -288,12 +289,12 @@ def _table_of_clip(attention: Any, patches: int) -> tuple[Tensor, Tensor]:
     return together.cos(), together.sin()
 
 
-class VideoMAELayer(Layer):
-    """A layer whose attention and MLP are modules of modules, of VideoMAE."""
+class NestedLayer(Layer):
+    """A layer whose attention is a module of modules: in transformers up to 5.9 that of every kin of ViT."""
 
     def inside(self, block: Any) -> Any:
         """Return the self-attention in the attention."""
-        return block.attention.attention
+        return getattr(block.attention, "attention", block.attention)
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
         """Call the attention, which returns a tensor."""
@@ -312,14 +313,14 @@ class VideoMAELayer(Layer):
         output = block.attention.output
         return output.dropout(linear(output.dense, attended))
 
-    def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Return it as it is."""
-        return projected
-
     def _outs(self, block: Any) -> tuple[Any, ...]:
-        """Return output projection and dropout."""
+        """Return output projection, dropout, layer scale and drop path, None for those that it has not."""
         output = block.attention.output
-        return output.dense, output.dropout
+        return output.dense, output.dropout, *map(block._modules.get, ("layer_scale1", "drop_path"))
+
+
+class VideoMAELayer(NestedLayer):
+    """A layer whose MLP is two modules too, the second of which adds the residual."""
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
         """Norm and MLP, without the residual that the library's output adds."""
@@ -335,19 +336,38 @@ _VIT = ("layernorm_before", "layernorm_after")
 _CLIP = ("layer_norm1", "layer_norm2")
 _DINO = ("norm1", "norm2")
 
+_QKV = ("query", "key", "value")
+
+
+def _is_nested(kind: type, name: str) -> bool:
+    """Whether this version of the library has the attention of a class of layers in two modules."""
+    return hasattr(sys.modules[kind.__module__], f"{name}SelfAttention")
+
+
+def _kin_of_vit(name: str, kind: type) -> Parts:
+    if _is_nested(kind, name):
+        return VideoMAELayer(f"{name}SelfAttention", _VIT, qkv=_QKV, drop="dropout_prob")
+    return Layer(f"{name}Attention", _VIT)
+
+
+def _kin_of_dinov2(name: str, kind: type) -> Parts:
+    if _is_nested(kind, name):
+        return NestedLayer(f"{name}SelfAttention", _DINO, qkv=_QKV, drop="dropout_prob", scaled=True)
+    return Layer(f"{name}Attention", _DINO, scaled=True)
+
+
 for _name in ("ViT", "DeiT", "ViTMSN", "IJepa", "Vivit", "AST"):
-    register_parts(f"transformers.{_name}Layer", Layer(f"{_name}Attention", _VIT))
+    register_parts(f"transformers.{_name}Layer", functools.partial(_kin_of_vit, _name))
 for _name in ("CLIP", "MetaClip2", "Siglip", "Siglip2"):
     _parts = Layer(f"{_name}Attention", _CLIP, attention="self_attn", out="out_proj", drop="dropout")
     register_parts(f"transformers.{_name}EncoderLayer", _parts)
 for _name in ("Dinov2", "Dinov2WithRegisters"):
-    register_parts(f"transformers.{_name}Layer", Layer(f"{_name}Attention", _DINO, scaled=True))
+    register_parts(f"transformers.{_name}Layer", functools.partial(_kin_of_dinov2, _name))
 register_parts("transformers.DINOv3ViTLayer", RotaryLayer("DINOv3ViTAttention", _DINO, drop="dropout", scaled=True))
 register_parts(
     "transformers.Aimv2EncoderLayer",
     Layer("Aimv2Attention", ("rms_norm1", "rms_norm2"), out="out_proj", drop="dropout", mlp="ffn"),
 )
-_QKV = ("query", "key", "value")
 register_parts(
     "transformers.VideoMAELayer", VideoMAELayer("VideoMAESelfAttention", _VIT, qkv=_QKV, drop="dropout_prob")
 )
