@@ -152,7 +152,7 @@ def test_points_of_accuracy_need_labels(folder):
         ("--at-least 0.9 --at-most-lost 1 --images .", "either --at-least or --at-most-lost"),
         ("--at-most-lost 1", "--at-most-lost needs --images"),
         ("--image-count 0", "image-count must be positive, got 0"),
-        ("--model hf:google/vit", "one of transformers"),
+        ("--model hf:google/vit --random", "would be downloaded"),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, message):

@@ -161,7 +161,7 @@ class ImageModel(nn.Module):
             self._watching = None
             for handle in handles:
                 handle.remove()
-        rows = self.norm(seen["grid"] if "grid" in seen else seen["rows"])
+        rows = seen["grid"] if "grid" in seen else self.norm(seen["rows"])
         prefix = self.num_prefix_tokens
         features = _Passed(seen.get("pooled", answer), answer if self._has_logits else None)
         return features, [(rows[:, prefix:], rows[:, :prefix]) if return_prefix_tokens else rows[:, prefix:]]
@@ -223,7 +223,8 @@ class _ImageHost(EncoderHost):
     def finish(self, model: Any, tokens: Tokens) -> Tensor:
         """Return what the model's own code behind the layers gets, and keep the full grid for who asked for it."""
         if model._watching is not None:
-            model._watching["grid"] = tokens.dense("zero")
+            seen = tokens if tokens.packing is None else tokens.unpacked()
+            model._watching["grid"] = seen.replace(model.norm(seen.x)).dense("zero")
         return super().finish(model, tokens)
 
 

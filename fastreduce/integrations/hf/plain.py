@@ -26,17 +26,23 @@ class _Attention(nn.Module):
 
     def __init__(self, attention: Any, drop: nn.Module):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = attention.q_proj, attention.k_proj, attention.v_proj
-        self.head_dim, self.num_heads = attention.head_dim, attention.q_proj.out_features // attention.head_dim
-        self.scale = attention.scaling if hasattr(attention, "scaling") else attention.scale
+        inside: Any = attention._modules.get("attention", attention)  # of versions that have it in two modules
+        self.q_proj, self.k_proj = _child(inside, "q_proj", "query"), _child(inside, "k_proj", "key")
+        self.v_proj = _child(inside, "v_proj", "value")
+        self.head_dim = inside.head_dim if hasattr(inside, "head_dim") else inside.attention_head_size
+        self.num_heads = self.q_proj.out_features // self.head_dim
+        self.scale = inside.scaling if hasattr(inside, "scaling") else inside.scale
         self.q_norm, self.k_norm, self.attn_drop = nn.Identity(), nn.Identity(), nn.Identity()
         self.proj, self.proj_drop = _child(attention, "o_proj", "out_proj"), drop
+        if "output" in attention._modules:
+            self.proj = attention.output.dense
         self.rotate_half = True
         self.own = [attention]  # no child: its parts are children already
 
     def forward(self, normed: Tensor, rope: Tensor | None = None) -> Tensor:
         """Call the attention itself: (B, N, C) -> (B, N, C)."""
-        return self.proj_drop(self.own[0](normed, **_options(rope))[0])
+        made = self.own[0](normed, **_options(rope))
+        return self.proj_drop(made[0] if isinstance(made, tuple) else made)
 
 
 def _options(rope: Tensor | None) -> dict[str, Any]:
@@ -64,6 +70,8 @@ class _Block(nn.Module):
         self.attn = _Attention(_child(layer, "self_attn", "attention"), drop)
         self.ls1, self.ls2 = _child(layer, "layer_scale1"), _child(layer, "layer_scale2")
         self.mlp = nn.Sequential(_child(layer, "mlp", "ffn"), drop)
+        if "intermediate" in layer._modules:
+            self.mlp = nn.Sequential(layer.intermediate, layer.output.dense)
         self.drop_path1 = self.drop_path2 = _child(layer, "drop_path")
         self.own, self.wanted = [layer], wanted_options(layer)
 
