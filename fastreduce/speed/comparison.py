@@ -232,7 +232,9 @@ def _build_hugging_face(settings: Any) -> Built:
             key for key, value in given.items() if value.shape != state[key].shape
         )
         if strange:
-            raise ValueError(f"the checkpoint does not fit {settings.model!r}: {strange[0]!r} is not in it in this shape")
+            raise ValueError(
+                f"the checkpoint does not fit {settings.model!r}: {strange[0]!r} is not in it in this shape"
+            )
         opened.model.load_state_dict(given, strict=False)
         missing = tuple(sorted(set(missing) - set(given)))
         weights = f"checkpoint {Path(settings.checkpoint).name}"
@@ -242,7 +244,9 @@ def _build_hugging_face(settings: Any) -> Built:
     try:
         model = ImageModel(opened.model, opened.config)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"the model {settings.model!r} does not run on images: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"the model {settings.model!r} does not run on images: {' '.join(str(error).split())}"
+        ) from error
     return Built(model, weights, layers, note=note)
 
 
@@ -459,7 +463,9 @@ class Comparison:
             twin.reducers.load_state_dict(layers)
             return twin.to(self.device).eval()
         given = _deciding(method, chosen)
-        plain = PlainModel(_plain_view(model), method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **given)
+        plain = PlainModel(
+            _plain_view(model), method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **given
+        )
         return plain.to(self.device).eval()
 
     def plain(self, model: nn.Module, entry: Entry) -> nn.Module:

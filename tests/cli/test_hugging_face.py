@@ -66,7 +66,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name, known in MODELS.items() if known[3]])
 def test_every_method_agrees_with_the_published_algorithm(folders, name):
     given = "hf:" if name == "clip" else ""
-    methods = () if name in ("vit", "dinov3") else ("topk", "evit", "tome", "kmedoids")
+    methods = () if name == "vit" else ("topk", "evit", "tome", "kmedoids")
     settings = Settings(model=f"{given}{folders / name}", methods=methods, keep_rates=(0.6,), batch=1, rounds=1)
     comparison = Comparison(settings)
     assert type(comparison.model.model).__name__ == MODELS[name][3]
@@ -105,7 +105,9 @@ def test_features_of_an_image_model(folders, name):
 
 def test_commands(folders, tmp_path):
     common = ("--batch", "1", "--rounds", "1", "--no-pictures", "--image-count", "2")
-    done = run("compare", "--model", f"hf:{folders / 'vit'}", "--methods", "topk", *common, "--json", tmp_path / "c.json")
+    done = run(
+        "compare", "--model", f"hf:{folders / 'vit'}", "--methods", "topk", *common, "--json", tmp_path / "c.json"
+    )
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "c.json").read_text())
     assert result["weights"] == "pretrained weights"
@@ -137,7 +139,9 @@ def test_a_checkpoint(folders, tmp_path):
 @pytest.mark.parametrize("command", ["compare", "plan", "tune"])
 def test_a_hub_out_of_reach_is_tried_once(monkeypatch, command):
     asked = []
-    monkeypatch.setattr(hub, "_hub_trouble", lambda seconds: asked.append(seconds) or "the hub cannot be reached: no route")
+    monkeypatch.setattr(
+        hub, "_hub_trouble", lambda seconds: asked.append(seconds) or "the hub cannot be reached: no route"
+    )
     done = run(command, "--model", "hf:nobody/nothing-of-this-name")
     assert done.exit_code == 2
     assert asked == [5.0]

@@ -285,9 +285,7 @@ def _takes_masks(name):
     return "attention_mask" in inspect.signature(type(block).forward).parameters
 
 
-TAKE_PADDING = [
-    name for name in ("vit", "deit", "dinov2_registers", "vit_msn", "ast", "siglip2") if _takes_masks(name)
-]
+TAKE_PADDING = [name for name in ("vit", "deit", "dinov2_registers", "vit_msn", "ast", "siglip2") if _takes_masks(name)]
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])

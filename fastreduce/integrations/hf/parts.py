@@ -110,7 +110,9 @@ class Layer(Parts):
         """Take a mask of padding, at the first block that knows of tokens; the model may make one where none was given."""
         masks = [one for one in (*args, kwargs.get("attention_mask")) if one is not None]
         if kwargs.get("position_mask") is not None or len(masks) > 1:
-            raise ValueError("a reduced encoder takes no mask of positions: it is of the input's tokens, others are left")
+            raise ValueError(
+                "a reduced encoder takes no mask of positions: it is of the input's tokens, others are left"
+            )
         if not masks or not PASS.masked or block._site.index != block._site.model.reducers.first:
             return None
         return Beside(valid=_real_tokens(masks[0]))
