@@ -165,8 +165,8 @@ def register_host(kind: type | str, host: Host) -> None:
 def register_parts(kind: type | str, parts: Parts | Callable[[type], Parts]) -> None:
     """Let blocks of a class (not of subclasses, which may have another forward) be done through ``parts``.
 
-    ``kind`` may be ``"library.ClassName"``, as for :func:`register_host`. ``parts`` may be what makes them of the class,
-    where versions of a library differ.
+    ``kind`` may be ``"library.ClassName"``, as for :func:`register_host`. ``parts`` may be what makes them of the
+    class, where versions of a library differ.
     """
     _parts[kind] = parts
     parts_of.cache_clear()

@@ -17,7 +17,8 @@ class FreeSlice(PlainAttention):
     """The unreduced model that, between attention and MLP, simply cuts its tokens: a reduction whose decision is free.
 
     Args:
-        model: an unpatched timm ``VisionTransformer``, or the plain view of another library's; its modules are shared, not copied.
+        model: an unpatched timm ``VisionTransformer``, or the plain view of another library's; its modules are shared,
+            not copied.
         counts: patch tokens left after each stage.
         blocks: the blocks at which the stages stand.
 

@@ -45,8 +45,8 @@ class PlainModel(Selections, Merges, Mixtures):
     :attr:`decisions` holds what was drawn.
 
     Args:
-        model: an unpatched timm ``VisionTransformer`` or ``Eva``, or the plain view of another library's; its modules are
-            shared, not copied.
+        model: an unpatched timm ``VisionTransformer`` or ``Eva``, or the plain view of another library's; its modules
+            are shared, not copied.
         method: any name in ``fastreduce.REDUCERS``.
         at: blocks at which the stages stand.
         keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Walk", "check_unpatched", "distances", "embed", "run_through", "moved", "rotated", "rows_of"]
+__all__ = ["Walk", "check_unpatched", "distances", "embed", "moved", "rotated", "rows_of", "run_through"]
 
 
 @dataclasses.dataclass

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install fastreduce[hf])")
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -19,6 +18,8 @@ from fastreduce.integrations.hf.folders import open_folder
 from fastreduce.integrations.hf.images import ImageModel
 from fastreduce.quality.outputs import model_outputs
 from fastreduce.speed.comparison import Comparison, Settings
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install fastreduce[hf])")
 
 IMAGE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
 IMAGE |= {"image_size": 32, "patch_size": 8}

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import fastreduce
 from fastreduce.cli.app import app
 from fastreduce.cli.lost import choose
-from fastreduce.integrations.timm import create_model, input_config
 from fastreduce.integrations import hub
+from fastreduce.integrations.timm import create_model, input_config
 from fastreduce.quality.images import folder_images
 from fastreduce.speed import payoff
 from fastreduce.speed.advice import advice

@@ -89,8 +89,9 @@ class EncoderHost(Host):
             raise TypeError(f"{kind} cannot be reduced: with use_mean_pooling=False it looks at the first patch alone")
         layers = _at(tower, layers_at(tower, known))
         if type(layers) is not nn.ModuleList:
+            where = ".".join(filter(None, (path, layers_at(tower, known))))
             raise TypeError(
-                f"{kind} cannot be reduced: its layers, .{'.'.join(filter(None, (path, layers_at(tower, known))))}, are a "
+                f"{kind} cannot be reduced: its layers, .{where}, are a "
                 f"{type(layers).__name__} where an nn.ModuleList is wanted"
             )
 

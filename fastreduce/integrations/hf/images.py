@@ -60,7 +60,7 @@ class ImageModel(nn.Module):
         self.training = model.training
         self.input_config = dict(config)
         HOST.check(self)
-        path, tower, known = next(towers_in(self))
+        _, tower, known = next(towers_in(self))
         if not images_in(tower):
             raise TypeError(
                 f"{type(model).__name__} takes no plain images, which the commands make: patch it in Python"

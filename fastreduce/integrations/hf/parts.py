@@ -15,7 +15,7 @@ from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
 from ..registry import register_parts
 from .hidden_states import PASS
 
-__all__ = ["Layer", "RotaryLayer", "NestedLayer", "VJEPA2Layer", "VideoMAELayer"]
+__all__ = ["Layer", "NestedLayer", "RotaryLayer", "VJEPA2Layer", "VideoMAELayer"]
 
 
 def _is_librarys(kind: Any, endings: tuple[str, ...]) -> bool:
@@ -107,7 +107,7 @@ class Layer(Parts):
         return True
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
-        """Take a mask of padding, at the first block that knows of tokens; the model may make one where none was given."""
+        """Take a mask of padding, at the first reduced block; models may make one of ones where none was given."""
         masks = [one for one in (*args, kwargs.get("attention_mask")) if one is not None]
         if kwargs.get("position_mask") is not None or len(masks) > 1:
             raise ValueError(
@@ -220,7 +220,7 @@ class Layer(Parts):
 
 
 def _real_tokens(mask: Tensor) -> Tensor:
-    """Read (B, 1, N, N) bool or additive masks, or (B, N), -> (B, N) bool; ValueError if it is not one of keys alone."""
+    """Read a mask (B, N), or (B, 1, N, N) bool or additive, -> (B, N) bool; ValueError if it is not of keys alone."""
     if mask.ndim == 2:
         return mask.bool()
     if mask.ndim != 4:

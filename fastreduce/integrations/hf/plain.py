@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 __all__ = ["PlainView", "wanted_options"]
 
-_NORMS = (("layernorm_before", "layernorm_after"), ("layer_norm1", "layer_norm2"), ("norm1", "norm2"))
-_NORMS += (("rms_norm1", "rms_norm2"),)
+_NORMS = (
+    ("layernorm_before", "layernorm_after"),
+    ("layer_norm1", "layer_norm2"),
+    ("norm1", "norm2"),
+    ("rms_norm1", "rms_norm2"),
+)
 
 
 def _child(module: nn.Module, *names: str) -> Any:

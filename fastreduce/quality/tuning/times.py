@@ -194,10 +194,10 @@ def _measure_method(
         with patched(model, at=(middle,), keep=[wanted - fused], **arguments):
             first = model.reducers.first
 
-            def run(first: int = first, start: Tensor = start) -> Any:
+            def run(first: int = first, start: Tensor = start, beside: dict[str, Any] = all_of_them) -> Any:
                 state: Any = start
                 for index in range(first, middle + 1):
-                    state = model.blocks[index](state, **all_of_them)
+                    state = model.blocks[index](state, **beside)
                 return state
 
             handed_on = run()
