@@ -319,8 +319,8 @@ class Tokens(_Fields):
         sizes: (B, N) float32, how many patches each token stands for, or None while all are one.
         bias: (B, N) float32 that attention adds to the logits of every key: the logarithm of the size where attention
             is proportional to it (ToMe), -inf for tokens that are not valid; or None for zeros.
-        valid: (B, N) bool, or None while all tokens are real (ATS pads, and so may images have been). Packed tokens keep
-            what it will be once they are unpacked.
+        valid: (B, N) bool, or None while all tokens are real (ATS pads, and so may images have been). Packed tokens
+            keep what it will be once they are unpacked.
         received: (B, N) attention that every token got in the block before, summed over heads and queries, where the
             next stage asks for it (K-Medoids), else None.
         policy: (B, N) 1 for tokens that attention sees and 0 for others, differentiable (DynamicViT in training).
