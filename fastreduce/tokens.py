@@ -113,6 +113,18 @@ class Plan:
         index = index.long()
         return torch.where(index < 0, -1, place.gather(1, index.clamp_min(0))).to(place.dtype)
 
+    def real(self, valid: Tensor, prefix: int) -> Tensor:
+        """(B, prefix + num_out) which output tokens are no padding, for (B, prefix + num_in) which input tokens are.
+
+        A fused token is real where one of those in it is.
+        """
+        patches = valid[:, prefix:]
+        kept = patches.gather(1, self._kept(valid.shape[0]).clamp_min(0))
+        parts = [valid[:, :prefix], kept]
+        if self.fused:
+            parts.append(patches.sum(1, keepdim=True) > kept.sum(1, keepdim=True))
+        return torch.cat(parts, dim=1)
+
     def _first_members(self, batch: int) -> Tensor:
         """Return (B, num_out): the first input token that went into each output token."""
         slot = self.slots(batch).long()
@@ -316,8 +328,8 @@ class Tokens(_Fields):
         sizes: (B, N) float32, how many patches each token stands for, or None while all are one.
         bias: (B, N) float32 that attention adds to the logits of every key: the logarithm of the size where attention
             is proportional to it (ToMe), -inf for tokens that are not valid; or None for zeros.
-        valid: (B, N) bool, or None while all tokens are real (ATS pads). Packed tokens keep what it will be once they
-            are unpacked.
+        valid: (B, N) bool, or None while all tokens are real (ATS pads, and so may images have been). Packed tokens
+            keep what it will be once they are unpacked.
         received: (B, N) attention that every token got in the block before, summed over heads and queries, where the
             next stage asks for it (K-Medoids), else None.
         policy: (B, N) 1 for tokens that attention sees and 0 for others, differentiable (DynamicViT in training).
@@ -370,6 +382,9 @@ class Tokens(_Fields):
             kept["place"] = plan.place(self.place)
         if self.inputs is not None:
             kept["inputs"] = (*self.inputs, before)
+        if self.valid is not None and "valid" not in changes:  # padding from the start
+            kept["valid"] = plan.real(self.valid, self.prefix)
+            kept["bias"] = kept["valid"].float().log()
         return Tokens(x, **(kept | changes))
 
     def packed(self) -> tuple[Tokens, Packing]:

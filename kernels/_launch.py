@@ -54,6 +54,11 @@ def row_warps(block_c: int) -> int:
 MOST_IMAGES = 65_535  # all that the second and third axis of a grid take, where kernels find their image
 
 
+def needs_parts(images: int) -> bool:
+    """Return whether a launch cannot take as many images at once."""
+    return images > MOST_IMAGES
+
+
 def parts_of_images(images: int) -> list[slice]:
     """Images of one launch each."""
     return [slice(first, min(first + MOST_IMAGES, images)) for first in range(0, images, MOST_IMAGES)]

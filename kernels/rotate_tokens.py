@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import MOST_IMAGES, in_parts
+from ._launch import in_parts, needs_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _launch(
     backward: bool,
 ) -> torch.Tensor:
     batch, heads, tokens, channels = x.shape
-    if batch > MOST_IMAGES:
+    if needs_parts(batch):
         cos, sin = (table[(None,) * (4 - table.ndim)].expand(batch, -1, -1, -1) for table in (cos, sin))
         return _launch_in_parts(x, place, cos, sin, prefix, half, backward)
     out = torch.empty(batch, tokens, heads, channels, dtype=x.dtype, device=x.device)

@@ -59,7 +59,9 @@ def _starting_with(words: list[str]) -> Callable[[str], list[str]]:
 
 _METHODS = _starting_with([name.replace("_", "-") for name in METHODS])
 
-Model = Annotated[str, typer.Option(help="A timm Vision Transformer: its name, or a folder.")]
+Model = Annotated[
+    str, typer.Option(help="A Vision Transformer of timm, or with hf: of transformers: its name, or a folder.")
+]
 Checkpoint = Annotated[
     str | None, typer.Option(help="Weights: a .safetensors file, or a torch.save file (read with weights_only).")
 ]

@@ -25,7 +25,7 @@ from ..recording import ACTIVE, note
 from ..reducers import Reducer
 from ..reducers.block import Heads, Norm, Scores, Then, importance, is_unhooked, received
 from ..tokens import Packing, Tokens
-from .parts import Geometry, Parts, linear_layer
+from .parts import Beside, Geometry, Parts, linear_layer
 from .positions import pairs_at, rows_at, table_at
 from .registry import Host, parts_of
 
@@ -396,10 +396,12 @@ class ReducedBlock:
         if scores == "class":
             if short and self._has_kernel(heads):
                 return ops.attention_cls_scores(q, k, v, bias=tokens.bias, prefix=tokens.prefix, **options)
-            assert tokens.bias is None  # importance has none
+            assert tokens.bias is None or tokens.valid is not None  # importance knows of padding alone
             return self._attention(heads, q), importance(heads)
         if scores == "constant":
             heads = heads._replace(q=q.detach(), k=k.detach())
+        if tokens.valid is not None:
+            return self._attention(heads, q), received(heads)
         # The CPU computes the matrix once, a head at a time, with a gradient as without; for long inputs not at all.
         if (short and not q.is_cuda and self._is_plain(heads)) or self._has_kernel(heads):
             return ops.attention_received_scores(q, k, v, bias=tokens.bias, **options)
@@ -521,6 +523,20 @@ class ReducedBlock:
             note(model, tokens)
         return tokens
 
+    def _padded(self, tokens: Tokens, beside: Beside) -> tuple[Tokens, Beside | None]:
+        """Let tokens know which of them are padding, if the method can leave it alone."""
+        reducer: Reducer = self._site.model.reducers
+        if not reducer.leaves_padding or reducer.packed:
+            how = f"{reducer.name} with packed=True" if reducer.leaves_padding else reducer.name
+            raise ValueError(
+                f"{how} cannot tell padding from patches: give batches of images of one size, or reduce with topk, "
+                "evit or ats"
+            )
+        valid, rest = beside.valid, beside._replace(valid=None)
+        assert valid is not None
+        tokens = tokens.replace(tokens.x, valid=valid, bias=valid.float().log())  # 0 and -inf
+        return tokens, None if rest.table is None and rest.pair is None and rest.call is None else rest
+
     def _check_training(self) -> None:
         """Raise where training would go wrong."""
         site = self._site
@@ -569,6 +585,8 @@ class ReducedBlock:
         if self.training or self._backward_hooks or self._backward_pre_hooks:  # type: ignore[attr-defined]
             self._check_training()
         tokens = x if isinstance(x, Tokens) else self.start(x)
+        if beside is not None and beside.valid is not None:
+            tokens, beside = self._padded(tokens, beside)
         if beside is not None or tokens.beside is not None:
             if beside is not None:
                 beside = beside._replace(positions=self._site.model.reducers.positions)
@@ -578,6 +596,8 @@ class ReducedBlock:
         as_it_is = site.stage is None and (beside is None or len(tokens.plans) == 0) and tokens.normed is None
         as_it_is = as_it_is and tokens.packing is None and tokens.policy is None and tokens.bias is None
         if as_it_is and not model.reducers.opens(site.index):
+            if len(tokens.plans) > 0 and (args or kwargs):
+                args, kwargs = parts.of_fewer(args, kwargs)
             made = self.kind.forward(self, tokens.x, *args, **kwargs)
             tokens = tokens.replace(made[0] if parts.returns_tuple else made)
         else:

@@ -58,6 +58,7 @@ class Beside(NamedTuple):
         pair: what gives (1 or B, H, prefix + P, prefix + P) the bias of every pair, or None.
         call: what the block's own attention is called with on the full grid, or None for what :meth:`Parts.call` makes
             of the table.
+        valid: (B, prefix + P) bool, False for padding, which no method may keep before a patch; or None.
         positions: ``"place"`` to rotate a merged token by the row of its place, ``"mean"`` by the mean of its patches'.
     """
 
@@ -65,6 +66,7 @@ class Beside(NamedTuple):
     pair: Callable[[], Tensor] | None = None
     call: dict[str, Any] | None = None
     positions: str = "place"
+    valid: Tensor | None = None
 
 
 def linear_layer(layer: nn.Module, x: Tensor, packing: Packing | None, backend: str) -> Tensor:
@@ -118,6 +120,10 @@ class Parts(abc.ABC):
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Read what the block was called with behind the tokens; raise ValueError for what cannot be respected."""
         return None
+
+    def of_fewer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the block is to be called with once tokens were reduced: nothing that is of all of them."""
+        return args, kwargs
 
     # ---- norms
 

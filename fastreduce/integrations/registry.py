@@ -16,7 +16,7 @@ import abc
 import functools
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,7 @@ LIBRARIES = {
 Looks = Literal["class", "patches", "tokens"]
 
 _hosts: dict[type | str, Host] = {}
-_parts: dict[type | str, Parts] = {}
+_parts: dict[type | str, Parts | Callable[[type], Parts]] = {}
 
 
 class Host(abc.ABC):
@@ -164,10 +164,11 @@ def register_host(kind: type | str, host: Host) -> None:
     _hosts[kind] = host
 
 
-def register_parts(kind: type | str, parts: Parts) -> None:
+def register_parts(kind: type | str, parts: Parts | Callable[[type], Parts]) -> None:
     """Let blocks of a class (not of subclasses, which may have another forward) be done through ``parts``.
 
-    ``kind`` may be ``"library.ClassName"``, as for :func:`register_host`.
+    ``kind`` may be ``"library.ClassName"``, as for :func:`register_host`. ``parts`` may be what makes them of the
+    class, where versions of a library differ.
     """
     _parts[kind] = parts
     parts_of.cache_clear()
@@ -220,7 +221,8 @@ def host_of(model: object) -> Host:
 def parts_of(kind: Any) -> Parts | None:
     """Return what blocks of a class are made of, or None where that is not known."""
     _load(kind)
-    return _parts.get(kind) or _parts.get(name_of(kind))
+    found = _parts.get(kind) or _parts.get(name_of(kind))
+    return found if found is None or isinstance(found, Parts) else found(kind)
 
 
 def shape_of(model: Any) -> ModelShape:

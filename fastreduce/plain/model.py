@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .merging import Merges
 from .mixing import Mixtures
 from .selection import Selections
-from .walk import Walk, check_unpatched, embed, rows_of
+from .walk import Walk, check_unpatched, rows_of, run_through
 
 __all__ = ["PlainModel"]
 
@@ -45,7 +45,8 @@ class PlainModel(Selections, Merges, Mixtures):
     :attr:`decisions` holds what was drawn.
 
     Args:
-        model: an unpatched timm ``VisionTransformer`` or ``Eva``; its modules are shared, not copied.
+        model: an unpatched timm ``VisionTransformer`` or ``Eva``, or the plain view of another library's; its modules
+            are shared, not copied.
         method: any name in ``fastreduce.REDUCERS``.
         at: blocks at which the stages stand.
         keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.
@@ -95,8 +96,11 @@ class PlainModel(Selections, Merges, Mixtures):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> logits (B, classes)."""
+        return run_through(self.model, images, self._walked)
+
+    def _walked(self, x: Tensor, tables: list[Tensor] | None) -> Tensor:
+        """Tokens (B, N, C) that enter the first block, and each block's rotary table -> what is behind the last."""
         model = self.model
-        x, tables = embed(model, images)
         walk = Walk(x, patches=x.shape[1] - self.prefix, tables=tables)
         if tables is not None:
             walk.place = torch.arange(walk.patches, device=x.device).expand(len(x), -1)
@@ -116,7 +120,7 @@ class PlainModel(Selections, Merges, Mixtures):
         self.decisions = walk.decisions
         if model.global_pool not in ("", "token"):
             self._prepare_pooling(walk)
-        return model.forward_head(model.norm(walk.x))
+        return walk.x
 
     def _prepare_pooling(self, walk: Walk) -> None:
         """Make the mean over all rows the one that is meant."""

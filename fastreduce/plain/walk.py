@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Walk", "check_unpatched", "distances", "embed", "moved", "rotated", "rows_of"]
+__all__ = ["Walk", "check_unpatched", "distances", "embed", "moved", "rotated", "rows_of", "run_through"]
 
 
 @dataclasses.dataclass
@@ -48,6 +49,17 @@ def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
         return x, None
     mixed = getattr(model, "rope_mixed", False)
     return x, [rope[index] if mixed else rope for index in range(len(model.blocks))]
+
+
+def run_through(model: Any, images: Tensor, walk: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """Images (B, 3, height, width) -> logits, the blocks being done by ``walk(x, tables)``.
+
+    A model of another library than timm has a ``bind``, which takes the walk, and then runs by itself.
+    """
+    if (bind := getattr(model, "bind", None)) is not None:
+        bind(walk)
+        return model(images)
+    return model.forward_head(model.norm(walk(*embed(model, images))))
 
 
 def moved(place: Tensor | None, index: Tensor) -> Tensor | None:

@@ -50,6 +50,7 @@ class ATS(ScheduledReducer):
     """
 
     name = "ats"
+    leaves_padding = True
     ragged = True
 
     def __init__(

@@ -257,10 +257,12 @@ def importance(heads: Heads) -> Tensor:
     """
     q, k, tokens = heads.q, heads.k, heads.tokens
     if not heads.by_class:
-        return received(heads)[:, tokens.prefix :] / (q.shape[1] * q.shape[2])
+        return _mean_of(received(heads), heads)
     if heads.pair is not None:
         return class_attention(heads).mean(1)
-    return ops.cls_scores(q[:, :, 0], k, prefix=tokens.prefix, scale=heads.scale, backend=tokens.backend)
+    return ops.cls_scores(
+        q[:, :, 0], k, prefix=tokens.prefix, scale=heads.scale, valid=tokens.valid, backend=tokens.backend
+    )
 
 
 def class_attention(heads: Heads) -> Tensor:
@@ -273,16 +275,20 @@ def class_attention(heads: Heads) -> Tensor:
 
 def received(heads: Heads) -> Tensor:
     """Return the attention (B, N) that every token gets, summed over heads and queries, before attention dropout."""
+    valid = heads.tokens.valid
+    if valid is not None:  # padding neither gives nor gets
+        logits = _logits(heads, heads.q.shape[2]).masked_fill(~valid[:, None, None], float("-inf"))
+        return (logits.softmax(-1) * valid[:, None, :, None]).sum((1, 2))
     if heads.pair is not None:
         return _logits(heads, heads.q.shape[2]).softmax(-1).sum((1, 2))
     return ops.received_scores(heads.q, heads.k, scale=heads.scale, backend=heads.tokens.backend)
 
 
 def _logits(heads: Heads, queries: int) -> Tensor:
-    """Return the logits (B, H, queries, N) of the first queries, in float32 or wider, with the bias of every pair."""
-    assert heads.pair is not None
+    """Return the logits (B, H, queries, N) of the first queries, in float32 or wider, with a bias of pairs if any."""
     logits = (heads.q[:, :, :queries] * heads.scale) @ heads.k.transpose(-2, -1)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) + heads.pair[:, :, :queries]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if heads.pair is None else logits + heads.pair[:, :, :queries]
 
 
 def attend_with_importance(block: AttentionBlock, heads: Heads) -> tuple[Tensor, Tensor]:
@@ -290,4 +296,10 @@ def attend_with_importance(block: AttentionBlock, heads: Heads) -> tuple[Tensor,
     if heads.by_class:
         return block.attend(heads, scores="class")
     attended, received_ = block.attend(heads, scores="received")
-    return attended, received_[:, heads.tokens.prefix :] / (heads.q.shape[1] * heads.q.shape[2])
+    return attended, _mean_of(received_, heads)
+
+
+def _mean_of(received_: Tensor, heads: Heads) -> Tensor:
+    """(B, N - prefix) what patches receive, averaged over heads and over the queries that are no padding."""
+    found, valid = received_[:, heads.tokens.prefix :] / heads.q.shape[1], heads.tokens.valid
+    return found / (heads.q.shape[2] if valid is None else valid.sum(1, keepdim=True))

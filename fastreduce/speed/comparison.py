@@ -59,7 +59,7 @@ from ..reducers import REDUCERS
 from ..reducers.schedule import stage_blocks
 from .decisions import Drawn, changed_decisions, drawn, relative_difference
 from .settings import DTYPES as DTYPE_NAMES
-from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name
+from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name, library_of
 
 __all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "relative_difference"]
 
@@ -157,6 +157,8 @@ class Built(NamedTuple):
 
 def build_model(settings: Any) -> Built:
     """Build the model of the settings. Where pretrained weights are only wished for, random ones will do."""
+    if library_of(settings.model) == "transformers":
+        return _build_hugging_face(settings)
     name, note, wanted = settings.model.removeprefix("timm:"), "", settings.pretrained
     if os.path.isdir(name):
         name = f"local-dir:{name}"
@@ -190,6 +192,50 @@ def build_model(settings: Any) -> Built:
     if pretrained:
         return Built(model, "pretrained weights", {})
     return Built(model, f"random weights (seed {settings.seed})", {}, True, note)
+
+
+def _build_hugging_face(settings: Any) -> Built:
+    """Build a model of transformers; its own weights are wanted unless there is a checkpoint."""
+    from ..integrations.hf.folders import open_named
+    from ..integrations.hf.images import ImageModel
+
+    torch.manual_seed(settings.seed)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    try:
+        opened = open_named(settings.model)
+    except ImportError as error:
+        raise ValueError(f"the model {settings.model!r} cannot be had: {error}") from error
+    state, weights, layers = opened.model.state_dict(), "pretrained weights", {}
+    missing = opened.missing
+    if settings.checkpoint is not None:
+        read = read_checkpoint(settings.checkpoint)
+        layers = {key: value for key, value in read.state.items() if key.startswith("reducers.")}
+        given = {key: value for key, value in read.state.items() if key not in layers}
+        strange = sorted(set(given) - set(state)) or sorted(
+            key for key, value in given.items() if value.shape != state[key].shape
+        )
+        if strange:
+            raise ValueError(
+                f"the checkpoint does not fit {settings.model!r}: {strange[0]!r} is not in it in this shape"
+            )
+        opened.model.load_state_dict(given, strict=False)
+        missing = tuple(sorted(set(missing) - set(given)))
+        weights = f"checkpoint {Path(settings.checkpoint).name}"
+    note = ""
+    if missing:
+        note = f"{missing[0]}{' and others are' if len(missing) > 1 else ' is'} not in the file of weights: random"
+    try:
+        model = ImageModel(opened.model, opened.config)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the model {settings.model!r} does not run on images: {' '.join(str(error).split())}"
+        ) from error
+    return Built(model, weights, layers, note=note)
+
+
+def _plain_view(model: Any) -> nn.Module:
+    """Return the model as the plain algorithms take it: one of timm as it is."""
+    return model.plain() if hasattr(model, "plain") else model
 
 
 def _share(model: nn.Module) -> Any:
@@ -280,7 +326,7 @@ class Comparison:
     def use(self, entries: list[Entry]) -> None:
         """Compare these, and hold each against a free slice of as many tokens."""
         self.entries = entries
-        self.slices = {entry.counts: FreeSlice(self.model, entry.counts, self.blocks) for entry in entries}
+        self.slices = {entry.counts: FreeSlice(_plain_view(self.model), entry.counts, self.blocks) for entry in entries}
 
     def memory_of(self, images: int) -> float:
         """Estimate the bytes that a forward pass of so many images takes: views of the photo, and activations."""
@@ -354,7 +400,7 @@ class Comparison:
             twin.reducers.load_state_dict(layers)
             return twin.to(self.device).eval()
         given = _deciding(method, chosen)
-        plain = PlainModel(model, method, at=self.blocks, layers=layers, **given)
+        plain = PlainModel(_plain_view(model), method, at=self.blocks, layers=layers, **given)
         return plain.to(self.device).eval()
 
     def plain(self, model: nn.Module, entry: Entry) -> nn.Module:
@@ -380,7 +426,7 @@ class Comparison:
             entry.counts = tuple(
                 longest.get(block, count) for block, count in zip(self.blocks, entry.counts, strict=True)
             )
-            self.slices.setdefault(entry.counts, FreeSlice(self.model, entry.counts, self.blocks))
+            self.slices.setdefault(entry.counts, FreeSlice(_plain_view(self.model), entry.counts, self.blocks))
         used = {entry.counts for entry in self.entries}
         self.slices = {counts: model for counts, model in self.slices.items() if counts in used}
 
@@ -500,7 +546,7 @@ class Comparison:
             self.gmacs["unreduced"] = count_gmacs(hollow, image)
         for counts in self.slices:
             if counts not in self.gmacs:
-                self.gmacs[counts] = count_gmacs(FreeSlice(hollow, counts, self.blocks), image)
+                self.gmacs[counts] = count_gmacs(FreeSlice(_plain_view(hollow), counts, self.blocks), image)
         for entry in self.entries:
             if entry.slug not in self.gmacs:
                 self.gmacs[entry.slug] = count_gmacs(self._reference(hollow, entry), image)

@@ -345,7 +345,9 @@ def test_radial_tables(key):
     depth, blocks = setting.split("_loc")
     blocks = [int(block) for block in blocks.split("_")]
     radius = ring_radius(grid, norm)
-    assert torch.equal(torch.tensor(radius).view(grid), tables[f"{side}/{norm}/z"])
+    published = tables[f"{side}/{norm}/z"]  # its square roots have the last bit that torch had on that machine
+    assert torch.allclose(torch.tensor(radius).view(grid), published, rtol=1.2e-7, atol=0)
+    radius = published.flatten().tolist()
     checked = 0
     for name, expected in golden.below(tables, f"{key}/").items():
         if not name.endswith("_threshold"):

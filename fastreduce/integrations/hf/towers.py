@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["TOWERS", "Tower", "towers_in"]
+__all__ = ["TOWERS", "Tower", "images_in", "layers_at", "towers_in"]
 
 Axes = Callable[[Any], tuple[int, ...]]
 
@@ -58,7 +58,7 @@ class Tower(NamedTuple):
     """Facts about a class of encoders.
 
     Attributes:
-        layers: the attributes that lead to its layers.
+        layers: the attributes that lead to its layers; in other versions of the library ``encoder.layer`` does.
         owner: those that lead to the module in it that hands out hidden states.
         leading: class and distillation tokens; the first is the class token. Registers follow them.
         axes: makes the grid of patches of its configuration.
@@ -70,6 +70,12 @@ class Tower(NamedTuple):
     leading: int = 1
     axes: Axes = _image
     rotary: bool = False
+
+
+def layers_at(tower: Any, known: Tower) -> str:
+    """Return the attributes that lead to an encoder's layers in this version of the library."""
+    first = known.layers.partition(".")[0]
+    return known.layers if first in tower._modules else "encoder.layer"
 
 
 TOWERS = {
@@ -99,3 +105,8 @@ def towers_in(model: nn.Module) -> Iterator[tuple[str, Any, Tower]]:
         kind = type(module)
         if kind.__name__ in TOWERS and kind.__module__.startswith("transformers."):
             yield path, module, TOWERS[kind.__name__]
+
+
+def images_in(tower: nn.Module) -> bool:
+    """Whether an encoder takes images (B, 3, height, width), and not videos, sounds, or patches of many sizes."""
+    return TOWERS[type(tower).__name__].axes is _image
