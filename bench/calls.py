@@ -26,7 +26,7 @@ _CHECKS = ("check", "is_", "are_", "_hangs_on", "treats_", "splits", "strange")
 
 
 class Calls(NamedTuple):
-    """What one forward pass calls.
+    """Calls of one forward pass.
 
     Attributes:
         functions: calls by ``file:function``.
@@ -40,7 +40,7 @@ class Calls(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All calls into our code."""
+        """Calls into our code, all together."""
         return self.functions.total()
 
     @property

@@ -100,7 +100,7 @@ class Child:
 
     @property
     def lives(self) -> bool:
-        """Whether it can take an item."""
+        """True if it can take an item."""
         return self.process.poll() is None
 
     def do(self, item: Item, seconds: float, tell: Callable[[Row], None]) -> str | None:

@@ -81,7 +81,7 @@ KNOWN: dict[str, dict[str, Known]] = {
 
 
 class _Gates:
-    """What is held on NVIDIA; what compiles for AMD is shown only."""
+    """Gates held on NVIDIA; what compiles for AMD is shown only."""
 
     def __init__(self) -> None:
         self.spills = Gate("spills", 0, KNOWN["spills"])
@@ -150,7 +150,7 @@ def _row(report: KernelReport, arch: str, primitive: str, shape: str, dtype: tor
 
 
 class _Run:
-    """What was compiled so far, every kernel once, and what could not be.
+    """Kernels compiled so far, every one once, and what could not be compiled.
 
     Args:
         shapes: where to launch.

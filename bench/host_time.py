@@ -168,7 +168,7 @@ def _seconds(call: Call, calls: int) -> float:
 
 
 def ratios(calls: Sequence[Call], unit: Call, rounds: int, repeats: int = _CALLS) -> list[float]:
-    """Return the time of each call over that of the unit next to it, the median over rounds."""
+    """Return the time of each call over the time of the unit next to it, the median over rounds."""
     found: list[list[float]] = [[] for _ in calls]
     for call in (unit, *calls):
         _seconds(call, 3)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 
 import torch
 
 from fastreduce import ops
+from fastreduce.measure import processor_seconds_of, seconds_of, take_turns
 
 from .primitives.cluster_k_medoids import plain_k_medoids
 
@@ -42,13 +42,8 @@ def main() -> None:
         "fastreduce": lambda: ops.cluster_k_medoids(x, weights, k),
         "distances": lambda: torch.cdist(x, x),
     }
-    clock = time.process_time if options.threads == 1 else time.perf_counter  # other processes do not count
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(options.rounds):
-        for name, call in calls.items():
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
+    clock = processor_seconds_of if options.threads == 1 else seconds_of
+    seconds = take_turns(calls, x.device, options.rounds, clock=clock)
     print(f"batch {options.batch}, {options.tokens} tokens to {k}, C {options.channels}, {options.threads} threads")
     for name in calls:
         ratio = statistics.median(a / b for a, b in zip(seconds["official"], seconds[name], strict=True))

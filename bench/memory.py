@@ -61,7 +61,7 @@ KNOWN = {
 
 
 def _peak_of_trace(path: Path) -> int:
-    """Most bytes alive at once, from what a trace says of every allocation and release."""
+    """Return the most bytes alive at once, from what a trace says of every allocation and release."""
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
     alive = most = 0
     for event in sorted(events, key=lambda event: event["ts"]):

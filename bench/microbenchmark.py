@@ -94,7 +94,7 @@ def _fill_caches(device: torch.device) -> None:
 
 @dataclasses.dataclass
 class Run:
-    """What is timed: ``call`` does the work ``repeats`` times, on CUDA over rotating buffers.
+    """Work to time: ``call`` does it ``repeats`` times, on CUDA over rotating buffers.
 
     Attributes:
         once: the work on the first set of buffers, eagerly.

@@ -20,7 +20,7 @@ _POINTS = 72  # in an inch
 
 
 def save_plots(groups: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Two pictures for each model, batch, step and mode that has any figures.
+    """Save two pictures for each model, batch, step and mode that has any figures.
 
     Args:
         groups: what :func:`bench.models.measure_models` gave.

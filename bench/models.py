@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import gc
 import itertools
 import json
@@ -46,7 +47,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastreduce.integrations.timm import model_names, record
-from fastreduce.measure import capture, environment, own_code, quartiles, ratio, recompile_limits, seconds_of
+from fastreduce.measure import (
+    capture,
+    environment,
+    own_code,
+    quartiles,
+    ratio,
+    recompile_limits,
+    seconds_of,
+    take_turns,
+)
 from fastreduce.speed import comparison
 from fastreduce.speed.comparison import Comparison, Entry, check_positive, relative_difference
 from fastreduce.speed.timm_table import as_csv, row_of, tagged, work_of
@@ -86,7 +96,7 @@ Group = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What to measure. None or nothing stands for a choice made from the device.
+    """Settings of a measurement. None or nothing stands for a choice made from the device.
 
     Attributes:
         methods: names in ``fastreduce.REDUCERS``; ``radial-l1`` and so on for a single norm. Empty for all.
@@ -150,7 +160,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Parity:
-    """How a method compares with the official algorithm in one step.
+    """Comparison of a method with the official algorithm in one step.
 
     Attributes:
         against: what it was held against, in words.
@@ -438,22 +448,22 @@ class _Contest:
             for _ in range(repeats):
                 call()
 
-        seconds: dict[Any, list[float]] = {name: [] for name in calls}
-        order, start = list(calls), time.perf_counter()
-        for done in range(self.settings.rounds):
+        start = time.perf_counter()
+
+        def more(done: int) -> bool:
             now = time.perf_counter()
-            if done and now + (now - start) / done > deadline:
-                break
-            for place, name in enumerate(order):
-                progress("measuring", done + place / len(order), self.settings.rounds)
-                if name in reasons:
-                    continue
-                try:
-                    seconds[name].append(seconds_of(lambda call=calls[name]: repeat(call), self.device) / repeats)
-                except RuntimeError as error:
-                    reasons[name] = _reason(error)
-            order.reverse()
-        return {name: values for name, values in seconds.items() if name not in reasons}, repeats
+            return done < self.settings.rounds and not (done and now + (now - start) / done > deadline)
+
+        def moved(done: float) -> None:
+            progress("measuring", done, self.settings.rounds)
+
+        def failed(name: Any, error: RuntimeError) -> None:
+            reasons[name] = _reason(error)
+
+        repeated = {name: functools.partial(repeat, call) for name, call in calls.items()}
+        seconds = take_turns(repeated, self.device, more, moved=moved, failed=failed)
+        whole = {name: values for name, values in seconds.items() if name not in reasons}
+        return {name: [value / repeats for value in values] for name, values in whole.items()}, repeats
 
     def measure(self, step: str, mode: str, deadline: float, progress: Progress) -> Group:
         """Measure one group."""

@@ -66,7 +66,7 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(64, 1, 1))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(B, 256, 384) -> (B, 1, 224, 224)."""
+        """Decode (B, 256, 384) -> (B, 1, 224, 224)."""
         maps = self.layers(patches.transpose(1, 2).unflatten(2, (GRID, GRID)))
         return F.interpolate(maps, (SIZE, SIZE), mode="bilinear", align_corners=False).sigmoid()
 
@@ -156,6 +156,6 @@ def load_saliency() -> tuple[Any, Decoder]:
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """(B, 3, 224, 224) uint8 -> float32 as the encoder wants it."""
+    """Normalise (B, 3, 224, 224) uint8 -> float32 as the encoder wants it."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
     return (pixels.float() / 255 - mean) / std

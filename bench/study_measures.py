@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.metrics import homogeneity_completeness_v_measure
 
+from fastreduce.measure import processor_seconds_of, take_turns
 from fastreduce.study.measures import cluster_agreement, kept_overlap, pack_kept, token_depths
 
 __all__ = ["main"]
@@ -83,15 +84,11 @@ def main() -> None:
     for name, (loop, ours) in calls.items():
         np.testing.assert_allclose(ours(), loop(), rtol=0, atol=1e-12, err_msg=name)
 
-    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    for _ in range(options.rounds):
-        for name, pair in calls.items():
-            for call, spent in zip(pair, seconds[name], strict=True):
-                start = time.process_time()  # other processes do not count
-                call()
-                spent.append(time.process_time() - start)
+    turns = {(name, place): call for name, pair in calls.items() for place, call in enumerate(pair)}
+    seconds = take_turns(turns, torch.device("cpu"), options.rounds, clock=processor_seconds_of)
     print(f"{images} images, {patches} patches, {keep} kept; microseconds an image, median of {options.rounds} rounds")
-    for name, (loop, ours) in seconds.items():
+    for name in calls:
+        loop, ours = seconds[name, 0], seconds[name, 1]
         ratio = statistics.median(a / b for a, b in zip(loop, ours, strict=True))
         slow, fast = (statistics.median(spent) / images * 1e6 for spent in (loop, ours))
         print(f"{name:32s} loop {slow:8.2f}   fastreduce {fast:6.2f}   {ratio:7.1f} times faster")

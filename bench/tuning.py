@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import fastreduce
 from bench.quality import Yardstick
 from bench.saliency import load_saliency, missing_reason
 from fastreduce.integrations.timm import input_config
-from fastreduce.measure import environment, keep_memory, seconds_of
+from fastreduce.measure import environment, keep_memory, processor_seconds_of, seconds_of
 from fastreduce.pictures import cut, open_picture
 from fastreduce.quality.images import sample_images
 from fastreduce.quality.tuning.run import Tuner
@@ -42,7 +41,7 @@ TARGETS = (1.5, 2.0)
 
 
 def unseen_photographs(config: Any, count: int) -> Tensor | None:
-    """(count, 3, height, width): ImageNet's photographs in the wheel ``foolbox``, or None without it."""
+    """Return (count, 3, height, width): ImageNet's photographs in the wheel ``foolbox``, or None without it."""
     try:
         files = distribution("foolbox").files or []
     except PackageNotFoundError:
@@ -52,13 +51,6 @@ def unseen_photographs(config: Any, count: int) -> Tensor | None:
     size = config["input_size"][1:]
     pixels = [np.array(cut(open_picture(path), {**config, "crop_pct": 1.0}, size)) for path in paths]
     return torch.stack([(torch.from_numpy(one).permute(2, 0, 1).float() / 255 - mean) / std for one in pixels])
-
-
-def _processor_seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that this process had a CPU for: one thread's work, whoever else is on the machine."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -92,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> int:
     methods = {name: METHODS[name] for name in given.methods.split(",")}
     saved = None if given.tables is None else Path(given.tables)
     key = {"seen": given.seen, "batch": given.batch, "measure": given.measure}
-    clock = _processor_seconds if given.processor_time else seconds_of
+    clock = processor_seconds_of if given.processor_time else seconds_of
     tuner = Tuner(encoder, seen, unseen, methods, given.batch, given.measure, saved=saved, key=key, clock=clock)
 
     def progress(what: str, done: float, total: float) -> None:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all; those of others read with an error that names them. No torch is imported here."""
+"""Files: written whole or not at all; others' files read with an error that names them. No torch is imported here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton kernels or the PyTorch reference.
+"""Choice of the implementation that runs: Triton kernels or the PyTorch reference.
 
 The order is: the ``backend=`` argument, then the innermost :func:`backend` block of this thread or asyncio task, then
 the environment variable ``FASTREDUCE_BACKEND``, then ``"auto"``. ``"auto"`` means Triton for CUDA tensors and the
@@ -41,7 +41,7 @@ class _Choice:
 # The blocks that this context is in, outermost first.
 _choices: ContextVar[tuple[_Choice, ...]] = ContextVar("fastreduce_backend", default=())
 # Code that torch.compile traces cannot set a ContextVar, nor read one before torch 2.15: here are the blocks that it
-# opens, and before 2.15 those of the thread too.
+# opens, and before 2.15 the thread's too.
 _of_thread = threading.local()
 _COMPILE_READS_CONTEXT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 15)
 

@@ -26,6 +26,7 @@ from ._version import __version__
 
 __all__ = [
     "CaptureError",
+    "Clock",
     "capture",
     "count_gmacs",
     "cut_to_whole_rounds",
@@ -34,6 +35,7 @@ __all__ = [
     "keep_memory",
     "load_average",
     "own_code",
+    "processor_seconds_of",
     "quartiles",
     "ratio",
     "recompile_limits",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 Name = TypeVar("Name")
+Clock = Callable[[Callable[[], object], torch.device], float]  # the seconds of one call
 
 
 def keep_memory() -> bool:
@@ -76,16 +79,58 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return first.elapsed_time(last) / 1e3
 
 
+def processor_seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Time one call by what the CPU spends on this process: others on the machine do not count."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def take_turns(
-    calls: Mapping[Name, Callable[[], object]], device: torch.device, rounds: int
+    calls: Mapping[Name, Callable[[], object]],
+    device: torch.device,
+    rounds: int | Callable[[int], bool],
+    *,
+    seconds: dict[Name, list[float]] | None = None,
+    clock: Clock | None = None,
+    ends: bool = False,
+    moved: Callable[[float], None] = lambda done: None,
+    failed: Callable[[Name, RuntimeError], None] | None = None,
 ) -> dict[Name, list[float]]:
-    """Seconds of every call, round after round, backwards in every second one, so that drifts hit all alike."""
-    seconds: dict[Name, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(seconds_of(calls[name], device))
-        order.reverse()
+    """Time every call once a round, backwards in every second round, so that drifts hit all alike.
+
+    Args:
+        calls: what takes turns, in the order of the first round.
+        device: where the calls work.
+        rounds: how many, or whether another one follows so many.
+        seconds: the dictionary to fill, for a caller that may be interrupted: see :func:`cut_to_whole_rounds`.
+        clock: gives the seconds of a call on a device; :func:`seconds_of` by default.
+        ends: leave the first and the last call at their ends of every round.
+        moved: is told before every call how many rounds are done, the part of this one included.
+        failed: is told of a call that raises RuntimeError, which then takes no more turns. By default it is raised.
+
+    Returns:
+        ``seconds``: of each call one number a round.
+    """
+    seconds = {} if seconds is None else seconds
+    seconds.clear()
+    seconds.update({name: [] for name in calls})
+    order, moving, out = list(calls), slice(1, -1) if ends else slice(None), set()
+    done, clock = 0, clock or seconds_of
+    while rounds(done) if callable(rounds) else done < rounds:
+        for place, name in enumerate(order):
+            moved(done + place / len(order))
+            if name in out:
+                continue
+            try:
+                seconds[name].append(clock(calls[name], device))
+            except RuntimeError as error:
+                if failed is None:
+                    raise
+                failed(name, error)
+                out.add(name)
+        order[moving] = order[moving][::-1]
+        done += 1
     return seconds
 
 
@@ -108,7 +153,7 @@ def capture(
     Args:
         call: what to capture.
         warmups: calls before.
-        stream: where to capture: that of the forward pass, if the call is a backward pass. Default: a new one.
+        stream: where to capture: the forward pass's stream, if the call is a backward pass. Default: a new one.
         pool: ``torch.cuda.graph_pool_handle()`` for graphs that share their memory; what one leaves there, such as its
             results, is lost when another is replayed.
 
@@ -138,7 +183,7 @@ def capture(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """First and third quartile; of a single value itself, twice."""
+    """Return the first and third quartile; of a single value itself, twice."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -252,8 +297,8 @@ def _version(package: str) -> str | None:
 
 
 def count_gmacs(model: nn.Module, images: Tensor) -> float:
-    """10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
+    """Count the 10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
     # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() / 2e9 / len(images)

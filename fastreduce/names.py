@@ -39,7 +39,7 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class ExportFormat:
-    """What a model can be exported to.
+    """A format that a model can be exported to.
 
     Attributes:
         runtime: what runs it.

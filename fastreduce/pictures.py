@@ -92,7 +92,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     if not os.path.isfile(name):
         raise ValueError(f"there is no image {name!r}")
     try:
-        # Given a name, Pillow maps uncompressed files into memory, and those of TIFF that lie on their side wrongly.
+        # Given a name, Pillow maps uncompressed files into memory, and TIFF files that lie on their side wrongly.
         with open(name, "rb") as file:
             return read_picture(file, name)
     except OSError as error:

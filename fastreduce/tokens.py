@@ -44,13 +44,13 @@ class SoftWeights:
     logsumexp: Tensor | None = None
 
     def detach(self) -> SoftWeights:
-        """The same without gradient: a plan is for looking at."""
+        """Return the weights without gradient: a plan is for looking at."""
         parts = (self.token, self.cluster, self.logsumexp)
         logits = self.logits.detach() if isinstance(self.logits, Tensor) else self.logits
         return SoftWeights(logits, *(None if part is None else part.detach() for part in parts))
 
     def log(self) -> Tensor:
-        """(B, num_in, num_out) float32 (or wider): log W."""
+        """Return log W (B, num_in, num_out), float32 or wider."""
         logits = self.logits if isinstance(self.logits, Tensor) else self.logits()
         log_weights = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.token is not None:
@@ -64,7 +64,7 @@ class SoftWeights:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one stage does with its patch tokens. Indices do not count the prefix tokens, unless said.
+    """A decision of one stage about its patch tokens. Indices do not count the prefix tokens, unless said.
 
     A selection gives ``kept``, a matching ``slot``, a clustering both, a soft merge ``weights``; :meth:`slots` has the
     form common to all methods.
@@ -97,14 +97,14 @@ class Plan:
 
     @property
     def merges(self) -> bool:
-        """Whether an output token can stand for several input tokens."""
+        """True if an output token can stand for several input tokens."""
         return self.fused or self.slot is not None or self.weights is not None
 
     def place(self, place: Tensor) -> Tensor:
         """Return where the output tokens are, (B, num_out) int32, for where the input tokens are, (B, num_in).
 
-        Kept tokens keep their place, clusters have their centre's, soft merges that of their strongest source, other
-        merges that of :attr:`seat`, or of their first member; a fused token and padding have none, -1.
+        Kept tokens keep their place, clusters have their centre's, soft merges their strongest source's, other
+        merges the place of :attr:`seat`, or of their first member; a fused token and padding have none, -1.
         """
         batch = place.shape[0]
         index = self.seat if self.seat is not None else self.sources(batch)
@@ -113,8 +113,20 @@ class Plan:
         index = index.long()
         return torch.where(index < 0, -1, place.gather(1, index.clamp_min(0))).to(place.dtype)
 
+    def real(self, valid: Tensor, prefix: int) -> Tensor:
+        """(B, prefix + num_out) which output tokens are no padding, for (B, prefix + num_in) which input tokens are.
+
+        A fused token is real where one of those in it is.
+        """
+        patches = valid[:, prefix:]
+        kept = patches.gather(1, self._kept(valid.shape[0]).clamp_min(0))
+        parts = [valid[:, :prefix], kept]
+        if self.fused:
+            parts.append(patches.sum(1, keepdim=True) > kept.sum(1, keepdim=True))
+        return torch.cat(parts, dim=1)
+
     def _first_members(self, batch: int) -> Tensor:
-        """(B, num_out) the first input token that went into each output token."""
+        """Return (B, num_out): the first input token that went into each output token."""
         slot = self.slots(batch).long()
         if torch.compiler.is_exporting():  # a scatter that takes the lowest is wrong in some of ONNX's runtimes
             members = slot.unsqueeze(1) == torch.arange(self.num_out, device=slot.device).unsqueeze(1)
@@ -124,13 +136,16 @@ class Plan:
         return first.scatter_reduce(1, slot, order, "amin").remainder(self.num_in)
 
     def _kept(self, batch: int) -> Tensor:
-        """(B, K) int64, -1 where an entry is not real."""
+        """Return the kept indices (B, K) int64, -1 where an entry is not real."""
         assert self.kept is not None
         kept = self.kept.expand(batch, -1).long()
         return kept if self.valid is None else kept.masked_fill(~self.valid, -1)
 
     def slots(self, batch: int) -> Tensor:
-        """(B, num_in) output token of every input token, -1 for dropped ones; of a soft merge the strongest."""
+        """Return (B, num_in): the output token of every input token, -1 for dropped ones.
+
+        A token of a soft merge has the strongest.
+        """
         if self.slot is not None:
             return self.slot[:, self.slot_prefix :] - self.slot_prefix if self.slot_prefix else self.slot
         if self.weights is not None:
@@ -143,7 +158,7 @@ class Plan:
         return slot.scatter(1, torch.where(kept < 0, self.num_in, kept), order)[:, : self.num_in]
 
     def kept_indices(self, batch: int) -> Tensor | None:
-        """(B, num_out) index of the input token that each output token is (of a clustering its centre).
+        """Return (B, num_out): the index of the input token that each output token is, of a clustering its centre.
 
         -1 for a fused one and for padding; None where tokens are merged without centres.
         """
@@ -153,12 +168,12 @@ class Plan:
         return torch.nn.functional.pad(kept, (0, 1), value=-1) if self.fused else kept
 
     def sources(self, batch: int) -> Tensor | None:
-        """(B, num_out) the input token that weighs most in each output token, as :meth:`kept_indices` has it."""
+        """Return (B, num_out): the input token that weighs most in each output token, see :meth:`kept_indices`."""
         return self.kept_indices(batch) if self.weights is None else self.weights.log().argmax(1)
 
 
 def compose_slots(plans: Sequence[Plan], batch: int) -> Tensor:
-    """(B, P): the token that every original patch is in after all ``plans``, -1 where it was dropped."""
+    """Return (B, P): the token that every original patch is in after all ``plans``, -1 where it was dropped."""
     current = plans[0].slots(batch)
     for plan in plans[1:]:
         following = plan.slots(batch).gather(1, current.clamp_min(0))
@@ -176,17 +191,23 @@ def _compose(indices: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def compose_kept(plans: Sequence[Plan], batch: int) -> Tensor | None:
-    """(B, num_out): the original patch that every token is after all ``plans``, -1 for fused; None after a merge."""
+    """Return (B, num_out): the original patch that every token is after all ``plans``.
+
+    It is -1 for a fused token; None is returned after a merge.
+    """
     return _compose([plan.kept_indices(batch) for plan in plans])
 
 
 def compose_sources(plans: Sequence[Plan], batch: int) -> Tensor | None:
-    """(B, num_out): the original patch that weighs most in every token, followed stage by stage; see :class:`Plan`."""
+    """Return (B, num_out): the original patch that weighs most in every token.
+
+    Patches are followed stage by stage; see :class:`Plan`.
+    """
     return _compose([plan.sources(batch) for plan in plans])
 
 
 def _with_prefix(slot: Tensor, prefix: int) -> Tensor:
-    """(B, P) slots of patches, -1 for none -> (B, prefix + P) rows of the whole sequence, prefix rows first."""
+    """Turn (B, P) slots of patches, -1 for none, into (B, prefix + P) rows of the whole sequence, prefix rows first."""
     slot = torch.where(slot < 0, slot, slot + prefix)
     if not prefix:
         return slot
@@ -271,10 +292,10 @@ def _explain(*arguments: Any) -> NoReturn:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """How the tokens of all images lie in one row: without padding between them.
+    """A layout of the tokens of all images in one row, without padding between them.
 
     Attributes:
-        offsets: (B + 1,) int32 on the tokens' device: those of image b are rows ``offsets[b] .. offsets[b + 1]``.
+        offsets: (B + 1,) int32 on the tokens' device: image b's are rows ``offsets[b] .. offsets[b + 1]``.
         longest: no image has more tokens. The host knows it without waiting for the device, so it is a bound.
     """
 
@@ -287,7 +308,7 @@ class Packing:
         return self.offsets.shape[0] - 1
 
     def spread(self, values: Tensor, rows: int) -> Tensor:
-        """(B, ...) values of images -> (rows, ...) those of every row's image."""
+        """Turn (B, ...) values of images into (rows, ...) values of every row's image."""
         row = torch.arange(rows, dtype=self.offsets.dtype, device=self.offsets.device)
         return values.index_select(0, torch.searchsorted(self.offsets[1:], row, right=True).clamp_(max=self.batch - 1))
 
@@ -328,8 +349,8 @@ class Tokens(_Fields):
         sizes: (B, N) float32, how many patches each token stands for, or None while all are one.
         bias: (B, N) float32 that attention adds to the logits of every key: the logarithm of the size where attention
             is proportional to it (ToMe), -inf for tokens that are not valid; or None for zeros.
-        valid: (B, N) bool, or None while all tokens are real (ATS pads). Packed tokens keep what it will be once they
-            are unpacked.
+        valid: (B, N) bool, or None while all tokens are real (ATS pads, and so may images have been). Packed tokens
+            keep what it will be once they are unpacked.
         received: (B, N) attention that every token got in the block before, summed over heads and queries, where the
             next stage asks for it (K-Medoids), else None.
         policy: (B, N) 1 for tokens that attention sees and 0 for others, differentiable (DynamicViT in training).
@@ -357,7 +378,7 @@ class Tokens(_Fields):
         return (self.x.shape[1] if self.packing is None else self.packing.longest) - self.prefix
 
     def replace(self, x: Tensor, **changes: Any) -> Tokens:
-        """The same tokens with another ``x``, and whatever else changes."""
+        """Return the tokens with another ``x``, and whatever else changes."""
         # Not by _replace, of which torch.compile in torch 2.11 makes an empty tuple. What was normed is another x.
         kept: dict[str, Any] = {"prefix": self.prefix, "patches": self.patches, "backend": self.backend}
         kept |= {"sizes": self.sizes, "bias": self.bias, "valid": self.valid, "received": self.received}
@@ -382,10 +403,13 @@ class Tokens(_Fields):
             kept["place"] = plan.place(self.place)
         if self.inputs is not None:
             kept["inputs"] = (*self.inputs, before)
+        if self.valid is not None and "valid" not in changes:  # padding from the start
+            kept["valid"] = plan.real(self.valid, self.prefix)
+            kept["bias"] = kept["valid"].float().log()
         return Tokens(x, **(kept | changes))
 
     def packed(self) -> tuple[Tokens, Packing]:
-        """The same in one row, and how they lie in it. If they are not packed yet, all must be real."""
+        """Return the tokens in one row, and how they lie in it. If they are not packed yet, all must be real."""
         if self.packing is not None:
             return self, self.packing
         assert self.valid is None
@@ -395,14 +419,14 @@ class Tokens(_Fields):
         return self.replace(self.x.reshape(1, batch * tokens, channels), packing=packing), packing
 
     def unpacked(self) -> Tokens:
-        """The same with a row of tokens for every image, zeros behind the shorter ones."""
+        """Return the tokens with a row for every image, zeros behind the shorter ones."""
         if self.packing is None:
             return self
         x = ops.unpack_tokens(self.x, self.packing.offsets, longest=self.packing.longest, backend=self.backend)
         return self.replace(x, packing=None)
 
     def dense(self, fill: str = "zero") -> Tensor:
-        """(B, prefix + patches, C): ``x`` on the full grid.
+        """Return ``x`` on the full grid, (B, prefix + patches, C).
 
         Args:
             fill: what a dropped patch shows: ``"zero"``, or ``"last"``, its value as it entered the block that dropped
@@ -430,7 +454,7 @@ class Tokens(_Fields):
         raise AttributeError(_NOT_A_TENSOR if explained else f"'Tokens' object has no attribute {name!r}")
 
     def __getitem__(self, key: Any) -> Any:
-        """One of the fields; ``[:, 0]`` and the like explain themselves."""
+        """Return one of the fields; ``[:, 0]`` and the like explain themselves."""
         return super().__getitem__(key) if isinstance(key, int) else _explain()
 
     __array__ = _explain

@@ -1,4 +1,4 @@
-"""What the forward and the backward pass of attention share: tiles, pieces of kernels, and sums over heads."""
+"""Tiles, pieces of kernels and sums over heads, shared by the forward and the backward pass of attention."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SHORT_GRAD_QUERIES = AttentionTile(64, 16, 8)
 # of float32 at 128 channels with any option too.
 SMALL_HALF = AttentionTile(16, 16, 4, all_registers=True)
 SMALL_FLOAT = AttentionTile(16, 16, 8, all_registers=True)
-# Exact dots hold their operands in registers, those of two gradients the most.
+# Exact dots hold their operands in registers, dots of two gradients the most.
 FLOAT_TILES = {
     64: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), AttentionTile(32, 16, 8)),
     128: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), SMALL_FLOAT),
@@ -59,13 +59,13 @@ FLOAT_WITH_OPTIONS = AttentionTile(32, 16, 8, all_registers=True)
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """A power of two, and the least that tensor cores take."""
+    """Return the next power of two, and at least what tensor cores take."""
     return max(16, next_power_of_2(head_dim))
 
 
 @functools.cache
 def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_options: bool = False) -> AttentionTiles:
-    """The tiles of a head dimension up to 256.
+    """Return the tiles of a head dimension up to 256.
 
     ``with_options``: keys have a bias, queries an index, images offsets, or scores a gradient.
     """
@@ -87,11 +87,12 @@ def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_op
 def whole_tile(
     queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, with_options: bool
 ) -> AttentionTile | None:
-    """All queries of a head in one program, which makes five products for the gradients; None where two passes do.
+    """Return the tile of a program that has all queries of a head, None where two passes take their place.
 
-    Those make seven, as each computes the logits and the gradient of the weights for itself. 16,384 accumulators are
-    what 8 warps hold beside a step's logits, on Hopper alone: older tensor cores take operands from registers. With a
-    policy, gradients of scores or channels to be masked a few words would spill.
+    Such a program makes five products for the gradients.
+    Two passes make seven, as each computes the logits and the gradient of the weights for itself.
+    16,384 accumulators are what 8 warps hold beside a step's logits, on Hopper alone: older tensor cores take operands
+    from registers. With a policy, gradients of scores or channels to be masked a few words would spill.
     """
     own, width = max(64, next_power_of_2(queries)), padded_head_dim(head_dim)
     if not aligned or dtype == torch.float32 or width != head_dim or own * max(64, width) > 16384:
@@ -100,7 +101,7 @@ def whole_tile(
 
 
 def takes_whole() -> bool:
-    """Whether the device is a Hopper; the interpreter takes what Hopper takes."""
+    """Return whether the device is a Hopper; the interpreter takes what Hopper takes."""
     if not is_compiled(sum_heads_kernel):
         return True
     target = triton.runtime.driver.active.get_current_target()
@@ -122,7 +123,10 @@ def last_rows(rows: int, step: int) -> int:
 
 
 def has_last_step(head_dim: int, dtype: torch.dtype, unit: int) -> bool:
-    """Whether the last step stands apart and is the only one that is masked: it takes registers, wider rows all."""
+    """Return whether the last step stands apart and is the only one that is masked.
+
+    That takes registers, so wider rows mask every step.
+    """
     return dtype != torch.float32 and unit > 1 and padded_head_dim(head_dim) <= 64
 
 
@@ -193,7 +197,7 @@ def sum_heads_kernel(
     keys,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_N keys, heads in order."""
+    """Sum BLOCK_N keys in each program, heads in order."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = offsets_n < keys
@@ -227,7 +231,7 @@ def launches(
 
 
 def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """Two strides, 0 for a tensor that is not there."""
+    """Return two strides, 0 for a tensor that is not there."""
     return (0, 0) if tensor is None else tensor.stride()
 
 

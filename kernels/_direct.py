@@ -26,7 +26,7 @@ def direct(kernel: Any) -> Any:
 
 
 def is_compiled(kernel: Any) -> bool:
-    """Whether a kernel is compiled; the interpreter's have no target and take no settings of one."""
+    """Return whether a kernel is compiled; the interpreter's have no target and take no settings of one."""
     return isinstance(kernel, (_Direct, JITFunction))
 
 
@@ -90,7 +90,7 @@ class _Direct:
 
 
 def _watched(kernel: JITFunction) -> bool:
-    """Whether somebody wants to see launches, or has them compiled in another way: then Triton launches."""
+    """Return whether somebody wants to see launches, or has them compiled in another way: then Triton launches."""
     runtime = knobs.runtime
     return (
         bool(getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook))

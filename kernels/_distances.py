@@ -63,7 +63,7 @@ def squared_distances(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """``|i|^2 + |j|^2 - 2ij``, not below zero; NaN stays."""
+    """Return ``|i|^2 + |j|^2 - 2ij``, not below zero; NaN stays."""
     dots = _dots(pointers_i, pointers_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
     squared = squares_i[:, None] + tl.load(squares_j)[None, :] - 2.0 * dots
     return tl.where(squared < 0.0, 0.0, squared)
@@ -102,7 +102,7 @@ def squared_lengths_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: ROWS rows."""
+    """Sum the squares of ROWS rows in each program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.arange(0, BLOCK_C)
     pointers = x + (row // tokens * stride_b + row % tokens * stride_n)[:, None] + offsets_c[None, :]

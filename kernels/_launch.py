@@ -31,14 +31,17 @@ class RowTile:
 
 @functools.cache
 def row_tile(channels: int) -> RowTile:
-    """About 2,048 elements a program: 16 a thread at 4 warps, which is two 16-byte loads of half precision each."""
+    """Return a tile of about 2,048 elements.
+
+    At 4 warps a thread has two 16-byte loads of half precision.
+    """
     block_c = min(next_power_of_2(max(1, channels)), 1024)
     return RowTile(rows=max(1, 2048 // block_c), block_c=block_c, num_warps=4)
 
 
 @functools.cache
 def whole_rows(channels: int) -> RowTile:
-    """As row_tile, but a program holds all channels of its rows: from 2,048 on, warps grow with them."""
+    """Return a tile that holds all channels of its rows, else like row_tile's. From 2,048 channels on, warps grow."""
     block_c = next_power_of_2(max(1, channels))
     return RowTile(rows=max(1, 2048 // block_c), block_c=block_c, num_warps=min(32, max(4, block_c // 512)))
 
@@ -49,6 +52,11 @@ def row_warps(block_c: int) -> int:
 
 
 MOST_IMAGES = 65_535  # all that the second and third axis of a grid take, where kernels find their image
+
+
+def needs_parts(images: int) -> bool:
+    """Return whether a launch cannot take as many images at once."""
+    return images > MOST_IMAGES
 
 
 def parts_of_images(images: int) -> list[slice]:

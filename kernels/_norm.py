@@ -59,7 +59,7 @@ def norm_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Where a reduction cannot hold its rows: the norm on its own."""
+    """Normalise rows on their own, where a reduction cannot hold its rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.arange(0, BLOCK_C)
     in_rows = row < rows
@@ -96,7 +96,7 @@ def _norm_gradient(
     normed_stride_b,
     normed_stride_n,
 ):
-    """Whole gradient of rows of out (ROWS, BLOCK_C), and what they add to those of weight and bias.
+    """Return the whole gradient of rows of out (ROWS, BLOCK_C), and what they add to weight's and bias's.
 
     Rows that are masked have and add zeros, channels past the last have numbers that mean nothing and add zeros.
     """
@@ -119,7 +119,7 @@ def _norm_gradient(
 
 @triton.jit
 def _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels):
-    """What the rows of one program add to the gradients of weight and bias: sums (programs, 2, C)."""
+    """Store what the rows of one program add to the gradients of weight and bias: sums (programs, 2, C)."""
     target = sums + program * 2 * channels + offsets_c
     tl.store(target, tl.sum(weight_sum, 0), mask=offsets_c < channels)
     tl.store(target + channels, tl.sum(bias_sum, 0), mask=offsets_c < channels)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def packed_keys(scores, offsets, in_bounds):
-    """int64 keys whose descending order is (score descending, index ascending), NaN last and -0.0 equal to 0.0."""
+    """Return int64 keys whose descending order is (score descending, index ascending), NaN last, -0.0 equal to 0.0."""
     value = tl.load(scores, mask=in_bounds, other=float("nan")).to(tl.float32)
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -18,7 +18,7 @@ def packed_keys(scores, offsets, in_bounds):
 
 @triton.jit
 def ascending_keys(value, index):
-    """int64 keys in the order of (value, index), NaN last and -0.0 equal to 0.0."""
+    """Return int64 keys in the order of (value, index), NaN last and -0.0 equal to 0.0."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     ordered = tl.where(value == value, ordered, 0x7FFFFFFF)

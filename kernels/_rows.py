@@ -25,11 +25,11 @@ def _whole(unit: int, columns: int, strides: tuple[int, ...]) -> bool:
 
 @triton.jit
 def head_of(tensor, batch, head, stride_b, stride_h, UNIT: tl.constexpr):
-    """Where a head begins: at a multiple of UNIT, as the strides of 72 channels a head do not tell the compiler."""
+    """Return where a head begins: at a multiple of UNIT, strides of 72 channels a head do not tell the compiler."""
     return tensor + tl.multiple_of(batch * stride_b, UNIT) + tl.multiple_of(head * stride_h, UNIT)
 
 
 @triton.jit
 def steps(rows, stride, UNIT: tl.constexpr):
-    """From one row of a head to others, likewise."""
+    """Return the steps from one row of a head to others, as multiples of UNIT likewise."""
     return tl.multiple_of(rows.to(tl.int64) * stride, UNIT)[:, None]

@@ -1,4 +1,4 @@
-"""How many images a launch takes where each needs a matrix of its own: memory stays bounded whatever the batch."""
+"""Numbers of images that a launch takes where each needs a matrix: memory stays bounded whatever the batch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ WORKSPACE = 256 << 20  # bytes of the matrices that are in memory at a time, or 
 
 
 def workspace_parts(images: int, bytes_each: int) -> list[range]:
-    """All images, in as few launches as the workspace allows."""
+    """Cut all images into as few launches as the workspace allows."""
     size = max(1, min(images, WORKSPACE // max(1, bytes_each)))
     return [range(start, min(start + size, images)) for start in range(0, images, size)]

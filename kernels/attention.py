@@ -49,7 +49,7 @@ class ColumnTile:
 
 @functools.cache
 def mean_tile(head_dim: int, aligned: bool) -> ColumnTile:
-    """8,192 elements a step, 64 a thread: few programs, so that each must keep many loads in flight.
+    """Return a tile of 8,192 elements a step: programs are few, so each must keep many loads in flight.
 
     Of rows that are not aligned a quarter, as 64 addresses a thread would spill.
     """
@@ -59,7 +59,7 @@ def mean_tile(head_dim: int, aligned: bool) -> ColumnTile:
 
 @functools.cache
 def key_tile(head_dim: int) -> ColumnTile:
-    """2,048 elements a head, 16 a thread: heads follow one another, so that there are many programs."""
+    """Return a tile of 2,048 elements a head: heads follow one another, so that there are many programs."""
     columns = padded_head_dim(head_dim)
     return ColumnTile(rows=2048 // columns, columns=columns, num_warps=4)
 
@@ -79,7 +79,7 @@ def mean_values_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: one head of one image."""
+    """Average the values of one head of one image in each program."""
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.arange(0, BLOCK_N)
@@ -119,7 +119,7 @@ def _step(
     BLOCK_D: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Take some more keys into the running softmax; only those of the last step are masked."""
+    """Take some more keys into the running softmax; only the last step's keys are masked."""
     in_n = columns < last_n if LAST else None
     key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -297,7 +297,7 @@ def attention_kernel(
     LAST_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head; the last one of a head the LAST_M that are left."""
+    """Attend for BLOCK_M queries of one head in each program; the last one of a head takes the LAST_M that are left."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
@@ -357,7 +357,7 @@ def received_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_N keys of one head, over the queries."""
+    """Sum what BLOCK_N keys of one head receive from the queries, in each program."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -413,7 +413,7 @@ def class_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_N keys of one image, over the heads."""
+    """Average over the heads the class token's attention to BLOCK_N keys of one image, in each program."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = prefix + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -473,7 +473,7 @@ def attention(
     longest_keys: int = 0,
     num_out: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; q (B, H, M, D), k and v (B, H, N, D), dense last axes -> out (B, H, M, D), logsumexp (B, H, M).
+    """Launch once; q (B, H, M, D), k and v (B, H, N, D), dense last axes -> out (B, H, M, D), logsumexp (B, H, M).
 
     A bias is (B, N), an index (B, K): then M is prefix + K in what follows. With offsets of the queries and the keys,
     (images + 1,) int32 each, B is 1, and ``longest_queries`` and ``longest_keys`` say how many an image has at most.
@@ -500,7 +500,7 @@ def attention(
 def attention_policy(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: torch.Tensor, scale: float, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches; q, k, v (B, H, N, D), dense last axes, policy (B, N) -> out, and three for its gradient.
+    """Launch twice; q, k, v (B, H, N, D), dense last axes, policy (B, N) -> out, and three for its gradient.
 
     They are the logsumexp (B, H, N), total (B, H, N) and the mean (B, H, D) of v.
     """
@@ -585,8 +585,6 @@ def _attend(
         *strides(index),
         **options,
         **settings(tile),
-        **settings(tile),
-        **settings(tile),
     )
 
 
@@ -600,9 +598,10 @@ def key_scores(
     prefix: int,
     scale: float,
 ) -> torch.Tensor:
-    """What keys get of the attention whose logsumexp (B, H, M) this is: of the first query's, averaged over heads.
+    """Return the attention each key gets, from q, k and the logsumexp (B, H, M) of their logits.
 
-    One launch -> (B, N - prefix). ``kind="received"``: of all, summed over heads and queries; two -> (B, N).
+    ``kind="class"``: from the first query, averaged over heads, (B, N - prefix), one launch.
+    ``kind="received"``: summed over all queries and heads, (B, N), two launches.
     """
     batch, heads, queries, head_dim = q.shape
     keys = k.shape[2]

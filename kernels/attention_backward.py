@@ -34,7 +34,7 @@ from ._rows import head_of, steps, unit_of
 
 @triton.jit
 def _upstream_of_scores(row, columns, mask, stride, prefix, heads, CLASS: tl.constexpr):
-    """The gradient of the scores of these keys; of the class token's, what one head adds to them."""
+    """Return the gradient of the scores of these keys; of the class token's scores, what one head adds to them."""
     if CLASS:
         columns -= prefix
         mask = mask & (columns >= 0)
@@ -222,7 +222,7 @@ def grad_queries_kernel(
     LAST_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head. If these are all, it may give the keys their gradients too.
+    """Give BLOCK_M queries of one head their gradients in each program; if these are all queries, perhaps the keys too.
 
     Else it leaves what the pass over the keys needs of every query. With a policy the maximum of a row, over all keys,
     has a gradient of eps / total: small, unless hidden keys dominate the row. It goes to the first key that reaches the
@@ -382,8 +382,9 @@ def grad_keys_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_N keys of one head; logits stand on their side, so that they go into the next dot as they are.
+    """Give BLOCK_N keys of one head their gradients in each program.
 
+    Logits stand on their side, so that they go into the next dot as they are.
     Rows past the last query have a gradient of zero, so that their weights do not matter.
     """
     head = tl.program_id(1).to(tl.int64)
@@ -490,9 +491,9 @@ def attention_backward(
     kind: str = "",
     with_bias: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches; grad (B, H, M, D) -> gradients of q, k, v and the bias, (B, 0) without.
+    """Launch twice; grad (B, H, M, D) -> gradients of q, k, v and the bias, (B, 0) without.
 
-    A third with a bias if ``with_bias``. With an index the first gradient is that of the chosen queries,
+    A third with a bias if ``with_bias``. With an index the first gradient is the chosen queries',
     (B, H, prefix + K, D). The gradient of the ``kind`` of :func:`key_scores` joins.
     """
     of_keys = bias if with_bias else None

@@ -30,7 +30,10 @@ class KeyTile:
 
 @functools.cache
 def key_tile(head_dim: int) -> KeyTile:
-    """4,096 elements a program: 32 a thread, four 16-byte loads of half precision in flight each."""
+    """Return a tile of 4,096 elements a program.
+
+    A thread has four 16-byte loads of half precision in flight.
+    """
     block_d = max(16, next_power_of_2(head_dim))
     return KeyTile(block_n=max(1, 4096 // block_d), block_d=block_d, num_warps=4)
 
@@ -47,7 +50,7 @@ class HeadTile:
 
 @functools.cache
 def head_tile(heads: int, parts: int, streams: int = 1) -> HeadTile:
-    """2,048 elements a program, 16 a thread; heads lie within a thread or a warp, keys across lanes.
+    """Return a tile of 2,048 elements a program; heads lie within a thread or a warp, keys across lanes.
 
     Half the keys where lengths are a second stream: with 4 heads and as many keys a few words spilled on sm_80.
     """
@@ -86,7 +89,7 @@ def class_logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: the logits of BLOCK_N keys of one head, their maximum and the sum of their exponentials."""
+    """Compute the logits of BLOCK_N keys of one head in each program, with their maximum and sum of exponentials."""
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -141,7 +144,7 @@ def head_mean_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program: the scores of BLOCK_N keys, with lengths their weighted sum. It joins the few partial softmaxes."""
+    """Join the few partial softmaxes in each program into the scores of BLOCK_N keys, or into a sum with lengths."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_h = tl.arange(0, BLOCK_H)
     in_h = offsets_h < heads
@@ -201,7 +204,10 @@ def class_logits_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """One program: one head of one image. First the mean of the upstream gradient under the attention, then K."""
+    """Differentiate one head of one image in each program.
+
+    The mean of the upstream gradient under the attention comes first, then K.
+    """
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     row = batch * heads + head
@@ -239,7 +245,7 @@ def class_logits_backward_kernel(
 
 
 def _key_strides(tensor: torch.Tensor, offsets: torch.Tensor | None) -> tuple[int, ...]:
-    """Of image, head and token; packed images lie in one row."""
+    """Return the strides of image, head and token; packed images lie in one row."""
     return (*tensor.stride()[:3],) if offsets is None else (0, *tensor.stride()[1:3])
 
 
@@ -311,7 +317,7 @@ def _forward(
 def cls_scores(
     q: torch.Tensor, k: torch.Tensor, prefix: int, scale: float, valid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches; q (B, H, D), k (B, H, N, D), dense last axes -> scores (B, N - prefix), logits, logsumexp."""
+    """Launch twice; q (B, H, D), k (B, H, N, D), dense last axes -> scores (B, N - prefix), logits, logsumexp."""
     return _forward(q, k, None, valid, prefix, scale)
 
 
@@ -319,7 +325,7 @@ def cls_scores(
 def cls_value_scores(
     q: torch.Tensor, k: torch.Tensor, value: torch.Tensor, valid: torch.Tensor | None, prefix: int, scale: float
 ) -> torch.Tensor:
-    """Two launches; q (B, H, D), k and value (B, H, N, D), dense last axes -> scores (B, N - prefix)."""
+    """Launch twice; q (B, H, D), k and value (B, H, N, D), dense last axes -> scores (B, N - prefix)."""
     return _forward(q, k, value, valid, prefix, scale)[0]
 
 
@@ -333,7 +339,7 @@ def cls_value_scores_packed(
     prefix: int,
     scale: float,
 ) -> torch.Tensor:
-    """Two launches; q (B, H, D), k and value (1, H, T, D), dense last axes -> scores (B, longest - prefix)."""
+    """Launch twice; q (B, H, D), k and value (1, H, T, D), dense last axes -> scores (B, longest - prefix)."""
     return _forward(q, k, value, None, prefix, scale, offsets, longest)[0]
 
 

@@ -33,7 +33,9 @@ def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
 
 
 def most_tokens(dtype: torch.dtype) -> int:
-    """Tokens of an image that one program clusters: a key a thread in the sort. DeiT at 224 pixels has 196.
+    """Return the most tokens of an image that one program clusters: a key a thread in the sort.
+
+    DeiT at 224 pixels has 196.
 
     Exact dots of float32 do without tensor cores: 196 tokens of 384 channels are 22 million multiplications, which take
     one multiprocessor 100 us at its peak and several less, by far more than the three launches more.
@@ -43,7 +45,7 @@ def most_tokens(dtype: torch.dtype) -> int:
 
 @functools.cache
 def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> DistanceTile:
-    """Of the one program that has an image to itself: found by compiling too.
+    """Return the tile of the one program that has an image to itself; it was found by compiling too.
 
     16 warps, which take all registers of a multiprocessor as two programs of 8 would, and half the barriers. Rows that
     are not aligned take an address for every element, and with so wide a tile they spill.
@@ -74,7 +76,7 @@ def density_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program takes the smallest distances of BLOCK_I tokens from tile after tile."""
+    """Take the smallest distances of BLOCK_I tokens from tile after tile, in each program."""
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
@@ -181,7 +183,7 @@ def score_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program scores BLOCK_I tokens of one image."""
+    """Score BLOCK_I tokens of one image in each program."""
     batch = tl.program_id(1).to(tl.int64)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
@@ -207,7 +209,7 @@ def _labels(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The nearest centre of BLOCK_I tokens, the first if tied; a centre's is itself."""
+    """Return the nearest centre of BLOCK_I tokens, the first if tied; a centre's is itself."""
     i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
     pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
@@ -248,7 +250,7 @@ def label_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program compares BLOCK_I tokens with every centre."""
+    """Compare BLOCK_I tokens with every centre, in each program."""
     batch = tl.program_id(1).to(tl.int64)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
@@ -282,7 +284,10 @@ def cluster_kernel(
     GROUP_I: tl.constexpr,
     GROUP_J: tl.constexpr,
 ):
-    """One program an image: scores, centres, labels, groups; each step loads behind a barrier what others stored."""
+    """Cluster one image in each program: scores, centres, labels, groups.
+
+    Each step loads, behind a barrier, what other threads stored.
+    """
     batch = tl.program_id(0).to(tl.int64)
     rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens

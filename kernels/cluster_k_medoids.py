@@ -1,7 +1,7 @@
 """K-Medoids in three launches: squared lengths; all distances, the cost and rank of every token; all iterations.
 
-Distances are written to a workspace. Where it does not hold those of all images, the last two launches take some images
-at a time: an image of N tokens takes about 4 N^2 bytes.
+Distances are written to a workspace. Where it does not hold all images' distances, the last two launches take some
+images at a time: an image of N tokens takes about 4 N^2 bytes.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ class ClusterTile:
 
 @functools.cache
 def cluster_tile(tokens: int) -> ClusterTile:
-    """8 distances a thread, kept over all centers: 16, or 32 threads for fewer of them, spilled for sm_80 or sm_90."""
+    """Return a tile of 8 distances a thread, kept over all centers.
+
+    Twice as many spilled, and so did 32 threads for fewer of them, on sm_80 or sm_90.
+    """
     block_n = min(max(next_power_of_2(tokens), 32), 512)
     return ClusterTile(block_n=block_n, block_j=8, num_warps=block_n // 32)
 
 
 @triton.jit
 def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n):
-    """Costs of tokens i (BLOCK_I,), and those of most weight into the place of their rank among the centers."""
+    """Store the costs of tokens i (BLOCK_I,), and the tokens of most weight at their rank among the centers."""
     in_i = i < tokens
     weights += batch * weights_stride_b
     total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)
@@ -83,7 +86,7 @@ def token_distances_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: BLOCK_I tokens of one image against all of them."""
+    """Measure BLOCK_I tokens of one image against all of them, in each program."""
     place = tl.program_id(1).to(tl.int64)
     batch = place + first
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -139,7 +142,7 @@ def _cost_keys(cost, label, n, tokens):
 
 @triton.jit
 def _cheapest_of_all(cost, label, centers, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The same of all clusters, where all tokens are one block: they are loaded once."""
+    """Return the cheapest token of all clusters, where all tokens are one block: they are loaded once."""
     none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     key, label_n = _cost_keys(cost, label, tl.arange(0, BLOCK_N), tokens)
     for start_j in range(0, clusters, BLOCK_J):
@@ -175,7 +178,10 @@ def iterate_clusters_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """One program an image; what one phase stores the next one loads, behind a barrier."""
+    """Iterate the clusters of one image in each program.
+
+    What one phase stores the next one loads, behind a barrier.
+    """
     place = tl.program_id(0).to(tl.int64)
     batch = place + first
     distance += place * tokens * row_stride

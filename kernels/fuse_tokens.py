@@ -171,7 +171,10 @@ def fuse_tokens_kernel(
     SUM_ROWS: tl.constexpr,
     SUM_BLOCK_C: tl.constexpr,
 ):
-    """The first programs sum the rest, SUM_BLOCK_C channels each, because they take longest; the others copy rows."""
+    """Sum the rest in the first programs, SUM_BLOCK_C channels each, and copy rows in the others.
+
+    The sums come first because they take longest.
+    """
     batch = tl.program_id(1).to(tl.int64)
     x += batch * x_stride_b
     order += batch * order_stride_b
@@ -258,7 +261,10 @@ def fuse_tokens_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: ROWS whole rows, taken in the order [prefix, order]; rows of the rest share the fused gradient."""
+    """Differentiate ROWS whole rows in each program, taken in the order [prefix, order].
+
+    Rows of the rest share the fused gradient.
+    """
     batch = tl.program_id(1).to(tl.int64)
     rest_blocks = tl.cdiv(tokens - num_kept, ROWS)
     is_rest = tl.program_id(0) < rest_blocks
@@ -335,7 +341,7 @@ def fuse_tokens_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: SUMMED rows of the rest, after the gradient of the fused row, or as many rows of out."""
+    """Differentiate SUMMED rows of the rest in each program, after the fused row's gradient, or as many rows of out."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
@@ -536,9 +542,9 @@ def fuse_tokens_norm_backward(
     prefix: int,
     residual_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and a sum if affine -> gradients of x, of the scores, of out if rows, else (B, 0, C).
+    """Launch, and sum if affine -> gradients of x, of the scores, of out if rows, else (B, 0, C).
 
-    The last are those of weight and bias (2, C) float32, else (0, C).
+    The last are the gradients of weight and bias (2, C) float32, else (0, C).
     """
     batch, tokens, channels = x.shape
     num_out = out.shape[1]

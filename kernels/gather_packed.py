@@ -15,7 +15,7 @@ from ._launch import row_tile
 
 @triton.jit
 def _image_of(offsets, row, batch, STEPS: tl.constexpr):
-    """How many images end at a row or before it: the image that the row is in, and ``batch`` behind the last."""
+    """Count the images that end at a row or before it: the image that the row is in, and ``batch`` behind the last."""
     image = tl.zeros_like(row)
     end = image + batch
     for _ in range(STEPS):
@@ -39,7 +39,7 @@ def token_offsets_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program counts BLOCK_B images at a time and adds up."""
+    """Count the tokens of BLOCK_B images at a time, and add up, all in one program."""
     total = tl.zeros((), tl.int32)
     tl.store(offsets, total)
     for start_b in range(0, batch, BLOCK_B):
@@ -78,7 +78,7 @@ def gather_packed_kernel(
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """One program makes ROWS packed rows, BLOCK_C channels of them; zeros behind the last image."""
+    """Make ROWS packed rows in each program, BLOCK_C channels of them; zeros behind the last image."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image = _image_of(target, rows, batch, STEPS)
@@ -127,7 +127,7 @@ def scatter_packed_kernel(
     STEPS: tl.constexpr,
     INDEX_STEPS: tl.constexpr,
 ):
-    """One program: ROWS rows of out, each of which looks for the row that it became; zeros where there is none."""
+    """Look in each program for the rows that ROWS rows of out became; zeros where there is none."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows = rows < num_out

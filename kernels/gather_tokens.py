@@ -45,7 +45,7 @@ def gather_tokens_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program copies ROWS output rows, BLOCK_C channels of them."""
+    """Copy ROWS output rows in each program, BLOCK_C channels of them."""
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -94,7 +94,10 @@ def gather_tokens_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: SUMMED tokens, ROWS of them side by side; each walks the rows taken from it, mostly one or none."""
+    """Differentiate SUMMED tokens in each program, ROWS of them side by side.
+
+    Each walks the rows taken from it, mostly one or none.
+    """
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
@@ -201,9 +204,9 @@ def gather_tokens_norm_backward(
     order: torch.Tensor,
     offsets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and a sum if affine; rows of out grouped by their N tokens -> gradients of x (B, N, C), of out if rows.
+    """Launch, and sum if affine; rows of out grouped by their N tokens -> gradients of x (B, N, C), of out if rows.
 
-    The latter is (B, M, C), else (B, 0, C); then those of weight and bias (2, C) float32, else (0, C).
+    The latter is (B, M, C), else (B, 0, C); then the gradients of weight and bias (2, C) float32, else (0, C).
     """
     batch, num_out, channels = out.shape
     tokens = offsets.shape[1] - 1

@@ -28,13 +28,14 @@ class ProductTile:
 
 
 def _fits(size: int, high: int) -> int:
-    """The least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
+    """Return the least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
     return min(max(next_power_of_2(size), 16), high)
 
 
 def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether tiles can be 128 wide: where nothing is aligned, every element has a pointer of its own, and they spill.
+    """Return whether tiles can be 128 wide.
 
+    Where nothing is aligned, every element has a pointer of its own, and they spill.
     float32 is three products of tf32, whose parts are held in registers.
     """
     return dtype != torch.float32 and inner % 16 == columns % 16 == 0
@@ -50,14 +51,14 @@ def product_tile(inner: int, columns: int, dtype: torch.dtype) -> ProductTile:
 
 @functools.cache
 def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> ProductTile:
-    """The same of the weight's gradient, which sums over rows."""
+    """Return the tile of the weight's gradient, which sums over rows."""
     if _wide(ins, outs, dtype):
         return ProductTile(_fits(outs, 128), _fits(ins, 128), 64, num_warps=8, num_stages=3)
     return ProductTile(_fits(outs, 64), _fits(ins, 64), 32, num_warps=8, num_stages=2)
 
 
 def grad_weight_parts(ins: int, outs: int, rows: int, dtype: torch.dtype) -> int:
-    """How many programs share a tile's sum: for two on each of 132 multiprocessors, with 512 rows or more each."""
+    """Return how many programs share a tile's sum: two on each of 132 multiprocessors, with 512 rows or more each."""
     tile = grad_weight_tile(ins, outs, dtype)
     tiles = cdiv(outs, tile.block_m) * cdiv(ins, tile.block_n)
     return max(1, min(cdiv(264, tiles), rows // 512))
@@ -70,7 +71,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _blocks(columns, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which block of rows and of columns: eight blocks of rows go through all columns together, out of the L2."""
+    """Return the program's blocks of rows and of columns.
+
+    Eight blocks of rows go through all columns together, out of the L2.
+    """
     blocks_n = tl.cdiv(columns, BLOCK_N)
     group = tl.program_id(0) // (8 * blocks_n)
     first = group * 8
@@ -100,7 +104,7 @@ def packed_product_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """One tile of ``x @ weight + bias``; a tile behind the last row sums over nothing."""
+    """Compute one tile of ``x @ weight + bias`` in each program; a tile behind the last row sums over nothing."""
     block_m, block_n = _blocks(columns, rows, BLOCK_M, BLOCK_N)
     total = tl.load(offsets + batch)
     offsets_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -147,7 +151,7 @@ def packed_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of ``grad.T @ x`` over one of P parts of the rows; if wanted, the first programs sum ``grad`` instead.
+    """Compute one tile of ``grad.T @ x`` over one of P parts of the rows; if wanted, the first programs sum ``grad``.
 
     Not those that multiply: what feeds a dot must not feed a sum, see ``_distances``.
     """

@@ -70,7 +70,7 @@ def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1
 def averages_while_loading(
     searching: int, channels: int, dtype: torch.dtype, heads: int, *, aligned: bool = True
 ) -> bool:
-    """Whether keys are averaged as the matching loads them, which saves a launch and the metric in memory.
+    """Return whether keys are averaged as the matching loads them, which saves a launch and the metric in memory.
 
     In half precision up to 128 channels, all of which a tile keeps; float32 keeps the means of its even tokens in
     memory for its next steps. Of rows that are not aligned every element takes an address, and these spill.
@@ -96,7 +96,7 @@ def _metric(pointers, mask, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _metric_once(pointers, kept, mask, first, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
-    """The same of rows that this program needs at every step: averaged and kept at the first, read back at others."""
+    """Return the metric of rows that this program needs at every step: averaged and kept at the first, then read."""
     if first:
         rows = _metric(pointers, mask, stride_h, HEADS, UNIT)
         tl.store(kept, rows, mask=mask)
@@ -120,7 +120,7 @@ def mean_keys_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: ROWS tokens, BLOCK_D channels."""
+    """Average ROWS tokens over the heads in each program, BLOCK_D channels of them."""
     batch = tl.program_id(2).to(tl.int64)
     channels = channels // UNIT * UNIT
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -152,7 +152,7 @@ def best_match_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program compares BLOCK_A even tokens with every odd one; similarities never leave the registers.
+    """Compare BLOCK_A even tokens with every odd one in each program; similarities never leave the registers.
 
     Of channels in chunks, squares are summed in the loop only where heads are averaged, so that the dot does not read
     what was loaded: see ``_distances``.
@@ -249,7 +249,10 @@ def assign_slots_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """One program an image. The r best of set A are a set, not a ranking: four bits at a time, no sort."""
+    """Assign the slots of one image in each program.
+
+    The r best of set A are a set, not a ranking: four bits at a time, no sort.
+    """
     batch = tl.program_id(0).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
     best += batch * num_a
@@ -312,7 +315,7 @@ def assign_slots_kernel(
 
 
 def mean_keys(keys: torch.Tensor) -> torch.Tensor:
-    """One launch; keys (B, H, N, D) with contiguous channels -> (B, N, D), rounded once."""
+    """Launch once; keys (B, H, N, D) with contiguous channels -> (B, N, D), rounded once."""
     batch, heads, tokens, channels = keys.shape
     metric = torch.empty(batch, tokens, channels, dtype=keys.dtype, device=keys.device)
     if metric.numel():
@@ -335,9 +338,9 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
 
 
 def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch to three; keys (B, H, N, D) -> similarity (B, A) float32 and place among the odd tokens (B, A) int32.
+    """Launch one to three times; keys (B, H, N, D) -> similarity (B, A) float32, place (B, A) int32 among odd tokens.
 
-    Of the A even tokens, those of the prefix are left out.
+    The A even tokens leave out the prefix's.
     """
     batch, heads, tokens, channels = keys.shape
     num_a, num_b = (tokens + 1) // 2, tokens // 2
@@ -377,8 +380,9 @@ def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
 
 @in_parts("metric")
 def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two launches to five; metric (B, N, D), or keys (B, H, N, D), with contiguous channels. Any N from 2, any D.
+    """Launch twice to five times; metric (B, N, D), or keys (B, H, N, D), with contiguous channels.
 
+    N is 2 or more, D anything.
     Returns slot (B, N) int64, and the tokens grouped by it: order (B, N) and offsets (B, N - r + 1), int32.
     """
     batch, tokens = metric.shape[0], metric.shape[-2]

@@ -65,7 +65,7 @@ def reduce_slots_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program walks the tokens of SLOTS slots, side by side, each in index order: deterministic."""
+    """Sum the tokens of SLOTS slots in each program, side by side, each in index order: deterministic."""
     batch = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * SLOTS
     m = first + tl.arange(0, SLOTS)
@@ -191,7 +191,7 @@ def _spread(
     EPS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """``out[n] = share[n] * row[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
+    """Compute ``out[n] = share[n] * row[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
 
     A size's gradient is what its token's dot differs by from the slot's weighted mean, over the slot's divisor.
     """
@@ -269,7 +269,7 @@ def spread_slots_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program spreads the rows of SLOTS slots, side by side."""
+    """Spread the rows of SLOTS slots in each program, side by side."""
     batch = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     in_slots = m < num_slots
@@ -342,7 +342,7 @@ def merge_tokens_norm_backward_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: SUMMED rows, SLOTS side by side, whose gradients it computes, stores if wanted, and spreads."""
+    """Compute the gradients of SUMMED rows in each program, SLOTS side by side; store them if wanted, and spread."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
@@ -476,7 +476,7 @@ def sum_grouped(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> 
 
 @in_parts("x", "slot")
 def sum_slots(x: torch.Tensor, slot: torch.Tensor, num_out: int) -> torch.Tensor:
-    """Two launches; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
+    """Launch twice; x (B, N, C), slot (B, N) -> (B, num_out, C), in x's dtype."""
     return sum_grouped(x, *group_slots(slot, num_out))
 
 
@@ -596,10 +596,10 @@ def merge_tokens_norm_backward(
     eps: float,
     log_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and a sum if affine -> gradients of x (B, N, C), of size (B, N) float32 if there is x, else (B, 0).
+    """Launch, and sum if affine -> gradients of x (B, N, C), of size (B, N) float32 if there is x, else (B, 0).
 
-    Then those of the merged rows (B, M, C) if rows, and of the head (B, P, C) if head, else (B, 0, C); of the norm's
-    weight and bias (2, C) float32, else (0, C).
+    Then the gradients of the merged rows (B, M, C) if rows, and of the head (B, P, C) if head, else (B, 0, C); of the
+    norm's weight and bias (2, C) float32, else (0, C).
     """
     batch, num_out, channels = merged.shape
     tokens, num_slots = order.shape[1], offsets.shape[1] - 1

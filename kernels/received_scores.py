@@ -44,7 +44,10 @@ def logit_tile(block_own: int, block_other: int, head_dim: int, dtype: torch.dty
 
 @functools.cache
 def row_tile(keys: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """All keys in one step where 64 accumulators a thread hold them; exact dots leave room for 16."""
+    """Return a tile that takes all keys in one step where 64 accumulators a thread hold them.
+
+    Exact dots leave room for 16.
+    """
     most = 64 if dtype == torch.float32 else 256
     block_other = max(next_power_of_2(keys), 16) if keys <= most else 64
     return logit_tile(64, block_other, head_dim, dtype)
@@ -52,7 +55,7 @@ def row_tile(keys: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
 
 @functools.cache
 def column_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """16 partial sums a thread."""
+    """Return a tile of 16 partial sums a thread."""
     return logit_tile(64, 64, head_dim, dtype)
 
 
@@ -66,7 +69,7 @@ def _dots(
     BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """(BLOCK_OWN, BLOCK_OTHER) dot products; where one step takes all channels, ``own`` holds them already."""
+    """Return (BLOCK_OWN, BLOCK_OTHER) dot products; where one step takes all channels, ``own`` holds them already."""
     offsets_d = tl.arange(0, BLOCK_D)
     dots = tl.zeros((BLOCK_OWN, BLOCK_OTHER), tl.float32)
     if BLOCK_D >= D:
@@ -105,7 +108,7 @@ def row_softmax_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_M queries of one head. What every key receives from them, or the logsumexp of each."""
+    """Sum what every key receives from BLOCK_M queries of one head, in each program, or store the logsumexp of each."""
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -166,7 +169,7 @@ def sum_parts_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_N keys of one image, over heads and blocks of queries."""
+    """Sum BLOCK_N keys of one image over heads and blocks of queries, in each program."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sources = parts + batch * num_parts * width + offsets_n[None, :]
@@ -201,7 +204,7 @@ def column_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: BLOCK_N keys of one image, over heads and queries."""
+    """Sum BLOCK_N keys of one image over heads and queries, in each program."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -228,7 +231,7 @@ def column_sum_kernel(
 
 @in_parts("q", "k")
 def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Two launches; q (B, H, M, D), k (B, H, N, D), dense last axes -> scores (B, N)."""
+    """Launch twice; q (B, H, M, D), k (B, H, N, D), dense last axes -> scores (B, N)."""
     batch, heads, keys, head_dim = k.shape
     queries = q.shape[2]
     scores = torch.empty(batch, keys, dtype=torch.float32, device=k.device)

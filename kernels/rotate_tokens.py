@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import MOST_IMAGES, in_parts
+from ._launch import in_parts, needs_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ ENOUGH_PROGRAMS = 1024  # for any GPU of today; from there on a program takes mo
 
 @functools.cache
 def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool) -> HeadTile:
-    """About 2,048 elements a step, 16 a thread at 4 warps; heads that share a table stay together if GPUs are full."""
+    """Return a tile of about 2,048 elements a step; heads that share a table stay together if GPUs are full."""
     block_d = next_power_of_2(channels)
     rows = max(1, 2048 // block_d)
     together = heads
@@ -39,13 +39,13 @@ def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool)
 
 @triton.jit
 def _read(tensor, row, offsets, mask, other: tl.constexpr):
-    """(ROWS, COLUMNS) float32 of rows that begin at ``row``."""
+    """Read (ROWS, COLUMNS) float32 of rows that begin at ``row``."""
     return tl.load(tensor + row[:, None] + offsets[None, :], mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
 def _turned(x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(ROWS, BLOCK_D): (-x1, x0, -x3, x2, ...) of every row."""
+    """Return (ROWS, BLOCK_D): (-x1, x0, -x3, x2, ...) of every row."""
     first, second = tl.split(tl.reshape(x, (ROWS, BLOCK_D // 2, 2)))
     return tl.reshape(tl.join(-second, first), (ROWS, BLOCK_D))
 
@@ -79,7 +79,7 @@ def rotate_tokens_kernel(
     HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program turns ROWS tokens of HEADS heads of one image, which share rows of the table if HEADS > 1."""
+    """Turn ROWS tokens of HEADS heads of one image in each program; they share rows of the table if HEADS > 1."""
     batch = tl.program_id(1).to(tl.int64)
     first_head = tl.program_id(2).to(tl.int64) * HEADS
     last_head = tl.minimum(tl.program_id(2) * HEADS + HEADS, heads)
@@ -149,7 +149,7 @@ def _launch(
     backward: bool,
 ) -> torch.Tensor:
     batch, heads, tokens, channels = x.shape
-    if batch > MOST_IMAGES:
+    if needs_parts(batch):
         cos, sin = (table[(None,) * (4 - table.ndim)].expand(batch, -1, -1, -1) for table in (cos, sin))
         return _launch_in_parts(x, place, cos, sin, prefix, half, backward)
     out = torch.empty(batch, tokens, heads, channels, dtype=x.dtype, device=x.device)
@@ -185,7 +185,7 @@ _launch_in_parts = in_parts("x", "place", "cos", "sin")(_launch)
 
 
 def _strides(table: torch.Tensor) -> tuple[int, int, int]:
-    """Strides over images, heads and places of a table (P, D), (1 or H, P, D) or (1 or B, 1 or H, P, D)."""
+    """Return the strides over images, heads and places of a table: (P, D), (1 or H, P, D) or (1 or B, 1 or H, P, D)."""
     strides, sizes = table.stride(), table.shape
     stride_h = strides[-3] if len(sizes) > 2 and sizes[-3] > 1 else 0
     stride_b = strides[0] if len(sizes) > 3 and sizes[0] > 1 else 0

@@ -29,7 +29,10 @@ class SampleSettings:
 
 @functools.cache
 def sample_settings(tokens: int, budget: int) -> SampleSettings:
-    """Two a thread, since searches wait for memory; 512 at most, as 1,024 spilled two words on sm_80 (Triton 3.9)."""
+    """Return settings of two a thread, since searches wait for memory.
+
+    512 is the most: 1,024 spilled on sm_80 (Triton 3.9).
+    """
     block_n = min(512, max(32, next_power_of_2(tokens)))
     block_k = min(512, max(32, next_power_of_2(budget)))
     return SampleSettings(block_n, block_k, num_warps=max(1, max(block_n, block_k) // 64))
@@ -61,7 +64,7 @@ def sample_tokens_kernel(
     SCORE_ONE: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
 ):
-    """One program samples one image; what one phase stores the next one loads, behind a barrier."""
+    """Sample one image in each program; what one phase stores the next one loads, behind a barrier."""
     batch = tl.program_id(0).to(tl.int64)
     scores += batch * scores_stride_b
     cdf += batch * tokens
@@ -135,7 +138,7 @@ def sample_tokens_kernel(
 def sample_tokens(
     scores: torch.Tensor, budget: int, prefix: int, parts: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One launch; scores (B, N) of any strides -> index (B, budget) int64, valid (B, prefix + budget) bool.
+    """Launch once; scores (B, N) of any strides -> index (B, budget) int64, valid (B, prefix + budget) bool.
 
     Looked up are the points (2 i + 1) / (2 parts), i < budget; None stands for budget + 1 parts.
     """

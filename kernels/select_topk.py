@@ -16,7 +16,7 @@ from ._order import packed_keys
 
 @dataclasses.dataclass(frozen=True)
 class SortSettings:
-    """One program sorts ``block`` keys of one image."""
+    """Settings of a sort: one program sorts ``block`` keys of one image."""
 
     block: int
     num_warps: int
@@ -30,7 +30,10 @@ RANK_BLOCK_I, RANK_BLOCK_J, RANK_WARPS = 32, 64, 4
 
 @functools.cache
 def sort_settings(tokens: int) -> SortSettings:
-    """Four keys a thread: at most 64 registers; with 16 a thread the sort of 2,048 took 32 s to compile."""
+    """Return settings of four keys a thread: at most 64 registers.
+
+    With 16 a thread the sort of 2,048 took 32 s to compile.
+    """
     block = max(32, next_power_of_2(tokens))
     return SortSettings(block, num_warps=max(1, block // 128))
 
@@ -46,7 +49,7 @@ def sort_scores_kernel(
     scores_stride_n,
     BLOCK: tl.constexpr,
 ):
-    """One program sorts one image."""
+    """Sort one image in each program."""
     batch = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     row = scores + batch * scores_stride_b + offsets.to(tl.int64) * scores_stride_n
@@ -66,7 +69,7 @@ def rank_scores_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """One program counts, for BLOCK_I tokens of one image, how many come before each of them."""
+    """Count for BLOCK_I tokens of one image, in each program, how many come before each of them."""
     batch = tl.program_id(1).to(tl.int64)
     base = scores + batch * scores_stride_b
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)

@@ -2,8 +2,8 @@
 
 Neither the plan nor the normalised tokens are ever written.
 
-Without a backward the similarities are a workspace. Where it does not hold those of all images, some are merged at a
-time: an image of N tokens and K clusters takes about 4 N K bytes.
+Without a backward the similarities are a workspace. Where it does not hold all images' similarities, some are merged at
+a time: an image of N tokens and K clusters takes about 4 N K bytes.
 
 Rows of similarities are padded to a multiple of 16 columns, which hold -inf: every access is 16 bytes, and the
 padding drops out of all sums by itself. At a small eps the biases are large, so a plan is not made from their rounded
@@ -77,7 +77,7 @@ def plan_tile(tokens: int, padded: int) -> PlanTile:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Two operands of one half precision go to the tensor cores as they are, others as float32."""
+    """Multiply: operands of one half precision go to the tensor cores as they are, others as float32."""
     if a.dtype != b.dtype:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -106,7 +106,7 @@ def similarity_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: a tile of similarities, and the maximum and sum of exponentials of each of its columns.
+    """Compute a tile of similarities in each program, and the maximum and sum of exponentials of each of its columns.
 
     Norms are not summed in the loop: see ``_distances``.
     """
@@ -164,7 +164,7 @@ def plan_biases_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: all iterations of one image, each in one pass over its similarities."""
+    """Iterate one image in each program, each iteration in one pass over its similarities."""
     place = tl.program_id(0).to(tl.int64)
     batch = place + first
     offsets_k = tl.arange(0, BLOCK_K)
@@ -214,7 +214,7 @@ def plan_biases_kernel(
 
 @triton.jit
 def _copy_rows(source, target, rows, source_stride, target_stride, in_c):
-    """Channels in_c of some rows; source and target are pointers to those of the first."""
+    """Copy channels in_c of some rows; source and target are pointers to the channels of the first row."""
     for row in range(0, rows):
         value = tl.load(source + tl.cast(row, tl.int64) * source_stride, mask=in_c, other=0.0)
         tl.store(target + tl.cast(row, tl.int64) * target_stride, value.to(target.dtype.element_ty), mask=in_c)
@@ -247,7 +247,7 @@ def plan_sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program: BLOCK_C channels of BLOCK_K clusters; those of the first clusters copy the head too."""
+    """Sum BLOCK_C channels of BLOCK_K clusters in each program; programs of the first clusters copy the head too."""
     place = tl.program_id(1).to(tl.int64)
     batch = place + first
     c_blocks = tl.cdiv(channels, BLOCK_C)
@@ -294,7 +294,10 @@ def padded_clusters(clusters: int) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """Float32 results are summed exactly; for half ones tf32 keeps as many bits of the weights, at every exponent."""
+    """Return the precision of a dot.
+
+    Float32 results are summed exactly; for half ones tf32 keeps as many bits of the weights, at every exponent.
+    """
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
@@ -403,7 +406,7 @@ def _forward(
 def sinkhorn_merge(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """Four launches; x (B, N, C), centers (K, C) and head (B, P, C) or None with contiguous channels.
+    """Launch four times; x (B, N, C), centers (K, C) and head (B, P, C) or None with contiguous channels.
 
     Returns merged (B, P + K, C), similarity (B, N, padded), token_bias (B, N), inverse_norm (B, N), token_shifts and
     token_scales (B, iters, N), cluster_biases (B, iters + 1, padded), the first of which is minus the maximum of each
@@ -416,8 +419,9 @@ def sinkhorn_merge(
 def sinkhorn_merge_inference(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four launches, three more for every further part of the images; merged, token_bias and cluster_biases of these.
+    """Launch four times, and three more for every further part of the images.
 
+    Returns merged, token_bias and cluster_biases of :func:`sinkhorn_merge`.
     The similarities are in memory together for as many images as the workspace holds.
     """
     merged, _, token_bias, _, _, _, cluster_biases, _ = _forward(x, centers, eps, iters, head, keep=False)

@@ -23,13 +23,19 @@ SLOPE_TILE = PlanTile(tokens=32, clusters=64, num_warps=4)
 
 @functools.cache
 def backward_tile(channels: int, small: bool) -> DotTile:
-    """Two products in turn: anything larger, or 4 warps, spills in part; small where an operand is float32."""
+    """Return the tile of two products in turn.
+
+    Anything larger, or 4 warps, spills in part; small where an operand is float32.
+    """
     columns = min(64, max(16, next_power_of_2(channels)))
     return DotTile(rows=64, columns=min(columns, 32) if small else columns, step=16, num_warps=8, num_stages=2)
 
 
 def backward_registers(*dtypes: torch.dtype) -> int | None:
-    """The assembler's own choice spills a few where float32 takes part, and so does any lower limit."""
+    """Return the most registers a thread may have.
+
+    The assembler's own choice spills a few where float32 takes part, and so does any lower limit.
+    """
     return MOST_REGISTERS if torch.float32 in dtypes else None
 
 
@@ -58,7 +64,7 @@ def log_plan_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: a tile of the gradient of the plan's logarithm, plan times (normalised token . grad)."""
+    """Compute a tile of the gradient of the plan's logarithm in each program, plan times (normalised token . grad)."""
     batch = tl.program_id(1).to(tl.int64)
     k_blocks = tl.cdiv(padded, BLOCK_K)
     offsets_n = tl.program_id(0) // k_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -106,7 +112,7 @@ def plan_biases_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: the gradients of all biases of one image, last iteration first, each in one pass.
+    """Compute the gradients of all biases of one image in each program, last iteration first, each in one pass.
 
     Through the plan P of iteration t pass ``token_terms[t]``, the gradient of that iteration's token biases, and
     ``cluster_terms[t + 1]``, the gradient of the next one's cluster biases over P's column sums.
@@ -167,7 +173,7 @@ def similarity_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: the gradients of the similarities of BLOCK_N tokens."""
+    """Compute the gradients of the similarities of BLOCK_N tokens in each program."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = offsets_n < tokens
@@ -353,7 +359,7 @@ def tokens_and_centers_backward_kernel(
     BLOCK_C: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The first programs sum up the centres' gradients over their images, because they take longest."""
+    """Sum the centres' gradients over their images in the first programs, which take longest; then the tokens'."""
     c_blocks = tl.cdiv(channels, BLOCK_C)
     k_blocks = tl.cdiv(clusters, ROWS)
     n_blocks = tl.cdiv(tokens, ROWS)
@@ -435,7 +441,7 @@ def sinkhorn_merge_backward(
     cluster_scales: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Four launches and a sum; grad (B, K, C) with contiguous channels -> gradients of x and of the centres."""
+    """Launch four times, and sum; grad (B, K, C) with contiguous channels -> gradients of x and of the centres."""
     batch, tokens, channels = x.shape
     clusters, padded, iters = centers.shape[0], similarity.shape[2], token_shifts.shape[1]
     grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)

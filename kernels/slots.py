@@ -43,7 +43,7 @@ def group_slots_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """One program ranks BLOCK_I tokens of one image."""
+    """Rank BLOCK_I tokens of one image in each program."""
     batch = tl.program_id(1).to(tl.int64)
     slot += batch * slot_stride_b
     order += batch * tokens

@@ -42,7 +42,7 @@ class GradientTile:
 
 
 def _fits(size: int, high: int) -> int:
-    """The least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
+    """Return the least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
     return min(max(next_power_of_2(size), 16), high)
 
 
@@ -61,7 +61,7 @@ def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
 
 @functools.cache
 def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> GradientTile:
-    """Found likewise: steps of 64, or 128 tokens where channels or logits (``unit`` of 1) are not aligned, spill.
+    """Return tiles found likewise: steps of 64, or tiles of 128 tokens where ``unit`` is 1, spill.
 
     128 tokens a tile instead of 64 read the upstream gradient half as often.
     """
@@ -74,7 +74,10 @@ def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype,
 
 
 def logits_unit(logits: torch.Tensor) -> int:
-    """What divides the number of clusters and the strides, up to 8: few counts are multiples of the JIT's own 16."""
+    """Return what divides the number of clusters and the strides, up to 8.
+
+    Few counts are multiples of the JIT's own 16.
+    """
     return math.gcd(8, logits.shape[2], *logits.stride()[:2]) if logits.stride(2) == 1 else 1
 
 
@@ -102,7 +105,7 @@ def soft_merge_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: BLOCK_K clusters, BLOCK_C channels, all tokens. It copies its share of the head's rows first."""
+    """Sum all tokens into BLOCK_K clusters of BLOCK_C channels in each program, after its share of the head's rows."""
     clusters = clusters // UNIT * UNIT
     logits_stride_b = logits_stride_b // UNIT * UNIT
     logits_stride_n = logits_stride_n // UNIT * UNIT
@@ -300,7 +303,7 @@ def soft_merge_backward_kernel(
     BLOCK_C: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """The first programs take a tile of the logits' gradient each, the others one of the tokens' gradient."""
+    """Compute a tile of the logits' gradient in each of the first programs, of the tokens' gradient in the others."""
     clusters = clusters // UNIT * UNIT
     logits_stride_b = logits_stride_b // UNIT * UNIT
     logits_stride_n = logits_stride_n // UNIT * UNIT

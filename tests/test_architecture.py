@@ -83,7 +83,7 @@ def test_arrows_run_one_way(path):
 
 
 def _modules(top: str) -> dict[str, set[str]]:
-    """Every module of a folder, and those of the same folder that it imports."""
+    """Return every module of a folder, and the modules of the same folder that it imports."""
     files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / top).glob("**/*.py")}
     files = {name.removesuffix(".__init__"): path for name, path in files.items()}
 
@@ -94,7 +94,7 @@ def _modules(top: str) -> dict[str, set[str]]:
 
 
 def _circle(arrows: dict[str, set[str]]) -> list[str]:
-    """The modules that stay when all that import nothing are taken away, again and again."""
+    """Return the modules that stay when all that import nothing are taken away, again and again."""
     left = dict(arrows)
     while free := [name for name, targets in left.items() if not targets & set(left)]:
         for name in free:
@@ -119,7 +119,7 @@ def test_bench_imports_no_tests():
 
 
 def test_tests_import_what_stands_for_them_in_bench():
-    """Of bench the rooms that are made for tests; what measures is imported by its own tests only."""
+    """Tests import the rooms of bench made for them; what measures is imported by its own tests only."""
     own = {"bench", "golden"}
     for path in (ROOT / "tests").glob("*/**/*.py"):
         if path.relative_to(ROOT / "tests").parts[0] in own or path.name in ("test_traffic.py", "test_ladder.py"):
@@ -146,7 +146,7 @@ def test_kernels_know_torch_triton_and_one_another_only(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=lambda p: p.name)
 def test_operators_import_kernels_when_they_launch_them(path):
-    """At the top of a module they would make triton a requirement of the reference."""
+    """Imports at the top of a module would make triton a requirement of the reference."""
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert not [

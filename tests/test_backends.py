@@ -1,4 +1,4 @@
-"""Which backend runs, and that an explicit choice never falls back."""
+"""Backends: which one runs, and that an explicit choice never falls back."""
 
 import asyncio
 import concurrent.futures
@@ -62,7 +62,7 @@ def test_context_is_left_on_an_error():
 
 
 def _in_thread(function):
-    """What the function returns in a thread of its own."""
+    """Return what the function returns in a thread of its own."""
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result(timeout=60)
 
@@ -86,7 +86,7 @@ def _meeting(*names):
 
 @pytest.mark.usefixtures("_no_environment")
 class TestContext:
-    """A block's choice is that of its thread or task, whatever others do meanwhile."""
+    """Choices of a block belong to its thread or task, whatever others do meanwhile."""
 
     def test_threads(self):
         seen, after = _meeting("reference", "triton")
@@ -99,7 +99,7 @@ class TestContext:
             assert backends._chosen() == "reference"
 
     def test_data_parallel_replicas_choose_for_themselves(self):
-        """As torch's parallel_apply runs them: one thread each, all within a block of the main thread."""
+        """Replicas run in torch's parallel_apply: one thread each, all within a block of the main thread."""
         x, index = torch.randn(1, 4, 8), torch.zeros(1, 2, dtype=torch.int64)
         inside = threading.Barrier(2)
 
@@ -284,7 +284,7 @@ def test_environment_variable(value, code):
 
 
 def _calls(dtype):
-    """Every operator once, on CPU tensors."""
+    """Call every operator once, on CPU tensors."""
     x, slot = torch.randn(2, 6, 8).to(dtype), torch.tensor([[0, 1, 2, 1, 0, 2]] * 2)
     index, scores = torch.zeros(2, 3, dtype=torch.int64), torch.rand(2, 5).to(dtype)
     order = torch.arange(5).expand(2, -1)

@@ -17,7 +17,7 @@ def picture(rows=3, columns=4, brightness=60, seed=0):
 
 
 def inside(image, row, column):
-    """A patch without the pixels where a line may be."""
+    """Return a patch without the pixels where a line may be."""
     return image[row * CELL + 1 : (row + 1) * CELL - 1, column * CELL + 1 : (column + 1) * CELL - 1].astype(int)
 
 

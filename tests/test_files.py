@@ -29,7 +29,7 @@ def umask(request):
 
 
 def _private(path):
-    """As libraries do that write beside the file and rename: a file of another mode takes its place."""
+    """Write beside the file and rename, as libraries do: a file of another mode takes its place."""
     other = path.with_name("other")
     other.write_bytes(b"made")
     other.chmod(0o600)

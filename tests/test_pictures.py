@@ -25,7 +25,7 @@ GREY = np.round(RAMP / 257).astype(np.uint8)
 
 
 def read(path, image=None, **options):
-    """What is read, as an array; the warnings of Pillow must not reach anybody."""
+    """Return what is read, as an array; the warnings of Pillow must not reach anybody."""
     if image is not None:
         image.save(path, **options)
     with warnings.catch_warnings(record=True) as seen:
@@ -41,7 +41,10 @@ def is_grey(found, wanted):
 
 
 def write_tiff(path, data, bits, order):
-    """A grey TIFF of 64 times 48 pixels, uncompressed; Macs and microscopes write them with the high byte first."""
+    """Write a grey TIFF of 64 times 48 pixels, uncompressed.
+
+    Macs and microscopes write them with the high byte first.
+    """
     tags = [(256, 3, 64), (257, 3, 48), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 122), (277, 3, 1)]
     tags += [(278, 3, 48), (279, 4, len(data))]
     entries = b"".join(
@@ -106,7 +109,7 @@ def test_sixteen_bits_from_the_other_end_and_holes(tmp_path):
 
 
 def test_twelve_bits_are_the_files(tmp_path):
-    """As cameras and scanners write them, two values in three bytes."""
+    """Cameras and scanners write twelve bits as two values in three bytes."""
     first, second = np.round(RAMP.reshape(-1, 2) / 65535 * 4095).astype(int).T
     data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8)
     write_tiff(tmp_path / "a.tif", data.tobytes(), 12, "<")
@@ -185,7 +188,7 @@ def test_many_pixels_are_no_reason_to_speak(tmp_path):
 
 
 def test_warnings_come_back(tmp_path):
-    """Also where several threads read."""
+    """Pictures open also where several threads read."""
     Image.fromarray(GREY).save(tmp_path / "a.png")
     before = list(warnings.filters)
     threads = [threading.Thread(target=lambda: [open_picture(tmp_path / "a.png") for _ in range(20)]) for _ in range(4)]

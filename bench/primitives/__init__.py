@@ -114,11 +114,11 @@ class Other:
 
     @property
     def installed(self) -> bool:
-        """Whether its module can be imported."""
+        """True if its module can be imported."""
         return self.module is None or importlib.util.find_spec(self.module) is not None
 
     def serves(self, device: str, direction: str) -> bool:
-        """Whether it can be called on this kind of device (``"cpu"``, ``"cuda"``) in this direction."""
+        """Return whether it can be called on this kind of device (``"cpu"``, ``"cuda"``) in this direction."""
         return (self.on_cpu or device == "cuda") and (self.backward or direction == "forward") and self.installed
 
 
@@ -180,7 +180,7 @@ def packed_qkv(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def load_primitives() -> dict[str, Primitive]:
-    """Every primitive that a file of this folder describes, by name."""
+    """Return every primitive that a file of this folder describes, by name."""
     found: dict[str, Primitive] = {}
     for module in pkgutil.iter_modules(__path__):
         if not module.name.startswith("_"):
@@ -190,7 +190,7 @@ def load_primitives() -> dict[str, Primitive]:
 
 
 def in_float64(inputs: Mapping[str, Any]) -> Inputs:
-    """The arguments with every floating tensor in float64."""
+    """Return the arguments with every floating tensor in float64."""
     return {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
@@ -198,7 +198,7 @@ def in_float64(inputs: Mapping[str, Any]) -> Inputs:
 
 
 def shaken(inputs: Mapping[str, Any]) -> Inputs:
-    """The arguments in float64, every number of a floating tensor changed by a rounding of float32, up or down.
+    """Return the arguments in float64, each number of a floating tensor a rounding of float32 away, up or down.
 
     What that changes in the results is beyond the reach of kernels that compute in float32.
     """
@@ -213,7 +213,7 @@ def shaken(inputs: Mapping[str, Any]) -> Inputs:
 
 
 def with_gradients(inputs: Mapping[str, Any], names: tuple[str, ...]) -> Inputs:
-    """The arguments, those with a gradient as leaves of the same layout."""
+    """Return the arguments, those with a gradient as leaves of the same layout."""
     return {name: value.detach().requires_grad_() if name in names else value for name, value in inputs.items()}
 
 
@@ -245,7 +245,7 @@ def _error(output: Tensor, exact: Tensor) -> float:
 
 
 def misshapen(outputs: Outputs, exact: Outputs) -> str | None:
-    """What is wrong with the number of outputs or their shapes, or None."""
+    """Return what is wrong with the number of outputs or their shapes, or None."""
     if len(outputs) != len(exact):
         return f"{len(outputs)} outputs, not {len(exact)}"
     for place, (output, truth) in enumerate(zip(outputs, exact, strict=True)):
@@ -255,7 +255,7 @@ def misshapen(outputs: Outputs, exact: Outputs) -> str | None:
 
 
 def disagreement(outputs: Outputs, exact: Outputs, others: Sequence[Outputs], share: float) -> str | None:
-    """What is wrong with the outputs, or None.
+    """Return what is wrong with the outputs, or None.
 
     Floats may be off from ``exact`` (float64) by ``share`` of the largest value and by the errors of all ``others``.
     Integers must be equal.

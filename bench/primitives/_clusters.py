@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def misplaced(distance: Tensor, centers: Tensor, label: Tensor, tolerance: float | Tensor = 0.0) -> str | None:
-    """Whether an index is out of range, or a token farther from its centre than from the nearest by the tolerance.
+    """Say whether an index is out of range, or a token farther from its centre than from the nearest.
 
-    distance (B, N, N), or its square, centers (B, k), label (B, N).
+    The tolerance says by how much. distance (B, N, N), or its square, centers (B, k), label (B, N).
     """
     for name, index, end in (("centers", centers, distance.shape[1]), ("label", label, centers.shape[1])):
         if index.min() < 0 or index.max() >= end:

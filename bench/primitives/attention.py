@@ -25,7 +25,7 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """The whole matrix, its softmax with the policy in float32 at least, as the released code has it."""
+    """Build the whole matrix, its softmax with the policy in float32 at least, as the released code has it."""
     q, k, v, policy = inputs.values()
     tokens, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
     logits = (q @ k.transpose(2, 3)) * k.shape[-1] ** -0.5
@@ -45,7 +45,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """All inputs once more, the upstream gradient, and the gradients."""
+    """Count all inputs once more, the upstream gradient, and the gradients."""
     return nbytes(*_tensors(inputs), *outputs, *gradients)
 
 
@@ -64,7 +64,7 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _goes_at_once(inputs: Inputs, queries: int) -> bool:
-    """Whether one program holds all queries of a head, and makes all gradients."""
+    """Return whether one program holds all queries of a head, and makes all gradients."""
     from fastreduce.kernels._attention import takes_whole, whole_tile
 
     q, with_options = inputs["q"], any(name in inputs for name in ("bias", "index", "offsets"))
@@ -74,7 +74,7 @@ def _goes_at_once(inputs: Inputs, queries: int) -> bool:
 
 
 def _backward_tiled(inputs: Inputs, scored: bool = False) -> int:
-    """First K, V and the policy once a tile of queries, then Q and the upstream gradient once a tile of keys.
+    """Count K, V and the policy once a tile of queries, then Q and the upstream gradient once a tile of keys.
 
     Where all is done at once: Q, the upstream gradient, the result, K and V once.
     """
@@ -97,13 +97,13 @@ def _call(operator: Callable[..., Tensor] = ops.attention, **arguments: Any) -> 
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The whole matrix."""
+    """Return the whole matrix."""
     logits = (q @ k.transpose(2, 3)) * k.shape[-1] ** -0.5
     return (logits if bias is None else logits + bias[:, None, None, :]).softmax(dim=-1).to(q.dtype)
 
 
 def _make_bias(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Every token stands for up to four patches."""
+    """Make a bias: every token stands for up to four patches."""
     q, k, v = packed_qkv(shape, generator)
     size = torch.randint(1, 5, (shape.batch, shape.tokens), generator=generator, device=generator.device)
     return {"q": q, "k": k, "v": v, "bias": size.float().log()}
@@ -179,7 +179,7 @@ def _index_tiled(inputs: Inputs) -> int:
 
 
 def _index_backward_tiled(inputs: Inputs) -> int:
-    """As without an index, of fewer queries; then their gradients are added up."""
+    """Count as without an index, of fewer queries; then their gradients are added up."""
     q, k, v, _ = inputs.values()
     queries, rows, index = _index_bytes(inputs)
     if _goes_at_once(inputs, queries):
@@ -225,7 +225,7 @@ def _packed_backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs)
 
 
 def _packed_tiled(inputs: Inputs) -> int:
-    """As of every image alone; the result of all rows."""
+    """Count every image alone, and the result's rows, all of them."""
     q = inputs["q"]
     row, own = nbytes(q) // q.shape[2], _tiles(inputs).forward.own
     return nbytes(q) + row * sum(length + 2 * length * math.ceil(length / own) for length in _lengths(inputs))
@@ -389,7 +389,7 @@ def _launch(head_dim: int, dtype: torch.dtype, aligned: bool, call: str, bias: s
 
 
 def every_launch() -> Iterator[tuple[str, torch.dtype, bool, Callable[[], None]]]:
-    """All options at all head dimensions: what it is, dtype, whether rows are aligned to 16 bytes, the launch.
+    """Return all options at all head dimensions: what each is, dtype, whether rows are aligned to 16 bytes, launch.
 
     For the compile report, where no option may make a kernel spill.
     """

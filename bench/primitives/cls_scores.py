@@ -26,7 +26,7 @@ def _make_value(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _make_packed(shape: Shape, generator: torch.Generator) -> Inputs:
-    """All images in one row, with room behind the last."""
+    """Make all images in one row, with room behind the last."""
     valid = ragged_valid(shape, generator)
     batch, longest = valid.shape
     packed = randn(generator, shape.dtype, 1, batch * longest, 3, shape.heads, 64)
@@ -37,7 +37,7 @@ def _make_packed(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """The class row of the softmax as the released codes take it, without the rows that nobody reads."""
+    """Take the class row of the softmax as the released codes do, without the rows that are never read."""
     q, k = inputs["q"], inputs["k"]
     attention = ((q.unsqueeze(2) @ k.transpose(2, 3)) * k.shape[-1] ** -0.5).softmax(dim=-1)
     return (attention[:, :, 0, 1:].mean(dim=1),)

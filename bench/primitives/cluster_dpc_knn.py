@@ -19,14 +19,14 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _distances_and_densities(x: Tensor, neighbors: int) -> tuple[Tensor, Tensor]:
-    """(B, N, N) and (B, N)."""
+    """Return the distances (B, N, N) and the densities (B, N)."""
     distance = torch.cdist(x, x) / x.shape[2] ** 0.5
     near = distance.topk(min(neighbors, x.shape[1]), dim=2, largest=False).values
     return distance, (-(near**2).mean(dim=2)).exp()
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """In float32 at least: under autocast, too, distances are. Without the released code's noise."""
+    """Cluster in float32 at least, as distances are under autocast too. The released code's noise is left out."""
     x, k, neighbors = inputs.values()
     distance, density = _distances_and_densities(x.to(torch.promote_types(x.dtype, torch.float32)), neighbors)
     denser = (density[:, None, :] > density[:, :, None]).to(distance.dtype)
@@ -72,7 +72,7 @@ def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
     largest, other = squared.amax((1, 2), keepdim=True), ~torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
 
     def scores(sign: int) -> Tensor:
-        """The least (-1) or the most (1) that every token may score."""
+        """Return the least (-1) or the most (1) that every token may score."""
         denser = (density[:, None, :] > density[:, :, None] * (1 + 2 * sign * off)) & other
         height = (torch.where(denser, squared, largest).amin(2) + sign * off).clamp_min(0).sqrt()
         return density * (1 + sign * off) * height

@@ -28,7 +28,7 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 def plain_k_medoids(
     x: Tensor, weights: Tensor | None, k: int, *, iters: int = 3, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The clustering as the study's released code does it: one pass over all distances for every cluster.
+    """Cluster as the study's released code does: by one pass over all distances for every cluster.
 
     x (B, N, C), weights (B, N) or None -> centers (B, k), label (B, N).
     """
@@ -57,7 +57,7 @@ def plain_k_medoids(
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """In float32 at least: under autocast, too, distances are."""
+    """Cluster in float32 at least, as distances are under autocast too."""
     x, weights, k, iters = inputs.values()
     return plain_k_medoids(x.to(torch.promote_types(x.dtype, torch.float32)), weights, k, iters=iters)
 
@@ -67,7 +67,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """The distances in tiles, written once, k of their rows read once a labelling; weights and results once."""
+    """Count distances in tiles, written once, k of their rows read once a labelling; weights and results once."""
     from fastreduce.kernels.cluster_k_medoids import distance_tile
 
     x, weights, k, iters = inputs.values()
@@ -79,7 +79,7 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
-    """Every label is a nearest centre's; another centre than the exact one costs the same up to rounding."""
+    """Check that labels are nearest centres', and another centre than the exact one costs as much but for rounding."""
     x, (centers, label) = inputs["x"].double(), outputs
     distance = torch.cdist(x, x)
     if wrong := misplaced(distance, centers, label):

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, randn
-from bench.primitives.gather_tokens import affine, norm_backward_floor, normalised
+from bench.primitives._norm import with_norm
 from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """The scores in float32, as class attention comes."""
+    """Make the scores in float32, as class attention comes."""
     batch, channels = shape.batch, shape.channels
     scores = randn(generator, torch.float32, batch, shape.patches).softmax(dim=1)
     return {
@@ -35,7 +35,7 @@ def _plain(inputs: Inputs) -> Outputs:
 
 
 def _decisions(inputs: Inputs) -> int:
-    """Which tokens stay, and the scores of those that do not."""
+    """Count which tokens stay, and the scores of the rest."""
     return nbytes(inputs["order"][:, : inputs["k"]], inputs["scores"][:, inputs["k"] :])
 
 
@@ -44,34 +44,16 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """Of x the rows of the rest, for the scores' gradient; the residual's gradient is the upstream gradient itself."""
+    """Count x's rows of the rest, for the scores' gradient.
+
+    The residual's gradient is the upstream gradient itself.
+    """
     grad_x, grad_scores, _ = gradients
     return _decisions(inputs) + nbytes(inputs["x"][:, 1 + inputs["k"] :], *outputs, grad_x, grad_scores)
 
 
 def _call(**arguments: Any) -> Outputs:
     return (ops.fuse_tokens(**arguments),)
-
-
-def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
-    return _make(shape, generator) | affine(shape, generator)
-
-
-def _call_norm(*, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any) -> Outputs:
-    return ops.fuse_tokens(**arguments, norm=(weight, bias, 1e-6))
-
-
-def _plain_norm(inputs: Inputs) -> Outputs:
-    (out,) = _plain(inputs)
-    return out, normalised(inputs, out)
-
-
-def _floor_norm(inputs: Inputs, outputs: Outputs) -> int:
-    return _floor(inputs, outputs[:1]) + nbytes(inputs["weight"], inputs["bias"], outputs[1])
-
-
-def _backward_floor_norm(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    return _backward_floor(inputs, outputs[:1], gradients[:3]) + norm_backward_floor(inputs, outputs[0])
 
 
 FUSE_TOKENS = Primitive(
@@ -83,14 +65,4 @@ FUSE_TOKENS = Primitive(
     gradients=("x", "scores", "residual"),
     backward_floor=_backward_floor,
 )
-
-
-FUSE_TOKENS_NORM = Primitive(
-    "fuse_tokens_norm",
-    make=_make_norm,
-    call=_call_norm,
-    plain=_plain_norm,
-    floor=_floor_norm,
-    gradients=("x", "scores", "residual", "weight", "bias"),
-    backward_floor=_backward_floor_norm,
-)
+FUSE_TOKENS_NORM = with_norm(FUSE_TOKENS, ops.fuse_tokens)

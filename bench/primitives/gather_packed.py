@@ -13,7 +13,7 @@ from fastreduce import ops
 
 
 def ragged_valid(shape: Shape, generator: torch.Generator) -> Tensor:
-    """(B, 1 + kept) bool: of the kept tokens all are real, or seven, six or five eighths, image by image."""
+    """Return (B, 1 + kept) bool: of the kept tokens all are real, or seven, six or five eighths, image by image."""
     device = generator.device
     missing = (torch.arange(shape.batch, device=device) % 4).unsqueeze(1) * shape.kept // 8
     return torch.arange(1 + shape.kept, device=device) <= shape.kept - missing
@@ -36,7 +36,7 @@ def _floor_offsets(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _make_gather(shape: Shape, generator: torch.Generator) -> Inputs:
-    """All images whole, each of which keeps its own number of tokens; there is room for the most."""
+    """Make whole images, each of which keeps its own number of tokens; there is room for the most."""
     batch, tokens, channels = shape.batch, shape.tokens, shape.channels
     device = generator.device
     valid = ragged_valid(shape, generator)
@@ -71,7 +71,7 @@ def _plain_gather(inputs: Inputs) -> Outputs:
 
 
 def _floor_gather(inputs: Inputs, outputs: Outputs) -> int:
-    """Of x and the residual the rows that stay, of the index what is real; of the result all rows."""
+    """Count the rows that stay of x and the residual, the real part of the index, and all rows of the result."""
     (out,), kept = outputs, int(inputs["offsets"][1][-1])
     rows = 2 * kept * out.shape[2] * out.element_size()
     indices = (kept - len(inputs["index"])) * inputs["index"].element_size()
@@ -79,7 +79,7 @@ def _floor_gather(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor_gather(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """Of the upstream gradient, which is the residual's too, the rows that are there."""
+    """Count the rows that are there of the upstream gradient, which is the residual's too."""
     (out,), kept = outputs, int(inputs["offsets"][1][-1])
     indices = (kept - len(inputs["index"])) * inputs["index"].element_size()
     return kept * out.shape[2] * out.element_size() + indices + nbytes(*inputs["offsets"], gradients[0])

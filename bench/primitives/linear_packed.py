@@ -14,7 +14,7 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """The query, key, value projection."""
+    """Make the query, key, value projection."""
     rows, channels = shape.batch * (1 + shape.kept), shape.channels
     return {
         "x": randn(generator, shape.dtype, 1, rows, channels),
@@ -29,7 +29,7 @@ def _call(**arguments: Any) -> Outputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """All rows, and those that are none hidden."""
+    """Multiply all rows, and hide those that are none."""
     out = F.linear(inputs["x"], inputs["weight"], inputs["bias"])
     real = torch.arange(out.shape[1], device=out.device) < inputs["offsets"][-1]
     return (out * real.unsqueeze(1),)
@@ -40,7 +40,7 @@ def _real(inputs: Inputs) -> int:
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
-    """Of x the rows that are there, of the result all."""
+    """Count the rows that are there of x, and all rows of the result."""
     x = inputs["x"]
     rows = _real(inputs) * x.shape[2] * x.element_size()
     return rows + nbytes(inputs["weight"], inputs["bias"], inputs["offsets"], *outputs)

@@ -13,12 +13,12 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """A quarter of the patches merges: with half of them every even token would, and nothing be chosen."""
+    """Merge a quarter of the patches: with half of them every even token would merge, and nothing be chosen."""
     return {"metric": packed_qkv(shape, generator)[1], "r": shape.patches // 4}
 
 
 def _similarity(metric: Tensor) -> Tensor:
-    """(B, A, B): of every even token with every odd one; the class token is like none."""
+    """Return (B, A, B): the similarity of every even token to every odd one; the class token is like none."""
     unit = metric / metric.norm(dim=-1, keepdim=True)
     similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
     similarity[:, 0] = -torch.inf
@@ -26,7 +26,7 @@ def _similarity(metric: Tensor) -> Tensor:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """The whole matrix of similarities, a sort of the best ones, and the slots that the merged order means."""
+    """Build the matrix of similarities, sort the best ones, and return the slots that the merged order means."""
     metric, r = inputs["metric"].mean(1), inputs["r"]
     best, partner = _similarity(metric).max(dim=-1)
     order = best.argsort(dim=1, descending=True)
@@ -41,12 +41,12 @@ def _plain(inputs: Inputs) -> Outputs:
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
-    """The class token is of even position, so that it neither looks for a partner nor is one."""
+    """Leave the class token out: it is of even position, and neither looks for a partner nor is one."""
     return nbytes(inputs["metric"][..., 1:, :], *outputs)
 
 
 def _tiled(inputs: Inputs) -> int:
-    """Every tile of even tokens reads the odd ones, and itself once, or at every step if chunked; the slots.
+    """Count the odd tokens once a tile of even tokens, the tile once, or at every step if chunked, and the slots.
 
     Of all heads, where later steps read the mean that the first one kept; or of a mean that is written before.
     """

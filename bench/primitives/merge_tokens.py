@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, randn
-from bench.primitives.gather_tokens import affine, norm_backward_floor, normalised
+from bench.primitives._norm import with_norm
 from fastreduce import ops
 
 
 def matched_slots(shape: Shape, generator: torch.Generator) -> Tensor:
-    """(B, N): what matching gives if as many tokens merge as can, half of the patches."""
+    """Return (B, N): what matching gives if as many tokens merge as can, half of the patches."""
     metric = randn(generator, shape.dtype, shape.batch, shape.tokens, 64)
     return ops.match_tokens(metric, shape.kept, backend="reference")
 
@@ -63,31 +63,10 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """The residual's gradient is the upstream gradient itself, which is read for that of x."""
+    """Count the upstream gradient, which is the residual's gradient itself and is read for x's."""
     merged, _ = outputs
     grad_x, _ = gradients
     return nbytes(inputs["slot"], inputs["size"], merged, grad_x)
-
-
-def _make_norm(shape: Shape, generator: torch.Generator) -> Inputs:
-    return _make(shape, generator) | affine(shape, generator)
-
-
-def _call_norm(*, indices: Any, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any) -> Outputs:
-    return ops.merge_tokens(**arguments, norm=(weight, bias, 1e-6))
-
-
-def _plain_norm(inputs: Inputs) -> Outputs:
-    merged, total = _plain(inputs)
-    return merged, total, normalised(inputs, merged)
-
-
-def _floor_norm(inputs: Inputs, outputs: Outputs) -> int:
-    return _floor(inputs, outputs) + nbytes(inputs["weight"], inputs["bias"])
-
-
-def _backward_floor_norm(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    return _backward_floor(inputs, outputs[:2], gradients[:2]) + norm_backward_floor(inputs, outputs[0])
 
 
 def _make_learned(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -114,7 +93,7 @@ def _call_learned(*, weight: torch.Tensor, bias: torch.Tensor, **arguments: Any)
 
 
 def _plain_learned(inputs: Inputs) -> Outputs:
-    """The layer's exponential, in float32 at least, and weighted rows added up at flat indices over all images."""
+    """Take the layer's exponential, in float32 at least, and add weighted rows up at flat indices over all images."""
     x, clusters = inputs["x"], inputs["num_out"]
     batch, _, channels = x.shape
     score = F.linear(x, inputs["weight"], inputs["bias"])
@@ -131,7 +110,7 @@ def _floor_learned(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor_learned(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """The head's gradient is a part of the upstream gradient; of that, the rest is read."""
+    """Count the upstream gradient without the head's part, which is the head's gradient itself."""
     upstream = outputs[0][:, inputs["head"].shape[1] :]
     grad_x, grad_weight, _ = gradients
     return nbytes(upstream, *(inputs[name] for name in ("x", "slot", "weight", "bias")), grad_x, grad_weight)
@@ -146,15 +125,7 @@ MERGE_TOKENS = Primitive(
     gradients=("x", "residual"),
     backward_floor=_backward_floor,
 )
-MERGE_TOKENS_NORM = Primitive(
-    "merge_tokens_norm",
-    make=_make_norm,
-    call=_call_norm,
-    plain=_plain_norm,
-    floor=_floor_norm,
-    gradients=("x", "residual", "weight", "bias"),
-    backward_floor=_backward_floor_norm,
-)
+MERGE_TOKENS_NORM = with_norm(MERGE_TOKENS, _call)
 MERGE_TOKENS_LEARNED = Primitive(
     "merge_tokens_learned",
     make=_make_learned,

@@ -18,14 +18,14 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """The whole softmax, summed up over heads and queries."""
+    """Sum the whole softmax over heads and queries."""
     q, k = inputs["q"], inputs["k"]
     attention = ((q @ k.transpose(2, 3)) * k.shape[-1] ** -0.5).softmax(dim=-1)
     return (attention.sum(dim=(1, 2)),)
 
 
 def _flash_colreduce(inputs: Inputs) -> Outputs:
-    """A kernel that gives what every key gets of each head, by another hand: https://pypi.org/project/flash-colreduce."""
+    """Call a kernel of others that gives what every key gets of each head: https://pypi.org/project/flash-colreduce."""
     from flash_colreduce import flash_colreduce
 
     return (flash_colreduce(inputs["q"], inputs["k"], reduction="sum").sum(1),)
@@ -47,7 +47,10 @@ def _sweep(own: Tensor, other: Tensor, tile: Any, dots: int = 1) -> int:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """ceil(M / BLOCK_M) times K, twice if not one tile holds all keys; above MAX_PARTS ceil(N / BLOCK_N) times Q."""
+    """Count K once a tile of queries, twice as often unless one tile holds all keys.
+
+    Above MAX_PARTS blocks of queries a second sweep counts Q once a tile of keys.
+    """
     from fastreduce.kernels.received_scores import MAX_PARTS, column_tile, row_tile
 
     q, k = inputs["q"], inputs["k"]

@@ -39,7 +39,7 @@ def _plain(inputs: Inputs) -> Outputs:
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
-    """Of the table one row of each for every token of an image."""
+    """Count one row of each table for every token of an image."""
     place, cos = inputs["place"], inputs["cos"]
     rows = 2 * place.numel() * cos.shape[-1] * cos.element_size()
     return rows + nbytes(inputs["x"], place, *outputs)

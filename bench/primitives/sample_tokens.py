@@ -11,20 +11,20 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """The scores in float32, as class attention comes."""
+    """Make the scores in float32, as class attention comes."""
     scores = randn(generator, torch.float32, shape.batch, shape.patches).softmax(dim=1)
     return {"scores": scores, "budget": shape.kept}
 
 
 def _distances(scores: Tensor, budget: int) -> Tensor:
-    """(B, budget, N): from every sampling point to every token's cumulated score."""
+    """Return (B, budget, N): the distance from every sampling point to every token's cumulated score."""
     cumulated = (scores / (scores.sum(dim=1, keepdim=True) + 1e-6)).cumsum(dim=1)
     grid = (2 * torch.arange(budget, device=scores.device) + 1).to(scores.dtype) / (2 * (budget + 1))
     return (grid[None, :, None] - cumulated[:, None, :]).abs()
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """All distances, and a loop over images, as each keeps another number of tokens: that waits for the device."""
+    """Take all distances, and loop over images, as each keeps another number of tokens: that waits for the device."""
     budget = inputs["budget"]
     nearest = _distances(inputs["scores"], budget).min(dim=2).indices
     chosen = [row.unique() for row in nearest]
@@ -37,7 +37,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
-    """A sampling point may take any token that 32 roundings of a cumulated score could make its nearest."""
+    """Let a sampling point take any token that 32 roundings of a cumulated score could make its nearest."""
     scores, (index, valid) = inputs["scores"], outputs
     columns = torch.arange(valid.shape[1], device=valid.device)
     if not torch.equal(valid, columns < valid.sum(dim=1, keepdim=True)) or not valid[:, 0].all():

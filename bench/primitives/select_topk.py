@@ -12,7 +12,7 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """The scores in float32, as class attention comes."""
+    """Make the scores in float32, as class attention comes."""
     return {"scores": randn(generator, torch.float32, shape.batch, shape.patches).softmax(dim=1), "k": shape.kept}
 
 
@@ -33,7 +33,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """(1 + ceil(N / BLOCK_I)) * N scores where ranks are counted, N where one program sorts; k indices."""
+    """Count (1 + ceil(N / BLOCK_I)) * N scores where ranks are counted, N where one program sorts, and k indices."""
     from fastreduce.kernels.select_topk import MAX_SORT, RANK_BLOCK_I
 
     batch, tokens = inputs["scores"].shape

@@ -26,7 +26,7 @@ def _call(**arguments: Any) -> Outputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """In the log domain; the margin, one number for tokens and clusters alike, cancels and is left out."""
+    """Iterate in the log domain; the margin, one number for tokens and clusters alike, cancels and is left out."""
     x, centers, eps, iters, head, similarity = inputs.values()
     unit = F.normalize(x, dim=-1)
     logits = (centers @ unit.transpose(1, 2)) / eps
@@ -49,7 +49,10 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
 
 
 def _tiled(inputs: Inputs) -> int:
-    """Two products, x times centres and plan times x, and the similarities once an iteration and a tile of channels."""
+    """Count two products, x times centres and plan times x.
+
+    Similarities are read once an iteration and a tile of channels.
+    """
     from fastreduce.kernels import sinkhorn_merge as kernels
 
     x, centers, _, iters, head, _ = inputs.values()
@@ -65,7 +68,10 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _backward_tiled(inputs: Inputs) -> int:
-    """Four products in tiles; similarities and their gradients, once an iteration and thrice a tile of channels."""
+    """Count four products in tiles.
+
+    Similarities and their gradients are read once an iteration and thrice a tile of channels.
+    """
     from fastreduce.kernels import sinkhorn_merge as kernels
     from fastreduce.kernels import sinkhorn_merge_backward as backward
 

@@ -32,7 +32,7 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
 
 
 def _tiled(inputs: Inputs) -> int:
-    """A program holds a tile of clusters by channels: all of them at once do not fit registers.
+    """Count with a tile of clusters by channels a program: all of them at once do not fit registers.
 
     Tokens are read once a tile of clusters, logits once a tile of channels.
     """
@@ -47,7 +47,7 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _backward_tiled(inputs: Inputs) -> int:
-    """Two products, in tiles of tokens by clusters and of tokens by channels, and the means that the first one needs.
+    """Count two products in tiles of tokens by clusters and by channels, and the means that the first one needs.
 
     Tokens are read once a tile of clusters, logits once and once a tile of channels, the upstream gradient with the
     result for the means, and twice a tile of tokens. The mean and the logsumexp of a cluster are float32.
@@ -65,7 +65,7 @@ def _backward_tiled(inputs: Inputs) -> int:
 
 
 def _call(**arguments: Any) -> Outputs:
-    """Without the logsumexp, which is for recording: the released codes have none."""
+    """Return no logsumexp, which is for recording: the released codes have none."""
     return ops.soft_merge(**arguments)[:1]
 
 

@@ -19,13 +19,13 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """A gather with the index expanded over the channels."""
+    """Gather with the index expanded over the channels."""
     x, slot = inputs["x"], inputs["slot"]
     return (x.gather(1, slot.unsqueeze(-1).expand(-1, -1, x.shape[-1])),)
 
 
 def _floor(inputs: Inputs, outputs: Outputs) -> int:
-    """Every row of x is some token's."""
+    """Count every row of x: each is some token's."""
     return nbytes(*inputs.values(), *outputs)
 
 

@@ -55,7 +55,7 @@ class KernelReport:
         tensor_dots: whether there is a dot of half precision, or of float32 rounded to tf32.
         load_bytes: width of a thread's global load in bytes -> how many such instructions.
         store_bytes: the same of stores.
-        warpgroup_ops: of ``mma_ops``, those of four warps together (sm_90).
+        warpgroup_ops: how many of ``mma_ops`` take four warps together (sm_90).
         overwrites: writes to a shared buffer that an asynchronous dot may still be reading (``bench.proof.buffers``).
     """
 

@@ -42,7 +42,7 @@ class Gate:
         return max(covering, key=len, default=None)
 
     def check(self, key: str, value: float) -> str:
-        """``"ok"``, ``"known"`` or ``"MISSED"``."""
+        """Return ``"ok"``, ``"known"`` or ``"MISSED"``."""
         if key not in self.worst or not self._holds(value, self.worst[key]):
             self.worst[key] = value
         if self._holds(value, self.bound):

@@ -23,7 +23,7 @@ Executor = interpreter.GridExecutor
 
 
 class KernelBug(AssertionError):
-    """What the sanitizer found."""
+    """A finding of the sanitizer."""
 
 
 def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -88,7 +88,7 @@ def _extents(values: tuple[Any, ...]) -> np.ndarray:
 
 
 class _Launch:
-    """What one launch read and wrote, by program."""
+    """Accesses of one launch, read and written, by program."""
 
     def __init__(self, extents: np.ndarray):
         self.extents = extents

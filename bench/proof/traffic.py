@@ -16,7 +16,7 @@ __all__ = ["Traffic", "traffic"]
 
 @dataclasses.dataclass
 class Traffic:
-    """What kernels requested, by name.
+    """Requests of kernels, by name.
 
     Attributes:
         loads: bytes of the active lanes of loads.

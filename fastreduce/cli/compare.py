@@ -58,10 +58,6 @@ def compare(
     dtype: given.Dtype = "float32",
     backend: given.Backend = "auto",
     compile: given.Compile = False,
-    fused_baseline: Annotated[
-        bool,
-        typer.Option("--fused-baseline", help="The plain algorithm gets fused attention where possible."),
-    ] = False,
     threads: given.Threads = None,
     seed: Annotated[
         str, typer.Option(metavar="N", help="Of random weights; the default follows the shape of the flower.")
@@ -97,7 +93,6 @@ def compare(
             dtype=dtype.lower(),
             backend=backend.lower(),
             compile=compile,
-            fused_baseline=fused_baseline,
             threads=given.whole_number("--threads", threads),
             seed=given.whole_number("--seed", seed),
         )

@@ -1,4 +1,4 @@
-"""What is lost, for ``compare`` and ``plan``: fidelity of every setting on the user's pictures or on photographs."""
+"""Losses for ``compare`` and ``plan``: fidelity of every setting on the user's pictures or on photographs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Lost:
 
     @property
     def wanted(self) -> str:
-        """What a setting has to keep, in words."""
+        """Requirements that a setting has to meet, in words."""
         if self.settings.at_most_lost is not None:
             return f"at most {self.settings.at_most_lost:g} points of accuracy lost"
         return f"fidelity at least {self.settings.at_least or AT_LEAST:g}"

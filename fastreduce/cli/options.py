@@ -59,7 +59,9 @@ def _starting_with(words: list[str]) -> Callable[[str], list[str]]:
 
 _METHODS = _starting_with([name.replace("_", "-") for name in METHODS])
 
-Model = Annotated[str, typer.Option(help="A timm Vision Transformer: its name, or a folder.")]
+Model = Annotated[
+    str, typer.Option(help="A Vision Transformer of timm, or with hf: of transformers: its name, or a folder.")
+]
 Checkpoint = Annotated[
     str | None, typer.Option(help="Weights: a .safetensors file, or a torch.save file (read with weights_only).")
 ]
@@ -131,7 +133,7 @@ Json = Annotated[
 
 
 def split(words: list[str] | None) -> tuple[str, ...]:
-    """``["a,b", "c"]`` -> ``("a", "b", "c")``."""
+    """Split ``["a,b", "c"]`` into ``("a", "b", "c")``."""
     return tuple(part.strip() for word in words or [] for part in word.split(",") if part.strip())
 
 
@@ -144,7 +146,7 @@ def names(option: str, words: list[str] | None) -> tuple[str, ...]:
 
 
 def numbers(option: str, example: str, words: list[str] | None, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
-    """``["0.7,0.5", "0.3"]`` -> ``(0.7, 0.5, 0.3)``, None if the option was not given."""
+    """Turn ``["0.7,0.5", "0.3"]`` into ``(0.7, 0.5, 0.3)``, None if the option was not given."""
     if not words:
         return None
     try:

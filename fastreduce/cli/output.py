@@ -1,4 +1,4 @@
-"""Where the commands put what they found, and how they end."""
+"""Output of the commands: where their findings go, and how they end."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def finite_numbers(value: Any) -> Any:
 
 
 class Output:
-    """Where results go: first the JSON, then the tables, then the pictures, so that no failure costs another's.
+    """A command's results: first the JSON, then the tables, then the pictures, so that no failure costs another's.
 
     Args:
         json_file: what ``--json`` was given.

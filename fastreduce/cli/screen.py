@@ -94,7 +94,7 @@ def shortened(words: Sequence[Any], width: int) -> str:
 
 
 class Page:
-    """What a command prints, laid out for a stream and written to it as one.
+    """A page that a command prints, laid out for a stream and written to it as one.
 
     Args:
         stream: ``sys.stdout``, say.

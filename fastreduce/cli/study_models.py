@@ -55,7 +55,7 @@ class Trained:
 
     @property
     def keep_rate(self) -> float | None:
-        """That of the first stage."""
+        """Keep rate of the first stage."""
         rate = None if self.reduction is None else self.reduction.keep_rate
         return rate[0] if isinstance(rate, tuple) else rate
 
@@ -75,7 +75,7 @@ class Trained:
 
 
 def _file(weights: Path, ema: bool) -> Path:
-    """Return the weights of a folder, or those of the moving average in it or beside a file."""
+    """Return the weights of a folder, or the moving average's in it or beside a file."""
     from ..study.protocol import EMA_WEIGHTS, WEIGHTS
 
     if not weights.exists():
@@ -239,7 +239,7 @@ class Published:
 
 
 def find_published(name: str, checkpoint: Path | None, **contradicting: Any) -> Published:
-    """Return the checkpoint of a name, which may be that of a file; ValueError for options that its name settles."""
+    """Return the checkpoint of a name, which may be a file's; ValueError for options that the name settles."""
     from ..study.official import parse_name
 
     if given := [option for option, value in contradicting.items() if value]:

@@ -377,7 +377,7 @@ def _off_the_shelf(recipe: Recipe, wanted: tuple[str, ...]) -> Recipe:
 
 
 def image_size(dataset: str, backbone: Backbone) -> int:
-    """Return the side of the images that the model takes: that of the data set, unless the model's was given."""
+    """Return the side of the images that the model takes: the data set's, unless the model's was given."""
     size = backbone.options.get("img_size", 32 if dataset == "cifar10" else 224)
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"--model-option img_size must be a positive number of pixels, got {size!r}")
@@ -385,7 +385,7 @@ def image_size(dataset: str, backbone: Backbone) -> int:
 
 
 def _with_capacities(recipe: Recipe, wanted: tuple[str, ...]) -> Recipe:
-    """Return the recipe with those of its further backbones that were asked for, all by default, and of its methods."""
+    """Return the recipe with the further backbones and the methods that were asked for, all by default."""
     known = {one.name: one for one in recipe.capacities if recipe.training is not None or one.backbone.pretrained}
     if unknown := [name for name in wanted if name not in {*known, "none"}]:
         raise ValueError(f"unknown capacity {unknown[0]!r}; expected {', '.join([*known, 'none'])}")

@@ -1,4 +1,4 @@
-"""How the commands of the study run and stop: what is missing, what went wrong, Ctrl-C."""
+"""Start and end of the study's commands: what is missing, what went wrong, Ctrl-C."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _NAMED = 3  # so many are named, the others counted
 
 
 def count(number: int, thing: str) -> str:
-    """``1 round``, ``2 rounds``."""
+    """Return ``1 round`` or ``2 rounds``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
@@ -67,7 +67,7 @@ def _drift(low: float, middle: float, high: float, what: str) -> list[str]:
 
 
 def _too_fast(found: Sequence[tuple[str, float, float]]) -> list[str]:
-    """Name those of (label, speed-up, ratio of work) that are faster than the saved work explains."""
+    """Name the settings (label, speed-up, ratio of work) that are faster than the saved work explains."""
     words = [
         f"{label} came out {speedup:.2f} times as fast where the saved work allows {work:.2f}"
         for label, speedup, work in found

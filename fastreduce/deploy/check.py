@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """How an exported model differs from the same model in eager mode.
+    """Differences of an exported model from the same model in eager mode.
 
     Attributes:
         runtime: what it ran in.
@@ -44,7 +44,7 @@ class Fidelity:
 
     @property
     def faithful(self) -> bool:
-        """Whether nothing but rounding differs."""
+        """True if nothing but rounding differs."""
         return not self.wrong and self.relative <= 1e-4
 
 

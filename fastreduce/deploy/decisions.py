@@ -1,4 +1,4 @@
-"""What the stages of an exported model decided, to be held against what they decide in eager mode."""
+"""Decisions of an exported model's stages, to be held against the decisions in eager mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Decided", "Kind", "differing", "settled"]
 
 
 class Kind(NamedTuple):
-    """Which tensors say what one stage decided.
+    """Tensors that say what one stage decided.
 
     Attributes:
         kept: whether the indices of kept tokens, or of centres, are among them.

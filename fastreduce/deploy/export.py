@@ -53,7 +53,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _example(images: Tensor) -> Tensor:
-    """Two images or more: torch.export takes a size of one for a constant."""
+    """Return two example images or more: torch.export takes a size of one for a constant."""
     return images if images.shape[0] > 1 else torch.cat([images, images])
 
 

@@ -25,7 +25,7 @@ from ..recording import ACTIVE, note
 from ..reducers import Reducer
 from ..reducers.block import Heads, Norm, Scores, Then, importance, is_unhooked, received
 from ..tokens import Packing, Tokens
-from .parts import Geometry, Parts, linear_layer
+from .parts import Beside, Geometry, Parts, linear_layer
 from .positions import pairs_at, rows_at, table_at
 from .registry import Host, parts_of
 
@@ -43,7 +43,7 @@ _NO_BACKWARD_HOOKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where a reduced block stands.
+    """A reduced block's place in the model.
 
     Attributes:
         index: number of the block, from 0.
@@ -115,7 +115,7 @@ class _InParts:
     tokens: Tokens
 
     def forward(self, normed: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """(B, N, C) -> what the attention itself returns; ``made`` keeps queries, keys and values."""
+        """Return what the attention itself returns for (B, N, C); ``made`` keeps queries, keys and values."""
         heads = self.block._project(normed, self.tokens, self.block.parts.geometry(self.block), late=False)
         object.__setattr__(self, "made", heads)
         return self.block.parts.as_returned(self.block._projected(self.block.attend(heads), heads.tokens.packing))
@@ -124,7 +124,7 @@ class _InParts:
 class ReducedBlock:
     """A block that takes and gives :class:`~fastreduce.tokens.Tokens`; see :func:`reduced_class`.
 
-    Its parts, parameters, buffers, hooks and attributes are those of the block that it stands for, in the very same
+    It has the parts, parameters, buffers, hooks and attributes of the block that it stands for, in the very same
     dictionaries: what is replaced or registered on either is so on both.
     """
 
@@ -167,12 +167,12 @@ class ReducedBlock:
     # ---- norms
 
     def attention_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before attention, where a kernel may apply it to what it makes of the tokens."""
+        """Return the norm before attention, where a kernel may apply it to what it makes of the tokens."""
         parts = self.parts
         return None if tokens.backend == "reference" else _fusible(parts.norm1(self), tokens, parts.layer_norms)
 
     def mlp_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before the MLP, likewise."""
+        """Return the norm before the MLP, where a kernel may apply it likewise."""
         parts = self.parts
         return None if tokens.backend == "reference" else _fusible(parts.norm2(self), tokens, parts.layer_norms)
 
@@ -221,7 +221,10 @@ class ReducedBlock:
             )
 
     def _project(self, normed: Tensor, tokens: Tokens, now: Geometry, *, late: bool) -> Heads:
-        """All three from one product where a launch costs more than a few rows of it, else no query without need."""
+        """Project query, key and value.
+
+        One product makes all three where a launch costs more than a few rows of it, else no query without need.
+        """
         parts, packing, beside = self.parts, tokens.packing, tokens.beside
         if now.strange is not None:
             self._check(now)
@@ -312,7 +315,7 @@ class ReducedBlock:
         return self._attention(heads, q.unflatten(2, heads.q.shape[1::2]).transpose(1, 2), kept)
 
     def _picked(self, heads: Heads, kept: Tensor, queries: Packing | None, rows: int) -> Tensor:
-        """(1, rows, C) the normed rows of the prefix and of the kept tokens, packed as ``queries`` says."""
+        """Return the normed rows (1, rows, C) of the prefix and of the kept tokens, packed as ``queries`` says."""
         tokens = heads.tokens
         assert tokens.packing is not None
         assert queries is not None
@@ -322,17 +325,20 @@ class ReducedBlock:
         )
 
     def _is_plain(self, heads: Heads) -> bool:
-        """Whether attention is a softmax over the keys with at most a bias of each: our own cannot drop weights."""
+        """Return whether attention is a softmax over the keys with at most a bias of each.
+
+        Our own attention cannot drop weights.
+        """
         tokens = heads.tokens
         plain = tokens.packing is None and tokens.policy is None and heads.pair is None and heads.mix is None
         return plain and heads.v.shape[3] == heads.k.shape[3] and self.parts.softmax(self)[1] == 0.0
 
     def _has_kernel(self, heads: Heads) -> bool:
-        """Whether plain attention can run on our own kernel."""
+        """Return whether plain attention can run on our own kernel."""
         return heads.tokens.backend == "triton" and heads.q.shape[3] <= MAX_HEAD_DIM and self._is_plain(heads)
 
     def _packed(self, heads: Heads, q: Tensor, queries: Packing | None, **chosen: Any) -> Tensor:
-        """Every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
+        """Attend for every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
         keys = heads.tokens.packing
         assert keys is not None
         queries = queries or keys
@@ -409,10 +415,12 @@ class ReducedBlock:
         if scores == "class":
             if short and self._has_kernel(heads):
                 return ops.attention_cls_scores(q, k, v, bias=tokens.bias, prefix=tokens.prefix, **options)
-            assert tokens.bias is None  # importance has none
+            assert tokens.bias is None or tokens.valid is not None  # importance knows of padding alone
             return self._attention(heads, q), importance(heads)
         if scores == "constant":
             heads = heads._replace(q=q.detach(), k=k.detach())
+        if tokens.valid is not None:
+            return self._attention(heads, q), received(heads)
         # The CPU computes the matrix once, a head at a time, with a gradient as without; for long inputs not at all.
         if (short and not q.is_cuda and self._is_plain(heads)) or self._has_kernel(heads):
             return ops.attention_received_scores(q, k, v, bias=tokens.bias, **options)
@@ -474,7 +482,7 @@ class ReducedBlock:
 
     @property
     def drops_paths(self) -> bool:
-        """Whether drop path is active."""
+        """True if drop path is active."""
         drop: Any = self.parts.path1(self)
         return drop is not None and drop.training and getattr(drop, "drop_prob", 0.0) > 0
 
@@ -487,7 +495,7 @@ class ReducedBlock:
     # ---- the block
 
     def _packed_mlp(self, tokens: Tokens) -> Tokens:
-        """The half behind attention, for tokens of all images in one row."""
+        """Apply the half behind attention to tokens of all images in one row."""
         x, packing, parts = tokens.x, tokens.packing, self.parts
         backend = resolve(self._site.model.reducers.backend, x)
         made = parts.mlp(self, x, tokens.normed, functools.partial(linear_layer, packing=packing, backend=backend))
@@ -534,6 +542,20 @@ class ReducedBlock:
             note(model, tokens)
         return tokens
 
+    def _padded(self, tokens: Tokens, beside: Beside) -> tuple[Tokens, Beside | None]:
+        """Let tokens know which of them are padding, if the method can leave it alone."""
+        reducer: Reducer = self._site.model.reducers
+        if not reducer.leaves_padding or reducer.packed:
+            how = f"{reducer.name} with packed=True" if reducer.leaves_padding else reducer.name
+            raise ValueError(
+                f"{how} cannot tell padding from patches: give batches of images of one size, or reduce with topk, "
+                "evit or ats"
+            )
+        valid, rest = beside.valid, beside._replace(valid=None)
+        assert valid is not None
+        tokens = tokens.replace(tokens.x, valid=valid, bias=valid.float().log())  # 0 and -inf
+        return tokens, None if rest.table is None and rest.pair is None and rest.call is None else rest
+
     def _check_training(self) -> None:
         """Raise where training would go wrong."""
         site = self._site
@@ -557,7 +579,7 @@ class ReducedBlock:
             raise ValueError(f"block {self.index} has {_NO_BACKWARD_HOOKS}")
 
     def _is_last(self, blocks: Any) -> bool:
-        """Whether no reduced block comes after this one in the container."""
+        """Return whether no reduced block comes after this one in the container."""
         if torch.compiler.is_compiling():  # a block that is compiled by itself must not come upon itself in the tree
             return next(reversed(blocks._modules)) == str(self._site.index)
         for index in range(len(blocks) - 1, -1, -1):
@@ -582,6 +604,8 @@ class ReducedBlock:
         if self.training or self._backward_hooks or self._backward_pre_hooks:  # type: ignore[attr-defined]
             self._check_training()
         tokens = x if isinstance(x, Tokens) else self.start(x)
+        if beside is not None and beside.valid is not None:
+            tokens, beside = self._padded(tokens, beside)
         if beside is not None or tokens.beside is not None:
             if beside is not None:
                 beside = beside._replace(positions=self._site.model.reducers.positions)
@@ -591,6 +615,8 @@ class ReducedBlock:
         as_it_is = site.stage is None and (beside is None or len(tokens.plans) == 0) and tokens.normed is None
         as_it_is = as_it_is and tokens.packing is None and tokens.policy is None and tokens.bias is None
         if as_it_is and not model.reducers.opens(site.index):
+            if len(tokens.plans) > 0 and (args or kwargs):
+                args, kwargs = parts.of_fewer(args, kwargs)
             made = self.kind.forward(self, tokens.x, *args, **kwargs)
             tokens = tokens.replace(made[0] if parts.returns_tuple else made)
         else:
@@ -627,14 +653,17 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _hangs_on(module: nn.Module) -> bool:
-    """Whether hooks of the user's hang on a module."""
+    """Return whether hooks of the user's hang on a module."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def _fusible(norm: Any, tokens: Tokens, known: tuple[type, ...]) -> Norm | None:
-    """A norm whose work a kernel can do as it is; half-precision autocast would have it in float32."""
+    """Return a norm whose work a kernel can do as it is, else None.
+
+    Half-precision autocast would have the norm in float32.
+    """
     if norm is None or torch.is_autocast_enabled(tokens.x.device.type):
         return None
     if type(norm) not in known or len(norm.normalized_shape) != 1 or not is_unhooked(norm):
@@ -643,7 +672,7 @@ def _fusible(norm: Any, tokens: Tokens, known: tuple[type, ...]) -> Norm | None:
 
 
 def _bias(heads: Heads, q: Tensor, kept: Tensor | None) -> Tensor:
-    """(B or 1, 1 or H, 1 or M, N) what is added to the logits, for the queries of all tokens or of the kept ones."""
+    """Return what is added to the logits, (B or 1, 1 or H, 1 or M, N), for the queries of all or of the kept tokens."""
     tokens, pair, bias = heads.tokens, heads.pair, None
     if pair is not None and kept is not None:
         rows = torch.arange(tokens.prefix, device=kept.device).expand(len(kept), -1)
@@ -665,7 +694,7 @@ _WRAPPED = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_
 
 
 def reduced_block(module: nn.Module) -> Any:
-    """A reduced block, or the one in a wrapper (compiled by itself, checkpointed); None for any other module."""
+    """Return a reduced block, or the one in a wrapper (compiled by itself, checkpointed); None for any other module."""
     while not isinstance(module, ReducedBlock):
         inner = [module._modules[name] for name in _WRAPPED if name in module._modules]
         if not inner or inner[0] is None:

@@ -1,4 +1,4 @@
-"""What a transformer block is made of, as a reduced block asks for it; one subclass for each layout of blocks.
+"""Parts of a transformer block, as a reduced block asks for them; one subclass for each layout of blocks.
 
 A :class:`Parts` has no state: every method is given the block, and reads the module tree as it is at that moment. So
 what users hang on modules, or put in their place, is called. A layout says with its methods
@@ -50,7 +50,7 @@ class Geometry(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """What a model hands a block beside the tokens, on the full grid of patches.
+    """Values that a model hands a block beside the tokens, on the full grid of patches.
 
     Attributes:
         table: (cos, sin) of a rotation, each (P, D), (H, P, D) or (B, 1 or H, P, D); or what makes that pair of the
@@ -58,6 +58,7 @@ class Beside(NamedTuple):
         pair: what gives (1 or B, H, prefix + P, prefix + P) the bias of every pair, or None.
         call: what the block's own attention is called with on the full grid, or None for what :meth:`Parts.call` makes
             of the table.
+        valid: (B, prefix + P) bool, False for padding, which no method may keep before a patch; or None.
         positions: ``"place"`` to rotate a merged token by the row of its place, ``"mean"`` by the mean of its patches'.
     """
 
@@ -65,6 +66,7 @@ class Beside(NamedTuple):
     pair: Callable[[], Tensor] | None = None
     call: dict[str, Any] | None = None
     positions: str = "place"
+    valid: Tensor | None = None
 
 
 def linear_layer(layer: nn.Module, x: Tensor, packing: Packing | None, backend: str) -> Tensor:
@@ -79,7 +81,7 @@ def linear_layer(layer: nn.Module, x: Tensor, packing: Packing | None, backend: 
 
 
 class Parts(abc.ABC):
-    """Where blocks of one layout keep their pieces.
+    """Parts of the blocks of one layout.
 
     Attributes:
         wanted: what a block must be, in words, for the message of a refusal.
@@ -121,6 +123,10 @@ class Parts(abc.ABC):
         """Read what the block was called with behind the tokens; raise ValueError for what cannot be respected."""
         return None
 
+    def of_fewer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the block is to be called with once tokens were reduced: nothing that is of all of them."""
+        return args, kwargs
+
     # ---- norms
 
     @abc.abstractmethod
@@ -135,7 +141,7 @@ class Parts(abc.ABC):
 
     @abc.abstractmethod
     def splits(self, block: Any) -> bool:
-        """Whether queries can be projected apart from keys and values, with the same numbers."""
+        """Return whether queries can be projected apart from keys and values, with the same numbers."""
 
     @abc.abstractmethod
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
@@ -203,7 +209,7 @@ class Parts(abc.ABC):
         return out
 
     def gated(self, block: Any) -> bool:
-        """Whether :meth:`inner` looks at the rows that the queries came from."""
+        """Return whether :meth:`inner` looks at the rows that the queries came from."""
         return False
 
     @abc.abstractmethod
@@ -211,7 +217,7 @@ class Parts(abc.ABC):
         """Output projection and its dropout: (B, M, H * D) -> (B, M, C)."""
 
     def branch(self, block: Any, attended: Tensor) -> Tensor:
-        """All from the output projection to the residual: (B, M, H * D) -> (B, M, C)."""
+        """Apply all from the output projection to the residual: (B, M, H * D) -> (B, M, C)."""
         made = self.tail(block, self.project_out(block, attended, _call))
         path = self.path1(block)
         return made if path is None else path(made)
@@ -221,16 +227,22 @@ class Parts(abc.ABC):
         return projected
 
     def bias(self, block: Any) -> Tensor | None:
-        """(C,) what projection and tail add to every row where they are linear, or None."""
+        """Return (C,) what projection and tail add to every row where they are linear, or None."""
         return None
 
     @abc.abstractmethod
     def is_rowwise(self, block: Any) -> bool:
-        """Whether what stands between attention and residual treats every row alike: a selection may come first."""
+        """Return whether what stands between attention and residual treats every row alike.
+
+        A selection may then come first.
+        """
 
     @abc.abstractmethod
     def is_linear(self, block: Any) -> bool:
-        """Whether projection, tail and drop path are linear in each row now: a merge may come before them."""
+        """Return whether projection, tail and drop path are linear in each row now.
+
+        A merge may then come before them.
+        """
 
     def path1(self, block: Any) -> nn.Module | None:
         """Return the drop path of the attention, or None."""
@@ -244,19 +256,19 @@ class Parts(abc.ABC):
 
     @abc.abstractmethod
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """The MLP's half up to its drop path: x (B, N, C) -> (B, N, C).
+        """Apply the MLP's half up to its drop path: x (B, N, C) -> (B, N, C).
 
         ``normed`` is what :meth:`norm2` makes of x where a kernel has done it. ``linear`` calls a layer.
         """
 
     def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
-        """All behind attention and its residual: x (B, N, C) -> (B, N, C)."""
+        """Apply all behind attention and its residual: x (B, N, C) -> (B, N, C)."""
         made = self.mlp(block, x, normed, _call)
         path = self.path2(block)
         return x + (made if path is None else path(made))
 
     def treats_rows_alike(self, *modules: nn.Module | None) -> bool:
-        """Whether layers treat every row alike, and nothing was hung on them."""
+        """Return whether layers treat every row alike, and nothing was hung on them."""
         return are_plain(modules, self.row_by_row)
 
 
@@ -265,7 +277,7 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def are_plain(modules: tuple[nn.Module | None, ...], kinds: tuple[type, ...]) -> bool:
-    """Whether all modules, but those that are None, are of these very classes with nothing hung on them."""
+    """Return whether all modules, but those that are None, are of these very classes with nothing hung on them."""
     for module in modules:
         if module is None:
             continue
@@ -277,7 +289,7 @@ def are_plain(modules: tuple[nn.Module | None, ...], kinds: tuple[type, ...]) ->
 
 
 def is_idle_dropout(drop: nn.Module | None) -> bool:
-    """Whether a dropout drops nothing now, and nothing hangs on it."""
+    """Return whether a dropout drops nothing now, and nothing hangs on it."""
     if drop is None or type(drop) is nn.Identity:
         return drop is None or is_unhooked(drop)
     return type(drop) is nn.Dropout and (drop.p == 0 or not drop.training) and is_unhooked(drop)

@@ -44,7 +44,7 @@ def _strange_model(model: nn.Module) -> str:
 
 
 def _passes(model: nn.Module) -> bool:
-    """Whether a model that a host knows is as the host wants it."""
+    """Return whether a model that a host knows is as the host wants it."""
     try:
         host_of(model).check(model)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What a model gave its blocks for every patch of the grid, gathered for the tokens that are left."""
+"""Positions: what a model gave its blocks for every patch of the grid, gathered for the tokens that are left."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def rows_at(tokens: Tokens) -> Beside:
 
 
 def _mean_rows(cos: Tensor, sin: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(B, 1 or H, n, D) each: the mean angle of the patches in every token, on the unit circle; none where they cancel.
+    """Return the mean angle of the patches in every token, (B, 1 or H, n, D) each, on the unit circle.
+
+    There is none where angles cancel.
 
     A patch that was dropped is in no token.
     """
@@ -49,7 +51,7 @@ def _mean_rows(cos: Tensor, sin: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor
 
 
 def pairs_at(pair: Tensor, tokens: Tokens) -> Tensor:
-    """(1 or B, H, T, T) biases on the full grid -> (1 or B, H, N, N) at hand; zero for tokens without a place."""
+    """Turn (1 or B, H, T, T) biases on the full grid into (1 or B, H, N, N) at hand; zero for a token of no place."""
     if len(tokens.plans) == 0:
         return pair
     place, prefix = tokens.place, tokens.prefix

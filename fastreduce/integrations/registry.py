@@ -1,4 +1,6 @@
-"""Which models and blocks can be reduced: hosts and parts by class, each library's only once the user has it loaded.
+"""Registers of the models and blocks that can be reduced: hosts and parts by class.
+
+A library's own are added only once the user has it loaded.
 
 A *host* knows one class of model; it has no state, and reads the model at every call. To bring another library:
 
@@ -14,7 +16,7 @@ import abc
 import functools
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -37,11 +39,11 @@ LIBRARIES = {
 Looks = Literal["class", "patches", "tokens"]
 
 _hosts: dict[type | str, Host] = {}
-_parts: dict[type | str, Parts] = {}
+_parts: dict[type | str, Parts | Callable[[type], Parts]] = {}
 
 
 class Host(abc.ABC):
-    """What a reducer must know of one class of model. Stateless: every method is given the model.
+    """Knowledge of one class of model that a reducer needs. Stateless: every method is given the model.
 
     Attributes:
         container: the attribute that holds the blocks, or None where :meth:`blocks` has to look further.
@@ -71,10 +73,10 @@ class Host(abc.ABC):
 
     @abc.abstractmethod
     def has_class_token(self, model: Any) -> bool:
-        """Whether the first token is a class token."""
+        """Return whether the first token is a class token."""
 
     def positions(self, model: Any) -> bool:
-        """Whether blocks look at where a token is, so that ``Tokens.place`` is kept."""
+        """Return whether blocks look at where a token is, so that ``Tokens.place`` is kept."""
         return False
 
     def grid(self, model: Any, patches: int) -> tuple[int, int]:
@@ -86,11 +88,11 @@ class Host(abc.ABC):
         return rows, columns
 
     def asks_for_inputs(self, model: Any) -> bool:
-        """Whether somebody will ask in the pass at hand what dropped patches were."""
+        """Return whether somebody will ask in the pass at hand what dropped patches were."""
         return self.needs_grid
 
     def keeps_every_patch(self, model: Any) -> bool:
-        """Whether no patch is dropped before the blocks, as patch dropout does in training."""
+        """Return whether no patch is dropped before the blocks, as patch dropout does in training."""
         return True
 
     # ---- what is behind the blocks
@@ -146,7 +148,7 @@ class Host(abc.ABC):
     # ---- training, and what belongs to a patched model
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether the model runs its blocks again in the backward pass."""
+        """Return whether the model runs its blocks again in the backward pass."""
         return False
 
     def check_checkpointing(self, model: Any) -> None:
@@ -170,10 +172,11 @@ def register_host(kind: type | str, host: Host) -> None:
     _hosts[kind] = host
 
 
-def register_parts(kind: type | str, parts: Parts) -> None:
+def register_parts(kind: type | str, parts: Parts | Callable[[type], Parts]) -> None:
     """Let blocks of a class (not of subclasses, which may have another forward) be done through ``parts``.
 
-    ``kind`` may be ``"library.ClassName"``, as for :func:`register_host`.
+    ``kind`` may be ``"library.ClassName"``, as for :func:`register_host`. ``parts`` may be what makes them of the
+    class, where versions of a library differ.
     """
     _parts[kind] = parts
     parts_of.cache_clear()
@@ -226,7 +229,8 @@ def host_of(model: object) -> Host:
 def parts_of(kind: Any) -> Parts | None:
     """Return what blocks of a class are made of, or None where that is not known."""
     _load(kind)
-    return _parts.get(kind) or _parts.get(name_of(kind))
+    found = _parts.get(kind) or _parts.get(name_of(kind))
+    return found if found is None or isinstance(found, Parts) else found(kind)
 
 
 def shape_of(model: Any) -> ModelShape:
@@ -235,5 +239,5 @@ def shape_of(model: Any) -> ModelShape:
 
 
 def is_compiled(model: object) -> bool:
-    """Whether a model is what ``torch.compile`` made of one."""
+    """Return whether a model is what ``torch.compile`` made of one."""
     return isinstance(model, torch._dynamo.OptimizedModule)

@@ -1,4 +1,4 @@
-"""What ``FlopCounterMode`` counts of an operator: the matrix products of its reference."""
+"""Counts that ``FlopCounterMode`` gives an operator: the matrix products of its reference."""
 
 from __future__ import annotations
 

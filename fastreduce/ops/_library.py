@@ -28,7 +28,7 @@ __all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", 
 _library = torch.library.Library("fastreduce", "FRAGMENT")
 # What a call may be made of to be launched directly: subclasses of tensors and symbolic sizes go to the dispatcher.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, tuple, type(None)})
-_recording = torch._C._len_torch_dispatch_stack  # modes, as those of make_fx, of FakeTensor, or that count operators
+_recording = torch._C._len_torch_dispatch_stack  # modes, such as make_fx's, of FakeTensor, or that count operators
 _transforming = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 
@@ -108,7 +108,7 @@ def operator(
 
 
 def _runs_here(args: tuple[Any, ...]) -> bool:
-    """Whether the kernels can take these arguments as they are, and nobody wants to see the operator."""
+    """Return whether the kernels can take these arguments as they are, and nobody wants to see the operator."""
     if not _PLAIN.issuperset(map(type, args)) or _recording() or _transforming() is not None or _tracing():
         return False
     return INTERPRETING or _first(args).is_cuda
@@ -172,7 +172,7 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a call on these tensors is to be recorded by autograd."""
+    """Return whether a call on these tensors is to be recorded by autograd."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
@@ -182,7 +182,7 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def differentiates_again() -> bool:
-    """Whether a backward pass is itself recorded (``create_graph=True``): kernels have no second derivative."""
+    """Return whether a backward pass is itself recorded (``create_graph=True``): kernels have no second derivative."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 

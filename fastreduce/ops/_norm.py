@@ -1,4 +1,4 @@
-"""What the primitives that end in a layer normalisation share: checks, and what their gradients ask for."""
+"""Checks shared by the primitives that end in a layer normalisation, and the inputs that their gradients ask for."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None, 
 
 
 def wants_affine(ctx: Any) -> bool:
-    """Whether weight or bias gets a gradient."""
+    """Return whether weight or bias gets a gradient."""
     return any(ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2])
 
 
@@ -96,7 +96,7 @@ def again_through_norm(
     bias = out.new_zeros(out.shape[2], dtype=ctx.norm_dtypes[1]).requires_grad_() if wanted[1] else None
     inputs = out, weight, bias, ctx.norm_eps
     grad, grad_weight, grad_bias, _ = gradients_again(reference.layer_norm, inputs, (grad_normed,))
-    if grad is None:  # nothing asks for that of the rows
+    if grad is None:  # nothing asks for the gradient of the rows
         grad = torch.zeros_like(out)
     if grad_out is not None:
         grad = grad + grad_out.to(grad.dtype)

@@ -33,7 +33,7 @@ MAX_HEAD_DIM = 256  # of the kernels
 
 
 def _sequence_first(tensor: Tensor) -> Tensor:
-    """(B, H, M, D) in the memory order (B, M, H, D), which the next projection reads without a copy."""
+    """Copy (B, H, M, D) into the memory order (B, M, H, D), which the next projection reads without a copy."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -396,7 +396,7 @@ def attention_unchecked(
     scale: float | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`attention` without checks, by the backend named."""
+    """Call :func:`attention` without checks, by the backend named."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     prefix = 0 if index is None else prefix
     if backend == "reference":
@@ -420,7 +420,7 @@ def attention_packed_unchecked(
     scale: float | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`attention_packed` without checks, by the backend named."""
+    """Call :func:`attention_packed` without checks, by the backend named."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     prefix = 0 if index is None else prefix
     if backend == "reference":
@@ -439,7 +439,7 @@ def attention_policy_unchecked(
     eps: float = 1e-6,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`attention_policy` without checks, by the backend named."""
+    """Call :func:`attention_policy` without checks, by the backend named."""
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.attention_policy(q, k, v, policy, scale, eps)

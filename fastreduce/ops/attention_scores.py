@@ -37,7 +37,7 @@ _scores = register(
 def _by_reference(
     q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.attention_scores``, of operators that all have second derivatives."""
+    """Compute what ``reference.attention_scores`` does by operators that all have second derivatives."""
     out, logsumexp = reference.attention_with_sums(q, k, v, scale, bias)
     return out, reference.key_scores(q, k, logsumexp, kind, bias, prefix, scale)
 
@@ -93,14 +93,14 @@ def attention_cls_scores_unchecked(
     scale: float | None = None,
     backend: Resolved,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention_cls_scores` without checks, by the backend named."""
+    """Call :func:`attention_cls_scores` without checks, by the backend named."""
     return _attend(q, k, v, "class", bias, prefix, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
 
 def attention_received_scores_unchecked(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, scale: float | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention_received_scores` without checks, by the backend named."""
+    """Call :func:`attention_received_scores` without checks, by the backend named."""
     return _attend(q, k, v, "received", bias, 0, q.shape[3] ** -0.5 if scale is None else scale, backend)
 
 
@@ -137,7 +137,7 @@ def attention_cls_scores(
         q: (B, H, M, D) queries, as for :func:`attention`; the class token's is the first.
         k: (B, H, N, D) keys.
         v: (B, H, N, D) values.
-        bias: (B, N) as for :func:`attention`, or None; the scores are those of the biased logits.
+        bias: (B, N) as for :func:`attention`, or None; the scores follow the biased logits.
         prefix: number of leading keys that get no score.
         scale: factor on the dot products; None means ``D ** -0.5``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
@@ -176,13 +176,13 @@ def attention_received_scores(
         weights @ v, weights.sum((1, 2))  # received_scores(q, k)
 
     Three launches forward, of which the second computes the logits again and the third adds up the heads. Two backward,
-    whatever has a gradient; that of the scores costs one more product of q and k.
+    whatever has a gradient; the scores' gradient costs one more product of q and k.
 
     Args:
         q: (B, H, M, D) queries, as for :func:`attention`.
         k: (B, H, N, D) keys.
         v: (B, H, N, D) values.
-        bias: (B, N) as for :func:`attention`, or None; the scores are those of the biased logits.
+        bias: (B, N) as for :func:`attention`, or None; the scores follow the biased logits.
         scale: factor on the dot products; None means ``D ** -0.5``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. No backend holds the matrix of
             a long sequence: the kernels no N x N at all, the reference 2 ** 20 logits an image outside autograd.

@@ -1,4 +1,4 @@
-"""How much the class token attends to every patch token, without the attention matrix.
+"""Attention of the class token to every patch token, without the attention matrix.
 
 ``cls_scores`` averages over heads; ``cls_value_scores`` weighs by the lengths of values and sums.
 """
@@ -87,7 +87,7 @@ _value_packed = register(
 
 
 class ClsScores(torch.autograd.Function):
-    """Gradient: that of a softmax, from the logits and their logsumexp kept by the forward pass."""
+    """Gradient of a softmax, from the logits and their logsumexp kept by the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
@@ -113,7 +113,7 @@ def cls_scores_unchecked(
     valid: Tensor | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`cls_scores` without checks, by the backend named."""
+    """Call :func:`cls_scores` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.cls_scores(q, k, prefix, scale, valid)
@@ -132,7 +132,7 @@ def cls_value_scores_unchecked(
     valid: Tensor | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`cls_value_scores` without checks, by the backend named."""
+    """Call :func:`cls_value_scores` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     forward = reference.cls_value_scores if backend == "reference" else _value_forward
     return forward(q.detach(), k.detach(), value.detach(), valid, prefix, scale)
@@ -149,7 +149,7 @@ def cls_value_scores_packed_unchecked(
     scale: float | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`cls_value_scores_packed` without checks, by the backend named."""
+    """Call :func:`cls_value_scores_packed` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     forward = reference.cls_value_scores_packed if backend == "reference" else _value_packed
     return forward(q.detach(), k.detach(), value.detach(), offsets, longest, prefix, scale)
@@ -198,7 +198,7 @@ def cls_scores(
 
     Args:
         q: (B, H, D) the class query of every head. float32, float16, bfloat16 (reference: any).
-        k: (B, H, N, D) all keys, those of the prefix included, in q's dtype. Any strides; with a dense last axis, as a
+        k: (B, H, N, D) all keys, the prefix's included, in q's dtype. Any strides; with a dense last axis, as a
             view of a packed qkv has it, nothing is copied.
         prefix: number of leading keys that take part in the softmax but get no score.
         scale: factor on the dot products; None means ``D ** -0.5``.

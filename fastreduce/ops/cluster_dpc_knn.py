@@ -29,7 +29,7 @@ def _cluster(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[T
 def cluster_dpc_knn_groups_unchecked(
     x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`cluster_dpc_knn_groups` without checks, by the backend named."""
+    """Call :func:`cluster_dpc_knn_groups` without checks, by the backend named."""
     x, noise = x.detach(), None if noise is None else noise.detach()
     if backend == "reference":
         return *reference.cluster_dpc_knn(x, k, neighbors, noise), None
@@ -40,7 +40,7 @@ def cluster_dpc_knn_groups_unchecked(
 def cluster_dpc_knn_unchecked(
     x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
-    """:func:`cluster_dpc_knn` without checks, by the backend named."""
+    """Call :func:`cluster_dpc_knn` without checks, by the backend named."""
     return cluster_dpc_knn_groups_unchecked(x, k, neighbors=neighbors, noise=noise, backend=backend)[:2]
 
 
@@ -85,7 +85,7 @@ def cluster_dpc_knn(
 def cluster_dpc_knn_groups(
     x: Tensor, k: int, *, neighbors: int = 5, noise: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`cluster_dpc_knn`, and the groups for :func:`merge_tokens` from the same launch.
+    """Cluster as :func:`cluster_dpc_knn` does, and return the groups for :func:`merge_tokens` from the same launch.
 
     Returns:
         centers (B, k), label (B, N), and what :func:`prepare_merge` returns for this label: the groups for the kernels,

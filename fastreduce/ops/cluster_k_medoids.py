@@ -35,7 +35,7 @@ def cluster_k_medoids_unchecked(
     first: int = 0,
     backend: Resolved,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`cluster_k_medoids` without checks, by the backend named."""
+    """Call :func:`cluster_k_medoids` without checks, by the backend named."""
     x, weights = x.detach(), None if weights is None else weights.detach()
     if backend == "reference" or weights is None or cost == "members":
         return reference.cluster_k_medoids(x, weights, k, iters, cost == "members", first)
@@ -52,7 +52,7 @@ def cluster_k_medoids(
     first: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """K-Medoids clustering of every image's tokens (Haurum et al., "Which Tokens to Use?", section 3).
+    """Cluster every image's tokens by K-Medoids (Haurum et al., "Which Tokens to Use?", section 3).
 
     Start from the k tokens of the highest weight. ``iters`` times, every token joins its nearest center and every
     cluster takes its token of the least cost as its center; at the end every token joins its nearest center once more.

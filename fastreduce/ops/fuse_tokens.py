@@ -225,7 +225,7 @@ def fuse_tokens_unchecked(
     norm: Norm | None = None,
     backend: Resolved,
 ) -> Any:
-    """:func:`fuse_tokens` without checks, by the backend named."""
+    """Call :func:`fuse_tokens` without checks, by the backend named."""
     arguments = x, order, scores, k, prefix, residual, residual_bias
     if backend == "reference":
         out = reference.fuse_tokens(*arguments)

@@ -49,12 +49,12 @@ def _offsets(valid: Tensor) -> Tensor:
 
 
 def token_offsets_unchecked(valid: Tensor, *, backend: Resolved) -> Tensor:
-    """:func:`token_offsets` without checks, by the backend named."""
+    """Call :func:`token_offsets` without checks, by the backend named."""
     return reference.token_offsets(valid) if backend == "reference" else _offsets(valid)
 
 
 def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
-    """Where the tokens of every image begin once they are packed, and where the last ones end.
+    """Return where the tokens of every image begin once they are packed, and where the last image's end.
 
     Equivalent PyTorch::
 
@@ -90,7 +90,7 @@ def _gather_backward(grad: Tensor, index: Tensor, source: Tensor, target: Tensor
 
 
 class GatherPacked(torch.autograd.Function):
-    """Gradient: every row that was kept gets that of the row it became; the residual's is the output's."""
+    """Gradients: a kept row gets the gradient of the row it became; the residual's is the output's."""
 
     @staticmethod
     def forward(
@@ -129,7 +129,7 @@ def gather_packed_unchecked(
     residual: Tensor | None = None,
     backend: Resolved,
 ) -> Tensor:
-    """:func:`gather_packed` without checks, by the backend named."""
+    """Call :func:`gather_packed` without checks, by the backend named."""
     arguments = x, index, *offsets, prefix, num_out, residual
     if backend == "reference":
         return reference.gather_packed(*arguments)
@@ -148,7 +148,7 @@ def gather_packed(
 ) -> Tensor:
     """Keep the prefix and the chosen patch tokens of every image, packed, and add a residual to them.
 
-    As :func:`gather_tokens`, but every image has, and keeps, a number of tokens of its own: those of image b are rows
+    As :func:`gather_tokens`, but every image has, and keeps, a number of tokens of its own: image b's are rows
     ``offsets[b] .. offsets[b + 1]``, and there is no padding between images. The numbers stay on the device.
 
     Equivalent PyTorch, for image b::
@@ -228,7 +228,7 @@ class UnpackTokens(torch.autograd.Function):
 
 
 def unpack_tokens_unchecked(x: Tensor, offsets: Tensor, *, longest: int, backend: Resolved) -> Tensor:
-    """:func:`unpack_tokens` without checks, by the backend named."""
+    """Call :func:`unpack_tokens` without checks, by the backend named."""
     if backend == "reference":
         return reference.unpack_tokens(x, offsets, longest)
     return UnpackTokens.apply(x, offsets, longest) if wants_gradient(x) else _unpack(x, offsets, longest)

@@ -207,7 +207,7 @@ def gather_tokens_unchecked(
     norm: Norm | None = None,
     backend: Resolved,
 ) -> Any:
-    """:func:`gather_tokens` without checks, by the backend named."""
+    """Call :func:`gather_tokens` without checks, by the backend named."""
     if backend == "reference":
         out = reference.gather_tokens(x, index, prefix, residual)
         return out if norm is None else (out, reference.layer_norm(out, *norm))

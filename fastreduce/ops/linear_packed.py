@@ -32,7 +32,7 @@ def _backward(
 
 
 class LinearPacked(torch.autograd.Function):
-    """Gradient: that of a linear layer on the rows that are there; only what is asked for is computed."""
+    """Gradient of a linear layer on the rows that are there; only what is asked for is computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class LinearPacked(torch.autograd.Function):
 def linear_packed_unchecked(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, backend: Resolved
 ) -> Tensor:
-    """:func:`linear_packed` without checks, by the backend named."""
+    """Call :func:`linear_packed` without checks, by the backend named."""
     if backend == "reference":
         return reference.linear_packed(x, weight, bias, offsets)
     if wants_gradient(x, weight, bias):
@@ -65,7 +65,7 @@ def linear_packed_unchecked(
 def linear_packed(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """A linear layer on the tokens that are there: of packed tokens with room behind them, the room costs nothing.
+    """Apply a linear layer to the packed tokens that are there; the room behind them costs nothing.
 
     Equivalent PyTorch::
 

@@ -28,7 +28,7 @@ def _match(metric: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]
 def match_tokens_groups_unchecked(
     metric: Tensor, r: int, *, prefix: int = 1, backend: Resolved
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`match_tokens_groups` without checks, by the backend named."""
+    """Call :func:`match_tokens_groups` without checks, by the backend named."""
     if metric.requires_grad:
         metric = metric.detach()
     if backend == "reference":
@@ -38,7 +38,7 @@ def match_tokens_groups_unchecked(
 
 
 def match_tokens_unchecked(metric: Tensor, r: int, *, prefix: int = 1, backend: Resolved) -> Tensor:
-    """:func:`match_tokens` without checks, by the backend named."""
+    """Call :func:`match_tokens` without checks, by the backend named."""
     return match_tokens_groups_unchecked(metric, r, prefix=prefix, backend=backend)[0]
 
 
@@ -82,7 +82,7 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
 def match_tokens_groups(
     metric: Tensor, r: int, *, prefix: int = 1, backend: str | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """:func:`match_tokens`, and the groups for :func:`merge_tokens` from the same launch.
+    """Match as :func:`match_tokens` does, and return the groups for :func:`merge_tokens` from the same launch.
 
     Returns:
         slot (B, N), and what :func:`prepare_merge` returns for it: the groups for the kernels, None for the reference.

@@ -416,7 +416,7 @@ def merge_tokens_unchecked(
     norm: Norm | None = None,
     backend: Resolved,
 ) -> Any:
-    """:func:`merge_tokens` without checks, by the backend named."""
+    """Call :func:`merge_tokens` without checks, by the backend named."""
     if backend == "reference":
         if log_size is not None:
             size = reference.learned_sizes(x, *log_size, slot, num_out)
@@ -434,7 +434,7 @@ def merge_tokens_unchecked(
 def unmerge_tokens_unchecked(
     x: Tensor, slot: Tensor, *, groups: tuple[Tensor, Tensor] | None = None, backend: Resolved
 ) -> Tensor:
-    """:func:`unmerge_tokens` without checks, by the backend named."""
+    """Call :func:`unmerge_tokens` without checks, by the backend named."""
     if backend == "reference":
         return reference.unmerge_tokens(x, slot)
     order, offsets = groups or grouped(slot, x.shape[1])

@@ -34,7 +34,7 @@ _forward = register(
 
 
 class ReceivedScores(torch.autograd.Function):
-    """Gradient: that of the softmax, by PyTorch, as few need it: one head's blocks of the matrix at a time."""
+    """Gradient of the softmax, by PyTorch, as few need it: one head's blocks of the matrix at a time."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -51,7 +51,7 @@ class ReceivedScores(torch.autograd.Function):
 
 
 def received_scores_unchecked(q: Tensor, k: Tensor, *, scale: float | None = None, backend: Resolved) -> Tensor:
-    """:func:`received_scores` without checks, by the backend named."""
+    """Call :func:`received_scores` without checks, by the backend named."""
     scale = k.shape[3] ** -0.5 if scale is None else scale
     if backend == "reference":
         return reference.received_scores(q, k, scale)

@@ -18,7 +18,7 @@ Layout = Literal["interleaved", "half"]
 
 
 def _like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape (B, H, N, D), in which the channels of all heads of a token lie together."""
+    """Return an empty tensor of x's shape (B, H, N, D), in which the channels of all heads of a token lie together."""
     batch, heads, tokens, channels = x.shape
     return x.new_empty(batch, tokens, heads, channels).transpose(1, 2)
 
@@ -99,7 +99,7 @@ def rotate_tokens_unchecked(
     layout: Layout = "interleaved",
     backend: Resolved,
 ) -> Tensor:
-    """:func:`rotate_tokens` without checks, by the backend named."""
+    """Call :func:`rotate_tokens` without checks, by the backend named."""
     (cos, sin), half = table, layout == "half"
     if backend == "reference":
         return reference.rotate_tokens(x, cos, sin, place, prefix, half)

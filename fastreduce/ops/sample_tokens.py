@@ -25,7 +25,7 @@ def _sample(scores: Tensor, budget: int, prefix: int, parts: int | None = None) 
 def sample_tokens_unchecked(
     scores: Tensor, budget: int, *, prefix: int = 1, parts: int | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
-    """:func:`sample_tokens` without checks, by the backend named."""
+    """Call :func:`sample_tokens` without checks, by the backend named."""
     if scores.requires_grad:
         scores = scores.detach()
     if backend == "reference":

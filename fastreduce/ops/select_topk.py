@@ -22,7 +22,7 @@ def _select(scores: Tensor, k: int) -> Tensor:
 
 
 def select_topk_unchecked(scores: Tensor, k: int, *, backend: Resolved) -> Tensor:
-    """:func:`select_topk` without checks, by the backend named."""
+    """Call :func:`select_topk` without checks, by the backend named."""
     if scores.requires_grad:
         scores = scores.detach()
     if backend == "reference":

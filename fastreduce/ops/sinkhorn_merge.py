@@ -141,7 +141,7 @@ def sinkhorn_merge_unchecked(
     similarity: bool = True,
     backend: Resolved,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """:func:`sinkhorn_merge` without checks, by the backend named."""
+    """Call :func:`sinkhorn_merge` without checks, by the backend named."""
     by_reference = backend == "reference"
     clusters = centers.shape[0]
     arguments = x, centers, eps, iters, head

@@ -31,7 +31,7 @@ def check_slot(slot: Tensor) -> None:
 
 
 def check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
-    """Raise unless groups are those of :func:`group_slots` for such slots."""
+    """Raise unless groups are what :func:`group_slots` makes of such slots."""
     check_pair("groups", groups, "order and offsets")
     shapes = shape_of(slot), (slot.shape[0], num_out + 1)
     for name, tensor, shape in zip(("order of groups", "offsets of groups"), groups, shapes, strict=True):
@@ -44,12 +44,12 @@ def check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
 
 
 def group_slots_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor]:
-    """:func:`group_slots` without checks, by the backend named."""
+    """Call :func:`group_slots` without checks, by the backend named."""
     return reference.group_slots(slot, num_out) if backend == "reference" else grouped(slot, num_out)
 
 
 def prepare_merge_unchecked(slot: Tensor, num_out: int, *, backend: Resolved) -> tuple[Tensor, Tensor] | None:
-    """:func:`prepare_merge` without checks, by the backend named."""
+    """Call :func:`prepare_merge` without checks, by the backend named."""
     return None if backend == "reference" else grouped(slot, num_out)
 
 

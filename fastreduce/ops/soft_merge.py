@@ -64,7 +64,7 @@ class SoftMerge(torch.autograd.Function):
 def soft_merge_unchecked(
     logits: Tensor, x: Tensor, *, head: Tensor | None = None, backend: Resolved
 ) -> tuple[Tensor, Tensor]:
-    """:func:`soft_merge` without checks, by the backend named."""
+    """Call :func:`soft_merge` without checks, by the backend named."""
     if backend == "reference":
         return reference.soft_merge(logits, x, head)
     return SoftMerge.apply(logits, x, head) if wants_gradient(logits, x, head) else _forward(logits, x, head)

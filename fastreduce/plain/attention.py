@@ -22,7 +22,6 @@ class PlainAttention(nn.Module):
     at: tuple[int, ...]
     keep_rate: float | Sequence[float] | None
     keep: Sequence[int] | None
-    fused: bool
     options: dict[str, Any]
     layers: dict[str, Tensor]
     prefix: int
@@ -139,27 +138,18 @@ class PlainAttention(nn.Module):
         drop = block.drop_path2 if hasattr(block, "drop_path2") else block.drop_path
         return drop(block.ls2(made) if hasattr(block, "ls2") else made)
 
-    def _attention(self, block: Any, walk: Walk, *, reads: bool) -> Tensor:
-        """``x + proj(softmax(q k^T + log size) v)``; keeps the matrix and returns what ToMe compares."""
+    def _attention(self, block: Any, walk: Walk) -> Tensor:
+        """Compute ``x + proj(softmax(q k^T + log size) v)``, keep the matrix, and return what ToMe compares."""
         attn, normed = block.attn, self._normed(block, walk.x)
         q, k, v, metric = self._query_key_value(block, walk, normed)
-        walk.matrix = None
-        plain = not hasattr(attn, "proj_l")
-        if plain and self.fused and not reads and not (self.training and self.method == "dynamicvit"):
-            size = walk.size if self.options.get("prop_attn") else None
-            bias = None if size is None else size.log()[:, None, None, :].to(q.dtype)
-            mask = bias if walk.valid is None else walk.valid[:, None, None, :]  # no method has both
-            dropout = attn.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=attn.scale)
-        else:
-            weights = self._weights(block, walk, q, k)
-            walk.matrix = weights if self.method == "dynamicvit" else attn.attn_drop(weights)
-            mixed = walk.matrix
-            if hasattr(attn, "proj_w"):
-                each = attn.proj_w.bias[:, None, None]  # what every key gets, a merged one for each of its tokens
-                if walk.size is not None and self.options["prop_attn"]:
-                    each = each * walk.size[:, None, None, :]
-                mixed = torch.einsum("hg,bgmn->bhmn", attn.proj_w.weight, mixed) + each
-            out = mixed.to(v.dtype) @ v
+        weights = self._weights(block, walk, q, k)
+        walk.matrix = weights if self.method == "dynamicvit" else attn.attn_drop(weights)
+        mixed = walk.matrix
+        if hasattr(attn, "proj_w"):
+            each = attn.proj_w.bias[:, None, None]  # what every key gets, a merged one for each of its tokens
+            if walk.size is not None and self.options["prop_attn"]:
+                each = each * walk.size[:, None, None, :]
+            mixed = torch.einsum("hg,bgmn->bhmn", attn.proj_w.weight, mixed) + each
+        out = mixed.to(v.dtype) @ v
         walk.x = walk.x + self._project(block, out, normed)
         return metric

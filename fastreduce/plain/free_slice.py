@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .attention import PlainAttention
-from .walk import check_unpatched, embed, logits_of, prefix_of
+from .walk import check_unpatched, prefix_of, run_through
 
 __all__ = ["FreeSlice"]
 
@@ -17,7 +17,8 @@ class FreeSlice(PlainAttention):
     """The unreduced model that, between attention and MLP, simply cuts its tokens: a reduction whose decision is free.
 
     Args:
-        model: an unpatched timm ``VisionTransformer``; its modules are shared, not copied.
+        model: an unpatched timm ``VisionTransformer``, or the plain view of another library's; its modules are shared,
+            not copied.
         counts: patch tokens left after each stage.
         blocks: the blocks at which the stages stand.
 
@@ -37,8 +38,11 @@ class FreeSlice(PlainAttention):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> logits (B, classes)."""
+        return run_through(self.model, images, self._walked)
+
+    def _walked(self, x: Tensor, tables: list[Tensor] | None) -> Tensor:
+        """Tokens (B, N, C) that enter the first block, and each block's rotary table -> what is behind the last."""
         model = self.model
-        x, tables = embed(model, images)
         prefix = prefix_of(model)
         for index, block in enumerate(model.blocks):
             rope = {} if tables is None else {"rope": tables[index][..., : x.shape[1] - prefix, :]}
@@ -48,4 +52,4 @@ class FreeSlice(PlainAttention):
             x = x + self._branch(block, block.attn(self._normed(block, x), **rope))
             x = x[:, : prefix + self.counts[index]]
             x = x + self._mlp(block, x)
-        return logits_of(model, x)
+        return x

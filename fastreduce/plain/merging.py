@@ -16,7 +16,7 @@ class Merges(PlainAttention):
     """Groups of tokens, and one token for each group."""
 
     def _kmedoids(self, walk: Walk, stage: int) -> None:
-        """Before the block, keep the medoids of clusters of the tokens."""
+        """Keep the medoids of clusters of the tokens before the block."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]
         keep, batch = self._count(stage, walk.patches), len(patches)
         if keep >= patches.shape[1]:
@@ -51,7 +51,7 @@ class Merges(PlainAttention):
         walk.x = torch.cat([head, rows_of(patches, medoids)], dim=1)
 
     def _dpcknn(self, walk: Walk, stage: int) -> None:
-        """Before the block, merge clusters around peaks of density."""
+        """Merge clusters around peaks of density before the block."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]
         keep, (batch, tokens, channels) = self._count(stage, walk.patches), patches.shape
         if keep >= tokens:

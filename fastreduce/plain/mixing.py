@@ -18,7 +18,7 @@ class Mixtures(PlainAttention):
     """Weights between old and new tokens, and their sums."""
 
     def _sit(self, walk: Walk, stage: int) -> None:
-        """Before the block, sum up the tokens with the weights of a perceptron."""
+        """Sum up the tokens before the block with the weights of a perceptron."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]
 
         def parts(name: str) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ class Mixtures(PlainAttention):
         walk.x = torch.cat([head, weights.transpose(1, 2) @ patches], dim=1)
 
     def _patchmerger(self, walk: Walk, stage: int) -> None:
-        """Before the block, attend from learned queries to normalised tokens."""
+        """Attend from learned queries to normalised tokens before the block."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]
         weight, bias = self._layer(stage, "norm.weight"), self._layer(stage, "norm.bias")
         patches = F.layer_norm(patches, patches.shape[-1:], weight, bias)
@@ -44,7 +44,7 @@ class Mixtures(PlainAttention):
         walk.x = torch.cat([head, weights @ patches], dim=1)
 
     def _sinkhorn(self, walk: Walk, stage: int) -> None:
-        """Before the block, transport normalised tokens to normalised centres."""
+        """Transport normalised tokens to normalised centres before the block."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]
         v = self._layer(stage, "v")
         centers = F.normalize(v, dim=-1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .merging import Merges
 from .mixing import Mixtures
 from .selection import Selections
-from .walk import Walk, check_unpatched, embed, logits_of, prefix_of, rows_of
+from .walk import Walk, check_unpatched, prefix_of, rows_of, run_through
 
 __all__ = ["PlainModel"]
 
@@ -46,13 +46,12 @@ class PlainModel(Selections, Merges, Mixtures):
     :attr:`decisions` holds what was drawn.
 
     Args:
-        model: an unpatched timm ``VisionTransformer``, ``Eva`` or ``Cait``;
-            its modules are shared, not copied.
+        model: an unpatched timm ``VisionTransformer``, ``Eva`` or ``Cait``, or the plain view of another library's; its
+            modules are shared, not copied.
         method: any name in ``fastreduce.REDUCERS``.
         at: blocks at which the stages stand.
         keep_rate: stage i keeps ``int(patches * keep_rate ** (i + 1))`` patch tokens; or a sequence of fractions.
         keep: instead, a sequence of counts.
-        fused: use ``scaled_dot_product_attention`` in blocks whose attention matrix no one reads.
         layers: the method's own parameters under the released code's names (``score_predictor.0.in_conv.0.weight``,
             ``cluster_layers.0.queries``, ...), for instance ``dict(patched.reducers.named_parameters())``.
         **options: as in :func:`fastreduce.patch`.
@@ -71,7 +70,6 @@ class PlainModel(Selections, Merges, Mixtures):
         at: int | Sequence[int],
         keep_rate: float | Sequence[float] | None = None,
         keep: int | Sequence[int] | None = None,
-        fused: bool = False,
         layers: Mapping[str, Tensor] | None = None,
         **options: Any,
     ):
@@ -87,7 +85,6 @@ class PlainModel(Selections, Merges, Mixtures):
         self.at = (at,) if isinstance(at, int) else tuple(at)
         self.keep_rate = keep_rate
         self.keep = (keep,) if isinstance(keep, int) else keep
-        self.fused = fused
         self.options = {**OPTIONS[method], **options}
         learned = method in ("dynamicvit", "sit", "patchmerger", "sinkhorn")
         if not layers and (learned or (method == "dpcknn" and not self.options["equal_weight"])):
@@ -102,8 +99,11 @@ class PlainModel(Selections, Merges, Mixtures):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, height, width) -> logits (B, classes)."""
+        return run_through(self.model, images, self._walked)
+
+    def _walked(self, x: Tensor, tables: list[Tensor] | None) -> Tensor:
+        """Tokens (B, N, C) that enter the first block, and each block's rotary table -> what is behind the last."""
         model = self.model
-        x, tables = embed(model, images)
         walk = Walk(x, patches=x.shape[1] - self.prefix, tables=tables)
         if tables is not None:
             walk.place = torch.arange(walk.patches, device=x.device).expand(len(x), -1)
@@ -114,7 +114,7 @@ class PlainModel(Selections, Merges, Mixtures):
             if stage is not None and self.method == "ats":
                 self._ats(block, walk, stage)
             else:
-                keys = self._attention(block, walk, reads=self._reads(index))
+                keys = self._attention(block, walk)
                 if stage is not None and self.method in ("topk", "evit"):
                     getattr(self, f"_{self.method}")(walk, self._count(stage, walk.patches))
                 elif stage is not None and self.method == "tome":
@@ -123,12 +123,11 @@ class PlainModel(Selections, Merges, Mixtures):
         self.decisions = walk.decisions
         if model.global_pool not in ("", "token") or self.late_class:
             self._prepare_pooling(walk)
-        return logits_of(model, walk.x)
+        return walk.x
 
     def _prepare_pooling(self, walk: Walk) -> None:
         """Make the mean over all rows the one that is meant."""
-        plain_mean = self.model.global_pool == "avg" and isinstance(self.model.norm, nn.Identity)
-        if walk.mass is not None and plain_mean:
+        if walk.mass is not None and self._is_plain_mean():
             counted = F.pad(walk.mass, (self.prefix, 0), value=1.0)
             if not getattr(self.model, "pool_include_prefix", False):
                 counted = counted[:, self.prefix :]
@@ -147,8 +146,8 @@ class PlainModel(Selections, Merges, Mixtures):
             share = counted / counted.mean(dim=1, keepdim=True)
             walk.x = torch.cat([walk.x[:, :outside], walk.x[:, outside:] * share.unsqueeze(-1)], dim=1)
 
-    def _reads(self, index: int) -> bool:
-        """Return whether anyone looks at the attention matrix of a block."""
-        if self.method in ("topk", "evit"):
-            return index in self.at
-        return self.method == "kmedoids" and index + 1 in self.at and not self.options["equal_weight"]
+    def _is_plain_mean(self) -> bool:
+        """Return whether the model takes the mean over rows, with no norm before it."""
+        if (known := getattr(self.model, "plain_mean", None)) is not None:  # a view of another library's model says so
+            return known
+        return self.model.global_pool == "avg" and isinstance(self.model.norm, nn.Identity)

@@ -75,7 +75,7 @@ class Selections(PlainAttention):
         walk.x = rows_of(walk.x, rows) + self._project(block, picked.to(v.dtype) @ v, rows_of(normed, rows))
 
     def _predict(self, stage: int, tokens: Tensor, present: Tensor) -> Tensor:
-        """Log-probabilities (B, N, 2) of keeping and dropping."""
+        """Return the log-probabilities (B, N, 2) of keeping and dropping."""
 
         def linear(name: str, x: Tensor) -> Tensor:
             return F.linear(x, self._layer(stage, f"{name}.weight"), self._layer(stage, f"{name}.bias"))
@@ -91,7 +91,7 @@ class Selections(PlainAttention):
         return torch.empty_like(like).exponential_()
 
     def _dynamicvit(self, walk: Walk, stage: int) -> None:
-        """Before the block, keep what the predictor scores highest; in training, only decide."""
+        """Keep what the predictor scores highest before the block; in training, only decide."""
         head, patches = walk.x[:, : self.prefix], walk.x[:, self.prefix :]
         if self.training:
             before = walk.decisions[-1] if walk.decisions else patches.new_ones(patches.shape[:2])
@@ -139,7 +139,7 @@ class Selections(PlainAttention):
         return patterns
 
     def _radial(self, walk: Walk, stage: int) -> None:
-        """Before the block, drop what lies outside the radius."""
+        """Drop what lies outside the radius before the block."""
         kept = self.get_buffer(f"kept_{stage}").expand(walk.x.shape[0], -1)
         walk.place = moved(walk.place, kept)
         walk.x = torch.cat([walk.x[:, : self.prefix], rows_of(walk.x[:, self.prefix :], kept)], dim=1)

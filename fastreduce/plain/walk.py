@@ -1,8 +1,9 @@
-"""What a forward pass of a plain model carries from block to block, and what all methods do with rows."""
+"""State that a plain model carries from block to block, and the functions of rows that all methods share."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ __all__ = [
     "prefix_of",
     "rotated",
     "rows_of",
+    "run_through",
 ]
 
 
 @dataclasses.dataclass
 class Walk:
-    """What one forward pass carries from block to block."""
+    """State that one forward pass carries from block to block."""
 
     x: Tensor  # (B, N, C), prefix first
     patches: int  # patch tokens before any reduction
@@ -63,8 +65,19 @@ def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
     return x, [rope[index] if mixed else rope for index in range(len(model.blocks))]
 
 
+def run_through(model: Any, images: Tensor, walk: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """Images (B, 3, height, width) -> logits, the blocks being done by ``walk(x, tables)``.
+
+    A model of another library than timm has a ``bind``, which takes the walk, and then runs by itself.
+    """
+    if (bind := getattr(model, "bind", None)) is not None:
+        bind(walk)
+        return model(images)
+    return logits_of(model, walk(*embed(model, images)))
+
+
 def moved(place: Tensor | None, index: Tensor) -> Tensor | None:
-    """(B, n) places of the tokens before, (B, m) the one that each token comes from or -1 -> (B, m) their places."""
+    """Return the places (B, m) of tokens from the places (B, n) before and the token (B, m) each comes from, or -1."""
     return None if place is None else torch.where(index < 0, -1, place.gather(1, index.clamp_min(0)))
 
 
@@ -89,6 +102,8 @@ def check_unpatched(model: Any) -> None:
     """Raise ValueError for a model that is patched, or of which no plain form is written."""
     if hasattr(model, "reducers"):
         raise ValueError("the plain form needs the unpatched model; call fastreduce.unpatch first, or give it a copy")
+    if hasattr(model, "bind"):  # the plain view of another library's model
+        return
     strange = [type(block).__name__ for block in model.blocks if type(block).__name__ not in _BLOCKS]
     if strange or not any(kind.__name__ in _MODELS for kind in type(model).__mro__):
         what = f"blocks of {strange[0]}" if strange else f"a {type(model).__name__}"

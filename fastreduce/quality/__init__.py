@@ -1,4 +1,4 @@
-"""What a reduction costs: outputs held against the unreduced model's, and accuracy before and after."""
+"""Costs of a reduction: outputs held against the unreduced model's, and accuracy before and after."""
 
 from .accuracy import Accuracy, paired_accuracy
 from .measures import MEASURES, Fidelity, fidelities, fidelity

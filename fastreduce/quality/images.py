@@ -1,4 +1,4 @@
-"""Photographs that fidelity is measured on: a folder of the user's, or those of scikit-learn and scikit-image."""
+"""Photographs that fidelity is measured on: a folder of the user's, or pictures of scikit-learn and scikit-image."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ImageSet:
         )
 
     def tensor(self, config: Mapping[str, Any], rows: Sequence[int] | None = None) -> Tensor:
-        """(N, 3, height, width) float32: photographs as a model sees them.
+        """Return (N, 3, height, width) float32: photographs as a model sees them.
 
         Args:
             config: ``input_size``, ``mean``, ``std``, ``crop_pct`` and ``crop_mode`` of the model.

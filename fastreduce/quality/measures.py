@@ -1,4 +1,4 @@
-"""Fidelity: how close a reduced model's outputs stay to those of the unreduced one, image by image."""
+"""Fidelity: how close a reduced model's outputs stay to the unreduced model's, image by image."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _batches(images: Any, labels: Any, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Cut a tensor into batches, or take those of a loader, with labels where there are any."""
+    """Cut a tensor into batches, or take a loader's batches, with labels where there are any."""
     if isinstance(images, Tensor):
         if images.ndim != 4 or not len(images):
             raise ValueError(f"images must be (N, channels, height, width), N at least 1, got {tuple(images.shape)}")
@@ -206,7 +206,7 @@ def fidelity(
 
 
 class _Collected:
-    """What is known of the images so far: a few numbers each."""
+    """Figures of the images so far: a few numbers each."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {}

@@ -27,7 +27,7 @@ class Outputs(NamedTuple):
         logits: (B, classes), or None for a model without a head.
         class_token: (B, C) after the last norm, or None for a model without a class token.
         patches: (B, P, C) after the last norm, on the full grid: merged patches show the token that they are in,
-            dropped ones zeros; None for models of other libraries than timm.
+            dropped ones zeros; None for models that do not hand them out.
         patches_last: (B, P, C) the same, but dropped patches show their own last token: what entered the block that
             dropped them, after the last norm.
     """
@@ -87,7 +87,7 @@ def check_kind(model: Any) -> Any:
 
 
 def _has_dense_features(host: Any) -> bool:
-    """Whether a model is one of timm's, which hands out its patches on the full grid."""
+    """Return whether a model is one of timm's, which hands out its patches on the full grid."""
     return all(hasattr(host, name) for name in ("forward_intermediates", "forward_head", "blocks", "num_prefix_tokens"))
 
 
@@ -116,7 +116,7 @@ class _Given(nn.Module):
         super().__init__()
         self.tokens = tokens
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.tokens
 
 

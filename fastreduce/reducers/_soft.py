@@ -1,4 +1,4 @@
-"""What SiT, PatchMerger and Sinkhorn share: every output token is a weighted sum of all tokens, by learned weights."""
+"""Base of SiT, PatchMerger and Sinkhorn: every output token is a weighted sum of all tokens, by learned weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGITS = 1 << 20  # of an image that are in memory at a time if more are not kep
 
 
 class SoftReducer(Reducer):
-    """What the three have in common: a layer for every stage, made for a fixed number of output tokens.
+    """A reducer with a layer for every stage, made for a fixed number of output tokens.
 
     A keep rate of 1 mixes the tokens too, unlike a method that selects.
     """
@@ -33,7 +33,7 @@ class SoftReducer(Reducer):
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
-        """The number of output tokens is fixed for the model's own grid."""
+        """Make a layer; the number of output tokens is fixed for the model's own grid."""
         return super().make(shape, shape=shape, **arguments)
 
     def counts(self, shape: ModelShape) -> list[int]:
@@ -63,7 +63,10 @@ class SoftReducer(Reducer):
         """
 
     def in_blocks(self, x: Tensor, stage: int) -> bool:
-        """Whether to do some clusters at a time, with a gradient and without, so that both give the same bits."""
+        """Return whether to do some clusters at a time.
+
+        It is the same with a gradient and without, so that both give the same bits.
+        """
         return x.shape[1] * self.clusters[stage] > LOGITS
 
     def merge_all(self, logits: Tensor, x: Tensor, head: Tensor, backend: Resolved) -> tuple[Tensor, SoftWeights]:
@@ -74,7 +77,7 @@ class SoftReducer(Reducer):
     def merge_blocks(
         self, logits: Callable[[slice], Tensor], count: int, x: Tensor, head: Tensor, backend: Resolved
     ) -> tuple[Tensor, SoftWeights]:
-        """The same for some clusters after the others, which do not depend on one another; no logits are kept."""
+        """Merge some clusters after the others, which do not depend on one another; no logits are kept."""
         size = max(1, LOGITS // x.shape[1])
         merged, logsumexp = [head], []
         for start in range(0, count, size):

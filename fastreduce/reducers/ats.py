@@ -34,8 +34,9 @@ class ATS(ScheduledReducer):
         blocks: where the stages stand.
         schedule: sampling points of each stage, the most that an image can keep.
         points: where the cumulated attention is looked up. ``"official"``, as the released code: the rounding of
-            ``torch.arange`` gives it a point more for some counts (METHODS.md has which), so that an image may keep one
-            token more; none of the paper's settings is among them. ``"exact"``: as many points as the schedule says.
+            ``torch.arange`` gives it a point more for some counts (:func:`official_points` knows which), so that an
+            image may keep one token more; none of the paper's settings is among them. ``"exact"``: as many points as
+            the schedule says.
         trim: cut the padding down to the longest image of the batch. That needs the number on the host: None does so
             in eager mode on the CPU, where it costs nothing; True everywhere but in a compiled graph; False never.
             Under ``torch.jit.trace`` True is refused, and so is ``packed``: the lengths of the example would stay.
@@ -49,6 +50,7 @@ class ATS(ScheduledReducer):
     """
 
     name = "ats"
+    leaves_padding = True
     ragged = True
 
     def __init__(
@@ -75,7 +77,7 @@ class ATS(ScheduledReducer):
         return super().make(shape, **arguments)
 
     def counts(self, shape: ModelShape) -> list[int]:
-        """Most patch tokens that an image can keep after each stage."""
+        """Return the most patch tokens that an image can keep after each stage."""
         counts, present = [], shape.patches
         for stage in range(len(self.blocks)):
             present = min(present, self._points(stage, shape.patches))
@@ -88,14 +90,14 @@ class ATS(ScheduledReducer):
         return official_points(count + 1) if self.points == "official" else count
 
     def _sample(self, scores: Tensor, tokens: Tokens, stage: int) -> tuple[Tensor, Tensor]:
-        """Which tokens an image keeps (B, M), and which columns are real (B, prefix + M): no more than are there."""
+        """Return the tokens (B, M) that an image keeps, at most all, and which columns (B, prefix + M) are real."""
         count, points = self.schedule.count(stage, tokens.patches), self._points(stage, tokens.patches)
         prefix, most = tokens.prefix, tokens.num_patches
         index, valid = ops.sample_tokens(scores, points, prefix=prefix, parts=count + 1, backend=tokens.backend)
         return (index, valid) if points <= most else (index[:, :most], valid[:, : prefix + most])
 
     def _trims(self, index: Tensor) -> bool:
-        """Whether the host may wait for numbers."""
+        """Return whether the host may wait for numbers."""
         trim = self.trim if self.trim is not None else index.device.type == "cpu"
         if torch.jit.is_tracing():
             self._check_traced()
@@ -160,12 +162,15 @@ class ATS(ScheduledReducer):
 
 
 def _stays_padded(backend: str) -> bool:
-    """Whether tokens cannot be packed: an exported graph of PyTorch's operators has no number of rows of its own."""
+    """Return whether tokens cannot be packed.
+
+    An exported graph of PyTorch's operators has no number of rows of its own.
+    """
     return backend == "reference" and torch.compiler.is_exporting()
 
 
 def _scores(heads: Heads) -> Tensor:
-    """(B, N - prefix) class attention summed over heads, times the length of each value."""
+    """Return the class attention (B, N - prefix) summed over heads, times the length of each value."""
     tokens, packing, q = heads.tokens, heads.tokens.packing, heads.q
     if needs_matrix(heads):
         return (class_attention(heads) * heads.v[:, :, tokens.prefix :].norm(dim=-1)).sum(1)
@@ -193,6 +198,6 @@ def _in_one_row(heads: Heads) -> Heads:
 
 
 def _plan(block: AttentionBlock, tokens: Tokens, index: Tensor, seen: Tensor | None) -> Plan:
-    """What a stage decided, the same for packed tokens and padded ones."""
+    """Return what a stage decided, the same for packed tokens and padded ones."""
     valid = None if seen is None else seen[:, tokens.prefix :]
     return Plan(block.index, tokens.num_patches, index.shape[1], kept=index, valid=valid)

@@ -1,4 +1,4 @@
-"""What a reducer is."""
+"""Base class of all reducers, and the model as they see it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["ModelShape", "Reducer", "ScheduledReducer", "idle_stages", "new_sche
 
 @dataclasses.dataclass(frozen=True)
 class ModelShape:
-    """What a reducer may know of the model when it is made.
+    """Facts about the model that a reducer may know when it is made.
 
     Attributes:
         depth: number of blocks.
@@ -63,6 +63,7 @@ class Reducer(nn.Module, abc.ABC):
         name: the method's name in :func:`fastreduce.patch`.
         grid: the model's own patch grid (rows, columns) where the method's patterns follow from the grid, else None.
         generator: where the method draws its noise from, or None for torch's global generator or no noise.
+        leaves_padding: whether ``Tokens.valid`` may be given from the start: padding is kept last, and counts nowhere.
         ragged: whether images keep different numbers of tokens, so that ``Tokens.valid`` and padding occur.
         packed: whether such tokens are packed in one row instead.
         positions: how merged tokens are rotated, by ``"place"`` or ``"mean"``; see :func:`fastreduce.patch`.
@@ -78,6 +79,7 @@ class Reducer(nn.Module, abc.ABC):
     grid: tuple[int, int] | None = None
     generator: torch.Generator | None = None
     ragged: ClassVar[bool] = False
+    leaves_padding: ClassVar[bool] = False
     packed: bool = False
     positions: str = "place"
     fill: str = "last"
@@ -120,7 +122,7 @@ class Reducer(nn.Module, abc.ABC):
 
     @property
     def untrained(self) -> bool:
-        """Whether the method brings layers of its own, which mean nothing until they are trained or loaded."""
+        """True if the method brings layers of its own, which mean nothing until they are trained or loaded."""
         return next(self.parameters(), None) is not None
 
     def concerns(self, shape: ModelShape) -> dict[str, str]:
@@ -169,11 +171,14 @@ class Reducer(nn.Module, abc.ABC):
 
     @property
     def first(self) -> int:
-        """The first block that the reducer has to do with: that of the first stage, or one before it."""
+        """The first block that the reducer has to do with: the first stage's, or one before it."""
         return self.blocks[0]
 
     def opens(self, index: int) -> bool:
-        """Whether the attention of a block is always done in parts; where it is not, the block's own is called."""
+        """Return whether the attention of a block is always done in parts.
+
+        Where it is not, the block's own is called.
+        """
         return index in self.blocks and type(self).attend is not Reducer.attend
 
     @abc.abstractmethod
@@ -181,7 +186,7 @@ class Reducer(nn.Module, abc.ABC):
         """Patch tokens after each stage, on a model of this shape (a fused token counts)."""
 
     def extra_repr(self) -> str:
-        """The method and where it acts."""
+        """Return the method and where it acts."""
         return f"{self.name}, blocks={self.blocks}, backend={self.backend!r}"
 
 

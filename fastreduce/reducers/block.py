@@ -1,4 +1,4 @@
-"""What a method may ask of a transformer block, and what the methods have in common when they ask it.
+"""Verbs that a method may ask of a transformer block, and what the methods have in common when they ask.
 
 A reducing block has an attention half and an MLP. A method acts on the first, through three verbs:
 
@@ -59,11 +59,11 @@ class Norm(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """What attention is given: query, key and value of the tokens that enter a block.
+    """Input of attention: query, key and value of the tokens that enter a block.
 
     Attributes:
-        tokens: the tokens (B, N, C) that they come from: their ``bias``, ``policy`` and ``packing`` are those of the
-            keys. Packed, B is 1 and N the length of the row.
+        tokens: the tokens (B, N, C) that they come from: their ``bias``, ``policy`` and ``packing`` are the
+            keys'. Packed, B is 1 and N the length of the row.
         normed: (B, N, C) what the norm before attention made of them.
         q: (B, H, N, D); or (B, H, 1, D), the class token's row alone (packed, the row of each image), which is what a
             method needs that decides before it attends.
@@ -144,11 +144,11 @@ class AttentionBlock(Protocol):
         ...
 
     def attention_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before attention, where the kernel that reduces the tokens may apply it: see ``Tokens.normed``."""
+        """Return the norm before attention if the kernel that reduces the tokens may apply it (``Tokens.normed``)."""
         ...
 
     def mlp_norm(self, tokens: Tokens) -> Norm | None:
-        """The norm before the MLP, likewise."""
+        """Return the norm before the MLP, likewise."""
         ...
 
     @property
@@ -158,12 +158,15 @@ class AttentionBlock(Protocol):
 
 
 def is_captured() -> bool:
-    """Whether tensors stand for others, under torch.compile or torch.func: nothing to wait for, nothing to keep."""
+    """Return whether tensors stand for others, under torch.compile or torch.func.
+
+    Then there is nothing to wait for and nothing to keep.
+    """
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether calling a module does what its class does: no hook on it, and no forward of its own.
+    """Return whether calling a module does what its class does: no hook on it, and no forward of its own.
 
     Hooks on all modules (``register_module_forward_hook``) do not count: counters of operations use them, and are to
     count what is done without them.
@@ -178,12 +181,14 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_plain_tensor(weight: object) -> bool:
-    """Whether a weight is no tensor of its own kind (quantised, sharded)."""
+    """Return whether a weight is no tensor of its own kind (quantised, sharded)."""
     return type(weight) in _PLAIN_TENSORS
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is a linear map and nothing else: hooks may compute its weight (pruning) or change its output.
+    """Return whether a layer is a linear map and nothing else.
+
+    Hooks may compute its weight (pruning) or change its output.
 
     A subclass (parametrised, quantised, an adapter, sharded) is not, nor a weight that is a tensor of its own kind.
     """
@@ -200,7 +205,7 @@ def attend_all(block: AttentionBlock, tokens: Tokens) -> Tokens:
 
 
 def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """:func:`ops.gather_tokens`, and what the norm makes of its rows if there is one."""
+    """Call :func:`ops.gather_tokens`, and return also what the norm makes of its rows if there is one."""
     if norm is None:
         return ops.gather_tokens(x, index, **options), None
     return ops.gather_tokens(x, index, norm=norm, **options)
@@ -209,7 +214,7 @@ def gather(norm: Norm | None, x: Tensor, index: Tensor, **options: Any) -> tuple
 def fuse(
     norm: Norm | None, x: Tensor, order: Tensor, scores: Tensor, k: int, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`ops.fuse_tokens`, and what the norm makes of its rows if there is one."""
+    """Call :func:`ops.fuse_tokens`, and return also what the norm makes of its rows if there is one."""
     if norm is None:
         return ops.fuse_tokens(x, order, scores, k, **options), None
     return ops.fuse_tokens(x, order, scores, k, norm=norm, **options)
@@ -218,7 +223,7 @@ def fuse(
 def merge(
     norm: Norm | None, x: Tensor, slot: Tensor, num_out: int, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """:func:`ops.merge_tokens`, and what the norm makes of its rows if there is one."""
+    """Call :func:`ops.merge_tokens`, and return also what the norm makes of its rows if there is one."""
     if norm is None:
         return *ops.merge_tokens(x, slot, num_out, **options), None
     return ops.merge_tokens(x, slot, num_out, norm=norm, **options)
@@ -256,10 +261,12 @@ def importance(heads: Heads) -> Tensor:
     """
     q, k, tokens = heads.q, heads.k, heads.tokens
     if not heads.by_class:
-        return received(heads)[:, tokens.prefix :] / (q.shape[1] * q.shape[2])
+        return _mean_of(received(heads), heads)
     if needs_matrix(heads):
         return class_attention(heads).mean(1)
-    return ops.cls_scores(q[:, :, 0], k, prefix=tokens.prefix, scale=heads.scale, backend=tokens.backend)
+    return ops.cls_scores(
+        q[:, :, 0], k, prefix=tokens.prefix, scale=heads.scale, valid=tokens.valid, backend=tokens.backend
+    )
 
 
 def needs_matrix(heads: Heads) -> bool:
@@ -268,7 +275,7 @@ def needs_matrix(heads: Heads) -> bool:
 
 
 def class_attention(heads: Heads) -> Tensor:
-    """(B, H, N - prefix) the class token's attention to every patch, where the whole matrix is needed."""
+    """Return the class token's attention (B, H, N - prefix) to every patch, where the whole matrix is needed."""
     logits, valid = _logits(heads, 1)[:, :, 0], heads.tokens.valid
     if valid is not None:
         logits = logits.masked_fill(~valid.unsqueeze(1), float("-inf"))
@@ -276,14 +283,18 @@ def class_attention(heads: Heads) -> Tensor:
 
 
 def received(heads: Heads) -> Tensor:
-    """(B, N) the attention that every token gets, summed over heads and queries, before attention dropout."""
+    """Return the attention (B, N) that every token gets, summed over heads and queries, before attention dropout."""
+    valid = heads.tokens.valid
+    if valid is not None:  # padding neither gives nor gets
+        logits = _logits(heads, heads.q.shape[2]).masked_fill(~valid[:, None, None], float("-inf"))
+        return (logits.softmax(-1) * valid[:, None, :, None]).sum((1, 2))
     if needs_matrix(heads):
         return _logits(heads, heads.q.shape[2]).softmax(-1).sum((1, 2))
     return ops.received_scores(heads.q, heads.k, scale=heads.scale, backend=heads.tokens.backend)
 
 
 def _logits(heads: Heads, queries: int) -> Tensor:
-    """(B, H, queries, N) logits of the first queries, in float32 or wider: mixed, and with the bias of every pair."""
+    """Return the logits (B, H, queries, N) of the first queries, in float32 or wider: mixed, with a bias of pairs."""
     logits = (heads.q[:, :, :queries] * heads.scale) @ heads.k.transpose(-2, -1)
     if heads.mix is not None:
         logits = heads.mix(logits)
@@ -296,4 +307,10 @@ def attend_with_importance(block: AttentionBlock, heads: Heads) -> tuple[Tensor,
     if heads.by_class:
         return block.attend(heads, scores="class")
     attended, received_ = block.attend(heads, scores="received")
-    return attended, received_[:, heads.tokens.prefix :] / (heads.q.shape[1] * heads.q.shape[2])
+    return attended, _mean_of(received_, heads)
+
+
+def _mean_of(received_: Tensor, heads: Heads) -> Tensor:
+    """(B, N - prefix) what patches receive, averaged over heads and over the queries that are no padding."""
+    found, valid = received_[:, heads.tokens.prefix :] / heads.q.shape[1], heads.tokens.valid
+    return found / (heads.q.shape[2] if valid is None else valid.sum(1, keepdim=True))

@@ -27,13 +27,13 @@ class TokenScore(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N), float32 or wider: the logarithm of the weights."""
+        """Return the logarithm of the weights, (B, N, C) -> (B, N), float32 or wider."""
         score = self.score(x).squeeze(-1)
         return score.to(torch.promote_types(score.dtype, torch.float32))
 
 
 def _weights(score: Tensor, label: Tensor, clusters: int) -> Tensor:
-    """Exponentials of the scores (B, N), those of a cluster whose greatest score is above 40 divided by one number.
+    """Return exponentials of the scores (B, N), divided by one number in a cluster whose greatest score is above 40.
 
     They would overflow; the weighted means are the same, as :func:`fastreduce.ops.merge_tokens` has them.
     """

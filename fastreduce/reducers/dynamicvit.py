@@ -1,6 +1,6 @@
 """DynamicViT: a small network predicts which tokens to keep (Rao et al. 2021), and what it is trained with.
 
-The losses are those of section 3.3, in the weights and forms of Haurum et al. 2023.
+The losses stand in section 3.3; their weights and forms are Haurum et al.'s (2023).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class KeepPredictor(nn.Module):
         return F.log_softmax(self._mix(hidden[..., :half], mean)[:, prefix:], dim=-1)
 
     def _mix(self, own: Tensor, shared: Tensor) -> Tensor:
-        """What ``out_conv`` makes of (B, N, C/2) each token's own half and (B, C/2) the one that an image shares."""
+        """Apply ``out_conv`` to each token's own half (B, N, C/2) and to (B, C/2), the half that an image shares."""
         first: Any = self.out_conv[0]
         if type(self.out_conv) is not nn.Sequential or not is_unhooked(self.out_conv) or not is_bare(first):
             return self.out_conv(torch.cat([own, shared.unsqueeze(1).expand_as(own)], dim=-1))
@@ -165,7 +165,7 @@ def _ratios(keep_ratios: float | Sequence[float], decisions: Sequence[Tensor]) -
 
 
 def keep_ratio_loss(decisions: Sequence[Tensor], keep_ratios: float | Sequence[float]) -> Tensor:
-    """``mean_j mean_b (mean_n decisions[j][b, n] - keep_ratios[j]) ** 2``.
+    """Return ``mean_j mean_b (mean_n decisions[j][b, n] - keep_ratios[j]) ** 2``.
 
     Args:
         decisions: (B, P) for each stage, 1 for kept tokens; ``Record.decisions`` of :func:`fastreduce.record`.
@@ -190,7 +190,7 @@ def token_distillation_loss(
 
     Args:
         tokens: (B, P, C) patch tokens of the student after its last norm.
-        teacher_tokens: (B, P, C) those of the teacher; no gradient flows into them.
+        teacher_tokens: (B, P, C) the teacher's tokens; no gradient flows into them.
         kept: (B, P), above 0.5 where a token was kept; no gradient flows into it.
         form: ``"mse"``: mean squared difference of their elements; ``"kl"``: Kullback-Leibler divergence of the softmax
             over channels, teacher against student, averaged over the tokens.
@@ -234,7 +234,7 @@ def dynamicvit_loss(
     token_weight: float = 0.5,
     token_form: Literal["mse", "kl"] = "mse",
 ) -> Tensor:
-    """The task's loss, the keep-ratio loss, and two distillation losses wherever a teacher is given.
+    """Return the task's loss, the keep-ratio loss, and two distillation losses wherever a teacher is given.
 
     Example::
 

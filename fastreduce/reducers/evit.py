@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..arguments import switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
@@ -15,6 +17,8 @@ __all__ = ["EViT"]
 class EViT(ScheduledReducer):
     """Attend for all, then project only the kept rows and the fused one.
 
+    Of a padded image with nothing to fuse the fused token is padding too.
+
     Args:
         blocks: where the stages stand.
         schedule: tokens kept at each stage; the fused token comes on top.
@@ -24,6 +28,7 @@ class EViT(ScheduledReducer):
     """
 
     name = "evit"
+    leaves_padding = True
 
     def __init__(self, blocks: tuple[int, ...], schedule: KeepSchedule, normalize: bool = False, backend: str = "auto"):
         super().__init__(blocks, schedule, backend)
@@ -50,7 +55,8 @@ class EViT(ScheduledReducer):
             scores = importance(heads)
         order = ops.select_topk(scores, tokens.num_patches, backend=backend)
         if self.normalize:
-            scores = scores / scores.gather(1, order[:, keep:].long()).sum(1, keepdim=True)
+            rest = scores.gather(1, order[:, keep:].long()).sum(1, keepdim=True)
+            scores = scores / (rest if tokens.valid is None else rest.clamp_min(torch.finfo(rest.dtype).tiny))
         x, added = tokens.x, {}
         if heads.added is None:
             fused = ops.fuse_tokens(attended, order, scores, keep, prefix=prefix, backend=backend)

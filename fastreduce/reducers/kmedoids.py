@@ -108,7 +108,7 @@ class KMedoids(ScheduledReducer):
         return self.blocks[0] if self.equal_weight else self.blocks[0] - 1
 
     def opens(self, index: int) -> bool:
-        """The attention before a stage, which gives the weights."""
+        """Return whether the attention of a block gives a stage behind it the weights."""
         return not self.equal_weight and index + 1 in self.blocks
 
     def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:

@@ -26,7 +26,7 @@ class MergerQueries(nn.Module):
         self.queries = nn.Parameter(torch.randn(clusters, channels))
 
     def forward(self, x: Tensor, factor: float = 1.0, clusters: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """(B, N, C) -> normalised (B, N, C), and logits (B, N, clusters) of some clusters, times a factor."""
+        """Normalise (B, N, C), and return the logits (B, N, clusters) of some clusters too, times a factor."""
         normed = self.norm(x)
         queries = self.queries[clusters]
         return normed, F.linear(normed, queries if factor == 1.0 else queries * factor)

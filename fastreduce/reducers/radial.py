@@ -161,7 +161,10 @@ class Radial(Reducer):
         schedule: Literal["contiguous", "stages"] | None = None,
         **options: Any,
     ) -> Radial:
-        """``schedule=None`` means ``"stages"`` where a keep rate or count is given, else ``"contiguous"``."""
+        """Make a reducer.
+
+        ``schedule=None`` means ``"stages"`` where a keep rate or count is given, else ``"contiguous"``.
+        """
         blocks = stage_blocks(at, shape.depth)
         given = keep_rate is not None or keep is not None
         chosen = schedule if schedule is not None else ("stages" if given else "contiguous")
@@ -186,7 +189,7 @@ class Radial(Reducer):
         return _patterns((int(rows), int(columns)), self.norm, self.blocks, self.schedule, self.min_radius)
 
     def _kept(self, stage: int, grid: tuple[int, int], like: Tensor) -> Tensor:
-        """(K,) int64 pattern of a stage on the device of ``like``."""
+        """Return the pattern (K,) int64 of a stage on the device of ``like``."""
         rows, columns = grid
         key = f"{rows} {columns} {stage} {like.device}"
         captured = is_captured()

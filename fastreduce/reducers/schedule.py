@@ -1,4 +1,4 @@
-"""How many tokens every stage keeps."""
+"""Counts of the tokens that every stage keeps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class KeepSchedule:
         return int(self.fractions[stage] * patches)
 
     def idle(self) -> list[int]:
-        """Stages whose fraction or count is that of the stage before, so that a method that selects does nothing."""
+        """Stages whose fraction or count is the stage before's, so that a method that selects does nothing."""
         values = self.fractions if self.fractions is not None else self.counts
         assert values is not None
         most = 1.0 if self.fractions is not None else math.inf

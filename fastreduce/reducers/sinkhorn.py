@@ -26,7 +26,10 @@ class TransportCenters(nn.Module):
         self.v = nn.Parameter(torch.randn(clusters, channels))
 
     def forward(self, exact: bool) -> Tensor:
-        """(clusters, C) the centres, rows of length one; an exact gradient is the one through the normalisation."""
+        """Return the centres (clusters, C), rows of length one.
+
+        An exact gradient is the one through the normalisation.
+        """
         if exact or not torch.is_grad_enabled():
             return F.normalize(self.v, dim=-1)
         v = self.v.detach()

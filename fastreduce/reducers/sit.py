@@ -33,7 +33,7 @@ class SliceWeights(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> logits (B, N, clusters)."""
+        """Return the logits: (B, N, C) -> (B, N, clusters)."""
         return self.scale * self.weight(x)
 
 

@@ -73,7 +73,10 @@ class ToMe(Reducer):
         r: int | Sequence[int] | None = None,
         **options: Any,
     ) -> ToMe:
-        """``r`` (an integer, or one a block) excludes ``keep_rate`` and ``keep``; it acts in every block by default."""
+        """Make a reducer; ``r`` (an integer, or one a block) excludes ``keep_rate`` and ``keep``.
+
+        It acts in every block by default.
+        """
         if r is None:
             blocks = stage_blocks(at, shape.depth)
             schedule = keep_schedule(keep_rate, keep, len(blocks), shape.patches)
@@ -95,7 +98,7 @@ class ToMe(Reducer):
         return cls(blocks, None, counts, backend=backend, **options)
 
     def _merges(self, stage: int, patches: int, present: int) -> list[int]:
-        """How many tokens each matching round of a stage merges, with ``present`` patch tokens there."""
+        """Return how many tokens each matching round of a stage merges, with ``present`` patch tokens there."""
         if self.r is not None:
             wanted = self.r[stage]
         else:
@@ -149,7 +152,7 @@ class ToMe(Reducer):
         return counts
 
     def _match(self, keys: Tensor, tokens: Tokens, merges: list[int]) -> tuple[Tensor, Any, Tensor | None]:
-        """(B, H, N, D) -> (B, N) slot of every token after all rounds, its groups, and (B, n) seats if asked for.
+        """Match (B, H, N, D) -> slot (B, N) of every token after all rounds, its groups, and seats (B, n) if asked for.
 
         Later rounds compare the mean keys of what was merged.
         """
@@ -169,7 +172,7 @@ class ToMe(Reducer):
         return slot, groups, None if seat is None else seat[:, tokens.prefix :] - tokens.prefix
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
-        """Attention half with merging: prefix, unmerged tokens of even position, then those of odd position."""
+        """Attention half with merging: prefix, unmerged tokens of even position, then tokens of odd position."""
         merges = self._merges(stage, tokens.patches, tokens.num_patches)
         if not merges:
             return attend_all(block, tokens)
@@ -191,7 +194,7 @@ class ToMe(Reducer):
 
 
 def _seat(slot: Tensor, num_out: int) -> Tensor:
-    """(B, N) slot of one matching -> (B, num_out) the token at whose place each output token is: the destination."""
+    """Return (B, num_out): the token at whose place each output token of one matching is, the destination."""
     order = torch.arange(slot.shape[1], device=slot.device)
     seat = slot.new_zeros(slot.shape[0], num_out, dtype=torch.int64)
     for first in (0, 1):  # tokens of odd position are the destinations, and come last

@@ -14,6 +14,7 @@ class TopK(ScheduledReducer):
     """Select before attention: only kept tokens are queried, attended, projected and added; all keys, values stay."""
 
     name = "topk"
+    leaves_padding = True
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Attention half with selection; the kept tokens come out best first."""

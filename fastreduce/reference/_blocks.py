@@ -13,12 +13,12 @@ MATRIX = 1 << 20  # numbers of an image that a block holds: of every token again
 
 
 def block_rows(columns: int) -> int:
-    """How many rows of so many columns a block has."""
+    """Return how many rows of so many columns a block has."""
     return max(1, MATRIX // max(1, columns))
 
 
 def row_blocks(rows: int, columns: int) -> list[slice]:
-    """All rows, cut into blocks; a single one if they fit."""
+    """Cut all rows into blocks; a single one if they fit."""
     size = block_rows(columns)
     return [slice(None)] if rows <= size else [slice(start, start + size) for start in range(0, rows, size)]
 
@@ -30,5 +30,5 @@ def split(x: Tensor, columns: int, dim: int = 1) -> Sequence[Tensor]:
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts side by side in dimension 1; a single one as it is, since cat would copy it."""
+    """Put the parts side by side in dimension 1; return a single one as it is, since cat would copy it."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)

@@ -1,4 +1,4 @@
-"""What some of PyTorch's operators become in an ONNX graph, which has no stable sort, no search and no safe scatter.
+"""Replacements of PyTorch's operators in an ONNX graph, which has no stable sort, no search and no safe scatter.
 
 Every function here is the operator itself anywhere else. In the graph it is made of operators that every runtime has
 and that give ties to the lower index: a scatter that adds is silently wrong in some of them, and is a product with a
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def for_onnx() -> bool:
-    """Whether ``torch.onnx.export`` is capturing the graph."""
+    """Return whether ``torch.onnx.export`` is capturing the graph."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
@@ -39,24 +39,24 @@ def lowest_first(values: Tensor, k: int) -> Tensor:
 
 
 def number_below(ascending: Tensor, values: Tensor) -> Tensor:
-    """How many of ascending (B, N) are below each of values (B, K) -> (B, K): the place before which it belongs."""
+    """Count how many of ascending (B, N) are below each of values (B, K) -> (B, K): the place where a value belongs."""
     if not for_onnx():
         return torch.searchsorted(ascending, values)
     return (ascending.unsqueeze(1) < values.unsqueeze(2)).sum(2)
 
 
 def nearest_in_row(row: Tensor, values: Tensor) -> Tensor:
-    """``argmin_n |values[b, i] - row[b, n]|``, the lowest n on ties: row (B, N), values (B, K) -> (B, K)."""
+    """Compute ``argmin_n |values[b, i] - row[b, n]|``, the lowest n on ties: row (B, N), values (B, K) -> (B, K)."""
     return (values.unsqueeze(2) - row.unsqueeze(1)).abs().argmin(2)
 
 
 def _members(slot: Tensor, num_out: int) -> Tensor:
-    """(B, N) -> (B, num_out, N) bool: whether a token is of a slot."""
+    """Return whether a token is of a slot: (B, N) -> (B, num_out, N) bool."""
     return slot.unsqueeze(1) == torch.arange(num_out, dtype=slot.dtype, device=slot.device).unsqueeze(1)
 
 
 def marks(index: Tensor, count: int) -> Tensor:
-    """(B, K) places -> (B, count) bool: whether a place is among them."""
+    """Return whether a place is among those given: (B, K) places -> (B, count) bool."""
     if not for_onnx() and not torch.jit.is_tracing():  # whose scatter takes no truth value
         return index.new_zeros(index.shape[0], count, dtype=torch.bool).scatter_(1, index, True)
     return _members(index, count).any(2)
@@ -74,7 +74,7 @@ def sums_of_slots(x: Tensor, weights: Tensor | None, slot: Tensor, num_out: int)
 
 
 def greatest_of_slots(values: Tensor, slot: Tensor, num_out: int, least: float) -> Tensor:
-    """The greatest of values (B, N) in each slot and of ``least``, which an empty slot gets: (B, num_out)."""
+    """Return the greatest of values (B, N) in each slot and of ``least``, which an empty slot gets: (B, num_out)."""
     if not for_onnx():
         start = values.new_full((values.shape[0], num_out), least)
         return start.scatter_reduce(1, slot.clamp_min(0), values, "amax")
@@ -82,7 +82,7 @@ def greatest_of_slots(values: Tensor, slot: Tensor, num_out: int, least: float) 
 
 
 def first_of_slots(slot: Tensor, num_out: int) -> Tensor:
-    """The first place of each slot in a row, N where a slot is empty: slot (B, N) -> (B, num_out)."""
+    """Return the first place of each slot in a row, N where a slot is empty: slot (B, N) -> (B, num_out)."""
     batch, tokens = slot.shape
     place = torch.arange(tokens, device=slot.device).expand(batch, tokens)
     if not for_onnx():
@@ -91,7 +91,7 @@ def first_of_slots(slot: Tensor, num_out: int) -> Tensor:
 
 
 def cdist(rows: Tensor, columns: Tensor) -> Tensor:
-    """(B, M, C), (B, N, C) -> (B, M, N) Euclidean distances, as torch rounds them for more than 25 tokens."""
+    """Return Euclidean distances, as torch rounds them for more than 25 tokens: (B, M, C), (B, N, C) -> (B, M, N)."""
     if not for_onnx():
         return torch.cdist(rows, columns)
     of_rows, of_columns = (x.square().sum(2, keepdim=True) for x in (rows, columns))

@@ -20,7 +20,9 @@ WORKSPACE = 256 << 20  # bytes of the matrices that are in memory at a time, or 
 
 
 def is_captured() -> bool:
-    """Whether tensors stand for others, under torch.compile or torch.func: no loop over images, nothing in place.
+    """Return whether tensors stand for others, as under torch.compile or torch.func.
+
+    Then there is no loop over images, and nothing is changed in place.
 
     Under torch.jit.trace too, which would make a constant of the number of images.
     """
@@ -32,7 +34,7 @@ def is_captured() -> bool:
 
 
 def each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``function`` of tensors (B, ...), for every image on its own on the CPU -> (B, ...)."""
+    """Call ``function`` of tensors (B, ...) for every image on its own on the CPU -> (B, ...)."""
     first = tensors[0]
     whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if whole or first.device.type != "cpu" or first.shape[0] <= 1:
@@ -41,7 +43,7 @@ def each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def image_parts(images: int, bytes_each: int) -> list[slice]:
-    """All images, cut where those of a part have matrices of more than WORKSPACE bytes; captured, a single part."""
+    """Cut all images into parts whose matrices take WORKSPACE bytes at most; captured, a single part."""
     if is_captured() or images * bytes_each <= WORKSPACE:
         return [slice(None)]
     size = max(1, WORKSPACE // bytes_each)
@@ -49,15 +51,15 @@ def image_parts(images: int, bytes_each: int) -> list[slice]:
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
-    """(B, M, K), (B, K, N) -> (B, M, N)."""
+    """Multiply (B, M, K), (B, K, N) -> (B, M, N)."""
     return each_image(torch.bmm, left, right)
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """(B, ..., M, K), (B, ..., K, N) -> (B, ..., M, N)."""
+    """Multiply (B, ..., M, K), (B, ..., K, N) -> (B, ..., M, N)."""
     return each_image(torch.matmul, left, right)
 
 
 def pair_distances(rows: Tensor, columns: Tensor) -> Tensor:
-    """(B, M, C), (B, N, C) -> (B, M, N) Euclidean distances, as ``torch.cdist`` rounds them."""
+    """Return Euclidean distances, as ``torch.cdist`` rounds them: (B, M, C), (B, N, C) -> (B, M, N)."""
     return each_image(cdist, rows, columns)

@@ -9,12 +9,12 @@ __all__ = ["accumulator", "add_residual", "add_rows", "flat_rows", "take_rows", 
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in: float64 for float64, else float32."""
+    """Return the dtype to compute in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def flat_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """(B, M) row numbers within each image -> (B*M,) row numbers in the flattened (B*num_rows, C) matrix."""
+    """Turn (B, M) row numbers within each image into (B*M,) numbers in the flattened (B*num_rows, C) matrix."""
     offsets = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1) * num_rows
     return (rows + offsets).reshape(-1)
 
@@ -27,7 +27,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:
-    """(B, K) indices of patch tokens -> (B, prefix + K) rows of the whole sequence, prefix rows first."""
+    """Turn (B, K) indices of patch tokens into (B, prefix + K) rows of the whole sequence, prefix rows first."""
     if prefix == 0:
         return index.long()
     if prefix == 1:

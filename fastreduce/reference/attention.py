@@ -32,9 +32,11 @@ Offsets = tuple[Tensor, Tensor]  # of queries and keys, (B + 1,) each
 
 
 def _chosen(q: Tensor, index: Tensor, prefix: int, offsets: Offsets | None = None, num_out: int = 0) -> Tensor:
-    """(B, H, N, D) -> (B, H, prefix + M, D): ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``.
+    """Return the chosen queries: (B, H, N, D) -> (B, H, prefix + M, D).
 
-    Of packed images (1, H, num_out, D): those of image b begin at ``offsets[1][b]`` of q.
+    ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``.
+
+    Of packed images (1, H, num_out, D): image b's begin at ``offsets[1][b]`` of q.
     """
     tokens = q.transpose(1, 2).flatten(2)
     if offsets is None:
@@ -63,7 +65,7 @@ def _images(offsets: Offsets) -> Iterator[tuple[slice, slice]]:
 
 
 def _join(pieces: list[Tensor], like: Tensor, rows: int) -> Tensor:
-    """The images' rows (1, H, m, ...), and zeros past them up to ``rows``, tokens first in memory."""
+    """Join the images' rows (1, H, m, ...), with zeros past them up to ``rows``, tokens first in memory."""
     pieces = [piece.transpose(1, 2) for piece in pieces]
     past = rows - sum(piece.shape[1] for piece in pieces)
     if past or not pieces:
@@ -72,7 +74,7 @@ def _join(pieces: list[Tensor], like: Tensor, rows: int) -> Tensor:
 
 
 def _seen(bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A bias (B, N) that leaves every image a key, and whether the given one does (B, 1, 1, 1)."""
+    """Return a bias (B, N) that leaves every image a key, and whether the given one does (B, 1, 1, 1)."""
     seen = (bias > -torch.inf).any(1, keepdim=True)
     return bias.masked_fill(~seen, 0.0), seen[:, :, None, None]
 
@@ -86,7 +88,7 @@ def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> T
 
 
 def _visibility(policy: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, N) -> G (B, 1, N, N), where every token sees itself."""
+    """Return G (B, 1, N, N) from (B, N); every token sees itself."""
     own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
     return torch.where(own, 1.0, policy.to(dtype)[:, None, None, :])
 
@@ -102,7 +104,7 @@ def attention_with_sums(
     offsets: Offsets | None = None,
     num_out: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention`, and for its backward pass the logsumexp (B, H, M) of every row, -inf for one without keys."""
+    """Attend, and return for the backward pass the logsumexp (B, H, M) of every row, -inf for one without keys."""
     if index is not None:
         q = _chosen(q, index, prefix, offsets, num_out)
     nothing = q.new_empty(0, dtype=accumulator(q.dtype))
@@ -130,7 +132,7 @@ def attention_with_sums(
 def attention_policy_with_sums(
     q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`attention_policy`, and for its backward pass three more tensors.
+    """Attend under a policy, and return three more tensors for the backward pass.
 
     The maximum of a row plus the logarithm of its denominator (B, H, M), the denominator (B, H, M), the mean (B, H, D)
     of v.
@@ -145,7 +147,7 @@ def attention_policy_with_sums(
 
 
 def attention_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> Tensor:
-    """``out = A v`` with S[m, n] = scale * q[m] k[n] and a policy p that hides keys softly.
+    """Compute ``out = A v`` with S[m, n] = scale * q[m] k[n] and a policy p that hides keys softly.
 
     Formula::
 
@@ -183,7 +185,9 @@ def attention(
     offsets: Offsets | None = None,
     num_out: int = 0,
 ) -> Tensor:
-    """``out = A v``, where A = softmax(S) and S[m, n] = scale * q[m] k[n] + bias[n]; zeros where every bias is -inf.
+    """Attend over keys with a bias each; zeros where every bias is -inf.
+
+    ``out = A v``, where A = softmax(S) and S[m, n] = scale * q[m] k[n] + bias[n].
 
     q (B, H, M, D), k and v (B, H, N, D), bias (B, N) or None -> (B, H, M, D).
 
@@ -213,7 +217,7 @@ def attention(
 def _through(
     q: Tensor, k: Tensor, grad_logits: Tensor, weights: Tensor, upstream: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from those of the logits (B, H, M, N) and of the result."""
+    """Return the gradients of q, k and v from the gradients of the logits (B, H, M, N) and of the result."""
     grad_q = (grad_logits @ k.to(grad_logits.dtype)) * scale
     grad_k = (grad_logits.transpose(2, 3) @ q.to(grad_logits.dtype)) * scale
     return grad_q, grad_k, weights.transpose(2, 3) @ upstream
@@ -312,7 +316,7 @@ def attention_policy_backward(
 def key_scores(
     q: Tensor, k: Tensor, logsumexp: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> Tensor:
-    """The scores of :func:`attention_scores` from the logsumexp (B, H, M) of the same logits."""
+    """Return the scores of :func:`attention_scores` from the logsumexp (B, H, M) of the same logits."""
     logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf).unsqueeze(-1)
     if kind == "class":
         return torch.exp(_logits(q[:, :, :1], k, scale, bias) - logsumexp[:, :, :1])[:, :, 0, prefix:].mean(1)
@@ -327,7 +331,7 @@ def key_scores(
 def attention_scores(
     q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention`, and what its matrix A (B, H, M, N) says about the keys.
+    """Attend, and return what the matrix A (B, H, M, N) says about the keys.
 
     ``kind="class"``: the attention of query 0, averaged over heads, to the keys after the prefix (B, N - prefix).
     ``kind="received"``: the attention that a key receives, summed over heads and queries (B, N).

@@ -13,7 +13,7 @@ __all__ = ["cls_scores", "cls_scores_backward", "cls_scores_with_sums", "cls_val
 
 
 def _logits(q: Tensor, k: Tensor, valid: Tensor | None, scale: float) -> Tensor:
-    """Of the class query (B, H, N), -inf where not valid."""
+    """Return the logits of the class query (B, H, N), -inf where not valid."""
     dtype = accumulator(k.dtype)
     # An elementwise product and a sum: matmul would first copy the strided K (measured 3 : 1).
     logits = (k.to(dtype) * q.to(dtype).unsqueeze(2)).sum(-1) * scale
@@ -21,7 +21,7 @@ def _logits(q: Tensor, k: Tensor, valid: Tensor | None, scale: float) -> Tensor:
 
 
 def cls_scores(q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
-    """``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
+    """Compute ``scores[b, n] = mean_h softmax_n(scale * q[b, h] . k[b, h, n])`` for the keys after the prefix.
 
     q (B, H, D), k (B, H, N, D), valid (B, N) or None -> (B, N - prefix).
     """
@@ -31,14 +31,16 @@ def cls_scores(q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | 
 def cls_scores_with_sums(
     q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`cls_scores`, and for its backward pass the logits (B, H, N) and their logsumexp (B, H)."""
+    """Score as :func:`cls_scores`, and return for the backward pass the logits (B, H, N) and their logsumexp (B, H)."""
     logits = _logits(q, k, valid, scale)
     logsumexp = torch.logsumexp(logits, dim=-1)
     return torch.exp(logits[:, :, prefix:] - logsumexp.unsqueeze(-1)).mean(1), logits, logsumexp
 
 
 def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
-    """``scores[b, n] = sum_h softmax_n(scale * q[b, h] . k[b, h, n]) * |value[b, h, n]|`` for keys after the prefix.
+    """Sum over heads the class token's attention times the length of the value.
+
+    ``scores[b, n] = sum_h softmax_n(scale * q[b, h] . k[b, h, n]) * |value[b, h, n]|`` for keys after the prefix.
 
     q (B, H, D), k and value (B, H, N, D), valid (B, N) or None -> (B, N - prefix).
     """
@@ -51,7 +53,7 @@ def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, 
 def cls_value_scores_packed(
     q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
 ) -> Tensor:
-    """:func:`cls_value_scores` of packed keys, image by image, and 0 behind the last token of an image.
+    """Score packed keys as :func:`cls_value_scores`, image by image, with 0 behind the last token of an image.
 
     q (B, H, D), k and value (1, H, T, D), offsets (B + 1,) -> (B, longest - prefix).
     """

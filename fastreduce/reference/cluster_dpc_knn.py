@@ -29,7 +29,7 @@ class _Distances:
         return pair_distances(rows, columns).div_(math.sqrt(self.x.shape[2]))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and their distances (B, rows, N) to all tokens."""
+        """Yield some rows at a time, and their distances (B, rows, N) to all tokens."""
         for rows in self.blocks:
             yield rows, self._between(self.x[:, rows], self.x) if self.kept is None else self.kept
 
@@ -43,7 +43,7 @@ class _Distances:
 
 
 def _smallest(distance: Tensor, count: int) -> Tensor:
-    """(B, M, N) -> (B, M, count), ascending."""
+    """Return the smallest along the last axis, ascending: (B, M, N) -> (B, M, count)."""
     tokens = distance.shape[-1]
     # torch sorts partially only up to a 64th of a row: at N = 196 padding makes 5 neighbours twice as fast.
     if not distance.is_cuda and tokens < 64 * count <= 2 * tokens:

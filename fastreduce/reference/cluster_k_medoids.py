@@ -23,7 +23,7 @@ def _first_nearest(rows: Tensor) -> Tensor:
 
 
 def _finite(weighted: Tensor) -> Tensor:
-    """What can be multiplied by zero: 0 * inf would be NaN."""
+    """Make values finite, so that they can be multiplied by zero: 0 * inf would be NaN."""
     largest = torch.finfo(weighted.dtype).max
     return weighted.nan_to_num(nan=largest, posinf=largest)
 
@@ -98,7 +98,7 @@ def _farthest_first(distances: _Distances, k: int, first: int) -> Tensor:
 
 
 def _first_of_each(order: Tensor, label: Tensor, k: int) -> Tensor:
-    """The first token of every cluster in order (B, N); token 0 where a cluster is empty."""
+    """Return the first token of every cluster in order (B, N); token 0 where a cluster is empty."""
     first = first_of_slots(label.gather(1, order), k)
     return torch.cat([order, order.new_zeros(order.shape[0], 1)], dim=1).gather(1, first)
 
@@ -106,7 +106,9 @@ def _first_of_each(order: Tensor, label: Tensor, k: int) -> Tensor:
 def cluster_k_medoids(
     x: Tensor, weights: Tensor | None, k: int, iters: int, members: bool, first: int
 ) -> tuple[Tensor, Tensor]:
-    """``label[n] = argmin_j d(n, centers[j])``, then ``centers[j] = argmin of cost over its tokens``, ``iters`` times.
+    """Cluster by K-Medoids.
+
+    ``label[n] = argmin_j d(n, centers[j])``, then ``centers[j] = argmin of cost over its tokens``, ``iters`` times.
 
     x (B, N, C), weights (B, N) or None for ones -> centers (B, k), label (B, N), labelled once more at the end.
 

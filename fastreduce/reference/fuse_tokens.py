@@ -12,7 +12,7 @@ __all__ = ["fuse_tokens", "fuse_tokens_backward"]
 
 
 def _rest_weights(order: Tensor, scores: Tensor, k: int) -> Tensor:
-    """(B, P): the score of every token that is not kept, zero for the kept ones."""
+    """Return (B, P): the score of every token that is not kept, zero for the kept ones."""
     return scores.scatter(1, order[:, :k].long(), 0.0)
 
 

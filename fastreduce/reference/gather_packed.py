@@ -1,4 +1,4 @@
-"""Packed tokens: those of all images in one row, image b in ``offsets[b] .. offsets[b + 1]``, zeros behind the last."""
+"""Packed tokens: all images' tokens in one row, image b in ``offsets[b] .. offsets[b + 1]``, zeros behind the last."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ __all__ = ["gather_packed", "gather_packed_backward", "token_offsets", "unpack_t
 
 
 def token_offsets(valid: Tensor) -> Tensor:
-    """``offsets[b] = sum(valid[:b])``: (B, N) bool -> (B + 1,) int32."""
+    """Compute ``offsets[b] = sum(valid[:b])``: (B, N) bool -> (B + 1,) int32."""
     return torch.nn.functional.pad(valid.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _places(target: Tensor) -> tuple[Tensor, Tensor]:
-    """(target[B],) each: the image that every packed row is in, and its place there."""
+    """Return the image that every packed row is in, and its place there, (target[B],) each."""
     row = torch.arange(int(target[-1]), dtype=target.dtype, device=target.device)
     image = torch.searchsorted(target[1:], row, right=True)
     return image, row - target.index_select(0, image)
 
 
 def _sources(index: Tensor, source: Tensor, target: Tensor, prefix: int) -> Tensor:
-    """(target[B],) the packed row that every packed row of the result comes from."""
+    """Return the packed row (target[B],) that every packed row of the result comes from."""
     image, place = _places(target)
     rows = with_prefix(index, prefix) + source[:-1, None]
     return rows.reshape(-1).index_select(0, torch.add(place, image, alpha=rows.shape[1]))
 
 
 def _with_room(rows: Tensor, num_rows: int) -> Tensor:
-    """(R, C) -> (1, num_rows, C), zeros behind."""
+    """Pad (R, C) with zeros behind -> (1, num_rows, C)."""
     room = num_rows - len(rows)
     return (torch.nn.functional.pad(rows, (0, 0, 0, room)) if room else rows).unsqueeze(0)
 
@@ -38,7 +38,9 @@ def _with_room(rows: Tensor, num_rows: int) -> Tensor:
 def gather_packed(
     x: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_out: int, residual: Tensor | None
 ) -> Tensor:
-    """``out[target[b] + j] = x[source[b] + row[b, j]] (+ residual[target[b] + j])``, j < ``target[b+1] - target[b]``.
+    """Gather rows of packed images.
+
+    ``out[target[b] + j] = x[source[b] + row[b, j]] (+ residual[target[b] + j])``, j < ``target[b+1] - target[b]``.
 
     x (1, T, C), index (B, K), source and target (B + 1,), residual (1, num_out, C) or None -> (1, num_out, C), with
     ``row = [0 .. prefix-1, index + prefix]``; rows from ``target[B]`` on are 0.
@@ -58,7 +60,10 @@ def gather_packed_backward(
 
 
 def unpack_tokens(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """``out[b, j] = x[offsets[b] + j]`` for ``j < offsets[b+1] - offsets[b]``, else 0: (1, T, C) -> (B, longest, C)."""
+    """Unpack (1, T, C) -> (B, longest, C).
+
+    ``out[b, j] = x[offsets[b] + j]`` for ``j < offsets[b+1] - offsets[b]``, else 0.
+    """
     rows = offsets[:-1, None] + torch.arange(longest, dtype=offsets.dtype, device=offsets.device)
     real = rows < offsets[1:, None]
     tokens = x[0] if x.shape[1] else torch.nn.functional.pad(x[0], (0, 0, 0, 1))  # a row for those that are masked

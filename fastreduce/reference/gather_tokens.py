@@ -11,7 +11,7 @@ __all__ = ["gather_tokens", "scatter_tokens"]
 
 
 def gather_tokens(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None) -> Tensor:
-    """``out[b, j] = x[b, row[b, j]] (+ residual[b, j])`` with ``row = [0 .. prefix-1, index + prefix]``.
+    """Compute ``out[b, j] = x[b, row[b, j]] (+ residual[b, j])`` with ``row = [0 .. prefix-1, index + prefix]``.
 
     x (B, N, C), index (B, K), residual (B, prefix + K, C) or None -> (B, prefix + K, C).
     """

@@ -14,7 +14,7 @@ __all__ = ["linear_packed", "linear_packed_backward"]
 
 
 def _real_rows(x: Tensor, offsets: Tensor) -> Tensor:
-    """(T, 1) bool: whether a row is before ``offsets[B]``."""
+    """Return (T, 1) bool: whether a row is before ``offsets[B]``."""
     return (torch.arange(x.shape[1], device=x.device) < offsets[-1]).unsqueeze(1)
 
 

@@ -17,7 +17,7 @@ WORST = -2.0  # below every cosine: where the similarity is NaN a token merges l
 
 
 def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Largest cosine (B, A) of every token of A with those of B after the prefix, and of which, the first if tied."""
+    """Return the largest cosine (B, A) of every token of A with B's behind the prefix, and the first that has it."""
     found = []
     for rows in split(a, b.shape[1]):
         similarity = bmm(rows, b.mT).nan_to_num_(WORST)

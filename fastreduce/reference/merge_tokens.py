@@ -30,7 +30,7 @@ def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
 
 
 def _sums(x: Tensor, slot: Tensor, num_out: int, size: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The size-weighted sums (B, num_out, C) of x and the sums (B, num_out) of the sizes."""
+    """Return the size-weighted sums (B, num_out, C) of x and the sums (B, num_out) of the sizes."""
     batch, tokens, channels = x.shape
     if for_onnx():
         return sums_of_slots(x.to(dtype), None if size is None else size.to(dtype), slot, num_out)
@@ -54,7 +54,7 @@ def merge_tokens(
     eps: float = 0.0,
     head: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``merged[m] = sum_{slot[n] = m} size[n] x[n] / (sum_{slot[n] = m} size[n] + eps) (+ residual[m])``.
+    """Compute ``merged[m] = sum_{slot[n] = m} size[n] x[n] / (sum_{slot[n] = m} size[n] + eps) (+ residual[m])``.
 
     x (B, N, C), slot (B, N) with values in 0 .. num_out - 1, size (B, N) or None for ones, residual (B, num_out, C) or
     None, head (B, P, C) or None -> head and merged rows (B, P + num_out, C), and the sizes (B, num_out), which carry no
@@ -70,7 +70,7 @@ def merge_tokens(
 
 
 def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor, slot: Tensor, num_out: int) -> Tensor:
-    """``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider.
+    """Compute ``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider.
 
     The exponential of 89 is beyond float32. So where the greatest logarithm of a slot is above 40, all the sizes of the
     slot are divided by ``exp(greatest - 40)``: their mean is the same, since eps is nothing beside ``exp(40)``. Tokens
@@ -115,7 +115,7 @@ def merge_tokens_size_backward(
 
 
 def _divisor(total: Tensor, eps: float) -> Tensor:
-    """What the sum of a slot is divided by; never zero."""
+    """Return what the sum of a slot is divided by; never zero."""
     return (total + eps if eps else total).clamp_min(1e-30)
 
 

@@ -13,7 +13,9 @@ __all__ = ["received_scores", "received_scores_backward"]
 
 
 def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """``out[b, n] = sum_h sum_m softmax_n(scale * q[b, h, m] . k[b, h, n])``; one head's matrix in memory at a time.
+    """Sum the attention that every key receives, with one head's matrix in memory at a time.
+
+    ``out[b, n] = sum_h sum_m softmax_n(scale * q[b, h, m] . k[b, h, n])``.
 
     q (B, H, M, D), k (B, H, N, D) -> (B, N).
     """

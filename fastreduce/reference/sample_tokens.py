@@ -12,7 +12,7 @@ __all__ = ["nearest_tokens", "sample_tokens", "sampling_grid"]
 
 
 def sampling_grid(budget: int, parts: int | None = None, device: torch.device | None = None) -> Tensor:
-    """The points ``(2 i + 1) / (2 parts)``, i < budget, in float64.
+    """Return the points ``(2 i + 1) / (2 parts)``, i < budget, in float64.
 
     With ``parts = budget + 1``, which None stands for, this is the symmetric grid without its last point.
     """
@@ -21,7 +21,7 @@ def sampling_grid(budget: int, parts: int | None = None, device: torch.device | 
 
 
 def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
-    """``argmin_n |grid[b, i] - cdf[b, n]|``, the lowest n on ties, all in the dtype's own rounding.
+    """Compute ``argmin_n |grid[b, i] - cdf[b, n]|``, the lowest n on ties, all in the dtype's own rounding.
 
     cdf (B, N) non-decreasing and not negative, grid (B, K), both contiguous -> (B, K) int64. Two binary searches
     instead of a (B, K, N) comparison.
@@ -40,7 +40,7 @@ def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
 
 
 def sample_tokens(scores: Tensor, budget: int, prefix: int, parts: int | None = None) -> tuple[Tensor, Tensor]:
-    """``unique(argmin_n |grid_i - cumsum(scores / (sum(scores) + 1e-6))_n|)``, ascending and padded with 0.
+    """Return ``unique(argmin_n |grid_i - cumsum(scores / (sum(scores) + 1e-6))_n|)``, ascending, padded with 0.
 
     scores (B, N) -> index (B, budget) int64 and valid (B, prefix + budget) bool.
     """

@@ -12,7 +12,9 @@ __all__ = ["sinkhorn_merge", "sinkhorn_merge_backward", "sinkhorn_merge_inferenc
 
 
 def sinkhorn_merge(x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None) -> tuple[Tensor, ...]:
-    """``merged[k] = sum_n W[n, k] y[n]`` with ``y = x / max(|x|, 1e-12)`` and W the plan after ``iters`` iterations.
+    """Merge normalised tokens by W, the transport plan after ``iters`` iterations.
+
+    ``merged[k] = sum_n W[n, k] y[n]`` with ``y = x / max(|x|, 1e-12)``.
 
     ``Z[n, k] = y[n] . centers[k] / eps``, ``log W = Z + c[n] + a[k]`` and, from c = 0, ``a = -logsumexp_n(Z + c)`` and
     ``c = -logsumexp_k(Z + a)`` in turn. The one marginal of tokens and clusters alike, -log(K + N), cancels.
@@ -56,7 +58,7 @@ def sinkhorn_merge(x: Tensor, centers: Tensor, eps: float, iters: int, head: Ten
 def sinkhorn_merge_inference(
     x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same merged rows, with c (B, N) and every a (B, iters, K); similarities of some images at a time."""
+    """Return the merged rows, c (B, N) and every a (B, iters, K), with the similarities of some images at a time."""
     found = []
     four = 4 * accumulator(x.dtype).itemsize * x.shape[1] * centers.shape[0]  # matrices: scores, plan and two more
     for part in image_parts(x.shape[0], four):

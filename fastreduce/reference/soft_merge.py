@@ -13,7 +13,9 @@ __all__ = ["soft_merge", "soft_merge_backward"]
 
 
 def soft_merge(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``merged[k] = sum_n weight[n, k] x[n]`` with ``weight[n, k] = exp(logits[n, k] - logsumexp_n(logits[:, k]))``.
+    """Sum the tokens by weights that are a softmax over the tokens.
+
+    ``merged[k] = sum_n weight[n, k] x[n]`` with ``weight[n, k] = exp(logits[n, k] - logsumexp_n(logits[:, k]))``.
 
     logits (B, N, K), x (B, N, C), head (B, P, C) or None -> rows [head, merged] (B, P + K, C) and the logsumexp (B, K),
     which gets no gradient.

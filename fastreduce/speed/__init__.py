@@ -1,1 +1,1 @@
-"""What takes time on a clock: the engines behind ``fastreduce compare`` and ``fastreduce plan``."""
+"""Engines behind ``fastreduce compare`` and ``fastreduce plan``: all that takes time on a clock."""

@@ -1,4 +1,4 @@
-"""What ``fastreduce compare`` measures. It prints nothing and draws nothing.
+"""Measurements of ``fastreduce compare``, which print nothing and draw nothing.
 
 Every method runs beside three others: the unreduced model, the free slice (an ideal whose decision costs nothing) and
 the published algorithm written plainly. All of them take turns in every round, the unreduced model at its start and at
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -28,7 +29,6 @@ from ..backends import check_backend, resolve
 from ..checkpoints import load_official, read_checkpoint
 from ..integrations.timm import (
     Record,
-    Stage,
     create_model,
     create_pretrained,
     input_config,
@@ -48,6 +48,7 @@ from ..measure import (
     ratio,
     recompile_limits,
     seconds_of,
+    take_turns,
 )
 from ..names import compared_methods, nearest
 from ..pictures import cut
@@ -56,8 +57,9 @@ from ..plain import FreeSlice, PlainModel
 from ..plain.model import OPTIONS
 from ..reducers import REDUCERS
 from ..reducers.schedule import stage_blocks
+from .decisions import Drawn, changed_decisions, drawn, relative_difference
 from .settings import DTYPES as DTYPE_NAMES
-from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name
+from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name, library_of
 
 __all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "relative_difference"]
 
@@ -80,32 +82,13 @@ _ACTIVATIONS = 16  # rows of the residual stream's width that are in memory at a
 Progress = Callable[[str, float, float], None]  # what is done, how much of it, out of how much
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What there is to draw of one stage, for the first image: exactly one of the two is given.
-
-    Attributes:
-        block: the transformer block, ``count`` its patch tokens after the stage.
-        kept: (rows, columns) bool, patches that are still tokens of their own; of a soft merge those that weigh most in
-            one of the tokens.
-        soft: whether it is a soft merge.
-        slot: (rows, columns) the token that each patch is in.
-    """
-
-    block: int
-    count: int
-    kept: NDArray[np.bool_] | None = None
-    slot: NDArray[np.int64] | None = None
-    soft: bool = False
-
-
 @dataclasses.dataclass
 class Entry:
     """One method at one keep rate: the models that run, and what was found.
 
     Attributes:
         options: what tells it from other entries of the method; ``chosen`` is everything that :func:`patch` got.
-        counts: patch tokens after each stage; of ATS, once it has run, those of the longest image of the batch.
+        counts: patch tokens after each stage; of ATS, once it has run, the counts of the longest image of the batch.
         layers: where the method's own layers have their weights from, or None if it has none.
         exact: float64 logits of the plain algorithm.
         difference: of the logits to ``exact``, relative to the largest of these.
@@ -135,7 +118,7 @@ class Entry:
 
     @property
     def slug(self) -> str:
-        """For file names: ``radial-l2-0.7``."""
+        """Name for files: ``radial-l2-0.7``."""
         return f"{self.label} {self.keep_rate:g}".replace(" ", "-")
 
 
@@ -174,6 +157,8 @@ class Built(NamedTuple):
 
 def build_model(settings: Any) -> Built:
     """Build the model of the settings. Where pretrained weights are only wished for, random ones will do."""
+    if library_of(settings.model) == "transformers":
+        return _build_hugging_face(settings)
     name, note, wanted = settings.model.removeprefix("timm:"), "", settings.pretrained
     if os.path.isdir(name):
         name = f"local-dir:{name}"
@@ -209,6 +194,50 @@ def build_model(settings: Any) -> Built:
     return Built(model, f"random weights (seed {settings.seed})", {}, True, note)
 
 
+def _build_hugging_face(settings: Any) -> Built:
+    """Build a model of transformers; its own weights are wanted unless there is a checkpoint."""
+    from ..integrations.hf.folders import open_named
+    from ..integrations.hf.images import ImageModel
+
+    torch.manual_seed(settings.seed)
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    try:
+        opened = open_named(settings.model)
+    except ImportError as error:
+        raise ValueError(f"the model {settings.model!r} cannot be had: {error}") from error
+    state, weights, layers = opened.model.state_dict(), "pretrained weights", {}
+    missing = opened.missing
+    if settings.checkpoint is not None:
+        read = read_checkpoint(settings.checkpoint)
+        layers = {key: value for key, value in read.state.items() if key.startswith("reducers.")}
+        given = {key: value for key, value in read.state.items() if key not in layers}
+        strange = sorted(set(given) - set(state)) or sorted(
+            key for key, value in given.items() if value.shape != state[key].shape
+        )
+        if strange:
+            raise ValueError(
+                f"the checkpoint does not fit {settings.model!r}: {strange[0]!r} is not in it in this shape"
+            )
+        opened.model.load_state_dict(given, strict=False)
+        missing = tuple(sorted(set(missing) - set(given)))
+        weights = f"checkpoint {Path(settings.checkpoint).name}"
+    note = ""
+    if missing:
+        note = f"{missing[0]}{' and others are' if len(missing) > 1 else ' is'} not in the file of weights: random"
+    try:
+        model = ImageModel(opened.model, opened.config)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the model {settings.model!r} does not run on images: {' '.join(str(error).split())}"
+        ) from error
+    return Built(model, weights, layers, note=note)
+
+
+def _plain_view(model: Any) -> nn.Module:
+    """Return the model as the plain algorithms take it: one of timm as it is."""
+    return model.plain() if hasattr(model, "plain") else model
+
+
 def _share(model: nn.Module) -> Any:
     """Return a copy of the modules that shares every parameter and buffer."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
@@ -234,52 +263,6 @@ def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) ->
     pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     return (pixels - mean) / std
-
-
-def relative_difference(logits: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value."""
-    logits = logits[: len(exact)].double()
-    return ((logits - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
-
-
-def _partition(stage: Stage) -> Tensor:
-    """Name every patch's group (B, P) by its first patch, -1 for dropped ones: the tokens' order does not matter."""
-    slot = stage.patch_slot
-    position = torch.arange(slot.shape[1], device=slot.device).expand_as(slot)
-    first = torch.full((slot.shape[0], stage.num_out + 1), slot.shape[1], device=slot.device)
-    first = first.scatter_reduce(1, slot + 1, position, "amin")
-    return torch.where(slot < 0, slot, first.gather(1, slot + 1))
-
-
-def _changed_decisions(ours: Record, exact: Record, images: int) -> int:
-    """Return how many of the images end in other groups than in float64."""
-    if not exact.stages:
-        return 0
-    differs = torch.zeros(images, dtype=torch.bool, device=exact.stages[0].slot.device)
-    for mine, theirs in zip(ours.stages, exact.stages, strict=True):
-        differs |= (_partition(mine)[:images] != _partition(theirs)[:images]).any(1)
-    return int(differs.sum())
-
-
-def _drawn(seen: Record, blocks: Sequence[int], grid: tuple[int, int]) -> list[Drawn]:
-    """Return the first image's stages; a stage that reduced nothing shows what was there."""
-    kept: NDArray[np.bool_] | None = np.ones(grid, bool)
-    slot: NDArray[np.int64] | None = None
-    count, soft = math.prod(grid), False
-    stages = {stage.block: stage for stage in seen.stages}
-    drawn = []
-    for block in blocks:
-        if (stage := stages.get(block)) is not None:
-            soft = stage.weights is not None
-            if stage.merges or stage.sources is None:
-                kept, slot, count = None, stage.patch_slot[0].cpu().numpy().reshape(grid), stage.num_out
-            else:
-                own, fused = stage.sources[0].cpu().numpy(), stage.fused
-                kept, slot = np.zeros(math.prod(grid), bool), None
-                kept[own[own >= 0]] = True
-                kept, count = kept.reshape(grid), stage.num_out if soft or fused else int((own >= 0).sum())
-        drawn.append(Drawn(block, count, kept, slot, soft))
-    return drawn
 
 
 class Comparison:
@@ -343,7 +326,7 @@ class Comparison:
     def use(self, entries: list[Entry]) -> None:
         """Compare these, and hold each against a free slice of as many tokens."""
         self.entries = entries
-        self.slices = {entry.counts: FreeSlice(self.model, entry.counts, self.blocks) for entry in entries}
+        self.slices = {entry.counts: FreeSlice(_plain_view(self.model), entry.counts, self.blocks) for entry in entries}
 
     def memory_of(self, images: int) -> float:
         """Estimate the bytes that a forward pass of so many images takes: views of the photo, and activations."""
@@ -417,7 +400,7 @@ class Comparison:
             twin.reducers.load_state_dict(layers)
             return twin.to(self.device).eval()
         given = _deciding(method, chosen)
-        plain = PlainModel(model, method, at=self.blocks, fused=self.settings.fused_baseline, layers=layers, **given)
+        plain = PlainModel(_plain_view(model), method, at=self.blocks, layers=layers, **given)
         return plain.to(self.device).eval()
 
     def plain(self, model: nn.Module, entry: Entry) -> nn.Module:
@@ -433,7 +416,7 @@ class Comparison:
         return reduced
 
     def _settle_counts(self) -> None:
-        """Methods that keep what each image calls for: the count is that of the longest image of this batch."""
+        """Set the counts of methods that keep what each image calls for: they are the longest image's in this batch."""
         for entry in self.entries:
             if not REDUCERS[entry.method].ragged:
                 continue
@@ -443,7 +426,7 @@ class Comparison:
             entry.counts = tuple(
                 longest.get(block, count) for block, count in zip(self.blocks, entry.counts, strict=True)
             )
-            self.slices.setdefault(entry.counts, FreeSlice(self.model, entry.counts, self.blocks))
+            self.slices.setdefault(entry.counts, FreeSlice(_plain_view(self.model), entry.counts, self.blocks))
         used = {entry.counts for entry in self.entries}
         self.slices = {counts: model for counts, model in self.slices.items() if counts in used}
 
@@ -472,13 +455,11 @@ class Comparison:
             candidates[f"{entry.slug} plain"] = entry.plain
         return candidates
 
-    def _time(self, model: Callable[[Tensor], object]) -> float:
-        return seconds_of(lambda: model(self.images), self.device)
-
     def _probe(self, count: int) -> float:
         self._load_images(count)
-        self._time(self.model)
-        return statistics.median(self._time(self.model) for _ in range(3))
+        call = functools.partial(self.model, self.images)
+        call()
+        return statistics.median(seconds_of(call, self.device) for _ in range(3))
 
     def _choose_threads(self) -> None:
         """Take one thread where that is faster: on a busy machine threads mostly wait for each other."""
@@ -546,7 +527,7 @@ class Comparison:
         reduced = self._reference(exact_model, entry)
         with record(reduced) as exact:
             reduced(self.images[:images].double())
-        return _changed_decisions(seen, exact, images)
+        return changed_decisions(seen, exact, images)
 
     def check_entry(self, entry: Entry, exact_model: nn.Module) -> None:
         """Hold the logits against the plain algorithm in float64, and record what was done with the first image."""
@@ -554,7 +535,7 @@ class Comparison:
         with record(entry.model) as seen:
             entry.difference = relative_difference(entry.model(self.images), entry.exact)
         entry.plain_difference = relative_difference(entry.plain(self.images), entry.exact)
-        entry.stages = _drawn(seen, self.blocks, self.grid)
+        entry.stages = drawn(seen, self.blocks, self.grid)
         if self.is_far(entry.difference):
             entry.changed = self.changed_decisions(entry, seen, exact_model, self.checked)
 
@@ -565,7 +546,7 @@ class Comparison:
             self.gmacs["unreduced"] = count_gmacs(hollow, image)
         for counts in self.slices:
             if counts not in self.gmacs:
-                self.gmacs[counts] = count_gmacs(FreeSlice(hollow, counts, self.blocks), image)
+                self.gmacs[counts] = count_gmacs(FreeSlice(_plain_view(hollow), counts, self.blocks), image)
         for entry in self.entries:
             if entry.slug not in self.gmacs:
                 self.gmacs[entry.slug] = count_gmacs(self._reference(hollow, entry), image)
@@ -625,23 +606,23 @@ class Comparison:
 
     def _rounds(self, candidates: dict[Any, Any], progress: Progress) -> None:
         """Time rounds that begin and end with the unreduced model, as many as were asked for or fit into the time."""
-        self.seconds = {name: [] for name in [*candidates, _AGAIN]}
         models = {**candidates, _AGAIN: candidates["unreduced"]}
-        between = [name for name in candidates if name != "unreduced"]
-        start, finished = self.elapsed, 0
-        wanted = self.settings.rounds or FEWEST_ROUNDS
-        while finished < wanted:
-            order = ["unreduced", *between, _AGAIN]
-            for done, name in enumerate(order):
-                progress("measuring", finished + done / len(order), wanted)
-                self.seconds[name].append(self._time(models[name]))
-            finished += 1
-            between.reverse()
-            if self.settings.rounds is None:
+        calls = {name: functools.partial(model, self.images) for name, model in models.items()}
+        start, wanted = self.elapsed, self.settings.rounds or FEWEST_ROUNDS
+
+        def more(finished: int) -> bool:
+            nonlocal wanted
+            if finished and self.settings.rounds is None:
                 left = self.settings.seconds - _PICTURE_SECONDS * len(self.entries) - self.elapsed
                 fitting = finished + int(left * finished / (self.elapsed - start))
                 wanted = min(max(fitting, finished, FEWEST_ROUNDS), _MOST_ROUNDS)
-        progress("measuring", finished, finished)
+            return finished < wanted
+
+        def moved(done: float) -> None:
+            progress("measuring", done, wanted)
+
+        take_turns(calls, self.device, more, seconds=self.seconds, ends=True, moved=moved)
+        progress("measuring", wanted, wanted)
 
     def _seconds_of(self, name: Any) -> list[float]:
         """Return the seconds of every round, of the unreduced model the mean of start and end."""
@@ -726,7 +707,6 @@ class Comparison:
             "backend": self.backend,
             "compile": settings.compile,
             "memory_kept": self.memory_kept,
-            "fused_baseline": settings.fused_baseline,
             "images_checked": self.checked,
             "refused": self.refused,
             "left_out": [{"label": entry.label, "keep_rate": entry.keep_rate} for entry in self.left_out],

@@ -1,4 +1,4 @@
-"""What ``fastreduce plan`` measures: from which keep rate and batch on reduction pays. It prints and draws nothing.
+"""Measurements of ``fastreduce plan``: from which keep rate and batch on reduction pays. Nothing is printed or drawn.
 
 The unreduced and the reduced models take turns in every round, so that each round gives a ratio of its own. The
 unreduced model takes a second turn as the control: how far it strays from itself is what this machine's noise can do.
@@ -227,7 +227,7 @@ class Planner:
 
     @property
     def slug(self) -> str:
-        """For file names: ``radial-l2``."""
+        """Name for files: ``radial-l2``."""
         return next(iter(self.entries.values())).label.replace(" ", "-")
 
     @property

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .._files import check_weights_file
+from .._files import check_weights_file, read_json
 from ..config import read_config
 from ..names import EXPORT_FORMATS, compared_methods, nearest, one_of, parse_method_option
 
@@ -31,6 +31,7 @@ __all__ = [
     "check_model",
     "check_positive",
     "device_name",
+    "library_of",
 ]
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -40,6 +41,7 @@ ROUNDS_FOR_A_SPREAD = 5  # below that, quartiles say nothing, and no verdict is 
 
 _MOST = 2**31 - 1  # of images, rounds and the like
 _BACKENDS = ("auto", "triton", "reference")
+_HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 _DEVICE = re.compile(r"(cpu)(?::0)?|cuda(?::[0-9]{1,4})?", re.ASCII)
 
 
@@ -88,16 +90,54 @@ def _sources_of_timm() -> str:
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
+def library_of(name: str) -> str:
+    """Return ``"transformers"`` or ``"timm"``, whose model a name means; of a folder its ``config.json`` says.
+
+    Raises:
+        ValueError: a folder without a ``config.json``, or with one that cannot be read.
+    """
+    if name.startswith("timm:"):
+        return "timm"
+    hugging = name.startswith("hf:")
+    folder = Path(name.removeprefix("hf:"))
+    if not folder.is_dir():
+        return "transformers" if hugging else "timm"
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"model {name!r} is a folder without a config.json: give one that save_pretrained wrote")
+    found = read_json(file)
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(file)!r} holds no configuration of a model")
+    timms = "architecture" in found and "model_type" not in found
+    if timms and hugging:
+        raise ValueError(f"model {name!r} is one of timm: give {name.removeprefix('hf:')!r}")
+    return "timm" if timms else "transformers"
+
+
+def _check_hugging_face(name: str, pretrained: bool | None) -> None:
+    if find_spec("transformers") is None:
+        raise ValueError(f'model {name!r} is one of transformers, which is missing: pip install "fastreduce[hf]"')
+    name = name.removeprefix("hf:")
+    if os.path.isdir(name):
+        return
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"there is no folder {name!r}, and it is no name on the hub (hf:owner/name)")
+    if pretrained is False:
+        raise ValueError(f"model {f'hf:{name}'!r} would be downloaded: give --pretrained if that is wanted")
+
+
 def check_model(name: str, pretrained: bool | None) -> None:
     """Raise ValueError for a model that timm does not have, or one of a hub that must not be asked.
 
-    A name of timm's (``timm:`` may stand before it) or of a hub's (``hf-hub:``), or a folder in timm's layout.
+    A name of timm's (``timm:`` may stand before it) or of a hub's (``hf-hub:`` for timm's, ``hf:`` for those of
+    transformers), or a folder of either library.
     """
+    if library_of(name) == "transformers":
+        _check_hugging_face(name, pretrained)
+        return
     name = name.removeprefix("timm:")
     if os.path.isdir(name) or name.startswith("local-dir:"):
         return
-    if name.startswith("hf:"):
-        raise ValueError(f"model {name!r} is one of transformers: patch it in Python; the commands build timm's models")
     if ":" in name:
         if pretrained is False:
             raise ValueError(f"model {name!r} would be downloaded: give --pretrained if that is wanted")
@@ -133,9 +173,9 @@ class _Common:
     """Settings that both commands have. None stands for a choice made from the model, the machine and the time.
 
     Attributes:
-        model: a timm Vision Transformer.
+        model: a Vision Transformer of timm, or with ``hf:`` one of transformers; its name, or a folder.
         checkpoint: a file with its weights.
-        pretrained: let timm download them; None: if it can, and take random weights if not.
+        pretrained: let the library download them; None: if it can, and take random weights if not.
         images: a folder of pictures for fidelity; None for photographs of scikit-learn and scikit-image.
         image_count: how many of them; None for as many as fit into the time.
         at_least: the fidelity that a setting must keep, in (0, 1].
@@ -216,9 +256,8 @@ class CompareSettings(_Common):
         keep_rates: each in (0, 1].
         batch: images in a batch.
         seconds: rounds are added until about this long after the start, if ``rounds`` is None.
-        fused_baseline: let the plain algorithm use fused attention in blocks of which no one reads the matrix.
 
-    The others are those of both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
+    The others belong to both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
     threads (None for torch's choice, or 1 where that is faster), seed (of random weights), method_options
     (``tome.rounds=exact``).
     """
@@ -228,7 +267,6 @@ class CompareSettings(_Common):
     keep_rates: tuple[float, ...] = KEEP_RATES
     batch: int | None = None
     seconds: float = 150.0
-    fused_baseline: bool = False
 
     def check(self) -> None:
         """Raise ValueError for everything that is known to be wrong without torch."""
@@ -254,7 +292,7 @@ class PlanSettings(_Common):
         seconds: rounds are added until about this long after the start, if ``rounds`` is None. Compiling comes on top.
         graphs: replay CUDA graphs.
 
-    The others are those of :class:`CompareSettings`.
+    The others are the same as in :class:`CompareSettings`.
     """
 
     method: str = "topk"
@@ -273,7 +311,7 @@ class PlanSettings(_Common):
 
     @property
     def multiple(self) -> int | None:
-        """What the counts are rounded up to throughout, if to anything."""
+        """Number that counts are rounded up to a multiple of throughout, if there is one."""
         return int(self.round_to) if re.fullmatch("[0-9]{1,18}", self.round_to) else None
 
     def check(self) -> None:
@@ -304,7 +342,7 @@ class TuneSettings(_Common):
         measure: the measure of fidelity that counts.
         seconds: not used by a search, which takes as long as its tables take.
 
-    The others are those of :class:`CompareSettings`; ``at`` is what is searched.
+    The others are the same as in :class:`CompareSettings`; ``at`` is what is searched.
     """
 
     methods: tuple[str, ...] = ()
@@ -343,7 +381,7 @@ class ExportSettings(_Common):
         batches: images at a time when it is timed.
         rounds: of the timing; 0 for none.
 
-    The others are those of :class:`CompareSettings`.
+    The others are the same as in :class:`CompareSettings`.
     """
 
     out: str = "reduced.onnx"

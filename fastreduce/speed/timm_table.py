@@ -43,7 +43,7 @@ class _Activations(TorchDispatchMode):
 
 
 def count_macts(model: nn.Module, images: Tensor) -> float:
-    """10⁶ elements, for each of the images, that convolutions and matrix products give: timm's activations."""
+    """Count the 10⁶ elements that convolutions and products give for each of the images: timm's activations."""
     backend = torch.nn.attention.SDPBackend.MATH  # fused attention hides its products
     with torch.no_grad(), torch.nn.attention.sdpa_kernel(backend), _Activations() as counter:
         model(images)

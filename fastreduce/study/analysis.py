@@ -1,4 +1,4 @@
-"""What a study found: similarities, correlations and findings, from its recordings."""
+"""Findings of a study: similarities, correlations and findings, from its recordings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["Study", "analyse"]
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a study found.
+    """Results of a study.
 
     Attributes:
-        recordings: the unreduced model first, then the reduced ones, then those of further backbones.
+        recordings: the unreduced model first, then the reduced ones, then models of further backbones.
         evaluations: of the same models.
         tokens: of the same models.
         rows: similarities along ``"keep_rate"`` and ``"method"``, of the study's own backbone, and along
@@ -45,14 +45,17 @@ class Study:
     unwritten: list[str] = dataclasses.field(default_factory=list)
 
     def result(self, index: int) -> Result:
-        """One model's, for pictures."""
+        """Return the result of one model, for pictures."""
         run, evaluation = self.recordings[index].run, self.evaluations[index]
         rate = 1.0 if run.keep_rate is None else run.keep_rate
         return Result(run.method, rate, run.accuracy, evaluation.images_per_second)
 
     @cached_property
     def gaps(self) -> list[Gap | None]:
-        """What each model has more than the unreduced one of its backbone; None for that one and for several labels."""
+        """Gaps between each model and the unreduced one of its backbone.
+
+        None stands for the unreduced model itself, and for several labels.
+        """
         scores = [image_scores(recording) for recording in self.recordings]
         unreduced = {
             recording.run.backbone: own
@@ -75,12 +78,12 @@ class Study:
 
     @property
     def results(self) -> list[Result]:
-        """Those of the reduced models of the study's own backbone."""
+        """Results of the reduced models of the study's own backbone."""
         own = [index for index, one in enumerate(self.recordings) if one.run.backbone == self.backbone]
         return [self.result(index) for index in own[1:]]
 
     def recording(self, method: str, keep_rate: float | None) -> Recording | None:
-        """That of one model of the study's own backbone, if there is one."""
+        """Return the recording of one model of the study's own backbone, if there is one."""
         wanted = self.backbone, method, keep_rate
         runs = {(one.run.backbone, one.run.method, one.run.keep_rate): one for one in self.recordings}
         return runs.get(wanted)
@@ -90,9 +93,9 @@ def analyse(recordings: Sequence[Recording], evaluations: Sequence[Evaluation], 
     """Compare and correlate what was recorded.
 
     Args:
-        recordings: of one data set; those of the study's own backbone first, and of these the unreduced model.
+        recordings: of one data set; the study's own backbone comes first, and of its models the unreduced one.
         evaluations: of the same models.
-        seconds: that the parts before took; those of this part are added.
+        seconds: that the parts before took; this part's are added.
     """
     start = time.perf_counter()
     tokens = [token_statistics(recording) for recording in recordings]

@@ -87,12 +87,12 @@ def _identity(first: Run, second: Run) -> Row:
 
 
 def _measure(column: str) -> str:
-    """``iou_std_3`` -> ``iou``."""
+    """Turn ``iou_std_3`` into ``iou``."""
     return column.rsplit("_", 1)[0].removesuffix("_std")
 
 
 def _mirrored(row: Row) -> Row:
-    """The row of the same two runs in the other order."""
+    """Return the row of the same two runs in the other order."""
     mirrored: Row = {}
     for column, value in row.items():
         if column.endswith(("_a", "_b")):
@@ -106,7 +106,7 @@ def _mirrored(row: Row) -> Row:
 
 
 class _Prepared:
-    """What the pairs of a recording share, made once."""
+    """Preparations that the pairs of a recording share, made once."""
 
     def __init__(self, recording: Recording):
         self.recording = recording
@@ -180,10 +180,10 @@ def compare(
 
     Returns:
         A row a pair that has anything in common: ``dataset_a``, ``dataset_b``, ``backbone_*``, ``method_*``,
-        ``keep_rate_*``, ``accuracy_*``, and ``difference``, the accuracy of A minus that of B. Of every block where
+        ``keep_rate_*``, ``accuracy_*``, and ``difference``, the accuracy of A minus B's. Of every block where
         both have a stage the mean over images (and, as ``iou_std_3``, the population's deviation) of ``iou_3`` and, not
         across methods, ``ioa_3`` for kept sets; ``homogeneity_3``, ``completeness_3`` and ``nmi_3`` for assignments
-        (the true labels are those of B across keep rates, else of A). Of every block with features of both ``cca_3``,
+        (the true labels come from B across keep rates, else from A). Of every block with features of both ``cca_3``,
         ``cca_squared_3``, ``pwcca_3``, ``pwcca_reverse_3``, ``cka_3`` and ``procrustes_3``. See
         :mod:`fastreduce.study.measures`.
 
@@ -205,7 +205,7 @@ def compare(
 
 @dataclasses.dataclass(frozen=True)
 class TokenStatistics:
-    """How many tokens a run leaves, and where it loses them.
+    """Numbers of tokens that a run leaves, and the blocks where it loses them.
 
     Attributes:
         run: which model and data set.
@@ -250,7 +250,7 @@ def token_statistics(recording: Recording) -> TokenStatistics:
 
 
 def chance_iou(first: float, second: float) -> float:
-    """The IoU to expect of two kept sets that have nothing to do with each other, from the share that each keeps."""
+    """Return the IoU to expect of two unrelated kept sets, from the share that each keeps."""
     return first * second / (first + second - first * second)
 
 
@@ -307,7 +307,7 @@ def correlate(
     columns: Sequence[str] | None = None,
     absolute: bool = False,
 ) -> list[Row]:
-    """How closely each similarity follows the difference in accuracy.
+    """Correlate each similarity with the difference in accuracy.
 
     Rows that are correlated together: along ``"keep_rate"`` those of one method and backbone; along ``"backbone"``
     those of one method; along ``"method"`` those of one anchor A at one keep rate, with B at the same rate (an
@@ -345,7 +345,7 @@ def correlate(
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
-    """Write a table; columns are those of all rows, in order of appearance, and cells without a value are empty.
+    """Write a table with the columns of all rows, in order of appearance; cells without a value are empty.
 
     Raises:
         OSError: the file cannot be written.

@@ -130,7 +130,7 @@ class DataSet:
 
 
 def _small_transforms(size: int, how: Crops) -> tuple[_Transform, _Transform]:
-    """For training and evaluation, which sees the whole image."""
+    """Return the transforms for training and for evaluation, which sees the whole image."""
     resize = transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC)
     normalize = [transforms.ToTensor(), transforms.Normalize(how.mean, how.std)]
     crop = transforms.RandomCrop(size, how.padding, padding_mode="reflect")
@@ -139,7 +139,10 @@ def _small_transforms(size: int, how: Crops) -> tuple[_Transform, _Transform]:
 
 
 def _photo_transforms(size: int, how: Augmentation | Crops, flat: bool) -> tuple[_Transform, _Transform]:
-    """For training and evaluation; ``flat`` squashes the whole image into the square, as multi-label sets do."""
+    """Return the transforms for training and for evaluation.
+
+    ``flat`` squashes the whole image into the square, as multi-label sets do.
+    """
     if isinstance(how, Crops):
         return _small_transforms(size, how)
     if not flat:
@@ -178,7 +181,10 @@ def _photo_transforms(size: int, how: Augmentation | Crops, flat: bool) -> tuple
 
 
 def _digit_transforms(how: Shifts) -> tuple[_Transform, _Transform]:
-    """From (1, S, S) in 0..1; shifted in the fine grid, so that a shift need not be a whole pixel."""
+    """Return the transforms from (1, S, S) in 0..1.
+
+    Images are shifted in the fine grid, so that a shift need not be a whole pixel.
+    """
     normalize = [transforms.Lambda(lambda x: x.expand(3, -1, -1)), transforms.Normalize(_DIGITS_MEAN, _DIGITS_STD)]
     move = transforms.RandomAffine(
         how.degrees,
@@ -302,7 +308,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _table(path: Path, images: dict[str, str] | None = None) -> dict[str, str]:
-    """A file of ``id value`` lines; with ``images``, one line for each of those."""
+    """Read a file of ``id value`` lines; with ``images``, it has one line for each of the images."""
     table: dict[str, str] = {}
     for number, key, value in _lines(path):
         if key in table:
@@ -439,7 +445,7 @@ def _coco(root: Path, size: int, how: Augmentation) -> DataSet:
 
 
 def _one_for_each(present: Sequence[Iterable[int]], classes: int) -> Tensor:
-    """(N, classes) uint8: one where a class is present."""
+    """Return (N, classes) uint8: one where a class is present."""
     labels = torch.zeros(len(present), classes, dtype=torch.uint8)
     for row, shown in zip(labels, present, strict=True):
         row[list(shown)] = 1

@@ -1,4 +1,4 @@
-"""What a trained model is worth: accuracy, speed, work and tokens."""
+"""Evaluation of a trained model: accuracy, speed, work and tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LEAST_ROUNDS = 3  # of a speed: fewer say nothing of its spread
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """What :func:`examine` found, all but the speed.
+    """Findings of :func:`examine`: all but the speed.
 
     Attributes:
         accuracy: in per cent: ``top1`` and ``top5``, of multi-label sets ``map``.
@@ -64,7 +64,7 @@ class Examination:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation(Examination):
-    """What :func:`evaluate` found; ``dataclasses.asdict`` makes it ready for JSON.
+    """Findings of :func:`evaluate`; ``dataclasses.asdict`` makes them ready for JSON.
 
     Attributes:
         images_per_second: the median of the rounds.
@@ -78,7 +78,7 @@ class Evaluation(Examination):
 
     @classmethod
     def of(cls, found: Examination, speeds: list[float]) -> Evaluation:
-        """An examination with the speeds of a model, in images per second, one a round."""
+        """Join an examination and the speeds of a model, in images per second, one a round."""
         return cls(
             **dataclasses.asdict(found),
             images_per_second=statistics.median(speeds),
@@ -149,7 +149,7 @@ def _check_rounds(rounds: int) -> None:
 
 
 def _gmacs(model: nn.Module, image_size: int) -> float:
-    """10⁹ multiply-adds for an image."""
+    """Return the 10⁹ multiply-adds for an image."""
     weight = next(model.parameters())
     image = torch.empty(1, 3, image_size, image_size, dtype=weight.dtype, device="meta")
     with backend("reference"):

@@ -49,7 +49,7 @@ class Finding:
 
 
 def _chance(recordings: Sequence[Recording]) -> float:
-    """The accuracy, in per cent, of a model that looks at nothing."""
+    """Return the accuracy, in per cent, of a model that looks at nothing."""
     for recording in recordings:
         if "prediction" in recording.outputs:
             # The class that is most often right.
@@ -63,7 +63,7 @@ def _chance(recordings: Sequence[Recording]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Floors:
-    """How accurate a model must be for a finding to count it.
+    """Accuracies that a model must reach for a finding to count it.
 
     A model that did not learn its task says nothing about its method. To count, its accuracy must be above the middle
     between chance and the unreduced model of its backbone (without one, the best), and ten points above chance.
@@ -91,7 +91,7 @@ class Floors:
         return cls(chance, floors)
 
     def counts(self, backbone: str, accuracy: float) -> bool:
-        """Whether a model counts."""
+        """Return whether a model counts."""
         return accuracy > self.by_backbone.get(backbone, self.chance + LEAST_ABOVE_CHANCE)
 
     def below(self, recordings: Sequence[Recording]) -> list[Run]:
@@ -137,7 +137,7 @@ def _methods(scores: _Scores, family: str) -> list[str]:
 
 
 def _mean_scores(scores: _Scores, methods: Sequence[str], rates: Sequence[float]) -> NDArray[np.float64]:
-    """(images,), averaged over methods and keep rates."""
+    """Average over methods and keep rates -> (images,)."""
     return np.mean([scores[method, rate] for method in methods for rate in rates if (method, rate) in scores], axis=0)
 
 
@@ -245,7 +245,7 @@ def _shares(tokens: Sequence[TokenStatistics]) -> _Shares:
 
 
 def _agreements(rows: Sequence[Row], shares: _Shares) -> dict[str, list[float]]:
-    """For every pruning method, how much of B's first stage lies in A's: 0 as by chance, 1 all of it."""
+    """Return for every pruning method how much of B's first stage lies in A's: 0 as by chance, 1 all of it."""
     found: dict[str, list[float]] = {}
     for row in rows:
         columns = [name for name in row if name.startswith("ioa_") and "_std_" not in name]
@@ -336,12 +336,12 @@ def _strengths(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _measured(column: str) -> str:
-    """``iou_3`` -> ``iou``; nothing for a deviation."""
+    """Turn ``iou_3`` into ``iou``; return nothing for a deviation."""
     return "" if "_std_" in column else column.rsplit("_", 1)[0]
 
 
 def _follows(strength: Mapping[str, float]) -> tuple[float, float]:
-    """How far the weaker of Procrustes and NMI is above IoU, and IoU above a moderate correlation."""
+    """Return how far the weaker of Procrustes and NMI is above IoU, and IoU above a moderate correlation."""
     return min(strength["procrustes"], strength["nmi"]) - strength["iou"], strength["iou"] - _MODERATE
 
 
@@ -404,7 +404,7 @@ def find(
         tokens: :func:`~fastreduce.study.comparison.token_statistics` of each, and of those on other backbones.
         rows: what :func:`~fastreduce.study.comparison.compare` gave along ``"keep_rate"``, ``"backbone"`` and
             ``"method"``; any may be missing.
-        floors: above which models count; by default those of ``recordings``. Give them where there are other backbones.
+        floors: above which models count; by default from ``recordings``. Give them where there are other backbones.
 
     Returns:
         A finding for each claim, in the paper's order. One that only models below the floor could decide is undecided.

@@ -34,7 +34,7 @@ class Gap:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the difference is beyond chance, else 0."""
+        """Sign of the difference where it is beyond chance, else 0."""
         if self.p_value is not None and self.p_value >= 0.05:
             return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
@@ -46,17 +46,17 @@ class Gap:
 
     @property
     def images_needed(self) -> float:
-        """How many images a difference of this size needs to be decided: infinite for none."""
+        """Number of images that a difference of this size needs to be decided: infinite for none."""
         return math.inf if self.mean == 0 else self.images * (self.least / self.mean) ** 2
 
     @property
     def words(self) -> str:
-        """The difference and its interval, like ``+0.31 (−0.02 to +0.64)``."""
+        """Difference and its interval, like ``+0.31 (−0.02 to +0.64)``."""
         return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
 
 def common_words(gaps: Sequence[Gap]) -> str:
-    """Say what would decide those of several differences that are within chance; empty if none is."""
+    """Say what would decide the differences that are within chance; empty if none is."""
     open_gaps = [gap for gap in gaps if gap.sign == 0]
     if not open_gaps:
         return ""

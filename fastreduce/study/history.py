@@ -32,7 +32,7 @@ STATE, PART = "epoch-", ".part"
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave.
+    """Results of one epoch.
 
     Attributes:
         losses: of every batch, the mean over all processes.
@@ -62,7 +62,7 @@ class Training:
     Attributes:
         epochs: its history.
         weights: ``model.safetensors``, with the names of the patched model.
-        ema_weights: ``model_ema.safetensors``, those of the moving average, or None.
+        ema_weights: ``model_ema.safetensors``, the moving average's, or None.
     """
 
     epochs: list[Epoch]
@@ -104,7 +104,7 @@ def read_history(folder: Path, place: Path, description: Mapping[str, Any]) -> l
     """Read the epochs behind the result or the checkpoint at a place of the folder.
 
     Raises:
-        ValueError: it holds none, or those of another training.
+        ValueError: it holds none, or another training's.
     """
     path = place / HISTORY
     try:

@@ -47,7 +47,10 @@ def _check_indices(name: str, indices: Integers, low: int, high: int) -> None:
 
 
 def _membership(kept: Integers, patches: int) -> NDArray[np.bool_]:
-    """(m, K) indices -> (m, width) bool, width the next multiple of 64 above ``patches``; only those are ever set."""
+    """Turn (m, K) indices into (m, width) bool.
+
+    The width is the next multiple of 64 above ``patches``; only patches are ever set.
+    """
     width = patches // 64 * 64 + 64
     member = np.zeros((len(kept), width), bool)
     # The -1 of a row falls into the spare columns at the end of the row before it.
@@ -80,7 +83,7 @@ def pack_kept(kept: Integers, patches: int) -> NDArray[np.uint64]:
 
 
 def packed_sizes(packed: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """(images,) how many patches each of the sets of :func:`pack_kept` holds."""
+    """Return (images,): how many patches each of the sets of :func:`pack_kept` holds."""
     return np.bitwise_count(packed).sum(1, dtype=np.int64)
 
 
@@ -119,7 +122,7 @@ def compose_assignments(stages: list[Integers]) -> list[Integers]:
 
 
 def _runs(labels: Integers) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """How often each label occurs, image after image, and how many labels every image has."""
+    """Count how often each label occurs, image after image, and how many labels every image has."""
     ordered = np.sort(labels, axis=1)
     starts = np.ones(ordered.shape, bool)
     np.not_equal(ordered[:, 1:], ordered[:, :-1], out=starts[:, 1:])
@@ -127,7 +130,7 @@ def _runs(labels: Integers) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def _entropy(labels: Integers) -> Floats:
-    """(m, P) -> (m,) entropy of every image's labels in nats, exactly 0 for a single label."""
+    """Return the entropy of every image's labels in nats, exactly 0 for a single label: (m, P) -> (m,)."""
     counts, distinct = _runs(labels)
     patches = labels.shape[1]
     table = np.arange(patches + 1, dtype=np.float64)
@@ -137,7 +140,7 @@ def _entropy(labels: Integers) -> Floats:
 
 
 def _from_zero(labels: Integers) -> tuple[NDArray[np.int32], int]:
-    """The same labels counted from 0, and a bound on them."""
+    """Return the labels counted from 0, and a bound on them."""
     low = int(labels.min())
     shifted = (labels.astype(np.int64) - low).astype(np.int32)
     return shifted, int(shifted.max()) + 1
@@ -151,7 +154,7 @@ def cluster_agreement(true: Integers, predicted: Integers) -> Floats:
 
     Args:
         true: (images, P) integer labels, any values. The paper's argument order differs: across keep rates the true
-            labels are those of the lower rate, across backbones and methods those of the first model.
+            labels come from the lower rate, across backbones and methods from the first model.
         predicted: (images, P) integer labels.
 
     Returns:
@@ -185,7 +188,7 @@ def cluster_agreement(true: Integers, predicted: Integers) -> Floats:
 
 
 def distinct_labels(labels: Integers) -> NDArray[np.int64]:
-    """(images, P) integer -> (images,) how many different labels each image has."""
+    """Count how many different labels each image has: (images, P) integer -> (images,)."""
     distinct = np.empty(len(labels), np.int64)
     for rows in _chunks(len(labels)):
         distinct[rows] = _runs(np.asarray(labels[rows]))[1]
@@ -193,7 +196,7 @@ def distinct_labels(labels: Integers) -> NDArray[np.int64]:
 
 
 def token_depths(kept: Mapping[int, Integers], patches: int, depth: int) -> dict[str, Any]:
-    """At which block every position is lost, on average over the images.
+    """Return the block at which every position is lost, on average over the images.
 
     Args:
         kept: for each stage's block (images, K), the original patches that are left after it, -1 for none.
@@ -202,7 +205,7 @@ def token_depths(kept: Mapping[int, Integers], patches: int, depth: int) -> dict
 
     Returns:
         ``mean`` and ``std`` (P,) float64 for each position, ``pooled_mean`` and ``pooled_std`` over all of them; the
-        deviations are those of the population.
+        deviations are the population's.
 
     Raises:
         ValueError: no stage, other numbers of images in the stages, or an index out of range.
@@ -237,7 +240,7 @@ def token_depths(kept: Mapping[int, Integers], patches: int, depth: int) -> dict
 
 @functools.lru_cache(maxsize=4)
 def _distances(rows: int, columns: int) -> Floats:
-    """(cells, cells) Euclidean distance between the cells of a grid."""
+    """Return the Euclidean distances (cells, cells) between the cells of a grid."""
     cells = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
     return np.sqrt(((cells[:, None] - cells[None]) ** 2).sum(-1).astype(np.float64))
 
@@ -265,7 +268,7 @@ def map_similarities(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
 
     Returns:
         ``kl`` Σ b log2(b / a) and ``kl_reverse`` Σ a log2(a / b). ``js`` is half of Σ m log2(m / a) + Σ m log2(m / b)
-        with m the mean map: the arguments are those of the paper's code, the reverse of Jensen-Shannon's, and it has no
+        with m the mean map: the arguments stand as in the paper's code, the reverse of Jensen-Shannon's, and it has no
         bound. ``pcc`` Pearson and ``scc`` Spearman correlation. ``sim``: the sum of minima after scaling each map to
         [0, 1] and then to a sum of 1. ``emd``: optimal transport over the Euclidean distance of cells (POT). A zero in
         one map makes the first three inf or NaN, a constant map ``pcc``, ``scc`` and ``sim`` NaN.
@@ -330,7 +333,7 @@ class FeatureSpace:
         return products
 
     def cross(self, other: FeatureSpace) -> Floats:
-        """(neurons, other's neurons) float64, inner products over the images."""
+        """Return the inner products over the images, (neurons, other's neurons) float64."""
         if len(other.features) != len(self.features):
             raise ValueError(f"both need the same images, got {len(self.features)} and {len(other.features)}")
         return self._products(other) / (self.norm * other.norm)
@@ -381,7 +384,7 @@ def feature_similarities(first: FeatureSpace, second: FeatureSpace) -> dict[str,
 
 
 def mean_average_precision(scores: ArrayLike, targets: ArrayLike) -> float:
-    """Multi-label mAP in per cent, by the paper's code.
+    """Return the multi-label mAP in per cent, by the paper's code.
 
     The mean over classes of (sum of the precision at every positive) / (positives + 1e-8); a class without positives
     counts 0. Of equal scores the earlier image goes first.
@@ -403,7 +406,7 @@ def mean_average_precision(scores: ArrayLike, targets: ArrayLike) -> float:
 
 
 def rank_correlations(x: ArrayLike, y: ArrayLike) -> dict[str, float]:
-    """Spearman's and Kendall's (tau-b) correlation of the pairs without a NaN, and how many ``pairs`` those are.
+    """Return Spearman's and Kendall's (tau-b) correlation of the pairs without a NaN, and the number of these pairs.
 
     Both are NaN for fewer than two pairs and where one side is constant.
     """

@@ -114,7 +114,7 @@ def _matrices(study: Study, measure: str, words: str) -> dict[str, tuple[Figure,
 
 
 def _gaps(study: Study) -> dict[str, tuple[Figure, str]]:
-    """How the gap to Top-K goes with the distance of the features."""
+    """Draw how the gap to Top-K goes with the distance of the features."""
     blocks = list(study.recordings[0].features)
     if not blocks:
         return {}
@@ -162,7 +162,7 @@ def _drawn_patterns(study: Study, data: DataSet) -> tuple[Figure, str] | None:
 
 
 def _by_rate(results: Iterable[tuple[Run, Any]], caption: str, digits: int = 2) -> Table:
-    """A row a method and a column a keep rate."""
+    """Return a table with a row a method and a column a keep rate."""
     cells = {(run.method, run.keep_rate): value for run, value in results}
     rates = sorted({rate for _, rate in cells if rate is not None}, reverse=True)
     rows = [
@@ -184,7 +184,7 @@ def _accuracy_table(study: Study, recipe: Recipe) -> Table:
 
 
 def _lost_table(study: Study) -> Table:
-    """The gap of every model to the unreduced one, paired over images."""
+    """Return the gap of every model to the unreduced one, paired over images."""
     cells = [
         (run, None if gap is None else gap.words)
         for run, gap in zip([one.run for one in study.recordings], study.gaps, strict=True)
@@ -216,7 +216,7 @@ def _speed_tables(study: Study) -> list[Table]:
 
 
 def _capacity_tables(study: Study) -> list[Table]:
-    """For every two backbones what they have in common, method by method."""
+    """Return for every two backbones what they have in common, method by method."""
     shares = {entry.run: float(entry.share[0]) for entry in study.tokens if len(entry.share)}
     runs = {(run.backbone, run.method, run.keep_rate): run for run in (one.run for one in study.recordings)}
     maps = {_ends(row): row["pcc"] for row in study.rows.get("depth_backbone", ())}
@@ -244,7 +244,7 @@ def _ends(row: Row) -> tuple[tuple[Any, ...], ...]:
 
 
 def _correlation_tables(study: Study) -> list[Table]:
-    """For every anchor the mean over blocks, by measure and keep rate."""
+    """Return for every anchor the mean over blocks, by measure and keep rate."""
     found: dict[str, dict[str, dict[float, list[float]]]] = {}
     for row in study.correlations:
         if row["pairs"] > 2 and math.isfinite(row["spearman"]):

@@ -38,7 +38,7 @@ _GREY = "#555555"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one reduced model reached.
+    """Result that one reduced model reached.
 
     Attributes:
         method: a key of :data:`fastreduce.names.TITLES`.
@@ -87,7 +87,7 @@ def _by_family(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
 def _panels(
     results: Sequence[Result], baseline: Result | None, title: str, subtitle: str, across: str, metric: str
 ) -> tuple[Figure, list[tuple[Axes, dict[str, list[Result]]]]]:
-    """One panel a family, two beside each other, all with the same axes."""
+    """Make one panel a family, two beside each other, all with the same axes."""
     grouped = _by_family(results)
     if not grouped:
         raise ValueError(f"no result of a known method to draw; methods are {', '.join(TITLES)}")
@@ -114,7 +114,7 @@ def _panels(
 
 
 def _legend_below(axes: Axes) -> None:
-    """Where no line can run through it."""
+    """Put the legend where no line can run through it."""
     axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.22), ncols=2, columnspacing=1, fontsize=8, frameon=False)
 
 
@@ -151,7 +151,7 @@ def accuracy_by_speed(
     subtitle: str = "",
     metric: str = "top-1 accuracy, %",
 ) -> Figure:
-    """As :func:`accuracy_by_rate`, over images per second; results without a speed are left out.
+    """Draw :func:`accuracy_by_rate` over images per second; results without a speed are left out.
 
     Raises:
         ValueError: if there is nothing to draw.
@@ -176,7 +176,7 @@ def depth_maps(
     title: str = "Mean depth at which a patch is lost",
     subtitle: str = "",
 ) -> Figure:
-    """A heat map over the patch grid for every method (row) and keep rate (column), on one scale.
+    """Draw a heat map over the patch grid for every method (row) and keep rate (column), on one scale.
 
     Args:
         maps: (rows, columns) mean depth by method and keep rate; where one is missing its place stays empty.
@@ -221,7 +221,7 @@ def depth_maps(
 def similarity_matrix(
     names: Sequence[str], values: NDArray[np.floating], *, title: str, subtitle: str = "", digits: int = 2
 ) -> Figure:
-    """A square table of similarities, dark where they are large; NaN stays empty.
+    """Draw a square table of similarities, dark where they are large; NaN stays empty.
 
     Args:
         names: of rows and columns.
@@ -282,7 +282,7 @@ def scatter(
 
 
 def _pattern(image: NDArray[np.uint8], slot: NDArray[np.integer], merges: bool, grid: tuple[int, int]) -> NDArray:
-    """One picture: merged regions filled, or dropped patches grey."""
+    """Draw merged regions filled, or dropped patches grey, on one picture."""
     slots = slot.astype(np.int64).reshape(grid)
     return fill_merged(image, slots) if merges else grey_dropped(image, slots >= 0)
 

@@ -1,4 +1,4 @@
-"""What is trained, and how: frozen data that says, with the data set, everything a run depends on.
+"""Protocols of training: frozen data that says, with the data set, everything a run depends on.
 
 Torch and timm are imported when a model is built: a protocol that cannot be is refused without waiting for them.
 """
@@ -64,7 +64,7 @@ _NOT_NEGATIVE = (
 
 
 def plain_data(value: Any) -> Any:
-    """A dataclass as it reads in JSON, tuples as lists."""
+    """Return a dataclass as it reads in JSON, tuples as lists."""
     return json.loads(json.dumps(dataclasses.asdict(value), default=os.fspath))
 
 
@@ -95,7 +95,7 @@ def _check_normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> Non
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What is done to photos; the defaults are the paper's for ImageNet.
+    """Changes made to photos; the defaults are the paper's for ImageNet.
 
     Attributes:
         rand_augment: timm's policy, or None.
@@ -128,7 +128,7 @@ class Crops:
 
     Attributes:
         padding: pixels on every side, a reflection of the image.
-        mean, std: of the normalisation, for pixels of 0 to 1; by default those of CIFAR-10.
+        mean, std: of the normalisation, for pixels of 0 to 1; by default CIFAR-10's.
     """
 
     padding: int = 4
@@ -143,7 +143,7 @@ class Crops:
 
 @dataclasses.dataclass(frozen=True)
 class Shifts:
-    """What is done to digits, which no flip leaves what they are: degrees, and shares of the image's side."""
+    """Changes made to digits, which a flip would turn into others: degrees, and shares of the image's side."""
 
     degrees: float = 10.0
     shift: float = 0.1
@@ -180,7 +180,9 @@ class Backbone:
             raise ValueError("give either pretrained or a checkpoint")
 
     def build(self, num_classes: int, drop_path: float = 0.0) -> nn.Module:
-        """The model in evaluation mode; what no weights are given for is drawn from torch's global generator.
+        """Return the model in evaluation mode.
+
+        Layers that no weights are given for are drawn from torch's global generator.
 
         Raises:
             ValueError: a model that timm does not have, one that is no Vision Transformer, a checkpoint that does not
@@ -216,11 +218,11 @@ class Backbone:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it starts from weights that were trained before."""
+        """True if it starts from weights that were trained before."""
         return self.pretrained or self.checkpoint is not None
 
     def knows(self, num_classes: int) -> bool:
-        """Whether its weights include a head for so many classes."""
+        """Return whether its weights include a head for so many classes."""
         from timm.models import get_pretrained_cfg
         from torch import Tensor
 
@@ -232,7 +234,7 @@ class Backbone:
         return self.pretrained and getattr(get_pretrained_cfg(self.name), "num_classes", None) == num_classes
 
     def teacher(self, num_classes: int) -> nn.Module:
-        """The model with its weights, for distillation.
+        """Return the model with its weights, for distillation.
 
         Raises:
             ValueError: weights that do not fit, or without a head for so many classes.
@@ -266,7 +268,7 @@ class Reduction:
         return patch(model, self.method, keep_rate=self.keep_rate, at=self.at, **self.options)
 
     def fractions(self, model: nn.Module) -> list[float]:
-        """The share of the patches that each stage of the patched model is to keep."""
+        """Return the share of the patches that each stage of the patched model is to keep."""
         from ..integrations.timm import reduced_counts
 
         stages = len(reduced_counts(model))
@@ -291,7 +293,7 @@ class Reduction:
 def load_trained(
     backbone: Backbone, reduction: Reduction | None, weights: str | os.PathLike[str], num_classes: int
 ) -> nn.Module:
-    """A model of which :func:`~fastreduce.study.train.train` wrote the weights, in evaluation mode.
+    """Load a model of which :func:`~fastreduce.study.train.train` wrote the weights, in evaluation mode.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -307,7 +309,7 @@ def load_trained(
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a model is trained. The defaults are the paper's for ImageNet; :func:`protocol_for` gives the others.
+    """Settings of a training. The defaults are the paper's for ImageNet; :func:`protocol_for` gives the others.
 
     Attributes:
         epochs: passes over the data, ``warmup_epochs`` of them with a rising learning rate. 0 leaves the weights as
@@ -419,12 +421,14 @@ class Protocol:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a single-label set are mixed."""
+        """True if images of a single-label set are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 def protocol_for(name: str, **changes: Any) -> Protocol:
-    """The paper's protocol for one of the data sets, with changes; for small images without what suits only photos.
+    """Return the paper's protocol for one of the data sets, with changes.
+
+    Small images do without what suits only photos.
 
     How training images are augmented belongs to the data set: see :func:`~fastreduce.study.data.open_data`.
 

@@ -1,4 +1,4 @@
-"""What a whole study trains, and the recipe of the embedded one, which takes two cores minutes.
+"""Recipes of whole studies, and the recipe of the embedded one, which takes two cores minutes.
 
 Torch is imported when something is trained: see :mod:`fastreduce.study.protocol`.
 """
@@ -81,7 +81,7 @@ class Model:
     Attributes:
         capacity: the backbone that it starts from, under the name that recordings give it.
         reduction: of it, or None.
-        folder: of all that start from there, below that of the study's models; empty for the study's own backbone.
+        folder: of all that start from there, below the folder of the study's models; empty for its own backbone.
     """
 
     capacity: Capacity
@@ -90,7 +90,7 @@ class Model:
 
     @property
     def place(self) -> str:
-        """Its own folder: ``topk-0.5``, or ``width-24/unreduced``."""
+        """Folder of the model: ``topk-0.5``, or ``width-24/unreduced``."""
         return _place(self.folder, "unreduced" if self.reduction is None else self.reduction.label)
 
 
@@ -115,7 +115,7 @@ class Recipe:
             without ``training`` the unreduced model after its fine-tuning.
 
     Raises:
-        ValueError: two backbones of one name, or one whose name cannot be that of its folder.
+        ValueError: two backbones of one name, or one whose name cannot name its folder.
     """
 
     data: str
@@ -138,18 +138,18 @@ class Recipe:
                 raise ValueError(f"a further backbone has a folder of its name, which {name!r} cannot be")
 
     def open(self, root: str | os.PathLike[str] | None = None) -> DataSet:
-        """The data set; see :func:`~fastreduce.study.data.open_data`."""
+        """Open the data set; see :func:`~fastreduce.study.data.open_data`."""
         from .data import open_data
 
         return open_data(self.data, root, image_size=self.image_size, augmentation=self.augmentation)
 
     def trains(self, capacity: Capacity) -> bool:
-        """Whether this backbone is trained here, because it has no weights."""
+        """Return whether this backbone is trained here, because it has no weights."""
         return self.training is not None and not capacity.backbone.has_weights
 
     @property
     def models(self) -> Iterator[Model]:
-        """What is fine-tuned: of the study's own backbone first, and of every backbone the unreduced model first."""
+        """Models that are fine-tuned: the own backbone first, and of every backbone the unreduced model first."""
         own = Capacity(self.backbone.name, self.backbone, self.reductions)
         for capacity in (own, *self.capacities):
             folder = "" if capacity is own else capacity.name
@@ -161,7 +161,7 @@ class Recipe:
 def reductions(
     methods: Sequence[str], keep_rates: Sequence[float], **options: Mapping[str, Any]
 ) -> tuple[Reduction, ...]:
-    """Every method at every rate, at the paper's blocks.
+    """Return every method at every rate, at the paper's blocks.
 
     Args:
         methods: names in ``fastreduce.REDUCERS``; ``"radial-l1"`` for another norm than l2.
@@ -215,7 +215,7 @@ def without_training(recipe: Recipe) -> Recipe:
 
 
 def paper_recipe(data: str, backbone: str = "deit_small_patch16_224", capacities: Sequence[str] = ()) -> Recipe:
-    """The paper's study of one data set: pretrained weights from timm, all methods, the four keep rates.
+    """Return the paper's study of one data set: pretrained weights from timm, all methods, the four keep rates.
 
     DynamicViT's teacher is the unreduced model, fine-tuned.
 
@@ -379,7 +379,7 @@ def _teacher(recipe: Recipe, folder: Path, model: Model, num_classes: int) -> nn
 
 
 def _steps(recipe: Recipe, folder: Path, root: str | None, cpu: bool) -> dict[str, tuple[_Step, str | None]]:
-    """What trains every place, and the place that must be trained before it."""
+    """Return the step that trains every place, and the place that must be trained before it."""
     steps: dict[str, tuple[_Step, str | None]] = {}
     for model in recipe.models:
         before = None

@@ -1,4 +1,4 @@
-"""What a model did with every image of a data set, in one compact file of columns.
+"""Records of what a model did with every image of a data set, in one compact file of columns.
 
 The file is a plain safetensors file, one tensor a column with an image a row; it is written batch by batch and read
 memory-mapped, so that neither needs memory for more than a batch of images. With DeiT-S, class features after four
@@ -50,7 +50,7 @@ Array = NDArray[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Which model saw which images, and how well it did.
+    """A model's run over a data set: which model saw which images, and how well it did.
 
     Attributes:
         dataset: name of the data set.
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """For messages and tables: ``topk deit_small_patch16_224 0.5``."""
+        """Name for messages and tables: ``topk deit_small_patch16_224 0.5``."""
         rate = "" if self.keep_rate is None else f" {self.keep_rate:g}"
         return f"{self.method} {self.backbone}{rate}"
 
@@ -107,7 +107,7 @@ class Recording:
 
     @property
     def columns(self) -> dict[str, Array]:
-        """All arrays, under their names in the file."""
+        """Arrays of all columns, under their names in the file."""
         named = {f"{kind}.{block}": array for kind in _KINDS for block, array in getattr(self, kind).items()}
         return named | {f"outputs.{name}": array for name, array in self.outputs.items()}
 
@@ -122,7 +122,7 @@ class Recording:
         return tuple(sorted({*self.kept, *self.slots}))
 
     def pattern(self, block: int, image: int) -> NDArray[np.int64]:
-        """(P,): the token that every original patch of one image is in after a stage, -1 for lost ones."""
+        """Return (P,): the token that every original patch of one image is in after a stage, -1 for lost ones."""
         if block in self.slots:
             return self.slots[block][image].astype(np.int64)
         kept = self.kept[block][image].astype(np.int64)
@@ -132,7 +132,7 @@ class Recording:
 
 
 def _smallest(low: int, high: int) -> np.dtype[Any]:
-    """The smallest integer type that holds low to high."""
+    """Return the smallest integer type that holds low to high."""
     kinds = (np.uint8, np.int8, np.int16, np.int32) if low >= 0 else (np.int8, np.int16, np.int32)
     return np.dtype(next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
 
@@ -171,7 +171,7 @@ class ColumnWriter:
         """Add rows: arrays whose first dimension is one length, and the rest as in the first call.
 
         Raises:
-            ValueError: other columns, types or shapes than those of the first call.
+            ValueError: other columns, types or shapes than in the first call.
         """
         if not self._pieces:
             for index, (name, array) in enumerate(columns.items()):
@@ -188,7 +188,7 @@ class ColumnWriter:
             self._lengths[name] += len(array)
 
     def column(self, name: str) -> Array:
-        """What was written to a column so far, memory-mapped."""
+        """Return what was written to a column so far, memory-mapped."""
         piece, dtype, shape = self._pieces[name]
         piece.flush()
         return np.memmap(piece.name, dtype, "r", shape=(self._lengths[name], *shape))
@@ -327,7 +327,7 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
 
 
 def feature_blocks(depth: int) -> tuple[int, ...]:
-    """The blocks whose class features are compared: a quarter, half and three quarters, and the last one.
+    """Return the blocks whose class features are compared: a quarter, half and three quarters, and the last one.
 
     For twelve blocks the paper's 3, 6, 9 and 11.
     """
@@ -336,7 +336,7 @@ def feature_blocks(depth: int) -> tuple[int, ...]:
 
 @contextmanager
 def _class_features(model: Any, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """The class token after each of the blocks, (B, C), of the latest forward pass."""
+    """Collect the class token after each of the blocks, (B, C), of the latest forward pass."""
     seen: dict[int, Tensor] = {}
 
     def keep(block: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -418,7 +418,7 @@ def record_images(
         progress: is told the number of images so far, after every batch.
 
     Returns:
-        The recording, opened from the file; its accuracy is that of these batches.
+        The recording, opened from the file, with the accuracy on these batches.
 
     Raises:
         ValueError: no images, no such block, class features of a model without class token, an unknown dtype, or a

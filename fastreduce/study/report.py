@@ -143,7 +143,7 @@ def _shown(cell: Any, digits: int) -> str:
 
 
 def _svg(figure: Figure) -> Any:
-    """The picture as a part of the page; the same picture gives the same bytes."""
+    """Return the picture as a part of the page; the same picture gives the same bytes."""
     import matplotlib
     from markupsafe import Markup
 

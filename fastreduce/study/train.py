@@ -63,7 +63,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def make_accelerator(protocol: Protocol, cpu: bool = False) -> Accelerator:
-    """What runs the protocol here: on the processes that ``accelerate launch`` started, or on this one alone."""
+    """Return what runs the protocol here.
+
+    It runs on the processes that ``accelerate launch`` started, or on this one alone.
+    """
     alone = PartialState(cpu=cpu).num_processes == 1
     AcceleratorState._reset_state(reset_partial_state=alone)  # which else refuse another device or precision
     on_cpu = PartialState(cpu=cpu).device.type == "cpu"
@@ -113,7 +116,7 @@ def _set_seed(seed: int) -> None:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Of the weights, in their order."""
+    """Return a fingerprint of the weights, in their order."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -129,7 +132,10 @@ def _describe(
     teacher: nn.Module | None,
     processes: int,
 ) -> dict[str, Any]:
-    """All that the curve depends on; of files and models what is in them, wherever they are."""
+    """Return all that the curve depends on.
+
+    Files and models stand there by what is in them, wherever they are.
+    """
     start = plain_data(backbone)
     if backbone.checkpoint is not None:
         start["checkpoint"] = hashlib.sha256(Path(backbone.checkpoint).read_bytes()).hexdigest()
@@ -245,7 +251,7 @@ class _Trainer:
             self.ema.module.load_state_dict(load_file(Path(place) / EMA_WEIGHTS))
 
     def write_weights(self, place: Path) -> None:
-        """The model's, and those of its moving average."""
+        """Write the weights of the model and of its moving average."""
         write_weights(self.model, place / WEIGHTS)
         if self.ema is not None:
             write_weights(self.ema.module, place / EMA_WEIGHTS)
@@ -256,7 +262,7 @@ class _Trainer:
             group["lr_scale"] = 1.0 if group["new"] else factor
 
     def run_epoch(self, epoch: int, moved: Callable[[float], None]) -> tuple[list[float], float]:
-        """The losses of all batches, and the last learning rate of the new parts."""
+        """Train an epoch, and return the losses of all batches and the last learning rate of the new parts."""
         self.trained.train()
         self._scale_rates(epoch)
         if self.protocol.patch_drop:
@@ -298,7 +304,7 @@ class _Trainer:
         return results[0], results[1]
 
     def save_state(self, folder: Path, epochs: Sequence[Epoch], description: Mapping[str, Any]) -> None:
-        """A checkpoint under its own name, then away with the ones before: there is always a complete one."""
+        """Write a checkpoint under its own name, then remove the ones before: there is always a complete one."""
         older = list_states(folder)
         whole = folder / f"{STATE}{len(epochs):05}"
         part = whole.with_name(whole.name + PART)

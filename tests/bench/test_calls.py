@@ -1,4 +1,4 @@
-"""How often a forward pass of a reduced model comes into our own code."""
+"""Calls into our own code that a forward pass of a reduced model makes."""
 
 from bench import calls
 

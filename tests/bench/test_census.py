@@ -1,4 +1,4 @@
-"""Which of timm's isotropic vision transformers are reduced: the number is kept."""
+"""Census of timm's isotropic vision transformers that are reduced: the number is kept."""
 
 import pytest
 import timm

@@ -144,7 +144,7 @@ def test_a_child_goes_on_after_an_error():
 
 
 def test_the_command_does_every_phase(tmp_path, monkeypatch, capsys):
-    """In one process, from parity to the tables."""
+    """Every phase runs in one process, from parity to the tables."""
     parts, kept = gpu._quick_parts("cpu", 1), {"cls_scores", None}
 
     def fewer(items):
@@ -191,7 +191,7 @@ def test_children_end_with_their_parent():
 
 
 def test_an_interrupt_ends_everything_at_once(session):
-    """What there is by then is kept."""
+    """Results that exist by then are kept."""
     interrupt = threading.Timer(2.0, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
     interrupt.start()
     started = time.perf_counter()
@@ -207,7 +207,7 @@ def _part(name, share, items):
 
 
 class TestShares:
-    """Of the time."""
+    """Shares of the time."""
 
     @pytest.mark.parametrize("parts", [gpu._full_parts("cuda", 4), gpu._quick_parts("cpu", 1)])
     def test_they_make_up_the_whole(self, parts):
@@ -341,7 +341,7 @@ class _Racing(torch.autograd.Function):
 
 @pytest.fixture
 def planted(monkeypatch):
-    """gather_tokens with a race in the direction given."""
+    """Plant a race into gather_tokens, in the direction given."""
     right = load_primitives()["gather_tokens"]
 
     def plant(direction):
@@ -360,7 +360,7 @@ def planted(monkeypatch):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_race_is_found(planted, session, direction):
-    """It is in the result, in the tables and in the exit code, and costs the kernel its time."""
+    """A race is in the result, in the tables and in the exit code, and the kernel is not timed."""
     planted(direction)
     groups = [g for g in gpu._checks([("float32", gpu._QUICK_SHAPES)], calls=20) if "gather_tokens" in str(g)]
     for item in itertools.chain(*groups):
@@ -382,7 +382,7 @@ def test_a_race_is_found(planted, session, direction):
 
 
 def test_the_profiler_is_for_ours_only(monkeypatch):
-    """It takes its time, and on CUDA it has crashed beside graphs."""
+    """The profiler takes its time, and on CUDA it has crashed beside graphs."""
     bench = microbenchmark.Microbenchmark(
         load_primitives()["cls_scores"], gpu.Shape("deit_tiny", 26, 2), CPU, "forward"
     )
@@ -414,7 +414,7 @@ def test_contenders_are_asked_where_they_can_be(monkeypatch):
 
 
 def test_flash_colreduce_is_asked_for_the_same(monkeypatch):
-    """What its page says it gives: of each head, the sum over the queries."""
+    """Its page says that it gives the sum over the queries of each head."""
 
     def flash_colreduce(q, k, reduction):
         assert reduction == "sum"

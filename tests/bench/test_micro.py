@@ -1,4 +1,4 @@
-"""What the microbenchmarks describe: every contender does the same work, and one that does not gets no time."""
+"""Microbenchmarks: every contender does the same work, and one that does not is not timed."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def test_a_wrong_contender_gets_no_time(name, direction):
 
 
 class TestBudget:
-    """What a result may be off from float64: a few roundings, and what float32 cannot tell apart."""
+    """Budgets: a result may be off from float64 by a few roundings, and by what float32 cannot tell apart."""
 
     EXACT = (torch.linspace(-1, 1, 64, dtype=torch.float64),)
 

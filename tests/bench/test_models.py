@@ -140,7 +140,7 @@ def test_training_leaves_the_weights_alone():
 
 
 def test_training_trains():
-    """Every parameter that is stepped gets its gradient, those of the method's own layers too."""
+    """Every parameter that is stepped gets its gradient, the method's own layers included."""
     settings = models.dataclasses.replace(QUICK, methods=("sit",)).resolve()
     contest = models._Contest(settings, models._build(settings, "test_vit", 2, 0.5), lambda *_: None)
     (entry,) = contest.entries.values()
@@ -268,7 +268,7 @@ def test_the_time_ends(capsys):
 
 
 def test_groups_come_one_by_one(monkeypatch):
-    """What was not asked for yet is not measured, so that whoever is cut short has what came before."""
+    """Groups not yet asked for are not measured, so that whoever is cut short has the ones before."""
     built = []
     build = models._build
     monkeypatch.setattr(models, "_build", lambda *a, **k: built.append(k["keep_rate"]) or build(*a, **k))

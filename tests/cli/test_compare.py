@@ -21,6 +21,7 @@ from fastreduce.integrations.timm import create_model
 from fastreduce.measure import count_gmacs
 from fastreduce.ops import unchecked
 from fastreduce.speed import comparison as engine
+from fastreduce.speed import decisions
 
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["compare", "--model", MODEL, "--batch", "2", "--rounds", "2", "--random", "--no-fidelity", "--no-pictures"]
@@ -32,7 +33,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """One run of everything on the small model, with pictures."""
+    """Run everything once on the small model, with pictures."""
     out = tmp_path_factory.mktemp("compare")
     arguments = [
         "compare",
@@ -240,7 +241,7 @@ def test_ats_is_held_against_a_slice_of_what_it_kept():
 
 
 def test_three_rounds_whatever_the_clock_says(tmp_path):
-    """What was not asked for is left out to have them, and said."""
+    """Measurements that were not asked for are left out to have three rounds, and that is said."""
     file = tmp_path / "result.json"
     done = run("compare", "--model", MODEL, "--seconds", "0.1", "--no-pictures", "--json", file)
     assert done.exit_code == 0, done.output
@@ -279,7 +280,7 @@ def test_top_level():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with files that are not what they are given for."""
+    """Make a folder with files that are not what they are given for."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "text.jpg").write_text("not an image")
     (folder / "junk.safetensors").write_bytes(b"junk")
@@ -416,7 +417,7 @@ def test_the_batch_fits_the_time(monkeypatch, image, batch):
 
 def test_near_ties_are_told(monkeypatch):
     monkeypatch.setattr(engine, "_SUSPICIOUS", 0)
-    monkeypatch.setattr(engine, "_changed_decisions", lambda *_: 1)
+    monkeypatch.setattr(engine, "changed_decisions", lambda *_: 1)
     done = run(*QUICK, "--methods", "topk", "--keep-rate", "0.5")
     assert done.exit_code == 0
     assert "*: near-ties: in float32 other tokens were chosen than in float64." in done.stdout
@@ -433,9 +434,9 @@ def test_decisions_are_compared_as_groups_of_patches():
 
     for method in ("topk", "evit", "tome"):
         first, again, other = partition(0, method), partition(0, method), partition(1, method)
-        assert engine._changed_decisions(first, again, 2) == 0
-        assert engine._changed_decisions(first, other, 2) == 2
-        groups = engine._partition(first.stages[0])
+        assert decisions.changed_decisions(first, again, 2) == 0
+        assert decisions.changed_decisions(first, other, 2) == 2
+        groups = decisions.partition(first.stages[0])
         for image in range(2):
             slot = first.stages[0].patch_slot[image].tolist()
             expected = [-1 if own < 0 else slot.index(own) for own in slot]

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import fastreduce
 from fastreduce.cli.app import app
 from fastreduce.cli.lost import choose
+from fastreduce.integrations import hub
 from fastreduce.integrations.timm import create_model, input_config
-from fastreduce.integrations.timm import models as hub
 from fastreduce.quality.images import folder_images
 from fastreduce.speed import payoff
 from fastreduce.speed.advice import advice
@@ -152,7 +152,7 @@ def test_points_of_accuracy_need_labels(folder):
         ("--at-least 0.9 --at-most-lost 1 --images .", "either --at-least or --at-most-lost"),
         ("--at-most-lost 1", "--at-most-lost needs --images"),
         ("--image-count 0", "image-count must be positive, got 0"),
-        ("--model hf:google/vit", "one of transformers"),
+        ("--model hf:google/vit --random", "would be downloaded"),
     ],
 )
 def test_wrong_input_gets_one_line(arguments, message):

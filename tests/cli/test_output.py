@@ -1,4 +1,4 @@
-"""What becomes of results where standard output, a file or a folder fails, and how tables fit."""
+"""Results where standard output, a file or a folder fails, and tables that must fit."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def run(*arguments):
 
 
 def start(*arguments, **environment):
-    """A real process, all of whose streams are pipes."""
+    """Start a real process, all of whose streams are pipes."""
     return subprocess.Popen(
         [sys.executable, "-m", "fastreduce", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -65,7 +65,7 @@ class Broken(io.StringIO):
 
 
 def test_a_closed_pipe_costs_neither_json_nor_pictures(tmp_path):
-    """As with ``| head``, in letters that ASCII does not have."""
+    """Standard output is closed as by ``| head``, amid letters that ASCII does not have."""
     process = start(*QUICK, "--out", tmp_path, "--json", tmp_path / "result.json", PYTHONIOENCODING="ascii")
     process.stdout.close()
     errors = process.stderr.read().decode()
@@ -231,7 +231,7 @@ def test_ctrl_c_in_a_plan_keeps_the_batches_that_were_measured(tmp_path, monkeyp
 
 
 def doubtful(**changes):
-    """A result of which nothing is wrong, with changes."""
+    """Return a result of which nothing is wrong, with changes."""
     unreduced = {"gmacs": 2.0, "drift": 1.01, "drift_quartiles": [0.99, 1.02]}
     row = {"label": "topk", "keep_rate": 0.5, "speedup": 1.9, "gmacs": 1.0, "counts": [3]}
     free = {"counts": [98, 49], "speedup": 1.8, "gmacs": 1.1}

@@ -33,7 +33,7 @@ def words(done):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """One run with a plot, on two batches and three keep rates."""
+    """Run once with a plot, on two batches and three keep rates."""
     folder = tmp_path_factory.mktemp("plan")
     arguments = ["plan", "--model", MODEL, "--batch", "3,1", "--rounds", "5", "--keep-rate", "0.7,0.9"]
     arguments += ["--random", "--no-fidelity"]
@@ -242,7 +242,10 @@ def test_counts_rounded_throughout(method):
 
 
 def invent(monkeypatch, gain):
-    """Replace the clock: the unreduced model takes 4 s, a reduced one 2 s, rounded counts 2 / ``gain``."""
+    """Replace the clock: the unreduced model takes 4 s, a reduced one 2 s.
+
+    A model of rounded counts takes 2 s / ``gain``.
+    """
 
     def invented(calls, device, rounds):
         names = {"unreduced": 4.0, "control": 4.0, "exact": 2.0, 16: 2.0 / gain, 3: 3.0}

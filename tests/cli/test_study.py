@@ -45,7 +45,7 @@ def run(*arguments):
 
 
 def one_line(done, *arguments):
-    """What the one line on stderr says."""
+    """Return what the one line on stderr says."""
     assert done.exit_code == 2, (arguments, done.output, done.exception)
     assert isinstance(done.exception, SystemExit), (arguments, done.exception)
     assert done.stderr.startswith("error: ")
@@ -77,7 +77,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def alone(folder, weights):
-    """The same weights, with nothing that says what they are of."""
+    """Write the same weights with nothing that says what they are of."""
     (folder / "alone").mkdir()
     return Path(shutil.copy(weights, folder / "alone"))
 
@@ -161,7 +161,7 @@ def _not_weights(folder):
 
 
 def _refusals(folder, weights):
-    """What is refused before torch is imported, and what the line says."""
+    """Return what is refused before torch is imported, and what the line says."""
     photo, out = _not_weights(folder), ("--out", folder / "refused")
     (folder / "not-nuswide").mkdir(exist_ok=True)
     return [
@@ -304,7 +304,7 @@ def test_a_command_that_is_stopped_says_how_to_go_on(monkeypatch, tmp_path, how,
 
 
 def test_a_command_that_is_stopped_ends_at_once():
-    """What Python does at its end, which for torch takes seconds on a busy machine, is left out; output is not."""
+    """Python's work at its end, seconds for torch on a busy machine, is left out; output is not."""
     code = (
         "import atexit, typer; from fastreduce.cli.app import app; from fastreduce.cli import main\n"
         "atexit.register(print, 'taken apart')\n"

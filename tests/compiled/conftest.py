@@ -1,4 +1,4 @@
-"""These tests compile kernels ahead of time: impossible in a process that runs the interpreter."""
+"""Tests here compile kernels ahead of time: impossible in a process that runs the interpreter."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(config, items):
-    """Of every case one architecture, in turn; ``bench.compile_report`` compiles all shape classes for both."""
+    """Keep one architecture of every case, in turn; ``bench.compile_report`` compiles all shape classes for both."""
     cases = {}
     for item in items:
         if item.path.parent == HERE and "arch" in item.fixturenames:

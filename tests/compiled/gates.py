@@ -11,7 +11,7 @@ ARCHES = (80, 90)
 
 
 def with_dtypes(classes: Sequence[Any]) -> list[tuple[Any, torch.dtype]]:
-    """Every shape class in half precision, one of them in bfloat16, and the extreme ones in float32."""
+    """Return every shape class in half precision, one of them in bfloat16, and the extreme ones in float32."""
     cases = [(shape, torch.float16) for shape in classes[:-1]]
     return [*cases, (classes[-1], torch.bfloat16), *((shape, torch.float32) for shape in (classes[0], classes[-1]))]
 

@@ -34,7 +34,10 @@ def launches(heads, num_tokens, head_dim, dtype, policy):
 
 
 def check_tensor_cores(report, dtype, head_dim):
-    """For half precision; none for float32, where they would round the inputs to 11 bits. On sm_90 by warp groups."""
+    """Check for tensor cores in half precision, on sm_90 by warp groups.
+
+    There are none in float32, where they would round the inputs to 11 bits.
+    """
     assert (report.mma_ops > 0) == (dtype != torch.float32), report
     groups = report.arch == 90 and dtype != torch.float32 and head_dim <= 128
     assert not groups or report.warpgroup_ops > 0, report
@@ -69,7 +72,7 @@ def test_gates_without(shape, dtype, arch):
 def launch_options(
     heads, num_tokens, head_dim, dtype, *, width=None, bias=False, chosen=False, packed=False, policy=False, kind=""
 ):
-    """Forward, the scores of that kind, and backward from all that has a gradient then.
+    """Return launches forward, of the scores of a kind, and backward from all that has a gradient then.
 
     Rows are those of one packed qkv, or with a ``width`` they lie apart by so many elements.
     """

@@ -9,7 +9,7 @@ from tests.helpers.inputs import DTYPES
 
 
 def reports_for(arch, metric, *, r=None, prefix=1, separately=False):
-    """Of the matching and of the slots; where keys are averaged ``separately``, this is the first of the launches."""
+    """Compile the matching and the slots; where keys are averaged ``separately``, that is the first of the launches."""
     r = (metric.shape[-2] - prefix) // 2 if r is None else r
     reports = check_gates(arch, lambda: kernels.match_tokens(metric, r, prefix), wide=False)
     names = ["mean_keys_kernel"] * separately + ["best_match_kernel", "assign_slots_kernel"]

@@ -96,7 +96,7 @@ def test_decided_needs_a_patched_model():
 
 
 def test_aotinductor(tmp_path):
-    """One program, since a compilation takes seconds; ToMe has most of what a graph can hold."""
+    """A single program is compiled, since that takes seconds; ToMe has most of what a graph can hold."""
     model = fastreduce.patch(build(2), "tome", at=1, keep_rate=0.6)
     file = export(model, images(3), tmp_path / "model.pt2", to="pt2")
     run = load(file)

@@ -1,4 +1,4 @@
-"""These tests compile kernels and run them on the emulator: impossible in a process that runs the interpreter."""
+"""Tests here compile kernels and run them on the emulator: impossible in a process that runs the interpreter."""
 
 import os
 

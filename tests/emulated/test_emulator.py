@@ -13,7 +13,7 @@ EARLY, LATE = Schedule(worst=False), Schedule(copies_early=False, products_early
 
 
 def run(arch, call, schedule=EARLY):
-    """What was found while ``call`` launched its kernels."""
+    """Return what was found while ``call`` launched its kernels."""
     with emulated_for(arch, schedule) as emulation:
         call()
     assert emulation.programs
@@ -77,7 +77,7 @@ def test_memory_that_nobody_wrote():
 
 
 def _compiled(call):
-    """The compiled kernel that a launch makes."""
+    """Return the compiled kernel that a launch makes."""
     kept = []
     kernel_of = launch._kernel
 
@@ -94,7 +94,7 @@ def _compiled(call):
 
 
 def _run_edited(edit):
-    """The sum kernel with its PTX edited: what it finds, and the sum."""
+    """Run the sum kernel with its PTX edited, and return what is found, and the sum."""
     x, out = torch.arange(256.0), torch.zeros(1)
     compiled = _compiled(lambda: kernels.sum_kernel[(1,)](x, out, 256))
     assert out.item() == x.sum().item()
@@ -165,7 +165,7 @@ def test_a_product_with_loads_of_its_own(dtype, arch, schedule):
 
 
 def test_a_copy_that_is_not_waited_for():
-    """Without its waits a pipelined loop multiplies what has not come."""
+    """A pipelined loop without its waits multiplies what has not come."""
     a = torch.randn(64, 256).bfloat16()
     out, squares = torch.zeros(64, 64), torch.zeros(64)
     compiled = _compiled(lambda: kernels.dots_kernel[(1,)](a, a, out, squares, 256, 64, 32, True, num_stages=3))

@@ -18,7 +18,7 @@ RATES = (0.25, 0.5, 0.7, 0.9)
 
 @functools.cache
 def read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of one file (integers as int64) and its metadata."""
+    """Return all tensors of one file (integers as int64) and its metadata."""
     with safe_open(Path(__file__).parent / f"{name}.safetensors", "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata = {}
@@ -31,7 +31,7 @@ def read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, by the rest of their keys."""
+    """Return the tensors under a prefix, by the rest of their keys."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
@@ -40,7 +40,7 @@ def weights() -> dict[str, Tensor]:
 
 
 def extra(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The method's own layers for ``<method>/r<rate>/`` or ``<variant>/``, under their official names."""
+    """Return the method's own layers for ``<method>/r<rate>/`` or ``<variant>/``, under their official names."""
     found = below(tensors, f"{prefix}extra/")
     if not found and prefix.count("/") == 2:
         method, rate = prefix.rstrip("/").split("/")
@@ -55,7 +55,7 @@ def images() -> Tensor:
 
 
 def empty_model(**changes: Any) -> nn.Module:
-    """The golden geometry with timm's own random weights."""
+    """Return the golden geometry with timm's own random weights."""
     arguments = {"img_size": 28, "patch_size": 2, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 10}
     norm_layer = functools.partial(nn.LayerNorm, eps=1e-6)
     return timm.models.vision_transformer.VisionTransformer(norm_layer=norm_layer, **{**arguments, **changes}).eval()
@@ -68,18 +68,18 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def projection(name: str, shape: torch.Size) -> np.ndarray:
-    """The random direction on which the gradient of a parameter was projected."""
+    """Return the random direction on which the gradient of a parameter was projected."""
     seed = read("train")[1]["projection_seed"]
     return np.random.RandomState(zlib.crc32(f"{seed}/dot/{name}".encode())).standard_normal(tuple(shape))
 
 
 def training(key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The file that holds the training golden of a key."""
+    """Return the file that holds the training golden of a key."""
     return read("train" if f"{key}/names" in read("train")[1] else "train_learned")
 
 
 def gradient_differences(key: str, gradients: dict[str, Tensor], relative: float, absolute: float) -> list[str]:
-    """What differs from the training golden under ``key``; ``absolute`` in units of the largest gradient entry."""
+    """Return what differs from the training golden under ``key``; ``absolute`` in units of the largest entry."""
     tensors, metadata = training(key)
     slack = absolute * metadata[f"{key}/largest"]
     names, differences = metadata[f"{key}/names"], []

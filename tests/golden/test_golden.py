@@ -49,7 +49,7 @@ CASES = list(_cases())
 
 
 def _layers(file, prefix, arguments):
-    """The method's own layers; DynamicViT's variants have those of the other cases, one for each stage."""
+    """Return the method's own layers; DynamicViT's variants share the layers of the other cases, one for each stage."""
     if arguments["method"] != "dynamicvit":
         return golden.extra(golden.read(file)[0], prefix)
     layers = golden.extra(golden.read("eval_learned")[0], "dynamicvit/r0.5/")
@@ -57,15 +57,15 @@ def _layers(file, prefix, arguments):
 
 
 def _patched(file, prefix, arguments, dtype=torch.float32):
-    """The reduced golden model with the official weights, those of the method's own layers included."""
+    """Return the reduced golden model with the official weights, the method's own layers included."""
     model = fastreduce.patch(golden.empty_model(), **arguments)
     fastreduce.load_official(model, {**golden.weights(), **_layers(file, prefix, arguments)})
     return model.to(dtype)
 
 
-def _plain(file, prefix, arguments, dtype=torch.float32, fused=False):
+def _plain(file, prefix, arguments, dtype=torch.float32):
     layers = {key: value.to(dtype) for key, value in _layers(file, prefix, arguments).items()}
-    return PlainModel(golden.model(dtype), fused=fused, layers=layers, **arguments)
+    return PlainModel(golden.model(dtype), layers=layers, **arguments)
 
 
 def _rows_of(output):
@@ -94,7 +94,7 @@ def test_evaluation(file, prefix, arguments):
 
 
 def _check_counts(seen, model):
-    """A stage without an entry keeps what is there."""
+    """Check the counts; a stage without an entry keeps what is there."""
     found, present = {stage.block: stage.num_out for stage in seen.stages}, PATCHES
     for block, count in zip(model.reducers.blocks, fastreduce.reduced_counts(model), strict=True):
         present = found.pop(block, present)
@@ -133,7 +133,10 @@ def _check_decisions(seen, expected, near_ties=False):
 
 
 def test_ats_keeps_to_its_number_of_points():
-    """For K = 60 float32 rounding gives the released code 60 sampling points where 59 are meant; we keep to 59."""
+    """We keep to 59 sampling points for K = 60.
+
+    Float32 rounding gives the released code one more than is meant.
+    """
     tensors, metadata = golden.read("variants_learned")
     model = fastreduce.patch(golden.model(), **metadata["configs"]["ats_every"])
     with fastreduce.record(model) as seen, torch.no_grad():
@@ -147,7 +150,7 @@ def test_ats_keeps_to_its_number_of_points():
 
 
 def _check_radial(seen, expected):
-    """Stages that drop nothing have no entry: the patches are then those of the stage before."""
+    """Check the patches that stay; a stage that drops nothing has no entry, and keeps those of the one before."""
     wanted = {int(key[1:].split("/")[0]): value for key, value in expected.items() if key.endswith("/kept_abs")}
     assert {stage.block for stage in seen.stages} <= set(wanted)
     for block, patches in wanted.items():
@@ -166,11 +169,10 @@ def test_float64(file, prefix, arguments):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("file", "prefix", "arguments"), CASES)
-def test_plain(file, prefix, arguments, fused):
+def test_plain(file, prefix, arguments):
     with torch.no_grad():
-        logits = _plain(file, prefix, arguments, fused=fused)(golden.images())
+        logits = _plain(file, prefix, arguments)(golden.images())
     torch.testing.assert_close(logits, golden.read(file)[0][prefix + "logits"], rtol=1e-4, atol=2e-5)
 
 
@@ -184,7 +186,7 @@ def test_unreduced():
 
 
 def _gradients(run, model, dtype, others=()):
-    """The published loss, sum(logits * proj), in training mode: logits and gradients by name."""
+    """Return the published loss, sum(logits * proj), in training mode: logits and gradients by name."""
     images = golden.images().to(dtype).requires_grad_()
     run.train()
     logits = run(images)
@@ -343,7 +345,9 @@ def test_radial_tables(key):
     depth, blocks = setting.split("_loc")
     blocks = [int(block) for block in blocks.split("_")]
     radius = ring_radius(grid, norm)
-    assert torch.equal(torch.tensor(radius).view(grid), tables[f"{side}/{norm}/z"])
+    published = tables[f"{side}/{norm}/z"]  # its square roots have the last bit that torch had on that machine
+    assert torch.allclose(torch.tensor(radius).view(grid), published, rtol=1.2e-7, atol=0)
+    radius = published.flatten().tolist()
     checked = 0
     for name, expected in golden.below(tables, f"{key}/").items():
         if not name.endswith("_threshold"):

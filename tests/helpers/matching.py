@@ -21,7 +21,7 @@ def exact_metric(batch: int, num_tokens: int, dim: int, *, dtype=torch.float32, 
 
 
 def _signed_square_of_cosine(a: list[float], b: list[float]) -> Fraction:
-    """In the order of the cosine, without a root: -4 for NaN, 0 for a zero vector."""
+    """Return numbers in the order of the cosine, without a root: -4 for NaN, 0 for a zero vector."""
     if not all(map(math.isfinite, a + b)):
         return Fraction(-4)
     exact_a, exact_b = list(map(Fraction, a)), list(map(Fraction, b))
@@ -31,7 +31,7 @@ def _signed_square_of_cosine(a: list[float], b: list[float]) -> Fraction:
 
 
 def plain_slots(rows: list[list[float]], r: int, prefix: int) -> list[int]:
-    """The matching of one image as the paper tells it, one token at a time, in rational arithmetic."""
+    """Match one image as the paper tells it, one token at a time, in rational arithmetic."""
     tokens = range(len(rows))
     movers = [n for n in tokens if n % 2 == 0 and n >= prefix]
     partners = [n for n in tokens if n % 2 == 1 and n >= prefix]

@@ -33,7 +33,7 @@ class Case:
 
 
 def flat(result: Any) -> tuple[torch.Tensor, ...]:
-    """All tensors of a result."""
+    """Return all tensors of a result."""
     if isinstance(result, torch.Tensor):
         return (result,)
     return tuple(one for part in result or () for one in flat(part))
@@ -310,7 +310,7 @@ DIFFERENTIABLE = [name for name, case in CASES.items() if case.differentiable]
 
 
 def as_arguments(values: dict[str, Any]) -> dict[str, Any]:
-    """What the operator takes: a layer's weight and bias as one."""
+    """Return what the operator takes: a layer's weight and bias as one."""
     values = dict(values)
     if "norm_weight" in values:
         values["norm"] = values.pop("norm_weight"), values.pop("norm_bias"), 1e-6
@@ -320,12 +320,12 @@ def as_arguments(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows_of(case: Case, function: Callable[..., Any], values: dict[str, Any], **options: Any) -> list[torch.Tensor]:
-    """The function's results that have a gradient, for values some of which require one."""
+    """Return the function's results that have a gradient, for values some of which require one."""
     return [one for one in flat(function(**as_arguments(values), **options)) if one.requires_grad]
 
 
 def parameters(operator: str) -> dict[str, inspect.Parameter]:
-    """The operator's arguments besides the backend."""
+    """Return the operator's arguments besides the backend."""
     found = dict(inspect.signature(getattr(ops, operator)).parameters)
     found.pop("backend")
     return found

@@ -238,7 +238,7 @@ def _close(found: Tensor | None, expected: Tensor | None, tolerance: float = 2e-
 
 
 class Outcome(NamedTuple):
-    """What came of a case: ``kind`` is "same", "refused", "absent" (nothing to try) or "wrong"; ``why`` says more."""
+    """Outcome of a case: ``kind`` is "same", "refused", "absent" (nothing to try) or "wrong"; ``why`` says more."""
 
     kind: str
     why: str = ""
@@ -291,7 +291,7 @@ def outcome(case: Case) -> Outcome:
 
 
 def _plain(case: Case, model: Any, images: Tensor) -> tuple[Tensor, Tensor | None, int]:
-    """What the plain form of the changed model gives."""
+    """Return what the plain form of the changed model gives."""
     calls: list[int] = []
     changed = _build(case)
     _change(changed, case, calls)

@@ -1,4 +1,4 @@
-"""These tests run kernels in Triton's interpreter: a process of their own, started with TRITON_INTERPRET=1."""
+"""Tests here run kernels in Triton's interpreter: a process of their own, started with TRITON_INTERPRET=1."""
 
 import os
 
@@ -11,7 +11,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     @pytest.fixture(autouse=True)
     def _sanitized():
-        """Every launch of every test here is checked for bounds, undefined lanes and races."""
+        """Check every launch of every test here for bounds, undefined lanes and races."""
         with sanitized():
             yield
 

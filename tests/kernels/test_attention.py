@@ -72,7 +72,7 @@ def test_plain(batch, heads, queries, keys, head_dim, dtype):
 
 
 def dominated(gap, dtype):
-    """Every ninth key is hidden, and its logit is larger than the others by about the gap."""
+    """Return inputs of which every ninth key is hidden, its logit larger than the others by about the gap."""
     q, k, v = (t.clone() for t in packed(1, 2, 70, 16, dtype))
     policy = policies(1, 70)
     policy[:, 5::9] = 0.0
@@ -229,7 +229,7 @@ def test_head_dims_beyond_the_kernels():
 
 
 def bias_of(batch, num_tokens, dtype=torch.float32):
-    """Every fifth key is seen by nobody, and the last image has no other."""
+    """Return a bias: every fifth key is seen by nobody, and the last image has no other."""
     bias = tokens(batch, num_tokens, seed=4)
     bias[:, 2::5] = -torch.inf
     if batch > 1:
@@ -238,14 +238,14 @@ def bias_of(batch, num_tokens, dtype=torch.float32):
 
 
 def index_of(batch, patches, count):
-    """As ATS pads: the last ones name the first patch again."""
+    """Return an index as ATS pads it: the last ones name the first patch again."""
     index = torch.randint(patches, (batch, count), generator=seeded(6))
     index[:, count // 2 :] = 0
     return index
 
 
 def one_row(q, k, v, bias=None, **options):
-    """An image of many tokens, one without queries, one without keys, a small one, and rows past the end."""
+    """Return an image of many tokens, one without queries, one without keys, a small one, and rows past the end."""
     most = k.shape[2]
     bounds = [0, most - 20, most - 20, most - 18, most - 15], [0, most - 22, most - 20, most - 20, most - 19]
     offsets = tuple(torch.tensor(bound, dtype=torch.int32) for bound in bounds)

@@ -51,7 +51,7 @@ def test_forward_and_backward(batch, heads, num_tokens, head_dim, prefix, dtype)
 
 
 def some_valid(batch, num_tokens, seed=4):
-    """The class token and about two thirds of the others; the last image's second half is padding."""
+    """Return the class token and about two thirds of the others; the last image's second half is padding."""
     valid = torch.rand(batch, num_tokens, generator=seeded(seed)) < 0.67
     valid[-1:, num_tokens // 2 :] = False
     valid[:, 0] = True

@@ -20,7 +20,7 @@ ROUTES = {"one program an image": 256, "several programs an image": 0}
 
 @pytest.fixture(params=ROUTES.values(), ids=ROUTES)
 def route(request, monkeypatch):
-    """Both routes, whatever the number of tokens."""
+    """Take both routes, whatever the number of tokens."""
     monkeypatch.setattr(kernels, "most_tokens", lambda dtype: request.param)
 
 

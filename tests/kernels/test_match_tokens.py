@@ -41,7 +41,7 @@ def test_exact_cosines_with_ties(batch, num_tokens, dim, dtype):
 
 
 def packed_keys(batch, heads, num_tokens, dim, dtype):
-    """A view of a packed qkv, as attention has its keys."""
+    """Return a view of a packed qkv, as attention has its keys."""
     packed = tokens(batch, num_tokens, 3 * heads * dim, dtype=dtype).unflatten(2, (3, heads, dim))
     return packed.permute(2, 0, 3, 1, 4)[1]
 
@@ -52,7 +52,7 @@ def packed_keys(batch, heads, num_tokens, dim, dtype):
     [(3, 30, 40, ()), (1, 9, 8, ()), (3, 12, 33, DTYPES), (2, 12, 136, DTYPES[1:])],
 )
 def test_keys_are_averaged_as_the_reference_does_it(heads, num_tokens, dim, before, dtype, monkeypatch):
-    """To the bit, so that equal cosines are tied alike; while they are loaded, or in a pass of their own before."""
+    """Means are equal to the bit, so that equal cosines are tied alike, made while loading or in a pass before."""
     mean_keys, passes = kernels.mean_keys, []
     keys = packed_keys(2, heads, num_tokens, dim, dtype)
     assert torch.equal(mean_keys(keys), keys.mean(1))
@@ -71,7 +71,7 @@ def test_keys_are_averaged_as_the_reference_does_it(heads, num_tokens, dim, befo
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_means_of_even_tokens_serve_every_step(dtype):
-    """Of two tiles of even tokens against several of odd ones, as from a metric; of an image as in a batch."""
+    """Means of two tiles of even tokens against several of odd ones are as from a metric; of an image as in a batch."""
     metric = exact_metric(2, 520, 24, dtype=dtype)
     keys = metric.unsqueeze(1) * torch.tensor([-1.0, 3.0], dtype=dtype).view(-1, 1, 1)
     similarity, place = kernels.best_matches(keys, 3)

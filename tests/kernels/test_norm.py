@@ -39,7 +39,7 @@ def inputs(batch, num_in, keep, channels, prefix, dtype, layout="dense", norm_dt
 
 
 def reduce(way, leaves, constants, backend, *, norm=("weight", "bias")):
-    """What stays and its norm."""
+    """Return what stays and its norm."""
     x, residual, size, keep, prefix = (
         *(leaves[name] for name in ("x", "residual", "size")),
         *list(constants.values())[3:],
@@ -191,7 +191,7 @@ def test_what_is_not_wanted_is_not_written_and_does_not_matter(way):
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_tokens_of_no_slot_get_zeros(learned):
-    """As if they were not there."""
+    """Results are as if these tokens were not there."""
     x, slot = tokens(1, 40, 8), torch.arange(40).remainder(3)[None] - 1
     stays = (slot >= 0)[0]
     results = []

@@ -1,4 +1,4 @@
-"""What every operator promises, by the kernels: second derivatives, unchecked twins, empty dimensions."""
+"""Promises of every operator, by the kernels: second derivatives, unchecked twins, empty dimensions."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ from tests.helpers.operators import CASES, DIFFERENTIABLE, as_arguments, flat, r
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """What is not written must not be read: ``torch.empty`` gives NaN and the largest integers."""
+    """Fill ``torch.empty`` with NaN and the largest integers: memory that is not written must not be read."""
     torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory holds by default
     assert torch.empty(3).isnan().all()
     yield
@@ -23,7 +23,7 @@ def _poisoned():
 
 
 def _second(case, function, dtype, backend):
-    """First gradients, and the gradients of the sum of their squares."""
+    """Return first gradients, and the gradients of the sum of their squares."""
     values = case.arguments(dtype=dtype)
     leaves = [values[name].requires_grad_() for name in case.differentiable]
     rows = rows_of(case, function, values, backend=backend)
@@ -207,7 +207,7 @@ def _gather(x):
 
 
 class TestWhoSeesTheOperator:
-    """In eager mode kernels are launched directly; whatever records operators sees them nevertheless."""
+    """Launches in eager mode are direct; whatever records operators sees them nevertheless."""
 
     def test_make_fx(self):
         graph = torch.fx.experimental.proxy_tensor.make_fx(_gather)(torch.randn(1, 5, 4))

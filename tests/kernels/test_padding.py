@@ -1,4 +1,4 @@
-"""No row or column past the end wins an argmin, an argmax, a minimum or a maximum, however its dot rounds.
+"""Padding: no row or column past the end wins an argmin, an argmax, a minimum or a maximum, however its dot rounds.
 
 Tiles repeat their last row where the image ends. On a GPU equal rows round alike, but nothing promises it: here every
 row or column that repeats the one before gets another dot, by far, so that it wins wherever it is not masked.

@@ -26,7 +26,7 @@ def table_of(rows, channels, sharing, dtype):
 
 
 def heads_of(batch, heads, length, channels, dtype, seed=0):
-    """As a view of a packed projection."""
+    """Return heads as a view of a packed projection."""
     return (
         tokens(batch, length, 3 * heads * channels, dtype=dtype, seed=seed)
         .unflatten(2, (3, heads, channels))[:, :, 1]
@@ -69,7 +69,7 @@ def test_without_a_place_nothing_turns():
 
 @pytest.mark.parametrize("sharing", [(1, 1), (2, 1), (1, 2)])
 def test_a_learned_table(sharing):
-    """As that of RoPE-ViT's mixed rotations."""
+    """A table of RoPE-ViT's mixed rotations is learned."""
     x, place = heads_of(2, 2, 6, 8, torch.float32), torch.tensor([[3, 3, -1, 0, 1], [2, 0, 4, 4, 4]])
     grads = []
     for backend in ("triton", "reference"):

@@ -100,7 +100,7 @@ def test_batch_invariance():
 
 @pytest.mark.parametrize(("budget", "parts"), [(7, 7), (12, 12), (5, 40), (6, 7)])
 def test_parts(budget, parts):
-    """As many points as the released code's rounding gives, which can be as many as there are parts."""
+    """Points are as many as the released code's rounding gives, which can be as many as there are parts."""
     scores = torch.rand(2, 23, generator=seeded(budget))
     index, valid = ops.sample_tokens(scores, budget, parts=parts, backend="triton")
     expected, real = ops.sample_tokens(scores, budget, parts=parts, backend="reference")

@@ -1,4 +1,4 @@
-"""That what watches over every other test here sees what it is there for."""
+"""Sanitizer: what watches over every other test here sees what it is there for."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def copy_kernel(source, target, loaded, stored, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def sum_kernel(source, target, size, BLOCK: tl.constexpr):
-    """What its masked lanes load is undefined."""
+    """Sum; what its masked lanes load is undefined."""
     offsets = tl.arange(0, BLOCK)
     tl.store(target, tl.sum(tl.load(source + offsets, mask=offsets < size)))
 

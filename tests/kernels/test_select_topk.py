@@ -13,7 +13,7 @@ SPECIAL = [0.0, NAN, -0.0, INF, 1.0, -INF, -1.0, NAN, 0.0, INF, -INF, 1e-45, -1e
 
 @pytest.fixture(params=["sort", "rank"])
 def route(request, monkeypatch):
-    """Both kernels see every input; the shape alone would send all of these to the sort."""
+    """Give every input to both kernels; the shape alone would send all of these to the sort."""
     if request.param == "rank":
         monkeypatch.setattr(kernels, "MAX_SORT", 0)
     return request.param

@@ -44,7 +44,7 @@ def forward_and_backward(x, centers, head, grad, backend, eps=1.0, iters=3):
 
 
 def check(arguments, steps=8, **options):
-    """The plan's errors are those of the scores, which grow with 1 / eps, in sums taken in another order."""
+    """Compare; the plan's errors come from the scores, which grow with 1 / eps, in sums taken in another order."""
     exact = [tensor if tensor is None else tensor.double() for tensor in arguments]
     results = [
         forward_and_backward(*arguments, "triton", **options),

@@ -1,4 +1,4 @@
-"""What is particular to single methods, beyond the numbers that test_golden.py and test_families.py hold."""
+"""Single methods: what is particular to them, beyond the numbers that test_golden.py and test_families.py hold."""
 
 import pytest
 import torch
@@ -185,7 +185,7 @@ class TestDynamicViT:
         assert found == pytest.approx([0.8, 0.3], abs=0.08)
 
     def test_poolings_that_cannot_leave_tokens_out(self):
-        """Only training is refused: there tokens stay, and evaluation takes them away."""
+        """Training alone is refused: there tokens stay, and evaluation takes them away."""
         model = fastreduce.patch(tiny.build(global_pool="max"), "dynamicvit", keep_rate=0.5, at=tiny.AT)
         _run(model)
         with pytest.raises(ValueError, match="global_pool='max'"):
@@ -318,7 +318,7 @@ class TestSoft:
         torch.testing.assert_close(merged, units["out"], rtol=1e-5, atol=1e-6)
 
     def test_sinkhorn_leaves_its_parameter_alone(self):
-        """And two forward passes before a backward pass work."""
+        """Two forward passes before a backward pass work, too."""
         model = fastreduce.patch(tiny.build(), "sinkhorn", keep_rate=0.5, at=tiny.AT).train()
         before = [layer.v.detach().clone() for layer in model.reducers.cluster_layers]
         images = tiny.images(model)
@@ -328,7 +328,7 @@ class TestSoft:
             assert layer.v.grad is not None
 
     def test_sinkhorn_gradients(self):
-        """The exact one is orthogonal to the centres; the official one is that of the normalised centres."""
+        """The exact gradient is orthogonal to the centres; the official one is the normalised centres' gradient."""
         gradients = {}
         for gradient in ("official", "exact"):
             model = tiny.build().double()

@@ -59,7 +59,7 @@ class TestRadial:
             assert found.patterns(14, 14) == expected.patterns(14, 14)
 
     def test_the_released_codes_rounding(self):
-        """As torch.linspace has it where the CPU fuses a product with a sum; l2 splits equal rings at 14 x 14."""
+        """Rounding is torch.linspace's where the CPU fuses a product with a sum; l2 splits equal rings at 14 x 14."""
         assert len(set(ring_radius((14, 14), "l1"))) == 16
         assert len(set(ring_radius((14, 14), "l2"))) == 27
 
@@ -73,7 +73,7 @@ class TestRadial:
         assert not [name for name in source.state_dict() if "reducer" in name]
 
     def test_the_grid_of_the_pass(self):
-        """Another grid has another pattern, which is that of a model of this size."""
+        """Another grid has another pattern, the same as a model of this size."""
         shape = _shape_of(tiny.build())
         reducer = make_reducer("radial", shape, keep_rate=0.5, at=AT)
         assert reducer.patterns(2, 8) != reducer.patterns(8, 2)
@@ -111,7 +111,7 @@ class TestSmallImages:
     @pytest.mark.parametrize("name", [name for name in tiny.METHODS if not name.startswith("radial")])
     @pytest.mark.parametrize("size", [48, 32, 16])
     def test_a_token_stays(self, name, size):
-        """Of 16 patches 7, 3 and 1 stay; of 9, 4 and 1 fewer: never none, in the plain form as in ours."""
+        """A token stays, in the plain form as in ours: 7, 3 and 1 of 16 patches, fewer on smaller grids."""
         model, plain = tiny.reduced_and_plain(
             tiny.build(dynamic_img_size=True).double(), keep_rate=0.45, at=tiny.AT, **tiny.METHODS[name]
         )
@@ -138,7 +138,7 @@ class TestSmallImages:
 
 class TestSamplingPoints:
     def test_as_many_as_the_released_code(self):
-        """Its own table, of up to 197 parts."""
+        """The released code has a table of its own, of up to 197 parts."""
         expected = [parts if parts in ONE_POINT_MORE else parts - 1 for parts in range(2, 198)]
         assert [official_points(parts) for parts in range(2, 198)] == expected
 
@@ -151,7 +151,7 @@ class TestSamplingPoints:
 
     @pytest.mark.parametrize("points", ["official", "exact"])
     def test_against_the_plain_form(self, points):
-        """With 7 parts of 16 patches the released code has a point more."""
+        """The released code has a point more with 7 parts of 16 patches."""
         model, plain = tiny.reduced_and_plain(tiny.build().double(), method="ats", keep=(11, 6), at=AT, points=points)
         images = tiny.images(model, batch=8, dtype=torch.float64)
         torch.testing.assert_close(_run(model, images), _run(plain, images), rtol=1e-8, atol=1e-8)
@@ -183,7 +183,7 @@ def _own_layers(model):
 
 
 class TestLayersAreCalled:
-    """Not read: what wraps a layer, or brings its weights when it is called, works."""
+    """Layers are called, not read: what wraps a layer, or brings its weights when it is called, works."""
 
     @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("method", LEARNED)

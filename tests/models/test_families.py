@@ -169,7 +169,7 @@ def test_images_of_another_size(arguments):
 
 
 def test_radial_patterns_follow_the_grid_of_the_pass():
-    """As many patches in other places, by ``set_input_size`` or by other images, before a copy and after."""
+    """Patterns have as many patches elsewhere, by ``set_input_size`` or by other images, before and after a copy."""
     wide, high = torch.randn(1, 3, 32, 128), torch.randn(1, 3, 64, 64)
     model = fastreduce.patch(tiny.build(img_size=64, dynamic_img_size=True), "radial", **SCHEDULE)
     kept = {}
@@ -206,7 +206,7 @@ def test_lower_precision(family, arguments):
 
 
 def _same_gradients(model, arguments, images):
-    """Of the model, of the method's own layers and of the input, as in the plain algorithm."""
+    """Hold gradients of the model, of the method's own layers and of the input against the plain algorithm."""
     reduced, plain = tiny.reduced_and_plain(model, **arguments)
     own = dict(reduced.reducers.named_parameters()) if hasattr(reduced, "reducers") else {}
     gradients = []

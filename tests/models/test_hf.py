@@ -1,6 +1,7 @@
 """Encoders of Hugging Face: tiny random models, every layout, against the unpatched model and a float64 oracle."""
 
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import fastreduce
+from fastreduce.integrations.registry import host_of, parts_of
 from fastreduce.recording import reducer_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install fastreduce[hf])")
@@ -67,7 +69,7 @@ def inputs_of(name, dtype=torch.float32):
 
 
 def answer(output):
-    """What the model is asked for: logits, an embedding, a pooled token."""
+    """Return what the model is asked for: logits, an embedding, a pooled token."""
     for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
         if getattr(output, name, None) is not None:
             return getattr(output, name)
@@ -180,6 +182,10 @@ def test_the_order_of_merging_and_projecting_is_free(name):
         torch.testing.assert_close(answer(run(model, name, torch.float64)), found, rtol=1e-10, atol=1e-10)
 
 
+def _blocks(model):
+    return host_of(model).blocks(model)
+
+
 def _layers(model):
     from fastreduce.integrations.block import ReducedBlock
 
@@ -240,16 +246,96 @@ def test_eager_attention_is_respected():
     torch.testing.assert_close(answer(run(model, "vit", torch.float64)), given, rtol=1e-6, atol=1e-6)
 
 
+def pooled(output):
+    """The answer, of tokens alone the class token."""
+    found = answer(output)
+    return found[:, 0] if found.ndim == 3 else found
+
+
+def padded(name, real):
+    """A batch of which every image but the first has ``real`` patches, in the last rows padding."""
+    given = inputs_of(name, torch.float64)
+    patches = 16 if name == "siglip2" else (SHAPES["sound"][0] // 6) * 3 if name == "ast" else 16
+    mask = torch.ones(2, patches if name == "siglip2" else MODELS[name][4] + patches)
+    mask[1, mask.shape[1] - patches + real :] = 0
+    if name == "siglip2":
+        shapes = torch.tensor([[4, 4], [real // 3, 3]])
+        return given | {"pixel_attention_mask": mask.long(), "spatial_shapes": shapes}
+    return given | {"attention_mask": mask}
+
+
+def unpadded(model, name, real):
+    """The answer for the second image of :func:`padded` alone, without its padding."""
+    given = {key: one[1:2] for key, one in padded(name, real).items()}
+    if name == "siglip2":
+        given |= {key: given[key][:, :real] for key in ("pixel_values", "pixel_attention_mask")}
+        return pooled(model(**given))
+    del given["attention_mask"]
+    cut = MODELS[name][4] + real
+    embeddings = next(one for key, one in model.named_modules() if key.endswith("embeddings"))
+    handle = embeddings.register_forward_hook(lambda module, args, output: output[:, :cut])
+    found = pooled(model(**given))
+    handle.remove()
+    return found
+
+
+def _takes_masks(name):
+    """Whether this version hands the layers a mask: kin of ViT from 5.9 on."""
+    block = _blocks(build(name))[0]
+    return "attention_mask" in inspect.signature(type(block).forward).parameters
+
+
+TAKE_PADDING = [name for name in ("vit", "deit", "dinov2_registers", "vit_msn", "ast", "siglip2") if _takes_masks(name)]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("real", [12, 6])
+@pytest.mark.parametrize("name", TAKE_PADDING)
+def test_a_padded_image_gives_what_it_gives_without_padding(name, real, eager):
+    """With as many tokens kept: of an image with fewer than the schedule keeps, padding is kept behind them."""
+    # The library's eager attention takes its softmax in float32, its norms likewise.
+    near = {"rtol": 1e-5, "atol": 1e-5} if eager else {"rtol": 1e-10, "atol": 1e-10}
+    for method, options in (("topk", {}), ("evit", {}), ("evit", {"normalize": True}), ("ats", {"points": "exact"})):
+        if method == "ats" and (name == "siglip2" or real < KEEP[0]):
+            continue  # without a class token it is refused; its points are of the schedule, whatever there is
+        model = build(name).double()
+        if eager:
+            model.set_attn_implementation("eager")
+        with torch.no_grad():
+            fastreduce.patch(model, method, keep=KEEP, at=AT, **options)
+            found = pooled(model(**padded(name, real)))
+            full = pooled(run(model, name, torch.float64))
+            fastreduce.unpatch(model)
+            fastreduce.patch(model, method, keep=[min(count, real) for count in KEEP], at=AT, **options)
+            torch.testing.assert_close(found[1:], unpadded(model, name, real), **near)
+            torch.testing.assert_close(found[:1], full[:1], **near)
+
+
+@pytest.mark.parametrize("name", TAKE_PADDING)
+def test_padding_without_reduction(name):
+    model = build(name).double()
+    with torch.no_grad():
+        before = pooled(model(**padded(name, 12)))
+        fastreduce.patch(model, "topk", keep_rate=1, at=AT)
+        torch.testing.assert_close(pooled(model(**padded(name, 12))), before, rtol=1e-10, atol=1e-10)
+
+
+only_with_masks = pytest.mark.skipif(
+    "vit" not in TAKE_PADDING, reason=f"ViT takes no mask in transformers {transformers.__version__}"
+)
+
+
 class TestHiddenStates:
     def test_forms(self):
         model = build("vit")
+        missing = [state is None for state in run(model, "vit", output_hidden_states=[-2]).hidden_states]
         shapes = {"full": [17] * 5, "reduced": [17, 17, 10, 5, 5]}
         for form, tokens in shapes.items():
             fastreduce.patch(model, "topk", keep=KEEP, at=AT, hidden_states=form)
             states = run(model, "vit", output_hidden_states=True).hidden_states
             assert [state.shape[1] for state in states] == tokens
             some = run(model, "vit", output_hidden_states=[-2]).hidden_states
-            assert [state is None for state in some] == [True, True, True, False, True]
+            assert [state is None for state in some] == missing  # older versions take any list for a yes
             assert torch.equal(some[-2], states[-2])
             by_tuple = run(model, "vit", output_hidden_states=True, return_dict=False)
             assert torch.equal(by_tuple[1][2], states[2])
@@ -266,14 +352,15 @@ class TestHiddenStates:
             assert run(model, "dinov3").last_hidden_state.shape[1] == tokens
 
     def test_the_librarys_hooks_do_not_slow_it_down(self):
-        """They hang on attentions once hidden states were asked for, and change nothing."""
+        """The library's hooks hang on attentions once hidden states were asked for, and change nothing."""
         model = fastreduce.patch(build("vit"), "topk", keep=KEEP, at=AT)
         run(model, "vit", output_hidden_states=True)
         parts, block = _layers(model)[0]
-        assert parts.attention(block)._forward_hooks
+        assert parts.attention(block)._forward_hooks or parts.inside(block)._forward_hooks
         assert parts.geometry(block).module is None
         seen = []
-        parts.attention(block).register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
+        hook = parts.attention(block).register_forward_hook
+        hook(lambda module, args, output: seen.append(parts.as_added(output).shape))
         run(model, "vit")
         assert seen == [(2, 17, 32)]
 
@@ -376,12 +463,28 @@ class TestRefusals:
         with pytest.raises(ValueError, match="gives no attentions"):
             run(model, "clip", output_attentions=True)
 
-    def test_masks(self):
-        model = fastreduce.patch(build("siglip2"), "topk", keep=KEEP, at=AT)
-        given = inputs_of("siglip2")
-        given["pixel_attention_mask"][0, 12:] = 0
-        with pytest.raises(ValueError, match="takes no mask"):
-            model(**given)
+    @only_with_masks
+    def test_masks_that_are_no_padding(self):
+        model = fastreduce.patch(build("vit"), "topk", keep=KEEP, at=AT)
+        pairs = torch.ones(2, 1, 17, 17).tril().bool()
+        with pytest.raises(ValueError, match="hides others from each"):
+            model(**inputs_of("vit"), attention_mask=pairs)
+
+    @pytest.mark.parametrize(
+        ("method", "options", "words"),
+        [("tome", {}, "tome cannot tell padding"), ("ats", {"packed": True}, "ats with packed=True cannot tell")],
+    )
+    @only_with_masks
+    def test_methods_that_know_no_padding(self, method, options, words):
+        model = fastreduce.patch(build("vit"), method, keep=KEEP, at=AT, **options)
+        with pytest.raises(ValueError, match=words):
+            model(**inputs_of("vit"), attention_mask=torch.ones(2, 17).index_fill(1, torch.tensor([16]), 0))
+
+    @pytest.mark.skipif(not _takes_masks("dinov2"), reason=f"DINOv2 takes no mask in {transformers.__version__}")
+    def test_a_mean_that_counts_padding(self):
+        model = fastreduce.patch(build("dinov2"), "topk", keep=KEEP, at=AT)
+        with pytest.raises(ValueError, match="behind a norm"):
+            model(**inputs_of("dinov2"), attention_mask=torch.ones(2, 17).index_fill(1, torch.tensor([16]), 0))
 
     @pytest.mark.parametrize(
         ("kind", "config", "options", "words"),
@@ -411,7 +514,7 @@ class TestRefusals:
                 return x, None
 
         model = build("vit")
-        model.vit.layers[2].attention = Mine()
+        _blocks(model)[2].attention = Mine()
         with pytest.raises(TypeError, match="Mine attention"):
             fastreduce.patch(model, "topk", at=AT)
 
@@ -429,8 +532,10 @@ class TestRefusals:
 
     def test_other_versions(self):
         model = build("dinov2")
-        del model.dinov2.encoder.layer[2].attention.k_proj
-        with pytest.raises(TypeError, match=r"no k_proj.*5\.24"):
+        block = _blocks(model)[2]
+        parts = parts_of(type(block))
+        delattr(parts.inside(block), parts.qkv[1])
+        with pytest.raises(TypeError, match=rf"no {parts.qkv[1]}.*another version"):
             fastreduce.patch(model, "topk", at=AT)
 
     def test_bad_form(self):

@@ -1,4 +1,4 @@
-"""What users hang on models works or is refused: some of the cases of tests/helpers/patch_cases.py."""
+"""Changes that users make to models work or are refused: some of the cases of tests/helpers/patch_cases.py."""
 
 import random
 import warnings

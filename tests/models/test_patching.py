@@ -48,7 +48,7 @@ class TestTree:
 
     @pytest.mark.parametrize("method", ALL)
     def test_replicas_of_data_parallel(self, method):
-        """By torch's own machinery, as ``nn.DataParallel`` makes them; every replica has weights of its own."""
+        """Replicas are made by torch's own machinery, as by ``nn.DataParallel``; each has weights of its own."""
         model = patched(method)
         images = tiny.images(model)
         expected = run(model, images)
@@ -209,7 +209,7 @@ class TestWrappers:
 
 
 class TestTools:
-    """Hooks that look at a block's output find a tensor; those that would change it are told what it is."""
+    """Hooks that look at a block's output find a tensor; hooks that would change it are told what it is."""
 
     def test_torchinfo(self):
         model = patched("tome")
@@ -218,7 +218,7 @@ class TestTools:
         assert "[2, 9, 48]" in text  # block 1 leaves 8 of 16 patches and the class token
 
     def test_grad_cam(self):
-        """What pytorch-grad-cam does with its target layer."""
+        """Grad-CAM does the same with its target layer as pytorch-grad-cam."""
         model = patched("topk")
         kept = {}
 

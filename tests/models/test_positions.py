@@ -109,7 +109,7 @@ class Masked:
             [hook.remove() for hook in hooks]
 
     def _hidden(self, block, q):
-        """(B, N) keys that are gone before this block's attention."""
+        """Return (B, N): the keys that are gone before this block's attention."""
         early = [stage for stage in self.seen.stages if stage.block < block or (self.before and stage.block == block)]
         if not early:
             return None
@@ -138,7 +138,7 @@ def test_keep_rate_one_changes_no_bit(name):
 @pytest.mark.parametrize("method", ["topk", "dynamicvit", "radial"])
 @pytest.mark.parametrize("name", MODELS)
 def test_selections_equal_masking(name, method, monkeypatch):
-    """A gathered position is that of the patch: what is left is as if the dropped tokens were masked."""
+    """A gathered position is the patch's own: what is left is as if the dropped tokens were masked."""
     model, images = build(name)
     plain = copy.deepcopy(model)
     fastreduce.patch(model, method, keep_rate=0.5, at=AT)
@@ -253,7 +253,7 @@ def test_copies_autocast_and_dense_features(name):
 
 
 def test_the_mean_of_positions():
-    """Of tokens that were only selected it is their own; of merged ones another."""
+    """A token that was only selected has its own position; a merged one has another."""
     model, images = build("dinov3")
     for method, same in (("topk", True), ("tome", False)):
         found = []
@@ -269,7 +269,7 @@ def test_the_mean_of_positions():
 
 
 def test_images_of_another_size():
-    """Nothing of positions is kept: a model that takes any size takes it reduced."""
+    """Positions are never kept: a model that takes any size takes it reduced."""
     model = tiny.randomize(
         timm.create_model("vit_small_patch16_dinov3", depth=4, num_classes=7, dynamic_img_size=True, **TINY)
     )

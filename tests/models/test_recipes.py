@@ -1,4 +1,4 @@
-"""What people put together with a reduced model, as docs/recipes.md has it.
+"""Recipes that people put together with a reduced model, as docs/recipes.md has it.
 
 At keep rate 1 the patched model equals the unpatched one with the same treatment, whichever came first; at a lower one
 the order makes no difference either.

@@ -43,14 +43,14 @@ def attend(q, k, v, policy, scale=None, eps=1e-6, **options):
 
 
 def by_kernels(q, k, v, policy, scale=0.5, eps=1e-6):
-    """The same by the functions that differentiate kernels."""
+    """Compute the same by the functions that differentiate kernels."""
     if policy is None:
         return Attention.apply(q, k, v, scale)
     return AttentionPolicy.apply(q, k, v, policy, scale, eps)
 
 
 def plain(q, k, v, policy, scale, eps):
-    """One query after the other, in Python's numbers."""
+    """Attend one query after the other, in Python's numbers."""
     batch, heads, queries, _ = q.shape
     out = torch.zeros_like(q)
     for b in range(batch):
@@ -93,7 +93,7 @@ def test_against_plain_loops(batch, heads, queries, keys, head_dim, scale, eps, 
 
 
 def textbook(q, k, v, policy, scale, eps):
-    """As METHODS.md writes it, the matrix A and all."""
+    """Attend by the textbook, the matrix A and all."""
     num_tokens = k.shape[2]
     logits = scale * q @ k.transpose(2, 3)
     own = torch.eye(num_tokens, dtype=q.dtype)
@@ -269,7 +269,7 @@ OFFSETS = tuple(torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 3, 3,
 
 
 def bias_of(q, *, hidden=True):
-    """Every third key is seen by nobody, and with ``hidden`` no key of the last image."""
+    """Return a bias: every third key is seen by nobody, and with ``hidden`` no key of the last image."""
     bias = tokens(q.shape[0], q.shape[2], seed=3).to(torch.promote_types(q.dtype, torch.float32))
     bias[:, 1::3] = -torch.inf
     if hidden:
@@ -283,7 +283,7 @@ def chosen(q, prefix=1):
 
 
 def spelled_out(q, k, v, bias):
-    """The matrix, the result and the logsumexp; a query without keys has weights of zero."""
+    """Return the matrix, the result and the logsumexp; a query without keys has weights of zero."""
     logits = q.shape[3] ** -0.5 * q @ k.transpose(2, 3)
     logits = logits if bias is None else logits + bias[:, None, None, :]
     weights = torch.nan_to_num(torch.softmax(logits, -1), nan=0.0)
@@ -291,18 +291,18 @@ def spelled_out(q, k, v, bias):
 
 
 def in_one_row(*tensors):
-    """(2, H, 7, D) -> (1, H, 14, D)."""
+    """Put two images into one row: (2, H, 7, D) -> (1, H, 14, D)."""
     return [t.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in tensors]
 
 
 def ragged(q, k, v, bias=None, **options):
-    """All images in one row, of which the last is past the end."""
+    """Return all images in one row, of which the last is past the end."""
     bias = None if bias is None else bias.reshape(1, -1)
     return ops.attention_packed(*in_one_row(q, k, v), OFFSETS, (3, 2), bias=bias, **options)
 
 
 def ragged_index(q, k, v, bias, **options):
-    """The class token of every image and at most two others attend, and there is room for two more."""
+    """Return an index: the class token and at most two others of every image attend, and there is room for two more."""
     options = {"index": KEPT, "offsets": CHOSEN_OFFSETS, "longest": (3, 5), "num_out": 8, **options}
     return ops.attention_packed(*in_one_row(q, k, v), bias=bias.reshape(1, -1), **options)
 

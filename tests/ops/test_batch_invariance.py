@@ -35,7 +35,7 @@ def _threads(request):
 
 
 def _heads(x):
-    """(B, H, N, D) as a third of a packed projection."""
+    """Return (B, H, N, D) as a third of a packed projection."""
     batch, heads, tokens, width = x.shape
     packed = x.new_zeros(batch, tokens, 3, heads, width)
     packed[:, :, 1] = x.transpose(1, 2)
@@ -131,7 +131,7 @@ def _results(function, tensors, batch, grad):
 
 
 def _differences(function, tensors):
-    """Modes and batches in which an image is not what it is alone without gradients."""
+    """Return the modes and batches in which an image is not what it is alone without gradients."""
     alone = [_results(function, [tensor[image:] for tensor in tensors], 1, False) for image in range(8)]
     for grad in (False, True):
         for batch in BATCHES:
@@ -153,7 +153,7 @@ def test_operators(name):
 
 @pytest.fixture
 def _invariant_backbone(monkeypatch):
-    """Linear layers and convolutions that do not depend on the batch, as those of PyTorch on the CPU may."""
+    """Give a model linear layers and convolutions that do not depend on the batch, as PyTorch's own may on the CPU."""
 
     def one_by_one(function):
         def call(x, *args, **kwargs):
@@ -168,7 +168,7 @@ def _invariant_backbone(monkeypatch):
 @pytest.mark.parametrize("name", tiny.METHODS)
 @pytest.mark.usefixtures("_invariant_backbone")
 def test_models(name):
-    """Of float32 models; images of ATS have as many tokens as could be kept, whatever the others keep."""
+    """Models are in float32; images of ATS have as many tokens as could be kept, whatever the others keep."""
     arguments = {"trim": False} if name == "ats" else {}
     model = tiny.build()
     fastreduce.patch(model, keep_rate=0.5, at=tiny.AT, **tiny.METHODS[name], **arguments)
@@ -180,7 +180,7 @@ def test_models(name):
 @pytest.mark.parametrize("method", ["sit", "patchmerger", "sinkhorn"])
 @pytest.mark.usefixtures("_invariant_backbone")
 def test_soft_merges_some_clusters_at_a_time(method, monkeypatch):
-    """Of long inputs, with gradients as without."""
+    """Inputs are long, with gradients as without."""
     monkeypatch.setattr(fastreduce.reducers._soft, "LOGITS", 100)
     monkeypatch.setattr(fastreduce.reference._blocks, "MATRIX", 100)
     model = fastreduce.patch(tiny.build(), method, keep=(14, 9), at=(1, 2))

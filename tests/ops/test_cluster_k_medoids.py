@@ -17,12 +17,15 @@ CASES = [(2, 17, 8, 5), (1, 1, 3, 1), (3, 26, 4, 26), (2, 60, 48, 30), (1, 196, 
 
 
 def distinct_weights(batch, num_tokens, seed=1):
-    """No two alike: the official start orders equal ones as chance has it. Exact in float16."""
+    """Return weights of which no two are alike: the official start orders equal ones as chance has it.
+
+    They are exact in float16.
+    """
     return distinct_indices(batch, num_tokens, num_tokens, seed=seed).view(batch, num_tokens) / 8 + 0.25
 
 
 def make_tokens(kind, batch, num_tokens, channels, seed=0):
-    """The patch tokens of a longer sequence, as a model hands them over."""
+    """Return the patch tokens of a longer sequence, as a model hands them over."""
     x = tokens(batch, num_tokens + 1, channels, seed=seed)
     if kind == "tied":
         x = (x * 1.5).round()
@@ -54,7 +57,7 @@ def test_empty_clusters_are_among_those_cases():
 
 @pytest.mark.parametrize("cost", ["all", "members"])
 def test_a_batch_that_is_cut_into_parts(cost, monkeypatch):
-    """Some images at a time, the last part smaller: the same bits."""
+    """A few images at a time, with a smaller last part, give the same bits."""
     x, weights = make_tokens("random", 5, 40, 24), torch.rand(5, 40, generator=seeded())
     for of_tokens in (weights, None):
         whole = ops.cluster_k_medoids(x, of_tokens, 9, cost=cost)
@@ -77,7 +80,7 @@ def test_other_dtypes(dtype):
 
 
 def slow_members(points, weights, k, iters):
-    """The method as it means to be, token by token; points on a line, so that every distance is exact."""
+    """Cluster as the method means to, token by token; points lie on a line, so that every distance is exact."""
     count = len(points)
     centers = sorted(range(count), key=lambda n: -weights[n])[:k]
 

@@ -78,8 +78,10 @@ def test_packed_attention(chosen, grids):
     index = torch.zeros(IMAGES, 2, dtype=torch.int64) if chosen else None
     queries = torch.arange(0, 3 * IMAGES + 1, 3, dtype=torch.int32) if chosen else offsets
     options = {"index": index, "prefix": 1, "num_out": 3 * IMAGES} if chosen else {}
-    out = ops.attention(*qkv, offsets=(queries, offsets), longest=(3 if chosen else 5, 5), backend="triton", **options)
+    out = ops.attention_packed(
+        *qkv, offsets=(queries, offsets), longest=(3 if chosen else 5, 5), backend="triton", **options
+    )
     out.sum().backward()
     check(grids)
     assert [grid[2] for name, grid in grids if name == "attention_kernel"] == [MOST, MOST, 3]
-    assert [grid[2] for name, grid in grids if name == "grad_keys_kernel"] == [MOST, MOST, 3]
+    assert [grid[2] for name, grid in grids if name == "grad_queries_kernel"] == [MOST, MOST, 3]

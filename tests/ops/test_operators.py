@@ -1,4 +1,4 @@
-"""What every operator promises, by the reference and in general: derivatives, arguments, vmap, unchecked twins."""
+"""Promises of every operator, by the reference and in general: derivatives, arguments, vmap, unchecked twins."""
 
 import contextlib
 import functools
@@ -133,7 +133,7 @@ class TestArguments:
 
 
 def _explains(message, argument):
-    """Whether it names the argument, or is one of ours about the relation of two."""
+    """Return whether it names the argument, or is one of ours about the relation of two."""
     ours = ("must be", "must have", "exclude", "goes with", "need", "takes", "got")
     named = argument in message or any(word in message for word in ours)
     return named and "object has no attribute" not in message and "aten::" not in message
@@ -283,7 +283,7 @@ class TestDeviceGuard:
 
 
 class TestGroups:
-    """What prepare_merge returned is an argument too."""
+    """The result of prepare_merge is an argument too."""
 
     X, SLOT = torch.randn(2, 6, 4), torch.tensor([[0, 1, 2, 1, 0, 2]] * 2)
 

@@ -19,7 +19,7 @@ AT = {"keep_rate": 0.7, "at": (1, 2)}
 
 
 def both(model, **options):
-    """The model with padding and without."""
+    """Return the model with padding and without."""
     return [fastreduce.patch(copy.deepcopy(model), "ats", **AT, packed=packed, **options) for packed in (False, True)]
 
 
@@ -135,7 +135,7 @@ class TestModel:
             torch.testing.assert_close(packed(images), padded(images), rtol=0.1, atol=0.3)
 
     def test_kernels_need_nothing_from_the_device(self, monkeypatch):
-        """Where kernels run, all is one graph of fixed shapes, in which a number read by the host would be a break."""
+        """All is one graph of fixed shapes where kernels run; a number read by the host would be a break."""
         model = tiny.build(drop_path_rate=0.3).train()
         padded, packed = (run(m, tiny.images(model, 3)) for m in both(model, trim=False))
         assert_same(packed, padded)
@@ -314,7 +314,7 @@ def _scores(offsets):
 
 
 def test_capacity_rows_mean_nothing():
-    """What stands behind the last image reaches no result and no gradient."""
+    """Rows behind the last image reach no result and no gradient."""
     x, index, offsets, num_out, _ = ragged((4, 6), (3, 1), 1, dtype=torch.float32)
     spoilt = x.clone()
     spoilt[:, offsets[0][-1] :] = float("nan")

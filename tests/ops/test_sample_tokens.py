@@ -17,12 +17,15 @@ OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def brute_force(cdf, grid):
-    """The whole comparison, (B, K, N); argmin takes the first."""
+    """Compare everything, (B, K, N); argmin takes the first."""
     return (grid.unsqueeze(2) - cdf.unsqueeze(1)).abs().argmin(2)
 
 
 def slow_sample(row, budget, number):
-    """One image, token by token, in the numpy type ``number``; the sum of these scores is exact in any order."""
+    """Sample one image, token by token, in the numpy type ``number``.
+
+    The sum of these scores is exact in any order.
+    """
     row = [number(s) if 0.0 < s < math.inf else number(0) for s in row]
     with np.errstate(over="ignore"):
         total = number(math.fsum(row)) + number(1e-6)

@@ -203,7 +203,7 @@ def test_no_gradient_flows_through_the_selection():
 
 
 def evit_by_functions(q, k, x, residual):
-    """A whole stage, through the autograd functions that the kernels use."""
+    """Run a whole stage, through the autograd functions that the kernels use."""
     scores = ClsScores.apply(q, k, 1, 0.5)
     order = torch.ops.fastreduce.select_topk(scores.detach(), scores.shape[1])
     return FuseTokens.apply(x, order, scores, 3, 1, residual, None)

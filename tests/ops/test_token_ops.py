@@ -44,7 +44,7 @@ NORM = tokens(5, seed=5), tokens(5, seed=6)
 
 
 def layouts(x):
-    """The same tokens, dense and with the sequence axis first in memory."""
+    """Return the same tokens, dense and with the sequence axis first in memory."""
     return x, x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -252,7 +252,10 @@ def test_gradcheck_unmerge():
 
 
 def norm_ways(kernels):
-    """Every reduction with a norm, by its Function or by the reference; x (2, 9, 3), extra (2, 9, 3), sizes, a norm."""
+    """Return every reduction with a norm, by its Function or by the reference.
+
+    It takes x (2, 9, 3), extra (2, 9, 3), sizes and a norm.
+    """
     order, slot = distinct_indices(2, 8, 8), torch.tensor([[0, 3, 3, 1, 3, 0, 1, 1, 2], [1, 1, 4, 1, 1, 1, 0, 4, 4]])
     groups, kept = NATIVE.group_slots(slot, 5), torch.tensor([[4, 0, 4], [1, 1, 1]])
 
@@ -358,7 +361,7 @@ def test_function_and_reference_have_the_same_gradients_of_a_layer(x_dtype):
 
 
 def by_functions(x, metric):
-    """A merging and a pruning stage, and back, through the autograd functions that the kernels use."""
+    """Run a merging and a pruning stage, and back, through the autograd functions that the kernels use."""
     slot, _, _ = NATIVE.match_tokens(metric, 3, 1)
     groups = NATIVE.group_slots(slot, 6)
     merged, total = MergeTokens.apply(x, slot, *groups, metric.exp().sum(-1), None, 1e-6, None)

@@ -1,4 +1,4 @@
-"""Photographs: folders with and without labels, and those of the libraries."""
+"""Photographs: folders with and without labels, and the pictures of the libraries."""
 
 import numpy as np
 import pytest

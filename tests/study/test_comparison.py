@@ -27,7 +27,7 @@ SIZES = {"tiny": 5, "small": 22}
 
 
 def parse(official):
-    """``topk_small_patch16_224-3_6_9-_0.9`` -> method, backbone and keep rate."""
+    """Turn ``topk_small_patch16_224-3_6_9-_0.9`` into method, backbone and keep rate."""
     method, size = official.split("_")[:2]
     rate = official.rsplit("_", 1)[1]
     return METHODS.get(method, method), size, float(rate) if rate else None
@@ -39,7 +39,7 @@ def official_run(official, dataset="IM", accuracy=math.nan):
 
 
 def official_recording(content):
-    """One of the paper's JSON recordings."""
+    """Read one of the paper's JSON recordings."""
     rate = "" if content["Model"].startswith("deit") else content["Ratio"][0]
     images = [value for key, value in content.items() if key.endswith(".JPEG")]
     kept, assigned = {}, {}
@@ -74,7 +74,7 @@ def pair_of(row):
 
 
 def our_columns(official):
-    """``Stage-3-Mean-IoA`` or ``NMI-Stage-3-std`` -> ``ioa_3``, ``nmi_std_3``; None for what is no measure."""
+    """Turn ``Stage-3-Mean-IoA`` or ``NMI-Stage-3-std`` into ``ioa_3``, ``nmi_std_3``; None for what is no measure."""
     parts = official.split("-")
     if "Stage" not in parts:
         return None

@@ -34,7 +34,7 @@ SMALL = ("patch_size=4", "embed_dim=16", "depth=4", "num_heads=2")
 
 
 def pixels(label, number, size=16):
-    """A picture of one colour, which JPEG keeps."""
+    """Make a picture of one colour, which JPEG keeps."""
     return np.full((size, size, 3), 40 + 60 * label + 5 * number, np.uint8)
 
 
@@ -106,7 +106,7 @@ def test_a_tar_file_for_each_class(root, tmp_path):
 
 
 def test_crops_are_shifted_and_mirrored(tmp_path):
-    """Every crop of a padded picture is a reflected, shifted copy: its pixels are those of the picture."""
+    """Every crop of a padded picture is a reflected, shifted copy: it has the picture's pixels."""
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8).repeat(3).reshape(8, 8, 3)
     for split in ("train", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
@@ -188,7 +188,7 @@ def small_weights(path):
 
 
 def test_a_study_off_the_shelf(tars, tmp_path, monkeypatch):
-    """Methods as they are, on weights that nothing trains: accuracy is that of the patched model itself."""
+    """Methods are taken as they are, on weights that nothing trains: accuracy is the patched model's own."""
     monkeypatch.setattr(running, "_ROUNDS", 3)
     model = small_weights(tmp_path / "w.safetensors")
     options = [word for one in (*SMALL, "img_size=16") for word in ("--model-option", one)]
@@ -291,7 +291,7 @@ def test_muon_on_a_cpu_computes_in_float32(tmp_path, monkeypatch):
 
 
 def test_the_normalisation_of_a_training_is_that_of_its_evaluation(tars, tmp_path):
-    """What the training's history says is used, not the default of the data set."""
+    """The training's history decides, not the default of the data set."""
     data = open_data("folder", tars, image_size=16, augmentation=Crops(0, (0.1, 0.2, 0.3), (2.0, 2.0, 2.0)))
     trained = train(data, BACKBONE, PLAIN, tmp_path / "t", cpu=True)
     done = run("evaluate", tmp_path / "t", "--root", tars, "--rounds", 3, "--cpu", "--workers", 0)

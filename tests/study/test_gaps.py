@@ -11,7 +11,7 @@ from fastreduce.study.gaps import Gap, common_words, measure_gap
 
 
 def scores(images, won, lost):
-    """Two models that differ on so many images."""
+    """Return two models that differ on so many images."""
     first, second = np.full(images, 100.0), np.full(images, 100.0)
     second[:won], first[won : won + lost] = 0, 0
     return first, second
@@ -53,7 +53,7 @@ def test_averages_have_no_exact_test():
 
 
 def test_as_many_images_as_it_says_decide_it():
-    """With the number of images that an undecided difference needs, and no more, it is decided."""
+    """An undecided difference is decided with the number of images that it needs, and with no fewer."""
     gap = measure_gap(*scores(1000, 30, 22))
     assert gap.sign == 0
     times = gap.images_needed / 1000

@@ -216,7 +216,7 @@ FORMAT = "fastreduce-recording-1"
 
 
 def small_recording(path):
-    """A recording of two images in four patches, its header and what follows it."""
+    """Return a recording of two images in four patches, its header and what follows it."""
     with ColumnWriter(path) as writer:
         writer.append(
             {
@@ -324,7 +324,7 @@ JUNK = [None, True, -1, 0, 1.5, 1e999, math.nan, 2**80, "", "kept.1", [], {}, [[
 
 
 def places(value, at=()):
-    """The way to everything in parsed JSON."""
+    """Return the way to everything in parsed JSON."""
     yield at
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, one in inner:

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(folder):
-    """What ``fastreduce study run --quick`` finds, where quick is as small as can be."""
+    """Return what ``fastreduce study run --quick`` finds, where quick is as small as can be."""
     found = []
 
     def kept(*arguments, **options):
@@ -144,7 +144,7 @@ def test_the_smaller_backbone_is_compared_and_stays_out_of_the_rest(study):
 
 
 def test_models_that_learned_nothing_decide_nothing(study, folder):
-    """After one epoch all are at chance; the report says so."""
+    """All models are at chance after one epoch; the report says so."""
     assert study.floors.chance == pytest.approx(100 * 61 / 602)
     assert max(one.run.accuracy for one in study.recordings) < min(study.floors.by_backbone.values())
     assert {finding.verdict for finding in study.findings} <= {"undecided", "not examined"}
@@ -306,7 +306,7 @@ def test_a_page_says_what_it_was_given_and_nothing_else(tmp_path):
 
 
 class TestFindings:
-    """On recordings whose accuracies are chosen."""
+    """Findings on recordings whose accuracies are chosen."""
 
     @staticmethod
     def recording(method, rate, right, images=2000):

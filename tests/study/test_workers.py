@@ -28,7 +28,7 @@ def _lines(process, count):
 
 
 def _gone(pids, seconds=20):
-    """Whether all of them are dead (or zombies of a parent that does not wait for them)."""
+    """Return whether all of them are dead (or zombies of a parent that does not wait for them)."""
 
     def alive(pid):
         try:

@@ -94,7 +94,7 @@ def _float(instruction: Instruction, operands: Operands) -> Step:
 
 
 def _packed(instruction: Instruction, operands: Operands) -> Step:
-    """Two halves at once: ``fma.rn.bf16x2``."""
+    """Compute two halves at once: ``fma.rn.bf16x2``."""
     kind = instruction.type.removesuffix("x2")
     function, convert, back = _FLOAT[instruction.words[0]], TO_FLOAT[kind], FROM_FLOAT[kind]
     readers = [operands.read(text, 32) for text in instruction.operands[1:]]
@@ -220,7 +220,7 @@ def _shift(instruction: Instruction, operands: Operands) -> Step:
 
 
 def _extract(instruction: Instruction, operands: Operands) -> Step:
-    """``bfe`` with a constant place and length."""
+    """Extract by ``bfe`` with a constant place and length."""
     bits = type_bits(instruction.type)
     value, write = operands.read(instruction.operands[1], bits), operands.write(instruction.operands[0])
     place, length = integer(instruction.operands[2]), integer(instruction.operands[3])
@@ -241,7 +241,7 @@ def _count_bits(instruction: Instruction, operands: Operands) -> Step:
 
 
 def _permute(instruction: Instruction, operands: Operands) -> Step:
-    """``prmt``: pick four of eight bytes, or the sign of one."""
+    """Permute by ``prmt``: pick four of eight bytes, or the sign of one."""
     readers = [operands.read(text, 32) for text in instruction.operands[1:4]]
     write = operands.write(instruction.operands[0])
 

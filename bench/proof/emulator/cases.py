@@ -191,7 +191,7 @@ def _attentions(draw: _Draw) -> list[Primitive]:
 
 
 def _rotations(draw: _Draw) -> list[Primitive]:
-    """Both layouts, odd widths, tables for each head or image, tokens without a place."""
+    """Return both layouts, odd widths, tables for each head or image, tokens without a place."""
     x = draw.tokens(2, 3, 21, 88)
     place = torch.randint(-1, 30, (2, 20), generator=draw.generator, dtype=torch.int32)
     shared, mixed, own = (draw.tokens(*shape, 30, 88) for shape in ((), (3,), (2, 1)))

@@ -28,7 +28,7 @@ _MOST_STEPS = 20_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """When things happen that the architecture leaves open.
+    """Times of things that the architecture leaves open.
 
     Attributes:
         copies_early: whether ``cp.async`` reads and writes when it is issued; otherwise when it is waited for.

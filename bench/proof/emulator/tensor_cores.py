@@ -36,7 +36,7 @@ def _accumulate(start: Floats, product: NDArray[np.float64], worst: bool) -> Flo
 
 @dataclasses.dataclass(frozen=True)
 class _Fragment:
-    """Where the elements of a matrix lie in the registers of a group of threads.
+    """A layout of a matrix's elements in the registers of a group of threads.
 
     Attributes:
         rows: (registers, parts) of (threads,) rows.

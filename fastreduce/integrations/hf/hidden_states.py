@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from ...tokens import Tokens, unmerge
 
-__all__ = ["PASS", "forget_passes", "watch_passes"]
+__all__ = ["PASS", "forget_masks", "forget_passes", "masked_pooling", "watch_masks", "watch_passes"]
+
+_MASKS = ("attention_mask", "pixel_attention_mask")
 
 
 class _Pass(threading.local):
@@ -19,11 +22,15 @@ class _Pass(threading.local):
     Attributes:
         wanted: whether the caller wants hidden states on the full grid.
         tokens: what came out of the last layer, where they are wanted.
+        masked: whether the caller gave a mask; where none was, libraries may hand layers one of ones.
+        valid: (B, N) bool, which of the tokens behind the last layer are no padding, or None for all.
     """
 
     def __init__(self) -> None:
         self.wanted = False
         self.tokens: Tokens | None = None
+        self.masked = False
+        self.valid: Tensor | None = None
 
 
 PASS = _Pass()
@@ -74,12 +81,17 @@ class _After:
             return tuple(_full(one, tokens, reducer.fill) if isinstance(one, tuple) else one for one in output)
         if getattr(output, "hidden_states", None) is None:
             return None
-        output.hidden_states = _full(output.hidden_states, tokens, reducer.fill)
+        # Some versions put what is behind the last norm in the place of the last state.
+        normed = output.hidden_states[-1] is not None and output.hidden_states[-1] is output.get("last_hidden_state")
+        output.hidden_states = _full(output.hidden_states, tokens, reducer.fill, normed)
         return output
 
 
-def _full(states: Sequence[Any], tokens: Tokens | None, fill: str) -> tuple[Tensor | None, ...]:
-    """Bring what entered the first layer, and came out of each, to the full grid if tokens say how; None stays None."""
+def _full(states: Sequence[Any], tokens: Tokens | None, fill: str, normed: bool = False) -> tuple[Tensor | None, ...]:
+    """Bring what entered the first layer, and came out of each, to the full grid if tokens say how; None stays None.
+
+    ``normed``: the last is what the model's own code made of what it got, which may be the full grid already.
+    """
     states = [state.x if isinstance(state, Tokens) else state for state in states]
     if tokens is None:
         return tuple(states)
@@ -87,15 +99,70 @@ def _full(states: Sequence[Any], tokens: Tokens | None, fill: str) -> tuple[Tens
     made: list[Tensor | None] = []
     for index, state in enumerate(states):
         number = sum(plan.block < index for plan in tokens.plans)  # stages up to layer index - 1
-        if state is None or not number:
+        is_there = index == last and normed and state.shape[1] == tokens.prefix + tokens.patches
+        if state is None or not number or is_there:
             made.append(state)
-        elif index == last:  # the model may have got something else for its pooling
+        elif index == last and not normed:  # the model may have got something else for its pooling
             made.append(tokens.dense(fill))
         else:
             inputs = tokens.inputs[:number] if fill == "last" and tokens.inputs is not None else None
             plans = tokens.plans[:number]
             made.append(unmerge(state, plans, tokens.prefix, inputs=inputs, backend=tokens.backend))
     return tuple(made)
+
+
+class _Masks:
+    """Forward pre-hook on a patched model's encoder: notes whether the caller gave a mask."""
+
+    def __init__(self, tower: nn.Module):
+        names = list(inspect.signature(tower.forward).parameters)
+        self.masks = [(name, names.index(name) if name in names else len(names)) for name in _MASKS]
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masked = False
+        for name, place in self.masks:
+            masked = masked or kwargs.get(name) is not None or (place < len(args) and args[place] is not None)
+        if masked != PASS.masked:
+            PASS.masked = masked
+        if PASS.valid is not None:
+            PASS.valid = None
+
+
+class _MaskOfPooling:
+    """Forward pre-hook on a pooling that gets the mask of the input: it gets that of the tokens that are left."""
+
+    def __call__(self, module: Any, args: Any) -> Any:
+        if len(args) < 2 or args[1] is None:
+            return None
+        rows, mask = args[:2]
+        if mask.shape[1] == rows.shape[1]:
+            return None
+        return rows, PASS.valid
+
+
+def watch_masks(tower: Any) -> None:
+    """Let a patched model's encoder note masks, and its pooling take those of the tokens that are left."""
+    tower.register_forward_pre_hook(_Masks(tower), with_kwargs=True)
+    if (pooling := masked_pooling(tower)) is not None:
+        pooling.register_forward_pre_hook(_MaskOfPooling())
+
+
+def forget_masks(tower: Any) -> None:
+    """Undo :func:`watch_masks`."""
+    pooling = masked_pooling(tower)
+    for module, kind in ((tower, _Masks), *(() if pooling is None else ((pooling, _MaskOfPooling),))):
+        _forget(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, kind)
+
+
+def masked_pooling(tower: Any) -> Any:
+    """Return the pooling of an encoder that gets the mask of the input's patches, or None."""
+    return getattr(tower, "head", None) if type(tower).__name__ == "Siglip2VisionModel" else None
+
+
+def _forget(hooks: Any, more: Any, kind: type) -> None:
+    for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        del hooks[key]
+        more.pop(key, None)
 
 
 def watch_passes(module: nn.Module, model: nn.Module) -> None:
@@ -110,6 +177,4 @@ def forget_passes(module: nn.Module) -> None:
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, _Before),
         (module._forward_hooks, module._forward_hooks_with_kwargs, _After),
     ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:  # type: ignore[arg-type]
-            del hooks[key]
-            more.pop(key, None)
+        _forget(hooks, more, kind)

@@ -11,8 +11,8 @@ from ...reducers import ModelShape
 from ...tokens import Tokens
 from ..registry import Host, Looks, register_host
 from . import parts as _parts
-from .hidden_states import PASS, forget_passes, watch_passes
-from .towers import TOWERS, Tower, towers_in
+from .hidden_states import PASS, forget_masks, forget_passes, masked_pooling, watch_masks, watch_passes
+from .towers import TOWERS, Tower, layers_at, towers_in
 
 __all__ = ["EncoderHost"]
 
@@ -58,6 +58,13 @@ class EncoderHost(Host):
 
     # ---- what it is
 
+    def inside(self, model: Any) -> Any:
+        """Return the model of transformers, which decides what is behind the layers."""
+        return model
+
+    def _kind(self, model: Any) -> str:
+        return type(self.inside(model)).__name__
+
     def _tower(self, model: Any) -> tuple[Any, Tower]:
         """Return the encoder, and what is known of its class."""
         path = model.__dict__.get("_path_to_tower")
@@ -69,21 +76,22 @@ class EncoderHost(Host):
 
     def check(self, model: Any) -> None:
         """Raise unless there is one encoder, and what is behind it can do with some of its tokens."""
-        kind, found = type(model).__name__, list(towers_in(model))
+        kind, found = self._kind(model), list(towers_in(model))
         if not found:
-            raise TypeError(f"{kind} cannot be reduced: {self._obstacle(model)}")
+            raise TypeError(f"{kind} cannot be reduced: {self._obstacle(self.inside(model))}")
         if len(found) > 1:
             inside = " and ".join(f"the {type(tower).__name__} .{path}" for path, tower, _ in found)
             raise TypeError(f"{kind} cannot be reduced: it has {inside}; give one of them")
         path, tower, known = found[0]
         if kind.endswith(("ForMaskedImageModeling", "ForPreTraining")):
             raise TypeError(f"{kind} cannot be reduced: it reconstructs images, which needs every patch in its place")
-        if kind == "VideoMAEForVideoClassification" and not model.config.use_mean_pooling:
+        if kind == "VideoMAEForVideoClassification" and not self.inside(model).config.use_mean_pooling:
             raise TypeError(f"{kind} cannot be reduced: with use_mean_pooling=False it looks at the first patch alone")
-        layers = _at(tower, known.layers)
+        layers = _at(tower, layers_at(tower, known))
         if type(layers) is not nn.ModuleList:
+            where = ".".join(filter(None, (path, layers_at(tower, known))))
             raise TypeError(
-                f"{kind} cannot be reduced: its layers, .{'.'.join(filter(None, (path, known.layers)))}, are a "
+                f"{kind} cannot be reduced: its layers, .{where}, are a "
                 f"{type(layers).__name__} where an nn.ModuleList is wanted"
             )
 
@@ -97,14 +105,14 @@ class EncoderHost(Host):
     def blocks(self, model: Any) -> Any:
         """Return the encoder's layers."""
         tower, known = self._tower(model)
-        return _at(tower, known.layers)
+        return _at(tower, layers_at(tower, known))
 
     def shape(self, model: Any) -> ModelShape:
         """Return depth, grid, prefix and width."""
         tower, known = self._tower(model)
         config = tower.config
         return ModelShape(
-            depth=len(_at(tower, known.layers)),
+            depth=len(_at(tower, layers_at(tower, known))),
             grid=known.axes(config),
             prefix=self.prefix(model),
             has_class_token=known.leading > 0,
@@ -117,11 +125,11 @@ class EncoderHost(Host):
         return known.leading + (getattr(tower.config, "num_register_tokens", 0) or 0)
 
     def has_class_token(self, model: Any) -> bool:
-        """Whether there is a class token."""
+        """Return whether there is a class token."""
         return self._tower(model)[1].leading > 0
 
     def positions(self, model: Any) -> bool:
-        """Whether queries and keys are rotated."""
+        """Return whether queries and keys are rotated."""
         return self._tower(model)[1].rotary
 
     def grid(self, model: Any, patches: int) -> tuple[int, int]:
@@ -135,7 +143,7 @@ class EncoderHost(Host):
 
     def looks(self, model: Any) -> Looks:
         """Return what the head looks at, or the pooling of the encoder itself."""
-        kind = type(model).__name__
+        kind = self._kind(model)
         if kind in _BY_CLASS:
             return "class"
         if kind in _MEANS or kind == "VJEPA2ForVideoClassification":
@@ -143,22 +151,22 @@ class EncoderHost(Host):
         return "patches" if self._pools(model) else "tokens"
 
     def _pools(self, model: Any) -> bool:
-        """Whether the encoder itself pools by attention."""
+        """Return whether the encoder itself pools by attention."""
         return getattr(self._tower(model)[0], "head", None) is not None
 
     def weighs(self, model: Any) -> str | None:
         """Say why a pooling cannot leave rows out: only a mean can, that no norm comes before."""
-        if self.looks(model) != "patches" or _MEANS.get(type(model).__name__) is False:
+        if self.looks(model) != "patches" or _MEANS.get(self._kind(model)) is False:
             return None
-        return f"the pooling of {type(model).__name__}, by attention or behind a norm, cannot respect"
+        return f"the pooling of {self._kind(model)}, by attention or behind a norm, cannot respect"
 
     def pooled_prefix(self, model: Any) -> int:
         """Return the class token, which means leave out."""
         return self._tower(model)[1].leading
 
     def _is_full(self, model: Any) -> bool:
-        """Whether what is behind the layers gets every patch: no head is known that could do with less."""
-        tower, kind = self._tower(model)[0], type(model).__name__
+        """Return whether what is behind the layers gets every patch: no head is known that could do with less."""
+        tower, kind = self._tower(model)[0], self._kind(model)
         if type(tower).__name__ == "VJEPA2Model":  # its predictor counts patches
             return kind != "VJEPA2ForVideoClassification"
         if kind == "Siglip2ForImageClassification":  # its mean is by the mask of the input's patches
@@ -168,7 +176,7 @@ class EncoderHost(Host):
         return model.reducers.hidden_states == "full" and self.looks(model) == "tokens"
 
     def asks_for_inputs(self, model: Any) -> bool:
-        """Whether dropped patches will be shown as they were."""
+        """Return whether dropped patches will be shown as they were."""
         return model.reducers.fill == "last" and (PASS.wanted or self._is_full(model))
 
     def finish(self, model: Any, tokens: Tokens) -> Tensor:
@@ -177,12 +185,17 @@ class EncoderHost(Host):
             tokens = tokens.unpacked()
         if PASS.wanted:
             PASS.tokens = tokens
+        if tokens.valid is not None and masked_pooling(self._tower(model)[0]) is not None and not self._is_full(model):
+            if any(plan.merges for plan in tokens.plans):
+                return tokens.dense()  # every patch counts once, by the mask of the input
+            PASS.valid = tokens.valid
+            return tokens.x
         return tokens.dense(model.reducers.fill) if self._is_full(model) else super().finish(model, tokens)
 
     # ---- training, and what belongs to a patched model
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether some layer runs again in the backward pass."""
+        """Return whether some layer runs again in the backward pass."""
         return any(getattr(layer, "gradient_checkpointing", False) for layer in self.blocks(model))
 
     def check_checkpointing(self, model: Any) -> None:
@@ -201,11 +214,13 @@ class EncoderHost(Host):
         """Keep the way to the encoder, and let hidden states show the full grid."""
         path, tower, known = next(towers_in(model))
         object.__setattr__(model, "_path_to_tower", path)
+        watch_masks(tower)
         watch_passes(_at(tower, known.owner), model)
 
     def remove(self, model: Any) -> None:
         """Undo :meth:`install`."""
         tower, known = self._tower(model)
+        forget_masks(tower)
         forget_passes(_at(tower, known.owner))
         object.__delattr__(model, "_path_to_tower")
 

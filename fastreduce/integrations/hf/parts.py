@@ -1,19 +1,21 @@
-"""Where the layers of Hugging Face's encoders keep their pieces: one skeleton under many names."""
+"""Parts of the layers of Hugging Face's encoders: one skeleton under many names."""
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...reducers.block import is_bare
+from ...reducers.block import is_bare, is_captured
 from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
 from ..registry import register_parts
+from .hidden_states import PASS
 
-__all__ = ["Layer", "RotaryLayer", "VJEPA2Layer", "VideoMAELayer"]
+__all__ = ["Layer", "NestedLayer", "RotaryLayer", "VJEPA2Layer", "VideoMAELayer"]
 
 
 def _is_librarys(kind: Any, endings: tuple[str, ...]) -> bool:
@@ -21,7 +23,10 @@ def _is_librarys(kind: Any, endings: tuple[str, ...]) -> bool:
 
 
 def _hooked_by_user(module: nn.Module) -> bool:
-    """Whether hooks hang on a module that are not the library's own, which collect hidden states and attentions."""
+    """Return whether hooks hang on a module beside the library's own.
+
+    The library's hooks collect hidden states and attentions.
+    """
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     hooks = module._forward_hooks
@@ -79,7 +84,7 @@ class Layer(Parts):
         if missing := [name for name in self.qkv if name not in inside._modules]:
             return TypeError, (
                 f"{{model}} cannot be reduced: the {self.kind} of block {{index}} has no {missing[0]}: it is that of "
-                "another version of transformers, where 5.24 or newer is wanted"
+                "another version of transformers, where 5.8 or newer is wanted"
             )
         strange = self.geometry(block).strange if opened else None
         if strange:
@@ -101,17 +106,24 @@ class Layer(Parts):
         return Geometry(attention if _hooked_by_user(attention) else None, scale, 1, self.half(), strange)
 
     def half(self) -> bool:
-        """Whether a rotation pairs channels half a head apart."""
+        """Return whether a rotation pairs channels half a head apart."""
         return True
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
-        """Take no mask."""
-        if any(one is not None for one in (*args, kwargs.get("attention_mask"), kwargs.get("position_mask"))):
+        """Take a mask of padding, at the first reduced block; models may make one of ones where none was given."""
+        masks = [one for one in (*args, kwargs.get("attention_mask")) if one is not None]
+        if kwargs.get("position_mask") is not None or len(masks) > 1:
             raise ValueError(
-                "a reduced encoder takes no mask: it is of the input's tokens, and others are left. Padded images (of "
-                "SigLIP 2, with fewer patches than max_num_patches) have to be given in batches of one size"
+                "a reduced encoder takes no mask of positions: it is of the input's tokens, others are left"
             )
-        return None
+        if not masks or not PASS.masked or block._site.index != block._site.model.reducers.first:
+            return None
+        return Beside(valid=_real_tokens(masks[0]))
+
+    def of_fewer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Leave out the mask: what is left of it, if anything, the tokens know."""
+        without = kwargs | {"attention_mask": None} if "attention_mask" in kwargs else kwargs
+        return (None,) * len(args), without
 
     # ---- norms
 
@@ -126,7 +138,7 @@ class Layer(Parts):
     # ---- queries, keys, values
 
     def splits(self, block: Any) -> bool:
-        """Whether the projection of queries is bare."""
+        """Return whether the projection of queries is bare."""
         return is_bare(getattr(self.inside(block), self.qkv[0]))
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
@@ -176,13 +188,13 @@ class Layer(Parts):
         return getattr(self.inside(block), self.out), *map(block._modules.get, names)
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer between attention and residual treats rows alike, with nothing hung on it."""
+        """Return whether every layer between attention and residual treats rows alike, with nothing hung on it."""
         outs = self._outs(block)
         known = tuple(type(one) for one in outs if _is_librarys(type(one), ("LayerScale", "DropPath")))
         return are_plain(outs, (*self.row_by_row, *known))
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projection, tail and drop path are linear in each row now."""
+        """Return whether projection, tail and drop path are linear in each row now."""
         out, drop, *tail = self._outs(block)
         known = tuple(type(one) for one in tail if _is_librarys(type(one), ("LayerScale", "DropPath")))
         return is_bare(out) and is_idle_dropout(drop) and are_plain(tuple(tail), (nn.Identity, *known))
@@ -210,14 +222,30 @@ class Layer(Parts):
         return block.layer_scale2(made) if self.scaled else made
 
 
+def _real_tokens(mask: Tensor) -> Tensor:
+    """Read a mask (B, N), or (B, 1, N, N) bool or additive, -> (B, N) bool; ValueError if it is not of keys alone."""
+    if mask.ndim == 2:
+        return mask.bool()
+    if mask.ndim != 4:
+        raise ValueError(f"a reduced encoder takes a mask (B, N) or (B, 1, N, N), got {tuple(mask.shape)}")
+    real = mask if mask.dtype == torch.bool else mask >= 0
+    row = real[:, 0, 0]
+    if not is_captured() and not torch.jit.is_tracing() and not bool((real == row[:, None, None]).all()):
+        raise ValueError(
+            "a reduced encoder takes a mask of padding, which hides the same tokens from all: this one hides others "
+            "from each, and after a reduction other tokens are left"
+        )
+    return row
+
+
 class RotaryLayer(Layer):
     """A layer that is handed a rotary table, of DINOv3."""
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Take the table of all patches."""
-        super().beside(block, args, kwargs)
+        found = super().beside(block, args, kwargs)
         table = kwargs.get("position_embeddings")
-        return None if table is None else Beside(table=table)
+        return found if table is None else Beside(table=table, valid=None if found is None else found.valid)
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
         """Call the attention with the rows of the tokens at hand."""
@@ -237,7 +265,8 @@ class VJEPA2Layer(Layer):
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Make the table that the attention stands for."""
-        super().beside(block, args, kwargs)
+        if PASS.masked:
+            raise ValueError("V-JEPA 2's layers take no mask of padding")
         return Beside(table=functools.partial(_table_of_clip, self.inside(block)))
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
@@ -247,7 +276,9 @@ class VJEPA2Layer(Layer):
 
 
 def _table_of_clip(attention: Any, patches: int) -> tuple[Tensor, Tensor]:
-    """(patches, D) cosines and sines: a third of the channels turned by frame, row and column each, the rest still.
+    """Return cosines and sines (patches, D).
+
+    A third of the channels is turned by frame, row and column each, the rest stays still.
 
     As the released weights have it, the angles of a third are repeated one after another, while neighbours are paired.
     """
@@ -265,12 +296,12 @@ def _table_of_clip(attention: Any, patches: int) -> tuple[Tensor, Tensor]:
     return together.cos(), together.sin()
 
 
-class VideoMAELayer(Layer):
-    """A layer whose attention and MLP are modules of modules, of VideoMAE."""
+class NestedLayer(Layer):
+    """A layer whose attention is a module of modules: in transformers up to 5.9 that of every kin of ViT."""
 
     def inside(self, block: Any) -> Any:
         """Return the self-attention in the attention."""
-        return block.attention.attention
+        return getattr(block.attention, "attention", block.attention)
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Beside | None) -> Tensor | None:
         """Call the attention, which returns a tensor."""
@@ -289,14 +320,14 @@ class VideoMAELayer(Layer):
         output = block.attention.output
         return output.dropout(linear(output.dense, attended))
 
-    def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Return it as it is."""
-        return projected
-
     def _outs(self, block: Any) -> tuple[Any, ...]:
-        """Return output projection and dropout."""
+        """Return output projection, dropout, layer scale and drop path, None for those that it has not."""
         output = block.attention.output
-        return output.dense, output.dropout
+        return output.dense, output.dropout, *map(block._modules.get, ("layer_scale1", "drop_path"))
+
+
+class VideoMAELayer(NestedLayer):
+    """A layer whose MLP is two modules too, the second of which adds the residual."""
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
         """Norm and MLP, without the residual that the library's output adds."""
@@ -312,19 +343,38 @@ _VIT = ("layernorm_before", "layernorm_after")
 _CLIP = ("layer_norm1", "layer_norm2")
 _DINO = ("norm1", "norm2")
 
+_QKV = ("query", "key", "value")
+
+
+def _is_nested(kind: type, name: str) -> bool:
+    """Whether this version of the library has the attention of a class of layers in two modules."""
+    return hasattr(sys.modules[kind.__module__], f"{name}SelfAttention")
+
+
+def _kin_of_vit(name: str, kind: type) -> Parts:
+    if _is_nested(kind, name):
+        return VideoMAELayer(f"{name}SelfAttention", _VIT, qkv=_QKV, drop="dropout_prob")
+    return Layer(f"{name}Attention", _VIT)
+
+
+def _kin_of_dinov2(name: str, kind: type) -> Parts:
+    if _is_nested(kind, name):
+        return NestedLayer(f"{name}SelfAttention", _DINO, qkv=_QKV, drop="dropout_prob", scaled=True)
+    return Layer(f"{name}Attention", _DINO, scaled=True)
+
+
 for _name in ("ViT", "DeiT", "ViTMSN", "IJepa", "Vivit", "AST"):
-    register_parts(f"transformers.{_name}Layer", Layer(f"{_name}Attention", _VIT))
+    register_parts(f"transformers.{_name}Layer", functools.partial(_kin_of_vit, _name))
 for _name in ("CLIP", "MetaClip2", "Siglip", "Siglip2"):
     _parts = Layer(f"{_name}Attention", _CLIP, attention="self_attn", out="out_proj", drop="dropout")
     register_parts(f"transformers.{_name}EncoderLayer", _parts)
 for _name in ("Dinov2", "Dinov2WithRegisters"):
-    register_parts(f"transformers.{_name}Layer", Layer(f"{_name}Attention", _DINO, scaled=True))
+    register_parts(f"transformers.{_name}Layer", functools.partial(_kin_of_dinov2, _name))
 register_parts("transformers.DINOv3ViTLayer", RotaryLayer("DINOv3ViTAttention", _DINO, drop="dropout", scaled=True))
 register_parts(
     "transformers.Aimv2EncoderLayer",
     Layer("Aimv2Attention", ("rms_norm1", "rms_norm2"), out="out_proj", drop="dropout", mlp="ffn"),
 )
-_QKV = ("query", "key", "value")
 register_parts(
     "transformers.VideoMAELayer", VideoMAELayer("VideoMAESelfAttention", _VIT, qkv=_QKV, drop="dropout_prob")
 )

@@ -1,4 +1,4 @@
-"""Where Hugging Face's encoders of images, videos and sounds keep their layers, and what their tokens are."""
+"""Towers of Hugging Face: its encoders of images, videos and sounds, their layers and their tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["TOWERS", "Tower", "towers_in"]
+__all__ = ["TOWERS", "Tower", "images_in", "layers_at", "towers_in"]
 
 Axes = Callable[[Any], tuple[int, ...]]
 
@@ -19,46 +19,46 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def _image(config: Any) -> tuple[int, ...]:
-    """(rows, columns)."""
+    """Return (rows, columns)."""
     sizes = zip(_pair(config.image_size), _pair(config.patch_size), strict=True)
     return tuple(size // patch for size, patch in sizes)
 
 
 def _most(config: Any) -> tuple[int, ...]:
-    """(rows, columns) of the largest square; of SigLIP 2 every image brings its own."""
+    """Return (rows, columns) of the largest square; of SigLIP 2 every image brings its own."""
     side = math.isqrt(config.num_patches)
     return (side, side) if side * side == config.num_patches else (1, config.num_patches)
 
 
 def _spectrogram(config: Any) -> tuple[int, ...]:
-    """(bands, times), whose patches overlap."""
+    """Return (bands, times), whose patches overlap."""
     bands = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
     return bands, (config.max_length - config.patch_size) // config.time_stride + 1
 
 
 def _video(config: Any) -> tuple[int, ...]:
-    """(frames, rows, columns) of VideoMAE."""
+    """Return (frames, rows, columns) of VideoMAE."""
     return config.num_frames // config.tubelet_size, *_image(config)
 
 
 def _tubelets(config: Any) -> tuple[int, ...]:
-    """(frames, rows, columns) of ViViT."""
+    """Return (frames, rows, columns) of ViViT."""
     frames, rows, columns = config.tubelet_size
     height, width = _pair(config.image_size)
     return config.num_frames // frames, height // rows, width // columns
 
 
 def _clip(config: Any) -> tuple[int, ...]:
-    """(frames, rows, columns) of V-JEPA 2."""
+    """Return (frames, rows, columns) of V-JEPA 2."""
     side = config.crop_size // config.patch_size
     return config.frames_per_clip // config.tubelet_size, side, side
 
 
 class Tower(NamedTuple):
-    """What is known of a class of encoders.
+    """Facts about a class of encoders.
 
     Attributes:
-        layers: the attributes that lead to its layers.
+        layers: the attributes that lead to its layers; in other versions of the library ``encoder.layer`` does.
         owner: those that lead to the module in it that hands out hidden states.
         leading: class and distillation tokens; the first is the class token. Registers follow them.
         axes: makes the grid of patches of its configuration.
@@ -70,6 +70,12 @@ class Tower(NamedTuple):
     leading: int = 1
     axes: Axes = _image
     rotary: bool = False
+
+
+def layers_at(tower: Any, known: Tower) -> str:
+    """Return the attributes that lead to an encoder's layers in this version of the library."""
+    first = known.layers.partition(".")[0]
+    return known.layers if first in tower._modules else "encoder.layer"
 
 
 TOWERS = {
@@ -99,3 +105,8 @@ def towers_in(model: nn.Module) -> Iterator[tuple[str, Any, Tower]]:
         kind = type(module)
         if kind.__name__ in TOWERS and kind.__module__.startswith("transformers."):
             yield path, module, TOWERS[kind.__name__]
+
+
+def images_in(tower: nn.Module) -> bool:
+    """Whether an encoder takes images (B, 3, height, width), and not videos, sounds, or patches of many sizes."""
+    return TOWERS[type(tower).__name__].axes is _image

@@ -54,11 +54,11 @@ class TowerHost(Host):
         return 1
 
     def has_class_token(self, model: Any) -> bool:
-        """There is one."""
+        """Return True: every tower has a class token."""
         return True
 
     def keeps_every_patch(self, model: Any) -> bool:
-        """Whether there is no patch dropout."""
+        """Return whether there is no patch dropout."""
         return type(self.tower(model).patch_dropout).__name__ == "Identity"
 
     def looks(self, model: Any) -> Looks:
@@ -76,7 +76,7 @@ class TowerHost(Host):
         return "a pooling by attention, or behind a norm, cannot respect; a mean with final_ln_after_pool=True can"
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether ``set_grad_checkpointing`` was called."""
+        """Return whether ``set_grad_checkpointing`` was called."""
         return self.tower(model).transformer.grad_checkpointing
 
     def install(self, model: Any) -> None:
@@ -110,7 +110,10 @@ class _Intermediates:
         indices: int | Sequence[int] | None = None,
         stop_early: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """As open_clip's, on the full grid: every patch shows the token that it is in, a dropped one what it was."""
+        """Return open_clip's intermediates on the full grid.
+
+        Every patch shows the token that it is in, a dropped one what it was.
+        """
         if attn_mask is not None:
             raise ValueError("a reduced tower takes no attn_mask: its tokens are not the input's")
         transformer = self.transformer

@@ -1,4 +1,4 @@
-"""Where the blocks of open_clip's image towers keep their pieces."""
+"""Parts of the blocks of open_clip's image towers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SCALES = ("open_clip.LayerScale",)
 
 
 def _kinds(modules: tuple[nn.Module | None, ...], names: tuple[str, ...]) -> tuple[type, ...]:
-    """Return the classes among those of modules that have one of these names."""
+    """Return the classes of modules that have one of these names."""
     return tuple(type(one) for one in modules if one is not None and name_of(type(one)) in names)
 
 
 class _Parts(Parts):
-    """What both layouts share: ``ln_1``, ``attn`` with one weight for all projections, ``ls_1``, ``ln_2``, ``mlp``.
+    """Parts of both layouts: ``ln_1``, ``attn`` with one weight for all projections, ``ls_1``, ``ln_2``, ``mlp``.
 
     Attributes:
         kind: ``"library.ClassName"`` of the attention.
@@ -70,7 +70,7 @@ class _Parts(Parts):
         return block.ln_2
 
     def splits(self, block: Any) -> bool:
-        """Whether the weight of the projections is a plain one."""
+        """Return whether the weight of the projections is a plain one."""
         return is_plain_tensor(block.attn.in_proj_weight)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
@@ -98,18 +98,18 @@ class _Parts(Parts):
         return block.ls_1(projected if norm is None else norm(projected))
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer between attention and residual treats rows alike, with nothing hung on it."""
+        """Return whether every layer between attention and residual treats rows alike, with nothing hung on it."""
         inside, names = block.attn._modules, ("out_drop", "ln_inner")
         after = (*map(inside.get, names), block._modules.get("ln_attn"), block.ls_1)
         known = _kinds(after, (*_NORMS, *_SCALES))
         return self._is_bare(block) and are_plain(after, (*self.row_by_row, *known))
 
     def _is_bare(self, block: Any) -> bool:
-        """Whether the output projection is a linear map and nothing else."""
+        """Return whether the output projection is a linear map and nothing else."""
         return is_bare(block.attn.out_proj)
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projection and tail are linear in each row now."""
+        """Return whether projection and tail are linear in each row now."""
         tail = block._modules.get("ln_attn"), block.ls_1
         idle = is_idle_dropout(block.attn._modules.get("out_drop"))
         return idle and self._is_bare(block) and are_plain(tail, (nn.Identity, *_kinds(tail, _SCALES)))
@@ -154,7 +154,7 @@ class ResidualParts(_Parts):
         return True, block.attn.dropout if block.attn.training else 0.0
 
     def _is_bare(self, block: Any) -> bool:
-        """Whether torch's class of linear layers that are not quantised stands for its weight."""
+        """Return whether torch's class of linear layers that are not quantised stands for its weight."""
         out = block.attn.out_proj
         known = type(out).__name__ in ("Linear", "NonDynamicallyQuantizableLinear")
         return known and is_plain_tensor(out.weight) and is_unhooked(out)

@@ -1,4 +1,4 @@
-"""All of timm's models and blocks that are known: importing this module registers them."""
+"""Bridge to timm: importing this module registers all of timm's models and blocks that are known."""
 
 import importlib.util
 

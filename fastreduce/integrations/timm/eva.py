@@ -42,14 +42,17 @@ class EvaParts(TimmParts):
         return {"rope": torch.cat([sin, cos], dim=-1)}
 
     def splits(self, block: Any) -> bool:
-        """Whether queries can be projected apart: always where the three have layers of their own."""
+        """Return whether queries can be projected apart: always where the three have layers of their own."""
         attn = block.attn
         if getattr(attn, "qkv", None) is not None:
             return super().splits(block)
         return are_plain((attn.q_proj, getattr(attn, "q_norm", None)), self.row_by_row)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """One packed layer, with biases of its own or apart; or three layers, of which two may have fewer heads."""
+        """Project by one packed layer, with biases of its own or apart, or by three layers.
+
+        Keys and values may have fewer heads.
+        """
         attn = block.attn
         if getattr(attn, "qkv", None) is None:
             layers = (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]
@@ -123,7 +126,7 @@ class EvaHost(TimmHost):
     base = eva.Eva
 
     def positions(self, model: Any) -> bool:
-        """Whether there is a rotary embedding."""
+        """Return whether there is a rotary embedding."""
         return model.rope is not None
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -158,15 +161,15 @@ class TowerHost(TimmHost):
     needs_grid = True
 
     def positions(self, model: Any) -> bool:
-        """Every block rotates."""
+        """Return True: every block rotates."""
         return True
 
     def has_class_token(self, model: Any) -> bool:
-        """There is none."""
+        """Return False: there is no class token."""
         return False
 
     def looks(self, model: Any) -> Any:
-        """Every patch, in its place."""
+        """Return ``"tokens"``: every patch, in its place."""
         return "tokens"
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:

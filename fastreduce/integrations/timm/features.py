@@ -30,7 +30,10 @@ def _forward_intermediates(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
 ) -> Any:
-    """As timm's, on the full grid: every patch shows the token that it is in, a dropped one what it was, or zeros."""
+    """Return timm's intermediates on the full grid.
+
+    Every patch shows the token that it is in, a dropped one what it was, or zeros.
+    """
     if output_fmt not in ("NCHW", "NLC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
     if attn_mask is not None or is_causal:
@@ -90,7 +93,7 @@ def _run(block: nn.Module, state: Any, beside: dict[str, Any], checkpoints: bool
 
 
 def _full(tokens: Tokens, norm: nn.Module | None, fill: str) -> Tensor:
-    """(B, prefix + P, C) on the full grid, behind the norm if there is one; zeros stay zeros."""
+    """Return (B, prefix + P, C) on the full grid, behind the norm if there is one; zeros stay zeros."""
     if norm is None:
         return tokens.dense(fill)
     return norm(tokens.dense(fill)) if fill == "last" else tokens.replace(norm(tokens.x)).dense(fill)

@@ -20,11 +20,11 @@ _reentrant_checkpoints = getattr(timm.layers, "use_reentrant_ckpt", lambda: True
 
 
 class TimmHost(Host):
-    """What timm's models share: ``blocks``, ``patch_embed``, ``num_prefix_tokens``, ``global_pool``, ``norm``.
+    """Host of what timm's models share: ``blocks``, ``patch_embed``, ``num_prefix_tokens``, ``global_pool``, ``norm``.
 
     Attributes:
         base: the class whose methods the bridge knows.
-        methods: those of its methods that must be as timm has them.
+        methods: names of its methods that must be as timm has them.
     """
 
     base: type
@@ -66,7 +66,7 @@ class TimmHost(Host):
         return model.num_prefix_tokens
 
     def has_class_token(self, model: Any) -> bool:
-        """Whether there is a ``cls_token``."""
+        """Return whether there is a ``cls_token``."""
         return model.cls_token is not None
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -82,7 +82,7 @@ class TimmHost(Host):
         return grid_of(self.embedding(model), patches)
 
     def keeps_every_patch(self, model: Any) -> bool:
-        """Whether there is no patch dropout."""
+        """Return whether there is no patch dropout."""
         drop = getattr(model, "patch_drop", None)
         return drop is None or isinstance(drop, nn.Identity)
 
@@ -105,7 +105,7 @@ class TimmHost(Host):
         )
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Whether ``set_grad_checkpointing`` was called."""
+        """Return whether ``set_grad_checkpointing`` was called."""
         return model.grad_checkpointing
 
     def check_checkpointing(self, model: Any) -> None:

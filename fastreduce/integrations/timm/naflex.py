@@ -32,15 +32,15 @@ class NaFlexHost(TimmHost):
         return tuple(grid)
 
     def has_class_token(self, model: Any) -> bool:
-        """Whether the embedding puts one in front."""
+        """Return whether the embedding puts one in front."""
         return bool(model.has_class_token)
 
     def positions(self, model: Any) -> bool:
-        """Whether there is a rotary embedding."""
+        """Return whether there is a rotary embedding."""
         return model.rope is not None
 
     def keeps_every_patch(self, model: Any) -> bool:
-        """Whether there is no patch dropout."""
+        """Return whether there is no patch dropout."""
         return model.patch_drop is None or isinstance(model.patch_drop, nn.Identity)
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:

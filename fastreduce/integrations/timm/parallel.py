@@ -56,11 +56,11 @@ class ScalingParts(TimmParts):
         return F.linear(normed, proj.weight[rows], None if proj.bias is None else proj.bias[rows])
 
     def splits(self, block: Any) -> bool:
-        """Whether the norm of queries treats rows alike; the projection is bare."""
+        """Return whether the norm of queries treats rows alike; the projection is bare."""
         return are_plain((block.q_norm,), self.row_by_row)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """The sections behind the MLP's, each (B, H, N, D)."""
+        """Return the sections behind the MLP's, each (B, H, N, D)."""
         together = self._slice(block, normed, 1 + first, 1 + last)
         made = self.apart(together, block.num_heads, last - first)
         norms = (block.q_norm, block.k_norm, None)[first:last]
@@ -90,7 +90,7 @@ class ScalingParts(TimmParts):
         return torch.cat([out, block.mlp_drop(block.mlp_act(hidden))], dim=-1)
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """One output projection, or one for each half."""
+        """Apply the output projection, or the one of each half."""
         if getattr(block, "out_proj", None) is not None:
             return linear(block.out_proj, attended)
         width = attended.shape[-1] - block.in_split[0]
@@ -115,13 +115,13 @@ class ScalingParts(TimmParts):
         return self.tail(block, sum(found[1:], found[0])) if found else None
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether MLP, projections, layer scale and drop path treat rows alike."""
+        """Return whether MLP, projections, layer scale and drop path treat rows alike."""
         activation = (nn.GELU, nn.SiLU, nn.ReLU, nn.Identity)
         tail = (*self._out(block), block.mlp_drop, block.ls, block.drop_path)
         return are_plain(tail, self.row_by_row) and are_plain((block.mlp_act,), activation)
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projections, layer scale and drop path are linear in each row."""
+        """Return whether projections, layer scale and drop path are linear in each row."""
         return all(map(is_bare, self._out(block))) and are_plain((block.ls, block.drop_path), self.scales)
 
     def path1(self, block: Any) -> nn.Module | None:
@@ -205,12 +205,12 @@ class ThingsParts(BlockParts):
         return None
 
     def splits(self, block: Any) -> bool:
-        """Whether every packed projection is bare, and every norm treats rows alike."""
+        """Return whether every packed projection is bare, and every norm treats rows alike."""
         norms = [part for branch in block.attns for part in (branch.norm, branch.attn.q_norm)]
         return all(is_bare(branch.attn.qkv) for branch in block.attns) and are_plain(tuple(norms), self.row_by_row)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """The slices of every attention, heads behind one another."""
+        """Return the slices of every attention, heads behind one another."""
         usual = super().project
         made = [usual(branch, branch.norm(normed), first, last, linear) for branch in block.attns]
         return tuple(torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
@@ -220,7 +220,7 @@ class ThingsParts(BlockParts):
         return super().softmax(block.attns[0])
 
     def dropped(self, block: Any, weights: Tensor) -> Tensor:
-        """Every attention's weights (B, H, M, N) behind its own dropout."""
+        """Drop every attention's weights (B, H, M, N) by its own dropout."""
         parts = weights.chunk(len(block.attns), dim=1)
         return torch.cat([branch.attn.attn_drop(part) for branch, part in zip(block.attns, parts, strict=True)], dim=1)
 
@@ -242,7 +242,7 @@ class ThingsParts(BlockParts):
         return torch.stack(made).sum(dim=0)
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """As :meth:`branch`, which leaves no tail."""
+        """Apply :meth:`branch`, which leaves no tail."""
         return self.branch(block, attended)
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
@@ -255,12 +255,15 @@ class ThingsParts(BlockParts):
         return sum(found[1:], found[0]) if found else None
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer behind the attentions treats rows alike."""
+        """Return whether every layer behind the attentions treats rows alike."""
         tails = [p for one in block.attns for p in (one.attn.proj, one.attn.proj_drop, one.ls, one.drop_path)]
         return are_plain(tuple(tails), self.row_by_row)
 
     def is_linear(self, block: Any) -> bool:
-        """Whether every branch is linear in each row; a drop path of its own each would need a draw of its own."""
+        """Return whether every branch is linear in each row.
+
+        A drop path of its own each would need a draw of its own.
+        """
         for branch in block.attns:
             dropping = branch.drop_path.training and not isinstance(branch.drop_path, nn.Identity)
             if dropping or not is_bare(branch.attn.proj) or not is_idle_dropout(branch.attn.proj_drop):

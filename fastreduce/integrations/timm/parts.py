@@ -1,4 +1,4 @@
-"""Where timm's blocks keep their pieces."""
+"""Parts of timm's blocks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NORMS = tuple(
 
 
 def is_timms(module: nn.Module, known: type) -> bool:
-    """Whether a module is of a class of timm's, whose forward nobody has replaced."""
+    """Return whether a module is of a class of timm's, whose forward nobody has replaced."""
     return type(module) is known and known.forward.__module__.startswith("timm.")  # type: ignore[attr-defined]
 
 
 class TimmParts(Parts):
-    """What timm's layouts share: a block has ``attn``, ``norm1``, ``norm2``, ``mlp`` and two drop paths.
+    """Parts common to timm's layouts: a block has ``attn``, ``norm1``, ``norm2``, ``mlp`` and two drop paths.
 
     Attributes:
         attentions: classes of attention that this layout knows.
@@ -88,7 +88,7 @@ class TimmParts(Parts):
     # ---- queries, keys, values
 
     def splits(self, block: Any) -> bool:
-        """Whether the packed projection is bare."""
+        """Return whether the packed projection is bare."""
         attn = block.attn
         norm = getattr(attn, "q_norm", None)
         # The usual one first, without a call.
@@ -126,7 +126,7 @@ class TimmParts(Parts):
         return F.linear(normed, attn.qkv.weight[rows], bias).chunk(last - first, dim=2)
 
     def apart(self, together: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts * H * D) -> views, each (B, H, N, D)."""
+        """View (B, N, parts * H * D) as parts, each (B, H, N, D)."""
         batch, tokens, width = together.shape
         return together.view(batch, tokens, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -153,7 +153,7 @@ class TimmParts(Parts):
         return block.attn.attn_drop(weights)
 
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
-        """Timm's optional norm and gate."""
+        """Apply timm's optional norm and gate."""
         attn = block.attn
         if (norm := getattr(attn, "norm", None)) is not None:
             out = norm(out)
@@ -162,7 +162,7 @@ class TimmParts(Parts):
         return out
 
     def gated(self, block: Any) -> bool:
-        """Whether there is a gate."""
+        """Return whether there is a gate."""
         return getattr(block.attn, "gate", None) is not None
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
@@ -171,13 +171,13 @@ class TimmParts(Parts):
         return attn.proj_drop(linear(attn.proj, attended))
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether every layer between attention and residual treats rows alike, with nothing hung on it."""
+        """Return whether every layer between attention and residual treats rows alike, with nothing hung on it."""
         attn, tail = block.attn, map(block._modules.get, self.tail_names)
         inside = getattr(attn, "norm", None), getattr(attn, "gate", None), attn.proj, attn.proj_drop
         return are_plain((*inside, *tail), self.row_by_row)
 
     def is_linear(self, block: Any) -> bool:
-        """Whether projection, tail and drop path are linear in each row now."""
+        """Return whether projection, tail and drop path are linear in each row now."""
         attn = block.attn
         idle = is_idle_dropout(attn.proj_drop) and is_bare(attn.proj)
         return idle and are_plain(tuple(map(block._modules.get, self.tail_names)), self.scales)

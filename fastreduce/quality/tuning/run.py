@@ -6,6 +6,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...integrations.timm import patch, reduced_counts
-from ...measure import cut_to_whole_rounds, quartiles, ratio, seconds_of
+from ...measure import Clock, cut_to_whole_rounds, quartiles, ratio, seconds_of, take_turns
 from ..accuracy import paired_accuracy
 from ..measures import MEASURES, Fidelity
 from ..outputs import shared_copy
 from .losses import SHARES, Calibration, LossTable, patched
 from .search import Schedule, count_levels, fastest_within, front_of
-from .times import Clock, TimeTable, measure_times
+from .times import TimeTable, measure_times
 
 __all__ = ["Choice", "Tuner"]
 
@@ -63,13 +64,13 @@ class Choice:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What :func:`fastreduce.patch` takes."""
+        """Options that :func:`fastreduce.patch` takes."""
         fused = int(self.arguments["method"] == "evit")
         return {**self.arguments, "at": list(self.at), "keep": [count - fused for count in self.keep]}
 
     @property
     def name(self) -> tuple[Any, ...]:
-        """What tells it from others that are measured."""
+        """Name that tells it from others that are measured."""
         return self.method, self.at, self.keep
 
 
@@ -362,14 +363,14 @@ class Tuner:
             models[choice.name] = patch(shared_copy(self.model), **choice.config)
         for model in models.values():
             model(images)
+        calls = {name: partial(model, images) for name, model in models.items()}
         seconds: dict[Any, list[float]] = {name: [] for name in models}
-        order = list(models)
+
+        def moved(done: float) -> None:
+            progress("measuring", int(done), rounds)
+
         try:
-            for done in range(rounds):
-                progress("measuring", done, rounds)
-                for name in order:
-                    seconds[name].append(self.clock(lambda name=name: models[name](images), device))  # type: ignore[misc]
-                order.reverse()
+            take_turns(calls, device, rounds, seconds=seconds, clock=self.clock, moved=moved)
         finally:
             cut_to_whole_rounds(seconds)
             self.unreduced = seconds["unreduced"]

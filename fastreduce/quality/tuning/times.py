@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...measure import seconds_of
+from ...measure import Clock, seconds_of, take_turns
 from .losses import Calibration, patched
 
-__all__ = ["STAGES", "Clock", "TimeTable", "measure_times"]
+__all__ = ["STAGES", "TimeTable", "measure_times"]
 
 # Shares of all patches before and after the stages that are timed; between them the table is interpolated.
 STAGES = ((1.0, 0.9), (1.0, 0.6), (1.0, 0.3), (0.5, 0.45), (0.5, 0.25))
@@ -88,21 +88,13 @@ class TimeTable:
         return total
 
 
-Clock = Callable[[Callable[[], object], torch.device], float]  # the seconds of one call
-
-
 def _rounds(
     calls: dict[Any, Callable[[], object]], device: torch.device, rounds: int, clock: Clock
 ) -> dict[Any, float]:
     """Take turns -> the median of each, in seconds, after one call of each that does not count."""
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    order = list(calls)
-    for _ in range(rounds):
-        for name in order:
-            seconds[name].append(clock(calls[name], device))
-        order.reverse()
+    seconds = take_turns(calls, device, rounds, clock=clock)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -136,15 +128,17 @@ def measure_times(
     images = _filled(calibration.images, batch)
     tokens = _filled(torch.cat([part[middle] for part in calibration.entering]), batch)
     cut = {count: tokens[:, : prefix + count].contiguous() for count in counts}
-    block = model.blocks[middle]
-    calls: dict[Any, Callable[[], object]] = {count: partial(block, cut[count]) for count in counts}
+    block, beside = model.blocks[middle], _beside(model, images[:1])
+    calls: dict[Any, Callable[[], object]] = {
+        count: partial(block, cut[count], **_first_rows(beside, count)) for count in counts
+    }
     calls["whole"] = partial(model, images)
     found = _rounds(calls, device, rounds, clock)
     progress(1 / (1 + len(methods)))
     plain = [found[count] for count in counts]
     table = TimeTable(batch, depth, list(counts), plain, max(0.0, found["whole"] - depth * plain[0]))
     for done, (name, arguments) in enumerate(methods.items(), 2):
-        _measure_method(table, model, name, arguments, tokens, middle, rounds, clock)
+        _measure_method(table, model, name, arguments, tokens, middle, rounds, clock, beside)
         progress(done / (1 + len(methods)))
     return table
 
@@ -152,6 +146,19 @@ def measure_times(
 def _filled(images: Tensor, batch: int) -> Tensor:
     """Repeat rows until there are ``batch``."""
     return images.repeat(-(-batch // len(images)), *(1 for _ in images.shape[1:]))[:batch]
+
+
+def _beside(model: Any, images: Tensor) -> dict[str, Any]:
+    """Return the tables of all patches that a model hands its blocks beside the tokens, of libraries that need them."""
+    return model.block_options(images) if hasattr(model, "block_options") else {}
+
+
+def _first_rows(beside: dict[str, Any], count: int) -> dict[str, Any]:
+    """Cut tables to the first patches."""
+    return {
+        name: None if tables is None else tuple(table[..., :count, :] for table in tables)
+        for name, tables in beside.items()
+    }
 
 
 def _measure_method(
@@ -163,6 +170,7 @@ def _measure_method(
     middle: int,
     rounds: int,
     clock: Clock,
+    beside: dict[str, Any],
 ) -> None:
     """Time stages of a method beside unreduced blocks, in the same rounds, and the block that follows each."""
     patches, prefix, device = table.counts[0], model.num_prefix_tokens, tokens.device
@@ -174,14 +182,14 @@ def _measure_method(
             continue
         start = tokens[:, : prefix + before].contiguous()
         short = tokens[:, : prefix + wanted].contiguous()
-        plain_block = model.blocks[middle]
+        plain_block, all_of_them = model.blocks[middle], _first_rows(beside, before)
         with patched(model, at=(middle,), keep=[wanted - fused], **arguments):
             first = model.reducers.first
 
-            def run(first: int = first, start: Tensor = start) -> Any:
+            def run(first: int = first, start: Tensor = start, beside: dict[str, Any] = all_of_them) -> Any:
                 state: Any = start
                 for index in range(first, middle + 1):
-                    state = model.blocks[index](state)
+                    state = model.blocks[index](state, **beside)
                 return state
 
             handed_on = run()
@@ -191,9 +199,9 @@ def _measure_method(
             following = model.blocks[middle + 1]
             calls: dict[Any, Callable[[], object]] = {
                 "stage": run,
-                "after": partial(following, handed_on),
-                "plain": partial(plain_block, short),
-                "before": partial(plain_block, start),
+                "after": partial(following, handed_on, **all_of_them),
+                "plain": partial(plain_block, short, **_first_rows(beside, wanted)),
+                "before": partial(plain_block, start, **all_of_them),
             }
             found = _rounds(calls, device, rounds, clock)
         pace = table.plain(wanted) / found["plain"]  # a machine that is busier now than it was is no cost of the method

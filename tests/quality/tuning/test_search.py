@@ -74,7 +74,7 @@ def test_steps_of_time_cost_no_more_than_a_step_a_block():
 
 
 def test_a_step_in_time_is_used():
-    """Of counts that cost the same, the largest is taken, and the stage stands where it loses least."""
+    """The largest is taken of counts that cost the same, and the stage stands where it loses least."""
     seconds = {16: 4.0, 12: 2.0, 8: 2.0, 4: 1.0}
     found = front_of(
         3,

@@ -1,0 +1,74 @@
+"""Models of transformers and open_clip as ONNX graphs, any number of images: decisions and numbers of eager mode."""
+
+import pytest
+import torch
+
+import fastreduce
+from fastreduce.deploy import Decided, settled
+from fastreduce.deploy.export import onnx_program
+
+from .test_onnx import ALLOWED
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the ONNX graphs are run by onnxruntime")
+pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+
+AT, KEEP = (1,), (9,)
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SMALL |= {"image_size": 32, "patch_size": 8}
+
+
+def images(batch):
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+
+
+def hugging_face():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, num_labels=7))
+
+
+def dinov3():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from fastreduce.integrations.hf.images import ImageModel
+
+    config = transformers.DINOv3ViTConfig(**SMALL, num_register_tokens=2)
+    return ImageModel(transformers.DINOv3ViTModel(config).eval(), {"input_size": (3, 32, 32)})
+
+
+def open_clip():
+    pytest.importorskip("open_clip", reason="open_clip is not installed")
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(image_size=32, patch_size=8, width=32, layers=2, heads=4, mlp_ratio=2.0, output_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("build", "method"),
+    [(hugging_face, "topk"), (dinov3, "evit"), (open_clip, "tome")],
+    ids=["vit", "dinov3", "open_clip"],
+)
+def test_as_eager_in_onnx_runtime(build, method):
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    fastreduce.patch(model, method, keep=KEEP, at=AT)
+    decided = _Decided(model) if build is hugging_face else Decided(model)
+    with torch.no_grad():
+        expected = {batch: decided(images(batch)) for batch in (1, 2, 5)}
+    program = onnx_program(decided, images(3), [f"out{place}" for place in range(len(expected[1]))])
+    assert {node.op_type for node in program.model_proto.graph.node} <= ALLOWED
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch, (answer, *tensors) in expected.items():
+        found, *theirs = map(torch.as_tensor, session.run(None, {"images": images(batch).numpy()}))
+        for one, other in zip(settled(tensors, decided.kinds), settled(theirs, decided.kinds), strict=True):
+            assert torch.equal(one, other)
+        torch.testing.assert_close(found, answer, rtol=1e-5, atol=1e-5)
+
+
+class _Decided(Decided):
+    """The same for a model that gives an output of the library's."""
+
+    def forward(self, x):
+        output, *decisions = super().forward(x)
+        return (output.logits, *decisions)
