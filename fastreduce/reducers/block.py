@@ -262,7 +262,7 @@ def importance(heads: Heads) -> Tensor:
     q, k, tokens = heads.q, heads.k, heads.tokens
     if not heads.by_class:
         return _mean_of(received(heads), heads)
-    if needs_matrix(heads):
+    if heads.pair is not None or heads.mix is not None:  # needs_matrix, without a call in every pass
         return class_attention(heads).mean(1)
     return ops.cls_scores(
         q[:, :, 0], k, prefix=tokens.prefix, scale=heads.scale, valid=tokens.valid, backend=tokens.backend

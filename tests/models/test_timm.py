@@ -295,7 +295,6 @@ class _OwnForward(timm.models.vision_transformer.VisionTransformer):
 REFUSED = [
     ("swin_tiny_patch4_window7_224", {"img_size": 224}, TypeError, "SwinTransformer cannot be reduced: its windows"),
     ("samvit_base_patch16_224", {}, TypeError, "VisionTransformerSAM cannot be reduced"),
-    ("vit_dwee_patch16_reg1_gap_256", {}, TypeError, "block 1 has a DiffAttention"),
     ("xcit_nano_12_p8_224", {}, TypeError, "Xcit cannot be reduced: its attention is over channels"),
     ("resnet18", None, TypeError, "ResNet cannot be reduced: it is a ResNet of timm.models.resnet"),
 ]

@@ -2,9 +2,9 @@
 
 import importlib.util
 
-from . import cait, differential, eva, hosts, pairs, parallel, parts
+from . import cait, eva, hosts, pairs, parallel, parts
 
-__all__ = ["cait", "differential", "eva", "hosts", "pairs", "parallel", "parts"]
+__all__ = ["cait", "eva", "hosts", "pairs", "parallel", "parts"]
 
 if importlib.util.find_spec("timm.models.naflexvit") is not None:  # timm 1.0.16 and newer
     from . import naflex

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ...reducers.block import is_bare
 from ..parts import Geometry, Linear, are_plain, is_idle_dropout
 from ..registry import register_parts
+from .differential import difference, maps
 from .parts import BlockParts, TimmParts, is_timms
 
-__all__ = ["ScalingParts", "ThingsParts"]
+__all__ = ["DiffScalingParts", "ScalingParts", "ThingsParts"]
 
 
 class ScalingParts(TimmParts):
@@ -162,6 +163,31 @@ def _call(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
+class DiffScalingParts(ScalingParts):
+    """``DiffParallelScalingBlock``: the same with differential attention."""
+
+    def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
+        """Both maps."""
+        together = self._slice(block, normed, 1 + first, 1 + last)
+        return maps(block, together.chunk(last - first, dim=-1), first)
+
+    def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
+        """The difference, and the activated MLP of the same rows."""
+        return super().inner(block, difference(block, out), rows)
+
+    def is_rowwise(self, block: Any) -> bool:
+        """Whether the norm of the difference treats rows alike too."""
+        return are_plain((block.sub_norm,), self.row_by_row) and super().is_rowwise(block)
+
+    def whole_attention(self, block: Any, normed: Tensor, beside: Any) -> Tensor | None:
+        """Return None: the block does it itself."""
+        return None
+
+    def attention(self, block: Any) -> nn.Module | None:
+        """Return None: there is no module."""
+        return None
+
+
 class ThingsParts(BlockParts):
     """``ParallelThingsBlock``: several attentions side by side, and several MLPs, each with a norm of its own.
 
@@ -294,4 +320,6 @@ class ThingsParts(BlockParts):
 
 
 register_parts(vit.ParallelScalingBlock, ScalingParts())
+if hasattr(vit, "DiffParallelScalingBlock"):  # not in older versions of timm 1.0
+    register_parts(vit.DiffParallelScalingBlock, DiffScalingParts())
 register_parts(vit.ParallelThingsBlock, ThingsParts())

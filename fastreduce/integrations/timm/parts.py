@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ...reducers.block import is_bare, is_unhooked
 from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
+from ..registry import register_parts
+from .differential import DIFFERENTIAL, difference, maps
 
 __all__ = ["BlockParts", "TimmParts", "check_no_mask", "is_timms"]
 
@@ -98,6 +100,8 @@ class TimmParts(Parts):
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
         """Thirds of the packed projection; queries and keys through their norms."""
         attn = block.attn
+        if type(attn) in DIFFERENTIAL:
+            return maps(attn, self.sections(attn, normed, first, last, linear), first)
         qkv = attn.qkv
         if last - first == 3:
             together = linear(qkv, normed)
@@ -155,6 +159,8 @@ class TimmParts(Parts):
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
         """Apply timm's optional norm and gate."""
         attn = block.attn
+        if type(attn) in DIFFERENTIAL:
+            out = difference(attn, out)
         if (norm := getattr(attn, "norm", None)) is not None:
             out = norm(out)
         if (gate := getattr(attn, "gate", None)) is not None:
@@ -173,7 +179,7 @@ class TimmParts(Parts):
     def is_rowwise(self, block: Any) -> bool:
         """Return whether every layer between attention and residual treats rows alike, with nothing hung on it."""
         attn, tail = block.attn, map(block._modules.get, self.tail_names)
-        inside = getattr(attn, "norm", None), getattr(attn, "gate", None), attn.proj, attn.proj_drop
+        inside = (*map(attn._modules.get, ("sub_norm", "norm", "gate")), attn.proj, attn.proj_drop)
         return are_plain((*inside, *tail), self.row_by_row)
 
     def is_linear(self, block: Any) -> bool:
@@ -216,6 +222,7 @@ def check_no_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 class BlockParts(TimmParts):
     """``vision_transformer.Block``: norm, attention, layer scale; norm, MLP, layer scale."""
 
+    attentions: tuple[type, ...] = (*TimmParts.attentions, *DIFFERENTIAL)
     tail_names = ("ls1", "drop_path1")
 
     def branch(self, block: Any, attended: Tensor) -> Tensor:
@@ -235,3 +242,6 @@ class BlockParts(TimmParts):
         """Norm, MLP, layer scale, drop path, and the residual."""
         normed = block.norm2(x) if normed is None else normed
         return x + block.drop_path2(block.ls2(block.mlp(normed)))
+
+
+register_parts(vit.Block, BlockParts())
