@@ -342,10 +342,10 @@ def _move_stages(
     originals: Any = [block._site.original if isinstance(block, ReducedBlock) else block for block in blocks]
     try:
         _check_blocks(originals, reducer, type(model).__name__)
+        _restore_blocks(blocks)
     except (TypeError, ValueError):
         reducer.__dict__.update(before)
         raise
-    _restore_blocks(blocks)
     _place_layers(reducer, blocks)
     _reduce_blocks(host, model)
     reducer.config["at"] = _own({"at": at})["at"]

@@ -386,6 +386,18 @@ class TestSetKeepRate:
         assert fresh.reducers.blocks == model.reducers.blocks == (0, 1, 2, 3)
         assert torch.equal(run(model, tiny.images(model)), run(fresh, tiny.images(model)))
 
+    def test_sharded_blocks_do_not_move(self):
+        """FSDP gives a block another class, which cannot be undone: the schedule stays the one before, too."""
+        model = patched("topk")
+        expected, counts = run(model, tiny.images(model)), fastreduce.reduced_counts(model)
+        kind = type(model.blocks[2])
+        model.blocks[2].__class__ = type("FSDPBlock", (kind,), {})
+        with pytest.raises(ValueError, match="sharded"):
+            fastreduce.set_keep_rate(model, 0.75, at=(0, 2, 3))
+        assert fastreduce.reduced_counts(model) == counts
+        model.blocks[2].__class__ = kind
+        assert torch.equal(run(model, tiny.images(model)), expected)
+
     def test_the_config_is_nobody_elses_list(self):
         at, keep = [1, 2], [8, 4]
         model = fastreduce.patch(tiny.build(), "topk", keep=keep, at=at)
