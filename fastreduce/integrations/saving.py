@@ -36,7 +36,7 @@ def _plain(name: str, value: Any) -> Any:
         raise ValueError(
             f"{name}={value!r} cannot be written to a file: patch the model without a generator of its own"
         )
-    if isinstance(value, (list, tuple, range)) or getattr(value, "ndim", 0):
+    if isinstance(value, (list, tuple, range)) or (hasattr(value, "ndim") and value.ndim):
         return [_plain(name, one) for one in value]
     return plain(value)
 

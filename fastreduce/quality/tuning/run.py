@@ -200,7 +200,7 @@ class Tuner:
         """Return the blocks at which a method can have a stage: K-Medoids has none before the first attention."""
         found = []
         for block in range(self.times.depth):
-            with contextlib.suppress(ValueError), patched(self.seen.model, keep_rate=0.7, at=block, **self.methods[name]):
+            with contextlib.suppress(ValueError), patched(self.seen.model, keep=1, at=block, **self.methods[name]):
                 found.append(block)
         return found
 
