@@ -26,6 +26,7 @@ __all__ = [
     "from_json",
     "one_line",
     "parse_json",
+    "pictures_in",
     "printable",
     "read_json",
     "safetensors_header",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 Data = TypeVar("Data")
+
+_PICTURES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
 
 def _is_device(path: Path) -> bool:
@@ -107,6 +110,27 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         reason = error.strerror or " ".join(str(error).split())
         raise OSError(error.errno or errno.EIO, reason, os.fspath(path)) from error
     return path
+
+
+def pictures_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield the pictures in a folder and in folders in it, by their endings; hidden files and folders are left out.
+
+    Raises:
+        ValueError: no such folder, or no picture in it.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {os.fspath(folder)!r}")
+    found = False
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(place, name)
+            if not name.startswith(".") and path.suffix.lower() in _PICTURES and path.is_file():
+                found = True
+                yield path
+    if not found:
+        endings = ", ".join(sorted(_PICTURES))
+        raise ValueError(f"there is no picture in {os.fspath(folder)!r} (endings: {endings})")
 
 
 def one_line(error: BaseException) -> str:

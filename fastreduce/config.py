@@ -41,4 +41,6 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
         found = found["config"]
     if not isinstance(found, Mapping) or not isinstance(found.get("method"), str):
         raise ValueError(f"{name!r} names no method: it needs the arguments of fastreduce.patch, with 'method'")
+    if odd := [one for one in ("config", "model") if one in found]:
+        raise ValueError(f"{name!r} has {odd[0]!r} among the arguments of fastreduce.patch: leave it out")
     return dict(found)

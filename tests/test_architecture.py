@@ -154,6 +154,24 @@ def test_operators_import_kernels_when_they_launch_them(path):
     ]
 
 
+def _doubled_mappings(text: str) -> list[str]:
+    """Return what a call in a source text unpacks more than once."""
+    doubled = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call):
+            unpacked = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg is None]
+            doubled += [f"line {node.lineno}: **{one}" for one in unpacked if unpacked.count(one) > 1]
+    return doubled
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_a_launch_gets_its_settings_once(path):
+    """A doubled line made every launch of a kernel fail, which without a GPU only the interpreter's tests see."""
+    assert _doubled_mappings("f(1, **a, **a.b)") == []
+    assert _doubled_mappings("f[g](x, **a(b), y=1, **a(b))") == ["line 1: **a(b)"] * 2
+    assert _doubled_mappings(path.read_text()) == []
+
+
 def test_import_kernels_in_the_root_finds_the_other_distribution(tmp_path):
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("name = 'the other one'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -173,7 +174,7 @@ def patch(
     given |= {} if positions == "place" else {"positions": positions}
     given |= {} if fill == "last" else {"fill": fill}
     given |= {} if hidden_states == "full" else {"hidden_states": hidden_states}
-    reducer.config = {**given, **options}
+    reducer.config = _own({**given, **options})
     _place_layers(reducer, host.blocks(model))
     reducer.warn(shape)
     patched: Any = model
@@ -182,6 +183,11 @@ def patch(
     host.install(model)
     model.register_forward_pre_hook(_Replicas())
     return model
+
+
+def _own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same settings, of which no list or array is one that a caller may go on to change."""
+    return {name: copy.deepcopy(value) if hasattr(value, "__setitem__") else value for name, value in config.items()}
 
 
 def _check_method(host: Host, model: nn.Module, reducer: Reducer) -> None:
@@ -309,8 +315,9 @@ def set_keep_rate(
         reducer.reschedule(shape, keep_rate=keep_rate, keep=keep)
     else:
         _move_stages(host, patched, shape, keep_rate, keep, at)
-    reducer.config.update(keep_rate=keep_rate, keep=keep)
-    reducer.config.pop("r", None)
+    reducer.config.update(_own({"keep_rate": keep_rate, "keep": keep}))
+    if reducer.config.pop("r", None) is not None and reducer.config["at"] is None:
+        reducer.config["at"] = list(reducer.blocks)  # r acts in every block by default, a rate in three of them
     reducer.warn(shape)
     return model
 
@@ -332,13 +339,13 @@ def _move_stages(
     originals: Any = [block._site.original if isinstance(block, ReducedBlock) else block for block in blocks]
     try:
         _check_blocks(originals, reducer, type(model).__name__)
+        _restore_blocks(blocks)
     except (TypeError, ValueError):
         reducer.__dict__.update(before)
         raise
-    _restore_blocks(blocks)
     _place_layers(reducer, blocks)
     _reduce_blocks(host, model)
-    reducer.config["at"] = at
+    reducer.config["at"] = _own({"at": at})["at"]
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -347,7 +354,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: if the model is not patched.
     """
-    return dict(reducer_of(model).config)
+    return _own(reducer_of(model).config)
 
 
 def reduced_counts(model: nn.Module) -> list[int]:

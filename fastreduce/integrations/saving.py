@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .._files import safetensors_header, write_atomically
 from .._version import __version__
+from ..arguments import plain
 from ..config import read_config
-from ..recording import patched_model
-from .patching import config_of, patch
+from ..recording import patched_model, reducer_of
+from .patching import config_of, patch, unpatch
 
 __all__ = ["load_config", "save_config"]
 
@@ -34,11 +36,9 @@ def _plain(name: str, value: Any) -> Any:
         raise ValueError(
             f"{name}={value!r} cannot be written to a file: patch the model without a generator of its own"
         )
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, range)) or (hasattr(value, "ndim") and value.ndim):
         return [_plain(name, one) for one in value]
-    if hasattr(value, "tolist"):  # numbers and arrays of numpy and torch
-        return value.tolist()
-    return value
+    return plain(value)
 
 
 def save_config(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -58,19 +58,41 @@ def save_config(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The file.
 
     Raises:
-        ValueError: if the model is not patched, or with a generator, which no file can hold.
+        ValueError: if the model is not patched, with a generator, which no file can hold, or where a ``.safetensors``
+            of another kind stands in the way (a model's weights).
     """
     given = {name: _plain(name, value) for name, value in config_of(model).items() if value is not None}
     text = json.dumps({"fastreduce": __version__, "config": given}, indent=2)
     file = _file(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text + "\n", encoding="utf-8")
-    layers = {name: value.contiguous() for name, value in patched_model(model).reducers.state_dict().items()}
+    _save_layers(patched_model(model).reducers, file.with_suffix(".safetensors"))
+    return write_atomically(file, text + "\n")
+
+
+def _save_layers(reducer: nn.Module, file: Path) -> None:
+    """Write the layers of a method, or take away what a method saved there before; no other file is touched."""
+    layers = {name: value.contiguous() for name, value in reducer.state_dict().items()}
+    ours = file.is_file() and _is_ours(file)
     if layers:
         from safetensors.torch import save_file
 
-        save_file(layers, file.with_suffix(".safetensors"))
-    return file
+        if file.exists() and not ours:
+            raise ValueError(
+                f"{str(file)!r} holds something else than layers of a method: give another name than {file.stem!r}"
+            )
+        write_atomically(file, lambda beside: save_file(layers, beside, {"fastreduce": __version__}))
+    elif ours:
+        file.unlink()
+
+
+def _is_ours(file: Path) -> bool:
+    """Return whether :func:`save_config` wrote a file."""
+    try:
+        with file.open("rb") as opened:
+            header, _ = safetensors_header(opened, file)
+    except ValueError:
+        return False
+    return "fastreduce" in header.get("__metadata__", {})
 
 
 def load_config(model: Model, path: str | os.PathLike[str], **changes: Any) -> Model:
@@ -94,19 +116,32 @@ def load_config(model: Model, path: str | os.PathLike[str], **changes: Any) -> M
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it names no method; and whatever :func:`fastreduce.patch` raises.
+        ValueError: if it names no method, or the layers are another model's; and whatever :func:`fastreduce.patch`
+            raises. Whatever is raised, the model is as it was.
     """
     file = _file(path)
     if not file.is_file():
         raise FileNotFoundError(f"no reduction is recorded at {file}: fastreduce.save_config writes it")
     patch(model, **(read_config(file) | changes))
-    _load_layers(model, file.with_suffix(".safetensors"))
+    try:
+        _load_layers(model, file.with_suffix(".safetensors"))
+    except Exception:
+        unpatch(model)
+        raise
     return model
 
 
 def _load_layers(model: nn.Module, file: Path) -> None:
     """Give the layers of a learned method the weights that were saved of them, if there are any."""
-    if file.is_file():
-        from safetensors.torch import load_file
+    reducer = reducer_of(model)
+    if not reducer.state_dict() or not file.is_file():
+        return
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        patched_model(model).reducers.load_state_dict(load_file(file))
+    try:
+        reducer.load_state_dict(load_file(file))
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} cannot be read: {error}") from error
+    except RuntimeError as error:  # torch's list of keys and shapes
+        raise ValueError(f"{str(file)!r} does not hold the layers of {reducer.name} on this model: {error}") from error

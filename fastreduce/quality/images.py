@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .._files import pictures_in
 from ..integrations.timm import imagenet_indices
 from ..pictures import cut, open_picture, sample_photos
 
 __all__ = ["ImageSet", "folder_images", "sample_images"]
 
-ENDINGS = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _BOXES = ((0.0, 0.0, 1.0, 1.0), (0.1, 0.2, 0.7, 0.8), (0.35, 0.05, 0.95, 0.65), (0.25, 0.35, 0.85, 0.95))
 
 
@@ -104,6 +104,8 @@ def sample_images(crops: int = 2) -> ImageSet:
 def folder_images(folder: str, classes: int = 0, most: int | None = None) -> ImageSet:
     """Return the pictures in a folder; folders in it are classes.
 
+    Hidden files and folders are left out.
+
     Labels are class indices of the head: of ImageNet's names of classes (``n01440764``), of folders that are named by
     index (``0``, ``17``), or, where there are as many folders as classes, of the folders in alphabetical order.
 
@@ -116,11 +118,7 @@ def folder_images(folder: str, classes: int = 0, most: int | None = None) -> Ima
         ValueError: no such folder, or no picture in it.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"there is no folder {folder!r}")
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-    if not files:
-        raise ValueError(f"there is no picture in {folder!r} (endings: {', '.join(sorted(ENDINGS))})")
+    files = sorted(pictures_in(folder))
     if most is not None and len(files) > most:
         files = [files[index * len(files) // most] for index in range(most)]
     parts = [path.relative_to(root).parts for path in files]
@@ -128,7 +126,8 @@ def folder_images(folder: str, classes: int = 0, most: int | None = None) -> Ima
     note = "no class folders, so no labels"
     if all(len(part) > 1 for part in parts):
         folders = [part[0] for part in parts]
-        index, note = _class_indices(sorted(path.name for path in root.iterdir() if path.is_dir()), classes)
+        classes_here = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        index, note = _class_indices(sorted(classes_here), classes)
         if index is not None:
             labels = tuple(index[name] for name in folders)
     return ImageSet(

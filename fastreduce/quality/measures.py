@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import integer
 from ..recording import is_patched
 from .accuracy import Accuracy, paired_accuracy
 from .outputs import Outputs, check_kind, model_outputs, unreduced_copy
@@ -38,7 +39,8 @@ class Fidelity:
     Attributes:
         values: (images,) float32 on the CPU for each measure that the models have:
 
-            - ``agreement``: 1 where both have the same top-1 class, else 0; ``kl``: Σ p log(p / q) of the softmax of
+            - ``agreement``: 1 where both have the same top-1 class, else 0 (logits that are NaN have none; where the
+              unreduced model's are, it is NaN); ``kl``: Σ p log(p / q) of the softmax of
               the logits in nats, p the unreduced model's. Both need a head.
             - ``class_cosine``: cosine of the class tokens; ``pooled_cosine``: of what the head reads.
             - ``patch_cosine``: cosine of the dense features after ``unmerge``, mean over the patches; a dropped patch
@@ -97,7 +99,11 @@ def image_fidelity(before: Outputs, after: Outputs) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if before.logits is not None and after.logits is not None:
         mine, theirs = after.logits.float(), before.logits.float()
-        found["agreement"] = (mine.argmax(1) == theirs.argmax(1)).float()
+        if mine.shape != theirs.shape:
+            raise ValueError(f"both models must have the same classes, got {theirs.shape[1]} and {mine.shape[1]}")
+        # The top of logits that are NaN is no class: nothing agrees with it, and of the unreduced model's nobody knows.
+        agreement = ((mine.argmax(1) == theirs.argmax(1)) & ~mine.isnan().any(1)).float()
+        found["agreement"] = agreement.masked_fill(theirs.isnan().any(1), math.nan)
         logs, reference = mine.log_softmax(1), theirs.log_softmax(1)
         found["kl"] = F.kl_div(logs, reference, reduction="none", log_target=True).sum(1).clamp_min(0)
     if before.class_token is not None and after.class_token is not None:
@@ -118,7 +124,7 @@ def _batches(images: Any, labels: Any, batch_size: int) -> Iterator[tuple[Tensor
     if isinstance(images, Tensor):
         if images.ndim != 4 or not len(images):
             raise ValueError(f"images must be (N, channels, height, width), N at least 1, got {tuple(images.shape)}")
-        found = None if labels is None else torch.as_tensor(labels)
+        found = _as_labels(labels)
         if found is not None and found.shape != images.shape[:1]:
             raise ValueError(f"labels must be ({len(images)},), one for each image, got {tuple(found.shape)}")
         for start in range(0, len(images), batch_size):
@@ -133,7 +139,15 @@ def _batches(images: Any, labels: Any, batch_size: int) -> Iterator[tuple[Tensor
         pair = batch if isinstance(batch, (tuple, list)) else (batch,)
         if not pair or not isinstance(pair[0], Tensor):
             raise TypeError(f"a batch must be a tensor or a pair of images and labels, got {type(batch).__name__}")
-        yield pair[0], torch.as_tensor(pair[1]) if len(pair) > 1 else None
+        yield pair[0], _as_labels(pair[1]) if len(pair) > 1 else None
+
+
+def _as_labels(labels: Any) -> Tensor | None:
+    """Return labels as a tensor, or None; raise TypeError for what is no numbers."""
+    try:
+        return None if labels is None else torch.as_tensor(labels)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"labels must be class indices, got {labels!r}") from error
 
 
 @contextmanager
@@ -179,8 +193,10 @@ def fidelity(
         an interval for their difference.
 
     Raises:
-        ValueError: a model that is not patched, no images, wrong shapes, labels without a head or out of its range.
-        TypeError: a model whose features cannot be had, or batches that are none.
+        ValueError: a model that is not patched, no images, wrong shapes, two models with different classes, labels
+            without a head, out of its range or for some of the batches.
+        TypeError: a model whose features cannot be had, batches that are none, labels or a batch size that are no
+            integers.
         ImportError: labels without scipy.
 
     Example::
@@ -189,8 +205,7 @@ def fidelity(
         found = fastreduce.fidelity(model, images)
         found.mean("pooled_cosine"), found.worst_decile("patch_cosine")
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = integer("batch_size", batch_size, least=1)
     check_kind(model)
     if unreduced is None:
         if not is_patched(model):
@@ -227,6 +242,9 @@ class _Collected:
         if not self.parts:
             raise ValueError("no images were given")
         values = {name: torch.cat(rows) for name, rows in self.parts.items()}
+        images, labelled = (sum(map(len, rows)) for rows in (next(iter(self.parts.values())), self.right[0]))
+        if labelled not in (0, images):
+            raise ValueError(f"either all batches have labels or none, got labels for {labelled} of {images} images")
         accuracy = paired_accuracy(torch.cat(self.right[0]), torch.cat(self.right[1])) if self.right[0] else None
         return Fidelity(values, accuracy)
 
@@ -281,4 +299,4 @@ def _correct(logits: Tensor | None, targets: Tensor) -> Tensor:
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         wrong = int(targets.min()) if targets.min() < 0 else int(targets.max())
         raise ValueError(f"labels must lie between 0 and {classes - 1}, the classes of the head, got {wrong}")
-    return logits.argmax(1).cpu() == targets.cpu()
+    return (logits.argmax(1).cpu() == targets.cpu()) & ~logits.isnan().any(1).cpu()

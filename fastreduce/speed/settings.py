@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .._files import check_weights_file, read_json
+from .._files import check_weights_file, pictures_in, read_json
 from ..config import read_config
 from ..names import EXPORT_FORMATS, compared_methods, nearest, one_of, parse_method_option
 
@@ -126,6 +126,14 @@ def _check_hugging_face(name: str, pretrained: bool | None) -> None:
         raise ValueError(f"model {f'hf:{name}'!r} would be downloaded: give --pretrained if that is wanted")
 
 
+def _check_pictures(folder: str) -> None:
+    """Raise ValueError unless there is a picture in a folder."""
+    try:
+        next(pictures_in(folder))
+    except ValueError as error:
+        raise ValueError(f"--images: {error}") from error
+
+
 def check_model(name: str, pretrained: bool | None) -> None:
     """Raise ValueError for a model that timm does not have, or one of a hub that must not be asked.
 
@@ -226,8 +234,8 @@ class _Common:
             check_checkpoint(self.checkpoint)
         check_model(self.model, self.pretrained)
         _check_whole("image-count", self.image_count)
-        if self.images is not None and not os.path.isdir(self.images):
-            raise ValueError(f"--images: there is no folder {self.images!r}")
+        if self.images is not None:
+            _check_pictures(self.images)
         if self.at_least is not None and not 0 < self.at_least <= 1:
             raise ValueError(f"at-least must lie in (0, 1], got {self.at_least:g}")
         if self.at_most_lost is not None and not 0 <= self.at_most_lost <= 100:

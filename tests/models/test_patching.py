@@ -395,6 +395,40 @@ class TestSetKeepRate:
         fastreduce.unpatch(model)
         assert torch.equal(run(model, tiny.images(model)), run(tiny.build(), tiny.images(model)))
 
+    def test_a_rate_after_r_stays_at_its_blocks(self):
+        """ToMe's r acts in every block by default, a rate in three of them: the config says which."""
+        model = fastreduce.patch(tiny.build(), "tome", r=2)
+        fastreduce.set_keep_rate(model, 0.9)
+        fresh = fastreduce.patch(tiny.build(), **fastreduce.config_of(model))
+        assert fresh.reducers.blocks == model.reducers.blocks == (0, 1, 2, 3)
+        assert torch.equal(run(model, tiny.images(model)), run(fresh, tiny.images(model)))
+
+    def test_sharded_blocks_do_not_move(self):
+        """FSDP gives a block another class, which cannot be undone: the schedule stays the one before, too."""
+        model = patched("topk")
+        expected, counts = run(model, tiny.images(model)), fastreduce.reduced_counts(model)
+        kind = type(model.blocks[2])
+        model.blocks[2].__class__ = type("FSDPBlock", (kind,), {})
+        with pytest.raises(ValueError, match="sharded"):
+            fastreduce.set_keep_rate(model, 0.75, at=(0, 2, 3))
+        assert fastreduce.reduced_counts(model) == counts
+        model.blocks[2].__class__ = kind
+        assert torch.equal(run(model, tiny.images(model)), expected)
+
+    def test_the_config_is_nobody_elses_list(self):
+        at, keep = [1, 2], [8, 4]
+        model = fastreduce.patch(tiny.build(), "topk", keep=keep, at=at)
+        at.append(3)
+        keep[0] = 16
+        fastreduce.config_of(model)["at"].clear()
+        assert fastreduce.config_of(model)["at"] == [1, 2]
+        assert fastreduce.config_of(model)["keep"] == [8, 4]
+        fastreduce.set_keep_rate(model, keep=keep, at=at[1:])
+        keep.clear()
+        at.clear()
+        assert fastreduce.config_of(model)["keep"] == [16, 4]
+        assert fastreduce.config_of(model)["at"] == [2, 3]
+
     def test_refusals_leave_the_model(self):
         model = patched("sit")
         expected = run(model, tiny.images(model))

@@ -196,13 +196,31 @@ def test_summary_has_mean_median_and_worst_decile():
         ({"images": torch.zeros(2, 3, 64, 64), "labels": [1, 7]}, ValueError, "between 0 and 6.*got 7"),
         ({"images": torch.zeros(2, 3, 64, 64), "labels": [-1, 2]}, ValueError, "got -1"),
         ({"images": torch.zeros(2, 3, 64, 64), "batch_size": 0}, ValueError, "batch_size.*0"),
+        ({"images": torch.zeros(2, 3, 64, 64), "batch_size": 2.5}, TypeError, "batch_size.*2.5"),
+        ({"images": torch.zeros(2, 3, 64, 64), "labels": ["a", "b"]}, TypeError, "labels.*'a'"),
         ({"images": [torch.zeros(1, 3, 64, 64)], "labels": [1]}, ValueError, "loader"),
+        ({"images": [(torch.zeros(1, 3, 64, 64), [1]), torch.zeros(2, 3, 64, 64)]}, ValueError, "labels for 1 of 3"),
+        ({"images": torch.zeros(2, 3, 64, 64), "unreduced": _model(num_classes=5)}, ValueError, "got 5 and 7"),
     ],
 )
 def test_wrong_arguments_are_said(arguments, error, words):
     model = fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)
     with pytest.raises(error, match=words):
         fastreduce.fidelity(model, **arguments)
+
+
+def test_logits_that_are_nan_agree_with_nothing():
+    """The index of the largest of them would be that of the first NaN, class 0 where all are."""
+    model = fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)
+    images = torch.randn(3, 3, 64, 64, generator=seeded(1))
+    images[1] = torch.nan
+    found = fastreduce.fidelity(model, images, labels=[0, 0, 0])
+    assert found.values["agreement"].isnan().tolist() == [False, True, False]
+    right = model(images[::2]).argmax(1) == 0
+    assert found.accuracy.after == pytest.approx(right.sum().item() / 3)
+    unreduced, broken = _model(), fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)
+    torch.nn.init.constant_(broken.head.bias, torch.nan)
+    assert fastreduce.fidelity(broken, images[::2], unreduced=unreduced).mean("agreement") == 0
 
 
 def test_models_of_other_libraries_are_compared_by_their_answer():

@@ -64,6 +64,14 @@ def test_a_class_without_a_picture_keeps_its_index(tmp_path):
     assert images.labels == (1, 2)
 
 
+def test_hidden_folders_are_no_classes(tmp_path):
+    """Counted as one, an editor's folder would shift every label."""
+    names = ["bee/x.png", "cow/x.png", "cow/.y.png", ".ipynb_checkpoints/x.png"]
+    images = folder_images(_folder(tmp_path, names), 2)
+    assert images.names == ("bee/x.png", "cow/x.png")
+    assert images.labels == (0, 1)
+
+
 def test_most_takes_pictures_from_everywhere(tmp_path):
     names = [f"{number:02}.png" for number in range(10)]
     assert folder_images(_folder(tmp_path, names), most=3).names == ("00.png", "03.png", "06.png")

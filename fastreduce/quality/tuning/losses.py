@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ class LossTable:
 
     Attributes:
         patches: P, of an image.
-        losses: for every block, the loss of one stage alone at each of ``shares``.
+        losses: for every block at which the method can have a stage, the loss of one alone at each of ``shares``.
         shares: descending; no stage leaves a smaller share than the last.
         scale: see above.
         depletion: see above.
@@ -114,7 +115,9 @@ class LossTable:
         return float(self._curves[block](1 - max(share, self.shares[-1])))
 
     def stage(self, block: int, before: int, after: int) -> float:
-        """Return what a stage loses that leaves ``after`` of ``before`` tokens."""
+        """Return what a stage loses that leaves ``after`` of ``before`` tokens; infinity where none can stand."""
+        if block not in self.losses:
+            return math.inf
         return self.scale * (before / self.patches) ** self.depletion * self.curve(block, after / before)
 
     def of(self, at: Sequence[int], keep: Sequence[int]) -> float:

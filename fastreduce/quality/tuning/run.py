@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -178,11 +179,12 @@ class Tuner:
             )
             tables["times"] = dataclasses.asdict(self.times)
             self._write(tables)
-        done, total = 0, len(self.methods) * self.times.depth
+        blocks = {name: self._blocks(name) for name in self.methods}
+        done, total = 0, sum(map(len, blocks.values()))
         losses = tables.setdefault("losses", {})
         for name in self.methods:
             rows = losses.setdefault(name, {})
-            for block in range(self.times.depth):
+            for block in blocks[name]:
                 progress("losses", done, total)
                 done += 1
                 if str(block) not in rows:
@@ -193,6 +195,14 @@ class Tuner:
         for done, name in enumerate(self.methods):
             progress("fitting", done, len(self.methods))
             self._fit(name)
+
+    def _blocks(self, name: str) -> list[int]:
+        """Return the blocks at which a method can have a stage: K-Medoids has none before the first attention."""
+        found = []
+        for block in range(self.times.depth):
+            with contextlib.suppress(ValueError), patched(self.seen.model, keep=1, at=block, **self.methods[name]):
+                found.append(block)
+        return found
 
     def _loss_of(self, name: str, block: int, share: float) -> float:
         fused = int(self.methods[name]["method"] == "evit")

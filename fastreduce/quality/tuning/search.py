@@ -85,7 +85,8 @@ def front_of(
         counts: token counts, descending, the first being all patches.
         block_seconds: (count, whether tokens were reduced before) -> time of a block without a stage.
         stage_seconds: (count before, count after) -> time of a block with a stage.
-        stage_loss: (block, count before, count after) -> what the stage loses, not negative.
+        stage_loss: (block, count before, count after) -> what the stage loses, not negative; infinite where the method
+            can have no stage at the block.
         fixed_seconds: time of everything beside the blocks.
         allowed: (count before, count after) -> whether the method has such a stage.
     """
@@ -111,6 +112,8 @@ def front_of(
                 if not np.isfinite(here):
                     continue
                 lost = 0.0 if before == after else stage_loss(block, counts[before], counts[after])
+                if not np.isfinite(lost):
+                    continue
                 times.append(time[before] + here)
                 losses.append(loss[before] + lost)
                 sources.append(np.stack([np.full(len(time[before]), before), np.arange(len(time[before]))], 1))

@@ -63,6 +63,20 @@ def test_front_is_that_of_all_schedules(seed, half, monkeypatch):
     assert min(found, key=lambda one: one.loss).loss == 0
 
 
+def test_no_stage_stands_where_its_loss_is_infinite(monkeypatch):
+    """A schedule with such a stage is none: the front is that of all others."""
+    monkeypatch.setattr("fastreduce.quality.tuning.search._STEPS", 10**9)
+    block, stage, lost = _tables(2)
+
+    def first_is_none(index, before, after):
+        return np.inf if index == 0 else lost(index, before, after)
+
+    every = [one for one in _every_schedule(block, stage, lost, 0.25, lambda *_: True) if 0 not in one.at]
+    rows = pareto_rows(np.array([one.seconds for one in every]), np.array([one.loss for one in every]))
+    found = front_of(DEPTH, COUNTS, block, stage, first_is_none, fixed_seconds=0.25)
+    assert [(one.at, one.keep) for one in found] == [(every[row].at, every[row].keep) for row in rows]
+
+
 def test_steps_of_time_cost_no_more_than_a_step_a_block():
     block, stage, lost = _tables(7)
     exact = _every_schedule(block, stage, lost, 0.0, lambda before, after: True)

@@ -165,6 +165,22 @@ def test_the_file_is_what_patch_takes(tuner, model, tmp_path):
     assert tuner.best(speed_up=3.0) is None
 
 
+def test_every_method_has_stages_where_it_can(model, monkeypatch):
+    """K-Medoids weighs tokens by the attention of the block before, and block 0 has none."""
+    methods = {name: {"method": name} for name in sorted(set(fastreduce.REDUCERS) - {"radial"})}
+    methods["equal"] = {"method": "kmedoids", "equal_weight": True}
+    monkeypatch.setattr(run, "measure_times", lambda *_, **__: _table(methods))
+    monkeypatch.setattr(run, "LEVELS", 4)
+    tuner = Tuner(model, _images(2), _images(1, seed=1), methods, 2)
+    tuner.tabulate()
+    blocks = {name: sorted(table.losses) for name, table in tuner.losses.items()}
+    assert blocks == {name: list(range(name == "kmedoids", 6)) for name in methods}
+    assert not any(0 in one.at for one in tuner.fronts["kmedoids"])
+    tuner.look_for(speed_up=1.5)
+    for choice in tuner.choices:
+        fastreduce.patch(create_copy(model), **choice.config)
+
+
 def test_a_run_goes_on_from_its_tables(tuner, model, monkeypatch, tmp_path):
     def forbidden(*_, **__):
         raise AssertionError("measured again")
