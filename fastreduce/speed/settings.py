@@ -140,7 +140,7 @@ def check_model(name: str, pretrained: bool | None) -> None:
     A name of timm's (``timm:`` may stand before it) or of a hub's (``hf-hub:`` for timm's, ``hf:`` for those of
     transformers), or a folder of either library.
     """
-    if library_of(name) == "transformers":
+    if name and library_of(name) == "transformers":
         _check_hugging_face(name, pretrained)
         return
     name = name.removeprefix("timm:")
