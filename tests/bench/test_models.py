@@ -118,7 +118,7 @@ def test_names_beside_lines_keep_their_order_and_distance():
     assert (places[1] + places[2] + places[3]) / 3 == pytest.approx((1.0 + 1.2 + 0.9) / 3)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_method_agrees_with_the_official_algorithm(dtype):
     for group in measure(methods=(), rounds=1, dtype=dtype):
         assert {row["method"] for row in group["methods"]} == set(fastreduce.REDUCERS)

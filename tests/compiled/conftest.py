@@ -3,14 +3,20 @@
 import os
 from pathlib import Path
 
+import pytest
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     collect_ignore_glob = ["test_*.py"]
 
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the marks
 def pytest_collection_modifyitems(config, items):
-    """Keep one architecture of every case, in turn; ``bench.compile_report`` compiles all shape classes for both."""
+    """Keep one architecture of every case, in turn, and mark every second case as slow.
+
+    ``bench.compile_report`` compiles all shape classes for both architectures.
+    """
     cases = {}
     for item in items:
         if item.path.parent == HERE and "arch" in item.fixturenames:
@@ -19,7 +25,10 @@ def pytest_collection_modifyitems(config, items):
             cases.setdefault((item.path.name, item.originalname, others), []).append(item)
     left_out = set()
     for turn, case in enumerate(cases.values()):
-        left_out.update(set(case) - {case[turn % len(case)]})
+        kept = case[turn % len(case)]
+        left_out.update(set(case) - {kept})
+        if turn // len(case) % 2:
+            kept.add_marker(pytest.mark.slow)
     items[:] = [item for item in items if item not in left_out]
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))

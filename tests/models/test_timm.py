@@ -19,6 +19,7 @@ import fastreduce.plain
 from bench.proof import tiny
 from fastreduce.plain import FreeSlice, PlainModel
 from fastreduce.tokens import Tokens
+from tests.helpers.cases import quick
 
 SCHEDULE = {"keep_rate": 0.5, "at": tiny.AT}
 METHODS = (*fastreduce.REDUCERS, "evit-normalized", "tome-exact")
@@ -1063,7 +1064,7 @@ class TestCompile:
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(run(compiled, images), expected, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
+    @pytest.mark.parametrize("arguments", quick(PLAIN_NAMES, "topk", "ats", "tome", "sinkhorn"))
     def test_dynamic_batch(self, arguments):
         model = _short(arguments)
         compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
@@ -1073,7 +1074,9 @@ class TestCompile:
         with torch._dynamo.config.patch(error_on_recompile=True):
             run(compiled, tiny.images(model, batch=7))
 
-    @pytest.mark.parametrize("arguments", [case for case in PLAIN_NAMES if case.id != "dynamicvit"])
+    @pytest.mark.parametrize(
+        "arguments", quick([case for case in PLAIN_NAMES if case.id != "dynamicvit"], "evit", "tome", "dpcknn")
+    )
     def test_training(self, arguments):
         model = _short(arguments).train()
         images = tiny.images(model)
@@ -1109,7 +1112,7 @@ class TestCompile:
         compiled = torch.compile(model, fullgraph=True)
         torch.testing.assert_close(run(compiled, images), run(model, images), rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize("arguments", PLAIN_NAMES)
+    @pytest.mark.parametrize("arguments", quick(PLAIN_NAMES, "topk", "tome"))  # tests/deploy exports all
     def test_export(self, arguments):
         model = _short(arguments)
         images = tiny.images(model)
