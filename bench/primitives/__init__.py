@@ -1,4 +1,4 @@
-"""What is known of a primitive to whoever measures it: inputs, contenders, and the least that must be moved.
+"""Facts about a primitive for whoever measures it: inputs, contenders, and the least that must be moved.
 
 One file of this folder describes one primitive. The microbenchmarks, ``bench.traffic``, ``bench.compile_report``
 and ``bench.gpu`` all read these descriptions, so that one thing is checked, counted and timed.

@@ -1,4 +1,4 @@
-"""What both clusterings are judged by, and the tiles in which both compare tokens."""
+"""Checks of both clusterings, and the tiles in which both compare tokens."""
 
 from __future__ import annotations
 

@@ -47,9 +47,6 @@ def assert_one_line(done, message):
     assert done.stdout == ""
 
 
-# ---- before torch
-
-
 EARLY = {
     "no image": ("compare nowhere.jpg", "there is no image 'nowhere.jpg'"),
     "folder": ("compare FOLDER", "is a folder; give a file"),
@@ -129,9 +126,6 @@ def test_nothing_is_left_behind_by_what_was_refused(tmp_path):
         )
         assert done.exit_code == 2, done.output
         assert os.listdir(tmp_path) == []
-
-
-# ---- messages
 
 
 MESSAGES = {
@@ -238,9 +232,6 @@ def test_what_a_batch_takes_is_no_less_than_its_pictures():
     assert engine.free_memory(comparison.device) > 0
 
 
-# ---- spellings
-
-
 def chosen(monkeypatch, *arguments):
     """Return the settings that a command line comes to."""
     found = []
@@ -311,9 +302,6 @@ def test_completion_of_a_shell():
             COMP_CWORD=str(len(line.split()) - 1),
         )
         assert done.stdout.split() == [word], done.stderr
-
-
-# ---- methods and their options
 
 
 def test_the_list_of_methods():
@@ -413,9 +401,6 @@ def test_every_option_that_can_be_given_is_one_that_the_method_takes():
 
 def own_names(words):
     return {word.partition(".")[0] for word in words}
-
-
-# ---- fuzz
 
 
 ODD = [
