@@ -275,7 +275,7 @@ def _quick_parts(device: str, workers: int) -> list[Part]:
     ]
 
 
-@functools.lru_cache(maxsize=1)  # its truth is shared by the contenders, which follow one another
+@functools.lru_cache(maxsize=1)  # contenders follow one another, and share its truth
 def _prepared(name: str, shape: Shape, device: torch.device, direction: str) -> Microbenchmark:
     return Microbenchmark(load_primitives()[name], shape, device, direction)
 

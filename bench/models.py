@@ -83,10 +83,10 @@ MODES = {  # whether the model is compiled, and whether it is captured
     "compiled-graphed": (True, True),
 }
 _QUICK = {"models": ("test_vit",), "batches": (2,), "keep_rates": (0.7, 0.4), "rounds": 3}
-_LEAST_SECONDS = 0.02  # of one measurement on CUDA, over which the host's launches spread
+_LEAST_SECONDS = 0.02  # a measurement on CUDA takes at least as long, so that the host's launches spread over it
 _MOST_REPEATS = 64
-_ALLOWED = 8  # times the unreduced model's own difference, as in fastreduce compare
-_MOST_UNROLLED = 300  # passes over a cluster of the plain K-Medoids; compiling 261 of them took 72 s on one core
+_ALLOWED = 8  # difference allowed, over the unreduced model's own, as in fastreduce compare
+_MOST_UNROLLED = 300  # passes over a cluster of the plain K-Medoids, each of which is compiled
 _REASON_LENGTH = 200
 
 Function = Callable[[Tensor, Tensor], Tensor]  # images, labels -> logits, or the loss of each image
@@ -439,7 +439,7 @@ class _Contest:
     def _rounds(
         self, calls: Mapping[Any, Callable[[], object]], reasons: dict[Any, str], deadline: float, progress: Progress
     ) -> tuple[dict[Any, list[float]], int]:
-        """Seconds of everything that got through all rounds, and of how many calls one measurement was."""
+        """Return the seconds of everything that got through all rounds, and the calls of one measurement."""
         if not calls:
             return {}, 1
         repeats = self._repeats(next(iter(calls.values())))
@@ -495,7 +495,7 @@ class _Contest:
         }
 
     def _row(self, name: Any, seconds: Mapping[Any, list[float]], reasons: Mapping[Any, str]) -> dict[str, Any]:
-        """Images per second, or the reason why there are none, and the speedup over the unreduced model."""
+        """Write images per second, or the reason why there are none, and the speedup over the unreduced model."""
         row: dict[str, Any] = {"reason": reasons.get(name)}
         if name in self.comparison.gmacs:
             row["gmacs"] = self.comparison.gmacs[name]
@@ -670,7 +670,7 @@ def _wide(value: float | None, digits: int = 2) -> str:
 
 
 def _with_spread(row: Mapping[str, Any], name: str) -> str:
-    """Median ± half the distance of the quartiles."""
+    """Write the median ± half the distance of the quartiles."""
     if (value := row.get(name)) is None:
         return "–"
     low, high = row[f"{name}_quartiles"]
@@ -831,7 +831,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "wall_seconds": time.perf_counter() - started,
                     "groups": groups,
                 }
-                part = json_file.with_name(f"{json_file.name}.part")  # nobody ever finds half a file
+                part = json_file.with_name(f"{json_file.name}.part")  # so that no reader finds half a file
                 part.write_text(json.dumps(result, indent=1) + "\n")
                 part.replace(json_file)
             if plots is not None:

@@ -57,7 +57,7 @@ def keep_memory() -> bool:
     Returns:
         Whether it could be done: False without glibc.
     """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
@@ -278,7 +278,7 @@ def usual_troubles() -> tuple[type[Exception], ...]:
 
 
 def recompile_limits(limit: int) -> dict[str, int]:
-    """Settings of torch.compile, under the names that the installed version has."""
+    """Return the settings of torch.compile, under the names that the installed version has."""
     names = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
     return {name: limit for name in names if hasattr(torch._dynamo.config, name)}
 

@@ -67,19 +67,19 @@ Settings = CompareSettings
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _FIXED: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
-_CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that some models or blocks are refused for
+_CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that refuse some models or blocks
 _HOW_NOT_WHAT = (("ats", "trim"), ("ats", "packed"))
 _CHECKED = 2  # images of the batch that are also run in float64, which is what takes the time there
 _BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (8, 16, 32, 64)}
 _MOST_ROUNDS = 20
-_REDUCED = 0.75  # of the time of a whole pass, on average over methods and keep rates
+_REDUCED = 0.75  # a reduced pass over a whole one, on average over methods and keep rates
 _PICTURE_SECONDS = 0.7
 _SUSPICIOUS = 8  # times the unreduced model's own difference to float64, before decisions are looked at
-FORMAT_VERSION = 2  # of the JSON; 1 had "official" where this has "plain"
-_AGAIN = "unreduced again"  # its turn at the end of a round
+FORMAT_VERSION = 2  # the JSON's; version 1 had "official" in place of "plain"
+_AGAIN = "unreduced again"  # the unreduced model's turn at the end of a round
 _ACTIVATIONS = 16  # rows of the residual stream's width that are in memory at a time, for every token
 
-Progress = Callable[[str, float, float], None]  # what is done, how much of it, out of how much
+Progress = Callable[[str, float, float], None]  # the phase, how much of it is done, and out of how much
 
 
 @dataclasses.dataclass
@@ -166,7 +166,7 @@ def build_model(settings: Any) -> Built:
         wanted = True  # nothing is downloaded
     torch.manual_seed(settings.seed)
     if wanted is not False:
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; we tell the end
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it logs every retry; we tell how it ended
     if wanted is None and settings.checkpoint is None:
         model, reason = create_pretrained(name)
         if model is not None:
@@ -356,7 +356,7 @@ class Comparison:
         schedule = {"keep_rate": keep_rate} if keep is None else {"keep": list(keep)}
         given = self.method_options.get(method, {})
         chosen = {**schedule, **_FIXED.get(method, {}), **options, **given}
-        torch.manual_seed(self.settings.seed)  # of the method's own layers, whatever else is compared
+        torch.manual_seed(self.settings.seed)  # so that the method's layers do not depend on what else is compared
         patched = patch(_share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
         self.blocks = stage_blocks(self.settings.at, len(self.model.blocks))
         layers = self._load_layers(patched)

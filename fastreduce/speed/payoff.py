@@ -50,9 +50,9 @@ LEAST_GAIN = 1.02
 TOO_FEW = "too few rounds"
 
 # What --round-to auto tries. Rows of a matrix product are images times tokens, so a remainder matters at small batches.
-# CUDA: 8 numbers of half precision are one load of 16 bytes, which rows of an attention bias should start at; 64 is the
-# tile of queries and keys in fused attention, and a tile that was begun costs a whole one. CPU: 16 of float32 fill the
-# widest vector register, in which matrix products are blocked.
+# CUDA: 8 numbers of half precision are one load, and rows of an attention bias should start at whole loads. 64 is the
+# tile of queries and keys in fused attention, and a tile that was begun costs a whole one. CPU: 16 numbers of float32
+# fill the widest vector register, in which matrix products are blocked.
 MULTIPLES = {"cpu": (16,), "cuda": (8, 64)}
 NOT_ROUNDED = {
     "radial": "radial's counts follow from its radii",
@@ -61,8 +61,8 @@ NOT_ROUNDED = {
 
 _CHECKED = 2  # images that are also run in float64
 _FEWEST_ROUNDS, _MOST_ROUNDS = 6, 50
-_FOR_ROUNDING = 0.2  # of the time
-_REDUCED = 0.75  # of the time of a whole pass, on average over the keep rates
+_FOR_ROUNDING = 0.2  # share of the time
+_REDUCED = 0.75  # a reduced pass over a whole one, on average over keep rates
 
 
 def round_up(counts: Sequence[int], multiple: int, prefix: int, patches: int) -> tuple[int, ...]:

@@ -357,7 +357,7 @@ def _nabirds(root: Path, size: int, how: Augmentation) -> DataSet:
     for key, flag in split.items():
         if flag not in ("0", "1"):
             raise ValueError(f"{root / 'train_test_split.txt'}: image {key!r} must have 0 or 1, got {flag!r}")
-    # Only the leaves of the hierarchy have images: 555 of 1,011 labels.
+    # Only the leaves of the hierarchy have images, about half of the labels.
     used = sorted(set(labels.values()), key=lambda label: (len(label), label))
     index = {label: position for position, label in enumerate(used)}
     if len({*files.values()}) < len(files):

@@ -241,7 +241,7 @@ def paper_recipe(data: str, backbone: str = "deit_small_patch16_224", capacities
 
 
 _KEEP_RATES = (0.25, 0.5, 0.7, 0.9)
-# At a keep rate of 0.25 the third stage has 4 of 64 tokens left, fewer than the paper's 5 neighbours.
+# The third stage of the lowest keep rate has fewer tokens left than the paper's five neighbours.
 _FEW_TOKENS: dict[str, Any] = {"dpcknn": {"k_neighbors": 4}}
 # Depth and stages of a DeiT, 8 x 8 tokens. With timm's usual weights of 0.02 so narrow a model takes twice as long.
 _BACKBONE = Backbone(
@@ -361,7 +361,7 @@ def _fine_tune(
 
 
 def _learns_from_unreduced(recipe: Recipe, model: Model) -> bool:
-    """DynamicViT does where the backbone's own head may be for other classes."""
+    """Return whether the unreduced model teaches it: DynamicViT, where the backbone's head may be for others."""
     return not recipe.trains(model.capacity) and recipe.teacher is None and _is_dynamic(model)
 
 
@@ -440,7 +440,7 @@ def train_all(
     return trainings
 
 
-_parts: Any = None  # of every model of a study, how much of it is trained; shared by the processes of one
+_parts: Any = None  # how much of every model is trained, shared by the processes of a study
 
 
 def _start_worker(parts: Any) -> None:

@@ -313,7 +313,7 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
         groups: dict[str, dict[Any, Array]] = {kind: {} for kind in (*_KINDS, "outputs")}
         for name, dtype, shape, offset in _columns(header, size):
             kind, key = _place_of(name, about["depth"])
-            empty = not math.prod(shape)  # which cannot be mapped
+            empty = not math.prod(shape)  # an empty array cannot be mapped
             groups[kind][key] = (
                 np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", offset=start + offset, shape=shape)
             )

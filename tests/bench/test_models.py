@@ -35,7 +35,7 @@ def measure(**changes):
 
 
 def times(group):
-    """Images per second by name, None for what has no time."""
+    """Return images per second by name, None for what has no time."""
     return {
         "unreduced": group["unreduced"]["images_per_second"],
         "slice": group["free_slices"][0]["images_per_second"],

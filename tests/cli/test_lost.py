@@ -35,7 +35,7 @@ def words(done):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Photographs in as many class folders as a checkpoint's head has, and that checkpoint."""
+    """Make photographs in as many class folders as a checkpoint's head has, and that checkpoint."""
     from fastreduce.pictures import sample_photos
 
     root = tmp_path_factory.mktemp("pictures")

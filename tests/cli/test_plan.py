@@ -128,7 +128,7 @@ NOISE = (0.99, 1.0, 1.01, 1.0, 0.99, 1.01, 1.0, 1.0)
 
 
 def rows(speedups, noise=NOISE, control=NOISE):
-    """Invented rounds: ``{batch: {keep rate: speed-up}}``, each ratio strewn as given."""
+    """Invent rounds: ``{batch: {keep rate: speed-up}}``, each ratio strewn as given."""
     found = []
     for batch, of_rates in speedups.items():
         unreduced = [0.01 * batch * (1 + 0.3 * (turn % 3)) for turn in range(len(noise))]  # drift cancels in a ratio

@@ -100,7 +100,7 @@ def test_agreement_is_that_of_scikit_learn(kind, small_chunks):
 
 
 def random_kept(rng, images, patches, count):
-    """Distinct patches, some of them padding."""
+    """Draw distinct patches, some of them padding."""
     kept = np.argsort(rng.random((images, patches)), 1)[:, :count]
     return np.where(rng.random(kept.shape) < 0.2, -1, kept).astype(np.int16)
 

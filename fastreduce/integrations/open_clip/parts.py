@@ -150,7 +150,7 @@ class ResidualParts(_Parts):
         return returned[0]
 
     def softmax(self, block: Any) -> tuple[bool, float | None]:
-        """True: attention is torch's own, and may drop weights."""
+        """Return True: attention is torch's own, and may drop weights."""
         return True, block.attn.dropout if block.attn.training else 0.0
 
     def _is_bare(self, block: Any) -> bool:
