@@ -40,6 +40,7 @@ __all__ = [
     "ratio",
     "recompile_limits",
     "seconds_of",
+    "speed",
     "take_turns",
     "usual_troubles",
 ]
@@ -188,6 +189,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
+    """Return images per second, their quartiles over the rounds, and the seconds, ready for JSON."""
+    return {
+        "images_per_second": images / statistics.median(seconds),
+        "images_per_second_quartiles": list(quartiles([images / value for value in seconds])),
+        "seconds": list(seconds),
+    }
 
 
 def ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:

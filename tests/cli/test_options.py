@@ -23,6 +23,7 @@ from fastreduce.cli.app import app
 from fastreduce.names import FAMILIES, METHODS, TITLES, compared_methods, parse_method_option
 from fastreduce.reducers import _options
 from fastreduce.speed import comparison as engine
+from fastreduce.speed import models as built
 from fastreduce.speed import payoff
 from fastreduce.speed.settings import CompareSettings, PlanSettings, check_model
 
@@ -74,7 +75,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("case", EARLY)
 def test_mistakes_are_told_before_anything_is_built(folder, case, monkeypatch):
-    monkeypatch.setattr(engine, "create_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(built, "create_model", lambda *_, **__: pytest.fail("a model was built"))
     arguments, message = EARLY[case]
     assert_one_line(run(*arguments.replace("FOLDER", str(folder)).split()), message)
 
