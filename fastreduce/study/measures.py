@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "FeatureSpace",
     "cluster_agreement",
-    "compose_assignments",
     "distinct_labels",
     "feature_similarities",
     "kept_overlap",
@@ -104,21 +103,6 @@ def kept_overlap(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> tuple
         raise ValueError(f"both need as many images of one grid, got packed shapes {first.shape} and {second.shape}")
     common = packed_sizes(first & second)
     return common / np.maximum(packed_sizes(first | second), 1), common / np.maximum(packed_sizes(second), 1)
-
-
-def compose_assignments(stages: list[Integers]) -> list[Integers]:
-    """Compose assignments stage by stage into those of every original patch.
-
-    Args:
-        stages: (images, tokens that enter the stage) integer each, the token of the next stage that each goes into.
-
-    Returns:
-        For each stage (images, P): the token that every original patch is in after it.
-    """
-    composed = [np.asarray(stages[0])]
-    for stage in stages[1:]:
-        composed.append(np.take_along_axis(np.asarray(stage), composed[-1].astype(np.intp), 1))
-    return composed
 
 
 def _runs(labels: Integers) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
