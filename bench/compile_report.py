@@ -166,7 +166,7 @@ class _Run:
         self._seen: set[int] = set()
 
     def compile(self, primitive: Primitive) -> list[dict[str, Any]]:
-        """Rows of the kernels that no earlier launch had compiled."""
+        """Return the rows of the kernels that no earlier launch had compiled."""
         before = len(self.rows)
         for shape in self.shapes:
             inputs = primitive.make(shape, torch.Generator().manual_seed(0))

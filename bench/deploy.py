@@ -1,4 +1,4 @@
-"""How fast a reduced model is where it is deployed, beside the unreduced model in the same runtime.
+"""Speed of a reduced model where it is deployed, beside the unreduced model in the same runtime.
 
 ``python -m bench.deploy`` prints unreduced ÷ reduced in eager mode, ONNX Runtime and OpenVINO at batch 1 and 8, for the
 shapes of DeiT-S and of CLIP's ViT-B/16. ``--small-batches`` prints batch 1, 2, 4 and 8 in eager mode, compiled and in

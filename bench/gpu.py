@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 
+from fastreduce._files import write_atomically
 from fastreduce.measure import environment
 
 from .children import Child, Item, Row, serve
@@ -275,7 +276,7 @@ def _quick_parts(device: str, workers: int) -> list[Part]:
     ]
 
 
-@functools.lru_cache(maxsize=1)  # its truth is shared by the contenders, which follow one another
+@functools.lru_cache(maxsize=1)  # contenders follow one another, and share its truth
 def _prepared(name: str, shape: Shape, device: torch.device, direction: str) -> Microbenchmark:
     return Microbenchmark(load_primitives()[name], shape, device, direction)
 
@@ -331,7 +332,7 @@ def _micro(item: Item, device: torch.device) -> Iterator[Row]:
 
 
 def _settings(item: Item) -> Any:
-    from .models import Settings
+    from .contests import Settings
 
     return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in item.items()})
 
@@ -339,19 +340,19 @@ def _settings(item: Item) -> Any:
 @functools.cache
 def _contests() -> Any:
     """Return the room of built models, which lives as long as the process."""
-    from .models import Contests
+    from .contests import Contests
 
     return Contests(most=8)
 
 
 def _models(item: Item, device: torch.device) -> Iterator[Row]:
-    from .models import measure_models
+    from .contests import measure_models
 
     yield from measure_models(_settings(item), contests=_contests())
 
 
 def _warm(item: Item, device: torch.device) -> Iterator[Row]:
-    from .models import fill_kernel_cache
+    from .contests import fill_kernel_cache
 
     started = time.perf_counter()
     fill_kernel_cache(_settings(item))
@@ -419,9 +420,7 @@ class _Session:
     def save(self) -> None:
         """Write everything; a reader never sees half a file."""
         self.result["seconds"] = time.perf_counter() - self.started
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps(self.result, indent=1) + "\n")
-        part.replace(self.path)
+        write_atomically(self.path, json.dumps(self.result, indent=1) + "\n")
 
     def run_all(self, parts: Sequence[Part]) -> None:
         """Do one part after the other; each ends when the shares of all before it and its own are used up."""

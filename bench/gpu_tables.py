@@ -11,7 +11,7 @@ from .children import Row
 
 __all__ = ["RULE_PRIMITIVES", "is_wrong", "markdown", "reason_of"]
 
-RULE_PRIMITIVES = ("attention_index", "attention_cls_scores")  # where "auto" goes by the number of keys
+RULE_PRIMITIVES = ("attention_index", "attention_cls_scores")  # operators for which "auto" goes by the number of keys
 
 
 def reason_of(row: Row) -> str | None:

@@ -160,7 +160,7 @@ def contenders(dtype: torch.dtype = torch.bfloat16) -> list[Contender]:
 
 
 def _seconds(call: Call, calls: int) -> float:
-    """CPU seconds of one of many calls in a row."""
+    """Return the CPU seconds of one of many calls in a row."""
     begin = time.process_time()
     for _ in range(calls):
         call()

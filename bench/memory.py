@@ -48,12 +48,12 @@ __all__ = ["allocations_only", "main", "peak_bytes"]
 MODEL = "deit_tiny_patch16_224"
 TOKENS = "1025,4097"
 KEEP_RATE = 0.5
-MOST_GROWTH = 1.25  # times the growth of the tokens
+MOST_GROWTH = 1.25  # growth of the memory over that of the tokens
 OPTIONS: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
 # What holds matrices of one image: how many, by the reference and by kernels. Sinkhorn's kernels have two numbers more
 # for every 64 tokens and a cluster.
 MATRICES = {"cluster_k_medoids": (2.5, 1), "kmedoids": (2.5, 1), "sinkhorn_merge": (4, 1 + 2 / 64), "sinkhorn": (4, 1)}
-IMAGES = 16  # whose matrices together are larger than the workspace
+IMAGES = 16  # so many that their matrices are larger than the workspace
 # Kind and method or primitive: the growth over that of the tokens, which is 4 where all is quadratic.
 KNOWN = {
     "reference attention": Known(4, "under a policy, in DynamicViT's training: only the kernel does without matrices"),
@@ -134,7 +134,7 @@ def _models(name: str, tokens: int, methods: Sequence[str], device: torch.device
 
 
 def _matrices(kind: str, name: str, tokens: int) -> float:
-    """Bytes of the matrices that one image of so many tokens may hold, the class token's row aside."""
+    """Return the bytes of the matrices that one image of so many tokens may hold, the class token's row aside."""
     if name not in MATRICES:
         return 0.0
     patches = tokens - 1

@@ -64,14 +64,14 @@ _ticks: dict[torch.device, tuple[torch.cuda.Event, float]] = {}
 
 
 def device_clock(device: torch.device) -> float:
-    """Seconds: the host's on the CPU; on CUDA those at which the device has done all that it was given."""
+    """Return seconds: the host's on the CPU; on CUDA, those at which the device has done all of its work."""
     if device.type != "cuda":
         return time.perf_counter()
     now = torch.cuda.Event(enable_timing=True)
     now.record(torch.cuda.current_stream(device))
     now.synchronize()
     last, total = _ticks.get(device, (now, 0.0))
-    total += last.elapsed_time(now) / 1e3  # from tick to tick: one float32 of ten minutes is 60 us coarse
+    total += last.elapsed_time(now) / 1e3  # from tick to tick, because a float32 of ten minutes is coarse
     _ticks[device] = now, total
     return total
 
@@ -222,7 +222,7 @@ class Microbenchmark:
         return self.primitive.backward_floor(inputs, outputs, gradients)
 
     def prepare(self, contender: str) -> Run:
-        """Buffers, warm-up and, on CUDA, a graph."""
+        """Make buffers, warm up and, on CUDA, capture a graph."""
         call = self.contenders[contender]
         counted = _is_counted(contender, self.device)
         if self.device.type != "cuda":
@@ -249,7 +249,7 @@ class Microbenchmark:
         stream.synchronize()
 
         def all_sets() -> None:
-            latest: collections.deque[Outputs] = collections.deque(maxlen=kept)  # or all would go to one address
+            latest: collections.deque[Outputs] = collections.deque(maxlen=kept)  # else all would go to one address
             for work in itertools.islice(itertools.cycle(works), repeats):
                 latest.append(work())
 
@@ -280,7 +280,7 @@ class Microbenchmark:
         }
 
     def _launches(self, once: Callable[[], Outputs]) -> dict[str, int]:
-        """Kernels and copies that the device ran; on the CPU the operators that were called."""
+        """Count the kernels and copies that the device ran; on the CPU, the operators that were called."""
         if self.device.type != "cuda":
             with OperatorCounts() as operators:
                 once()
@@ -306,7 +306,7 @@ class Microbenchmark:
         return max(itertools.accumulate(changes), default=0)
 
     def _times(self, run: Run, rounds: int) -> list[float]:
-        """Seconds of one piece of work, of every round."""
+        """Return the seconds of one piece of work, of every round."""
         once, calls = seconds_of(run.call, self.device), 1
         if self.device.type == "cuda":
             warm_until = time.perf_counter() + _WARM

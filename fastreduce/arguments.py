@@ -15,7 +15,7 @@ def plain(value: Any) -> Any:
         return value
     found = value.item()
     if isinstance(found, float) and value.dtype.itemsize == 4 and math.isfinite(found):
-        return float(f"{found:.7g}")  # float32's 0.7 is meant as 0.7, not as 0.699999988, of which a token less stays
+        return float(f"{found:.7g}")  # a float32 that stands for 0.7 is a little less, and would keep a token less
     return found
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "ratio",
     "recompile_limits",
     "seconds_of",
+    "speed",
     "take_turns",
     "usual_troubles",
 ]
@@ -57,7 +58,7 @@ def keep_memory() -> bool:
     Returns:
         Whether it could be done: False without glibc.
     """
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
@@ -190,6 +191,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
+def speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
+    """Return images per second, their quartiles over the rounds, and the seconds, ready for JSON."""
+    return {
+        "images_per_second": images / statistics.median(seconds),
+        "images_per_second_quartiles": list(quartiles([images / value for value in seconds])),
+        "seconds": list(seconds),
+    }
+
+
 def ratio(name: str, of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
     """Return how many times faster ``of`` is than ``to``: the median of the rounds, and the quartiles."""
     ratios = [b / a for a, b in zip(of, to, strict=True)]
@@ -278,7 +288,7 @@ def usual_troubles() -> tuple[type[Exception], ...]:
 
 
 def recompile_limits(limit: int) -> dict[str, int]:
-    """Settings of torch.compile, under the names that the installed version has."""
+    """Return the settings of torch.compile, under the names that the installed version has."""
     names = ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit", "accumulated_cache_size_limit")
     return {name: limit for name in names if hasattr(torch._dynamo.config, name)}
 

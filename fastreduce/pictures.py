@@ -42,7 +42,7 @@ def _from_floats(values: NDArray[Any]) -> Image.Image:
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if low >= 0 and high <= 1:
         return _scaled(values, 0.0, 1.0)
-    # 8 or 16 bits as floats, where the picture has values in the upper half; else whatever the largest is.
+    # The range of 8 or of 16 bits, where a value is in its upper half; else the largest value.
     top = next((limit for limit in (255.0, 65535.0) if limit / 2 < high <= limit), high)
     return _scaled(values, min(low, 0.0), top)
 

@@ -17,7 +17,7 @@ __all__ = ["ACTIVE", "Record", "Stage", "is_patched", "note", "patched_model", "
 
 
 def _path_of_reducer(model: nn.Module) -> list[str] | None:
-    """Names that lead from a module to the model in it that is patched, or None where there is none."""
+    """Return the names that lead from a module to the model in it that is patched, or None where there is none."""
     for name, module in model.named_modules():
         if isinstance(module, Reducer):
             path = name.split(".")
@@ -82,7 +82,7 @@ class Stage:
         plan = plans[-1]
         self.block, self.num_in, self.num_out = plan.block, plan.num_in, plan.num_out
         kept = plan.kept_indices(batch)
-        self.kept = None if kept is None else kept.clone()  # not a view of radial's own pattern
+        self.kept = None if kept is None else kept.clone()  # a copy, not a view of radial's own pattern
         self.kept_patches = compose_kept(plans, batch)
         self.sources = compose_sources(plans, batch)
         self.fused = plan.fused

@@ -114,7 +114,7 @@ class Plan:
         return torch.where(index < 0, -1, place.gather(1, index.clamp_min(0))).to(place.dtype)
 
     def real(self, valid: Tensor, prefix: int) -> Tensor:
-        """(B, prefix + num_out) which output tokens are no padding, for (B, prefix + num_in) which input tokens are.
+        """Say which output tokens (B, prefix + num_out) are no padding; ``valid`` says it of the input tokens.
 
         A fused token is real where one of those in it is.
         """
@@ -216,7 +216,7 @@ def _with_prefix(slot: Tensor, prefix: int) -> Tensor:
 
 
 def compose_mass(plans: Sequence[Plan], batch: int) -> Tensor:
-    """(B, num_out) float32: how many original patches every token stands for after all ``plans``, fractions too.
+    """Count the original patches, fractions too, that every token stands for after all plans: (B, num_out) float32.
 
     A soft merge shares a patch out among its tokens, in proportion to the patch's weights in them; so the sum over
     tokens is the number of patches that were not dropped. Of a hard merge it is the number of its patches.
@@ -279,7 +279,7 @@ _NOT_A_TENSOR = (
     "the blocks of a reduced model hand on fastreduce.Tokens (tokens with their sizes and history), not a tensor: "
     "call model.blocks as a whole, or take `.x` from what a block returns"
 )
-# What hooks ask of a block's output without changing it: Grad-CAM, torchinfo and probes go on working.
+# Calls that hooks make on a block's output without changing it, so that Grad-CAM, torchinfo and probes go on working.
 _LOOKS = frozenset(
     {"shape", "dtype", "device", "ndim", "dim", "size", "numel", "element_size", "is_cuda", "layout", "requires_grad"}
     | {"grad", "grad_fn", "is_leaf", "register_hook", "retain_grad", "data", "detach", "cpu", "float", "mean", "std"}
@@ -379,7 +379,7 @@ class Tokens(_Fields):
 
     def replace(self, x: Tensor, **changes: Any) -> Tokens:
         """Return the tokens with another ``x``, and whatever else changes."""
-        # Not by _replace, of which torch.compile in torch 2.11 makes an empty tuple. What was normed is another x.
+        # Not by _replace: torch.compile in torch 2.11 makes an empty tuple of it. ``normed`` belongs to another x.
         kept: dict[str, Any] = {"prefix": self.prefix, "patches": self.patches, "backend": self.backend}
         kept |= {"sizes": self.sizes, "bias": self.bias, "valid": self.valid, "received": self.received}
         kept |= {"policy": self.policy, "decisions": self.decisions, "plans": self.plans, "packing": self.packing}
@@ -443,7 +443,7 @@ class Tokens(_Fields):
         return unmerge(self.x, self.plans, self.prefix, inputs=inputs, backend=self.backend)
 
     def mass(self) -> Tensor:
-        """(B, n): how many patches every patch token stands for, see :func:`compose_mass`; at least one plan."""
+        """Count the patches that every patch token stands for (B, n), see :func:`compose_mass`; at least one plan."""
         return compose_mass(self.plans, self.batch)
 
     def __getattr__(self, name: str) -> Any:

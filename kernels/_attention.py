@@ -91,8 +91,8 @@ def whole_tile(
 
     Such a program makes five products for the gradients.
     Two passes make seven, as each computes the logits and the gradient of the weights for itself.
-    16,384 accumulators are what 8 warps hold beside a step's logits, on Hopper alone: older tensor cores take operands
-    from registers. With a policy, gradients of scores or channels to be masked a few words would spill.
+    The limit is the number of accumulators that 8 warps hold beside a step's logits, on Hopper alone: older tensor
+    cores take operands from registers. With a policy, gradients of scores or channels to be masked, some would spill.
     """
     own, width = max(64, next_power_of_2(queries)), padded_head_dim(head_dim)
     if not aligned or dtype == torch.float32 or width != head_dim or own * max(64, width) > 16384:
@@ -117,7 +117,7 @@ def settings(tile: AttentionTile) -> dict[str, int]:
 
 
 def last_rows(rows: int, step: int) -> int:
-    """Rows of the last step, where whole ones leave some: as few as hold them, 16 at least; 0 where none are left."""
+    """Count the rows of the last step, where whole ones leave some: as few as hold them, at least 16; else 0."""
     left = rows % step
     return min(step, max(16, next_power_of_2(left))) if left else 0
 
@@ -167,7 +167,7 @@ def load_bias(row, columns, mask, stride, log2_e):
 
 @triton.jit
 def chosen_rows(places, index, index_stride_k, prefix, mask, first):
-    """Rows of q for places in this image, which begins at ``first``: of the prefix, then those that the index names."""
+    """Return the rows of q for places in this image, which begins at ``first``: of the prefix, then of the index."""
     patches = places - prefix
     chosen = tl.load(index + patches.to(tl.int64) * index_stride_k, mask=mask & (patches >= 0), other=0)
     return tl.where(patches >= 0, chosen.to(tl.int64) + prefix, places.to(tl.int64)) + first
@@ -175,7 +175,7 @@ def chosen_rows(places, index, index_stride_k, prefix, mask, first):
 
 @triton.jit
 def clear_rows(target, offsets, rows, heads, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Zeros in this head's rows past the last image: all programs of a head share them."""
+    """Write zeros to this head's rows past the last image: all programs of a head share them."""
     first = tl.load(offsets + tl.num_programs(2))
     part = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -216,7 +216,7 @@ Parts = list[tuple[int, torch.Tensor | None, tuple[torch.Tensor | None, torch.Te
 def launches(
     images: int, index: torch.Tensor | None, query_offsets: torch.Tensor | None, key_offsets: torch.Tensor | None
 ) -> Parts:
-    """Number, index and offsets of the images of each launch: several for more packed ones than a grid takes."""
+    """Return number, index and offsets of the images of each launch: several for more packed ones than a grid takes."""
     parts = parts_of_images(images)
     if len(parts) == 1 or query_offsets is None or key_offsets is None:
         return [(images, index, (query_offsets, key_offsets))]

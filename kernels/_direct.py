@@ -20,7 +20,7 @@ _MOST_KEPT = 4096  # argument lists of a kernel
 def direct(kernel: Any) -> Any:
     """Decorate a kernel, above ``@triton.jit``: what Triton decided for arguments like these is kept and launched.
 
-    Triton's own launch takes 12 µs, this one 4. Interpreted kernels stay as they are.
+    This launch takes a third of the time of Triton's own. Interpreted kernels stay as they are.
     """
     return _Direct(kernel) if isinstance(kernel, JITFunction) else kernel
 

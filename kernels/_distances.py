@@ -41,7 +41,7 @@ class DistanceTile:
 
 @triton.jit
 def _dots(pointers_i, pointers_j, channels, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Products (BLOCK_I, BLOCK_J) float32 of rows of pointers; what is multiplied here must not be summed here."""
+    """Multiply rows of pointers -> (BLOCK_I, BLOCK_J) float32; what is multiplied must not be added here."""
     offsets_c = tl.arange(0, BLOCK_C)
     dots = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     for start_c in range(0, channels, BLOCK_C):
@@ -81,7 +81,7 @@ def distances(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Distances (BLOCK_I, BLOCK_J) float32 between rows of pointers; infinite for columns not in_j and for NaN."""
+    """Return distances (BLOCK_I, BLOCK_J) float32 between rows of pointers; infinite for NaN and columns not in_j."""
     dots = _dots(pointers_i, pointers_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
     squared = squares_i[:, None] + squares_j[None, :] - 2.0 * dots
     number = (squared == squared) & in_j[None, :]

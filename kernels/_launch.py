@@ -47,7 +47,7 @@ def whole_rows(channels: int) -> RowTile:
 
 
 def row_warps(block_c: int) -> int:
-    """Warps for one row: 8 channels a thread, one 16-byte load of half precision."""
+    """Return the number of warps for one row: 8 channels a thread, one 16-byte load of half precision."""
     return min(32, max(1, block_c // 256))
 
 
@@ -60,7 +60,7 @@ def needs_parts(images: int) -> bool:
 
 
 def parts_of_images(images: int) -> list[slice]:
-    """Images of one launch each."""
+    """Return the images of every launch."""
     return [slice(first, min(first + MOST_IMAGES, images)) for first in range(0, images, MOST_IMAGES)]
 
 

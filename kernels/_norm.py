@@ -70,7 +70,7 @@ def norm_rows_kernel(
 
 @triton.jit
 def _vector(values, offsets_c, channels, missing: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Values (C,) in float32; ``missing`` for each where there are none."""
+    """Load values (C,) in float32; ``missing`` for each where there are none."""
     if values is None:
         result = tl.full((BLOCK_C,), missing, tl.float32)
     else:
@@ -126,7 +126,7 @@ def _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels):
 
 
 def normed_like(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the normalised rows and their statistics (B, N, 2) float32."""
+    """Make room for the normalised rows and their statistics (B, N, 2) float32."""
     statistics = torch.empty(*out.shape[:2], 2, dtype=torch.float32, device=out.device)
     return torch.empty_like(out), statistics
 
@@ -157,7 +157,7 @@ def norm_rows(
 
 @functools.cache
 def backward_tile(channels: int) -> RowTile:
-    """Whole rows that a backward pass holds at a time, 8 channels a thread: 4 side by side wait for memory together.
+    """Choose whole rows for a backward pass, 8 channels a thread: 4 side by side wait for memory together.
 
     From 2,048 channels on they would leave a thread too few registers: one.
     """
@@ -167,10 +167,10 @@ def backward_tile(channels: int) -> RowTile:
 
 
 def empty_sums(out: torch.Tensor, programs: int, affine: bool) -> torch.Tensor | None:
-    """Room for what every program adds to the gradients of weight and bias (programs, 2, C) float32, if affine."""
+    """Make room for what every program adds to the gradients of weight and bias (programs, 2, C) float32, if affine."""
     return torch.empty(programs, 2, out.shape[2], dtype=torch.float32, device=out.device) if affine else None
 
 
 def added_up(out: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
-    """Gradients of weight and bias (2, C) float32, (0, C) if none are wanted."""
+    """Return the gradients of weight and bias (2, C) float32, (0, C) if none are wanted."""
     return torch.empty(0, out.shape[2], dtype=torch.float32, device=out.device) if sums is None else sums.sum(0)

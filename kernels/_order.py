@@ -27,12 +27,12 @@ def ascending_keys(value, index):
 
 @triton.jit
 def unsigned_bits(value):
-    """Unsigned integers in the order of the floats; both zeros give one."""
+    """Return unsigned integers in the order of the floats; both zeros give one."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
 
 @triton.jit
 def ordered_bits(squared):
-    """Integers in the order of floats that are not negative; NaN is above infinity."""
+    """Return integers in the order of floats that are not negative; NaN is above infinity."""
     return squared.to(tl.int32, bitcast=True) & 0x7FFFFFFF

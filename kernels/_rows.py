@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 def unit_of(*tensors: torch.Tensor) -> int:
-    """Elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""
+    """Return the elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""
     unit = 16 // tensors[0].element_size()
     for tensor in tensors:
         if tensor.data_ptr() % 16 or not _whole(unit, tensor.shape[-1], tensor.stride()):

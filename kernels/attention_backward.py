@@ -522,7 +522,7 @@ def attention_policy_backward(
     scale: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three launches; grad (B, H, N, D) -> gradients of q, k, v (B, H, N, D) and the policy (B, N)."""
+    """Return the gradients of q, k, v (B, H, N, D) and the policy (B, N) for grad (B, H, N, D), in three launches."""
     grad_q, grad_k, grad_v, grad_policy = _backward(
         *(grad, q, k, v, policy, out, logsumexp, total, mean, scale, eps),
         *(None, None, 0, None, (0, 0), None, "", policy),

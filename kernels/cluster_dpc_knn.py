@@ -25,7 +25,7 @@ MAX_NEAREST = 8
 
 @functools.cache
 def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
-    """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens, or 4 warps, spill
         return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=2)
     block_c = min(max(next_power_of_2(channels), 16), 64)  # 16: the least that tensor cores take
@@ -35,10 +35,8 @@ def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
 def most_tokens(dtype: torch.dtype) -> int:
     """Return the most tokens of an image that one program clusters: a key a thread in the sort.
 
-    DeiT at 224 pixels has 196.
-
-    Exact dots of float32 do without tensor cores: 196 tokens of 384 channels are 22 million multiplications, which take
-    one multiprocessor 100 us at its peak and several less, by far more than the three launches more.
+    Exact dots of float32 do without tensor cores. An image of DeiT-S would keep one multiprocessor busy for about
+    100 us; several multiprocessors gain far more than three further launches cost.
     """
     return 64 if dtype == torch.float32 else 256
 
@@ -47,8 +45,8 @@ def most_tokens(dtype: torch.dtype) -> int:
 def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> DistanceTile:
     """Return the tile of the one program that has an image to itself; it was found by compiling too.
 
-    16 warps, which take all registers of a multiprocessor as two programs of 8 would, and half the barriers. Rows that
-    are not aligned take an address for every element, and with so wide a tile they spill.
+    It takes all registers of a multiprocessor, as two programs of half the warps would, and half the barriers. Rows
+    that are not aligned take an address for every element, and with so wide a tile they spill.
     """
     if dtype == torch.float32:  # 2 stages or 64 by 64 tokens spill; 16 warps would load two channels a thread
         return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=3)
@@ -142,7 +140,7 @@ def _scores(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Density times the distance to the nearest denser token; the image's largest distance where there is none."""
+    """Return density times the distance to the nearest denser token; the image's largest distance if there is none."""
     i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
     pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
@@ -318,7 +316,7 @@ def cluster_kernel(
 def cluster_dpc_knn(
     x: torch.Tensor, k: int, neighbors: int, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three launches, or six; x (B, N, C) with contiguous channels.
+    """Cluster x (B, N, C), whose channels are contiguous, in three launches or six.
 
     Returns centers (B, k) and label (B, N), int64, and the tokens grouped by label: order (B, N) and offsets
     (B, k + 1), int32.

@@ -22,7 +22,7 @@ from ._workspace import workspace_parts
 
 @functools.cache
 def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
-    """Found by compiling: settings that never spill for sm_80 and sm_90, channels aligned or not."""
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens spill
         return DistanceTile(block_i=64, block_j=32, block_c=16, num_warps=4, num_stages=2)
     block_c = min(max(next_power_of_2(channels), 16), 64)
@@ -134,7 +134,7 @@ def _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N: tl.
 
 @triton.jit
 def _cost_keys(cost, label, n, tokens):
-    """Keys of tokens n in the order of cost, then index, NaN last; and their labels, -1 past the end."""
+    """Return keys of tokens n in the order of cost, then index, NaN last; and their labels, -1 past the end."""
     value = tl.load(cost + n, mask=n < tokens, other=0.0)
     label_n = tl.load(label + n, mask=n < tokens, other=-1).to(tl.int32)
     return ascending_keys(value, n), label_n
@@ -153,7 +153,7 @@ def _cheapest_of_all(cost, label, centers, tokens, clusters, BLOCK_N: tl.constex
 
 @triton.jit
 def _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Centers of the clusters j (BLOCK_J,): the first of each one's cheapest tokens, token 0 where it has none."""
+    """Return the centers of the clusters j (BLOCK_J,): each one's first cheapest token, token 0 if it has none."""
     none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     best = tl.full((BLOCK_J,), 0, tl.int64) + none
     for start_n in range(0, tokens, BLOCK_N):
@@ -233,7 +233,7 @@ def token_distances(
 
 @in_parts("x", "weights")
 def cluster_k_medoids(x: torch.Tensor, weights: torch.Tensor, k: int, iters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three launches, two more for every further part of the images; see the module.
+    """Cluster in three launches, two more for every further part of the images; see the module.
 
     x (B, N, C) with contiguous channels, weights (B, N) -> centers (B, k), label (B, N).
     """

@@ -43,7 +43,7 @@ def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def product_tile(inner: int, columns: int, dtype: torch.dtype) -> ProductTile:
-    """Found by compiling for sm_80 and sm_90: no spill; wide tiles read the least, and keep three stages in flight."""
+    """Choose tiles that spill nowhere on sm_80 and sm_90; wide ones read the least, and keep three stages in flight."""
     if _wide(inner, columns, dtype):
         return ProductTile(128, _fits(columns, 128), _fits(inner, 64), num_warps=8, num_stages=3)
     deep = 32 if inner % 32 == 0 or dtype.itemsize == 2 else 16  # addresses of an uneven float32 step fill registers
@@ -59,14 +59,14 @@ def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> ProductTile:
 
 
 def grad_weight_parts(ins: int, outs: int, rows: int, dtype: torch.dtype) -> int:
-    """Return how many programs share a tile's sum: two on each of 132 multiprocessors, with 512 rows or more each."""
+    """Return how many programs share a tile's sum: two a multiprocessor of a large GPU, each with 512 rows or more."""
     tile = grad_weight_tile(ins, outs, dtype)
     tiles = cdiv(outs, tile.block_m) * cdiv(ins, tile.block_n)
     return max(1, min(cdiv(264, tiles), rows // 512))
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Exact products; float32 by three of tf32, except on AMD, which has none."""
+    """Choose exact products; float32 by three of tf32, except on AMD, which has none."""
     return "ieee" if torch.version.hip or dtype != torch.float32 else "tf32x3"
 
 
@@ -232,7 +232,7 @@ def linear_packed(
 
 
 def _summed(parts: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """Over the parts, in the weight's dtype; empty if there are none."""
+    """Sum over the parts, in the weight's dtype; empty if there are none."""
     if parts is None:
         return weight.new_empty(0)
     return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(weight.dtype)
@@ -245,7 +245,7 @@ def linear_packed_backward(
     offsets: torch.Tensor,
     wanted: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias, empty where they are not wanted; grad (1, T, O), x (1, T, I), weight (O, I).
+    """Return the gradients of x, weight and bias, empty where they are not wanted; grad (1, T, O), x (1, T, I).
 
     A launch for x, one for the others, and as many sums as are wanted of these where the rows are shared out.
     """

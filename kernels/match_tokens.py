@@ -45,7 +45,7 @@ class MatchTile:
 
 @functools.cache
 def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1, *, aligned: bool = True) -> MatchTile:
-    """Found by compiling: settings that never spill for sm_80 and sm_90; of several heads where rows are aligned.
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90; several heads' where rows are aligned.
 
     ``searching``: even tokens that look for a partner. Those of an image at 224 pixels are one tile, so that every key
     is read once; more are in tiles of 256, so that the odd ones are read by few.
@@ -82,7 +82,7 @@ def averages_while_loading(
 
 @triton.jit
 def _metric(pointers, mask, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
-    """Rows of the metric; of keys with several heads, the mean over these, rounded once to their dtype."""
+    """Return rows of the metric; of keys with several heads, the mean over these, rounded once to their dtype."""
     if HEADS == 1:
         rows = tl.load(pointers, mask=mask, other=0.0)
     else:
@@ -226,7 +226,7 @@ def best_match_kernel(
 
 @triton.jit
 def _load_keys(best, position, num_a, PREFIX: tl.constexpr):
-    """Unsigned integers in the order of the best similarities; prefix tokens have the least."""
+    """Load unsigned integers in the order of the best similarities; prefix tokens have the least."""
     searching = (position >= (PREFIX + 1) // 2) & (position < num_a)
     value = tl.load(best + position, mask=searching, other=float("-inf"))
     return unsigned_bits(value)

@@ -150,7 +150,7 @@ def _drop(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Tokens of no slot get zeros: every program writes some of them."""
+    """Write zeros for tokens of no slot: every program writes some of them."""
     order += batch * tokens
     nothing = tl.zeros((SLOTS, BLOCK_C), tl.float32).to(out.dtype.element_ty)
     dropped = tl.load(offsets + batch * (num_slots + 1))
@@ -506,7 +506,7 @@ def merge_tokens(
 
 
 def _size_gradients(x, tokens, partner):
-    """Room for the sizes' gradients and the kernel's notes, if they get gradients."""
+    """Make room for the sizes' gradients and the kernel's notes, if they get gradients."""
     if partner is None:
         return None, None
     # What is returned comes first: torch.compile assumes that the results of an operator are aligned.

@@ -36,7 +36,7 @@ class LogitTile:
 
 @functools.cache
 def logit_tile(block_own: int, block_other: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """Found by compiling: settings that never spill for sm_80 and sm_90, head dimensions 16 to 256."""
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90, head dimensions 16 to 256."""
     # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all, and 16 at least.
     block_d = 16 if dtype == torch.float32 else max(next_power_of_2(head_dim), 16)
     return LogitTile(block_own, block_other, block_d, num_warps=8, num_stages=2)

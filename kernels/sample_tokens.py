@@ -40,7 +40,7 @@ def sample_settings(tokens: int, budget: int) -> SampleSettings:
 
 @triton.jit
 def _scores(row, offsets, tokens, stride):
-    """Scores as float32; what is negative, NaN or infinite counts as 0."""
+    """Return scores as float32; what is negative, NaN or infinite counts as 0."""
     score = tl.load(row + offsets.to(tl.int64) * stride, mask=offsets < tokens, other=0.0).to(tl.float32)
     return tl.where((score > 0.0) & (score < float("inf")), score, 0.0)
 

@@ -51,7 +51,7 @@ class PlanTile:
 
 @functools.cache
 def similarity_tile(clusters: int, exact: bool) -> DotTile:
-    """Found by compiling, as the next two: settings that never spill for sm_80 and sm_90."""
+    """Choose settings, found by compiling as the next two, that never spill for sm_80 and sm_90."""
     columns = min(64, max(16, next_power_of_2(clusters)))
     if exact:  # exact float32 dots hold their operands in registers
         return DotTile(rows=64, columns=min(columns, 32), step=16, num_warps=4, num_stages=2)
@@ -60,7 +60,7 @@ def similarity_tile(clusters: int, exact: bool) -> DotTile:
 
 @functools.cache
 def sums_tile(channels: int, exact: bool) -> DotTile:
-    """Wide in the channels, because the programs of every block of channels make the plan anew."""
+    """Choose tiles wide in the channels, because the programs of every block of channels make the plan anew."""
     columns = min(128, max(16, next_power_of_2(channels)))
     if exact:
         return DotTile(rows=64, columns=min(columns, 64), step=16, num_warps=8, num_stages=2)
@@ -69,7 +69,7 @@ def sums_tile(channels: int, exact: bool) -> DotTile:
 
 @functools.cache
 def plan_tile(tokens: int, padded: int) -> PlanTile:
-    """Whole rows, 4,096 numbers a step: 16 a thread for the similarities and as many for the sums over tokens."""
+    """Choose whole rows, 16 numbers a thread for the similarities and as many for the sums over tokens."""
     clusters = next_power_of_2(padded)
     rows = max(1, min(4096 // clusters, next_power_of_2(tokens)))
     return PlanTile(tokens=rows, clusters=clusters, num_warps=8)
@@ -289,7 +289,7 @@ def plan_sums_kernel(
 
 
 def padded_clusters(clusters: int) -> int:
-    """Columns of the padded matrices."""
+    """Return the number of columns of the padded matrices."""
     return cdiv(clusters, PADDING) * PADDING
 
 

@@ -12,7 +12,7 @@ from ._launch import in_parts
 
 @triton.jit
 def group(slot, order, offsets, start_i, tokens, num_out, slot_stride_n, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Stable counting sort by ranks: BLOCK_I tokens of one image (and as many slot bounds) against all."""
+    """Sort stably by counting ranks: BLOCK_I tokens of one image (and as many slot bounds) against all."""
     i = start_i + tl.arange(0, BLOCK_I)
     in_i = i < tokens
     slot_i = tl.load(slot + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)

@@ -37,7 +37,7 @@ ONLY_HERE = {
 
 
 def _imports(path: Path) -> list[str]:
-    """Absolute dotted names of all that a file imports."""
+    """Return absolute dotted names of all that a file imports."""
     names = []
     folder = list(path.relative_to(ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):

@@ -68,7 +68,7 @@ def _in_thread(function):
 
 
 def _meeting(*names):
-    """Threads inside blocks of their own at the same time: what each sees once all are in, and after they left."""
+    """Run threads inside blocks of their own at the same time: what each sees once all are in, and after they left."""
     inside, seen, after = threading.Barrier(len(names)), {}, {}
 
     def run(name):

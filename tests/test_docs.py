@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *D
 
 
 def _heading_ids(text):
-    """Anchors of a page's headings, as GitHub and mkdocs make them of plain words."""
+    """Return anchors of a page's headings, as GitHub and mkdocs make them of plain words."""
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 

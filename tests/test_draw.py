@@ -9,7 +9,7 @@ CELL = 16
 
 
 def picture(rows=3, columns=4, brightness=60, seed=0):
-    """Dark or light noise, every patch with a colour of its own."""
+    """Draw dark or light noise, every patch with a colour of its own."""
     random = np.random.default_rng(seed)
     base = np.kron(random.integers(0, 60, (rows, columns, 3)), np.ones((CELL, CELL, 1), int))
     noise = random.integers(0, 20, base.shape)

@@ -15,8 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastreduce.pictures import open_picture
-from fastreduce.speed.comparison import _open_photo
+from fastreduce.pictures import open_photo, open_picture
 
 from .helpers.inputs import rewrite
 
@@ -239,9 +238,9 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
 
 def test_compare_reads_the_same_and_samples_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _open_photo("flower.jpg").size == (640, 427)
+    assert open_photo("flower.jpg").size == (640, 427)
     Image.fromarray(RAMP.astype(np.uint16)).save(tmp_path / "flower.jpg", "png")  # one's own comes first
-    assert is_grey(np.asarray(_open_photo("flower.jpg")).astype(int), GREY)
+    assert is_grey(np.asarray(open_photo("flower.jpg")).astype(int), GREY)
 
 
 @given(st.sampled_from(["png", "jpeg", "gif", "tiff", "bmp", "webp", "ppm"]), st.integers(0, 2**32))

@@ -88,7 +88,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("primitive", "shape", "direction", "contender"), cases)
 
 
-@functools.lru_cache(maxsize=1)  # its truth is shared by the contenders, which follow one another
+@functools.lru_cache(maxsize=1)  # contenders follow one another, and share its truth
 def _prepared(name: str, primitive: Any, shape: Shape, direction: str) -> Microbenchmark:
     return Microbenchmark(primitive, shape, _device(), direction)
 

@@ -1,4 +1,4 @@
-"""What is known of a primitive to whoever measures it: inputs, contenders, and the least that must be moved.
+"""Facts about a primitive for whoever measures it: inputs, contenders, and the least that must be moved.
 
 One file of this folder describes one primitive. The microbenchmarks, ``bench.traffic``, ``bench.compile_report``
 and ``bench.gpu`` all read these descriptions, so that one thing is checked, counted and timed.
@@ -79,7 +79,7 @@ class Shape:
 
 
 def parse_shapes(words: str, dtype: torch.dtype) -> list[Shape]:
-    """Shapes like ``deit_small-197-64`` or ``deit_small-197-64-float16``, comma separated.
+    """Read shapes like ``deit_small-197-64`` or ``deit_small-197-64-float16``, comma separated.
 
     Raises:
         ValueError: a word that is none.
@@ -163,17 +163,17 @@ class Primitive:
 
 
 def nbytes(*tensors: Tensor) -> int:
-    """Bytes of all elements that the tensors show, whatever they are views of."""
+    """Count the bytes of all elements that the tensors show, whatever they are views of."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def randn(generator: torch.Generator, dtype: torch.dtype, *size: int) -> Tensor:
-    """Normal numbers on the generator's device."""
+    """Draw normal numbers on the generator's device."""
     return torch.randn(*size, generator=generator, device=generator.device).to(dtype)
 
 
 def packed_qkv(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, N, 64) as views of the packed projection, as timm's attention has them."""
+    """Return q, k, v (B, H, N, 64) as views of the packed projection, as timm's attention has them."""
     packed = randn(generator, shape.dtype, shape.batch, shape.tokens, 3, shape.heads, 64)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v

@@ -1,4 +1,4 @@
-"""What both clusterings are judged by, and the tiles in which both compare tokens."""
+"""Checks of both clusterings, and the tiles in which both compare tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def misplaced(distance: Tensor, centers: Tensor, label: Tensor, tolerance: float
 
 
 def swept(rows: int, columns: int, tile_rows: int, tile_columns: int) -> int:
-    """Rows read where all are compared with all columns: each once a tile of columns, each column once a tile of rows.
+    """Count the rows read to compare all with all columns: a row once a tile of columns, a column once a tile of rows.
 
     Neither side stays where it is: the channels of both come in steps.
     """

@@ -17,7 +17,7 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Seven of ten keys are seen, the class token always."""
+    """Make inputs in which seven of ten keys are seen, the class token always."""
     q, k, v = packed_qkv(shape, generator)
     policy = torch.rand(shape.batch, shape.tokens, generator=generator, device=generator.device) < 0.7
     policy[:, 0] = True
@@ -57,7 +57,7 @@ def _tiles(inputs: Inputs, scored: bool = False) -> Any:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """Q and the result once; K, V and every head's copy of the policy or the bias once a tile of queries."""
+    """Count Q and the result once; K, V and every head's copy of the policy or the bias once a tile of queries."""
     q, k, v, *of_keys = _tensors(inputs)
     sweeps = math.ceil(q.shape[2] / _tiles(inputs).forward.own)
     return 2 * nbytes(q) + sweeps * (nbytes(k, v) + q.shape[1] * nbytes(*of_keys))
@@ -133,7 +133,7 @@ def _flex_bias(inputs: Inputs) -> Outputs:
 
 
 def _make_index(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Half of the patches, of which the last fifth is padding."""
+    """Choose half of the patches, of which the last fifth is padding."""
     q, k, v = packed_qkv(shape, generator)
     noise = torch.rand(shape.batch, shape.patches, generator=generator, device=generator.device)
     index = noise.topk(shape.kept).indices
@@ -166,7 +166,7 @@ def _index_backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) 
 
 
 def _index_bytes(inputs: Inputs) -> tuple[int, int, int]:
-    """Number of queries, bytes of their rows, and of the index for every head."""
+    """Return the number of queries, bytes of their rows, and of the index for every head."""
     q, index = inputs["q"], inputs["index"]
     queries = 1 + index.shape[1]
     return queries, nbytes(q) // q.shape[2] * queries, q.shape[1] * nbytes(index)
@@ -192,7 +192,7 @@ def _index_backward_tiled(inputs: Inputs) -> int:
 
 
 def _make_packed(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Images of which each keeps fewer tokens than the one before; an eighth of the rows is past the end."""
+    """Make images of which each keeps fewer tokens than the one before; an eighth of the rows is past the end."""
     lengths = [shape.tokens - image * shape.tokens // (2 * shape.batch) for image in range(shape.batch)]
     bounds = [0, *itertools.accumulate(lengths)]
     one = Shape(shape.model, bounds[-1] + bounds[-1] // 8, 1, shape.dtype)
@@ -206,7 +206,7 @@ def _lengths(inputs: Inputs) -> list[int]:
 
 
 def _plain_packed(inputs: Inputs) -> Outputs:
-    """Image by image."""
+    """Attend image by image."""
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     lengths = _lengths(inputs)
     sizes = [*lengths, q.shape[2] - sum(lengths)]
@@ -249,7 +249,7 @@ def _make_plain(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _scores(kind: str) -> tuple[Callable[..., Outputs], Callable[[Inputs], Outputs], Callable[[Inputs], Outputs]]:
-    """Ours, the whole matrix, and PyTorch's attention beside our small kernel for the scores alone."""
+    """List ours, the whole matrix, and PyTorch's attention beside our small kernel for the scores alone."""
     call: Callable[..., Outputs] = ops.attention_cls_scores if kind == "class" else ops.attention_received_scores
 
     def plain(inputs: Inputs) -> Outputs:
@@ -273,13 +273,13 @@ def _class_backward_tiled(inputs: Inputs) -> int:
 
 
 def _received_tiled(inputs: Inputs) -> int:
-    """K once more, and Q once a tile of keys."""
+    """Count K once more, and Q once a tile of keys."""
     q, k = inputs["q"], inputs["k"]
     return _tiled(inputs) + nbytes(k) + math.ceil(k.shape[2] / _tiles(inputs).forward.own) * nbytes(q)
 
 
 def _received_backward_tiled(inputs: Inputs) -> int:
-    """K once more a tile of queries."""
+    """Count K once more a tile of queries."""
     q, k = inputs["q"], inputs["k"]
     over_keys = math.ceil(q.shape[2] / _tiles(inputs, scored=True).grad_queries.own)
     return _backward_tiled(inputs, scored=True) + over_keys * nbytes(k)
@@ -357,7 +357,7 @@ HEAD_DIMS = (32, 48, 64, 80, 96, 128)
 
 
 def _launch(head_dim: int, dtype: torch.dtype, aligned: bool, call: str, bias: str, used: Sequence[str]) -> None:
-    """Forward and backward of one use, on zeros; rows that are not aligned lie an odd number of elements apart."""
+    """Launch forward and backward of one use, on zeros; unaligned rows lie an odd number of elements apart."""
     images, tokens = 1 if "offsets" in used else 2, 197
 
     def heads(rows: int) -> Tensor:

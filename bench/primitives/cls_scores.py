@@ -50,7 +50,7 @@ def _plain_value(inputs: Inputs) -> Outputs:
 
 
 def _plain_packed(inputs: Inputs) -> Outputs:
-    """Image by image, which waits for the device."""
+    """Score image by image, which waits for the device."""
     k, value, offsets = inputs["k"], inputs["value"], inputs["offsets"].tolist()
     scores = k.new_zeros(len(offsets) - 1, inputs["longest"] - 1)
     for image, (begin, end) in enumerate(itertools.pairwise(offsets)):
@@ -70,7 +70,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """K once more, q, the upstream gradient, and both gradients."""
+    """Count K once more, q, the upstream gradient, and both gradients."""
     return nbytes(*inputs.values(), *outputs, *gradients)
 
 

@@ -44,7 +44,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """Twice all tokens against all, for densities and heights, once against the centres; results once."""
+    """Count twice all tokens against all, for densities and heights, once against the centres; results once."""
     from fastreduce.kernels import cluster_dpc_knn as kernels
 
     x, k, _ = inputs.values()
@@ -57,7 +57,7 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
-    """Labels of a nearest centre, and no token left out that scores higher than a centre, up to float32's rounding.
+    """Ask for labels of a nearest centre, and for centres that no other token outscores, up to float32's rounding.
 
     A score is uncertain by its density and its height, and the height by which of two tokens is the denser one.
     """

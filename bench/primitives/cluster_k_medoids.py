@@ -14,9 +14,10 @@ _ITERS = 3
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Whole numbers, whose squared distances every dtype holds exactly: one label decided otherwise changes the rest.
+    """Draw whole numbers, whose squared distances every dtype holds exactly.
 
-    No two weights are equal, on average they are the number of heads.
+    A label that is decided otherwise changes all that follow. No two weights are equal; on average they are the number
+    of heads.
     """
     size = (shape.batch, shape.tokens)
     x = torch.randn(*size, shape.channels, generator=generator, device=generator.device).mul_(3).round_()

@@ -25,7 +25,7 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """Kept tokens and the rest gathered with an expanded index, the rest multiplied and summed up."""
+    """Gather kept tokens and the rest with an expanded index, multiply the rest and sum it up."""
     x, order, k = inputs["x"], inputs["order"], inputs["k"]
     rows = order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     kept, rest = x[:, 1:].gather(1, rows[:, :k]), x[:, 1:].gather(1, rows[:, k:])

@@ -58,7 +58,7 @@ def _call_gather(**arguments: Any) -> Outputs:
 
 
 def _plain_gather(inputs: Inputs) -> Outputs:
-    """Image by image, which waits for the device."""
+    """Gather image by image, which waits for the device."""
     x, residual = inputs["x"], inputs["residual"]
     source, target = (bounds.tolist() for bounds in inputs["offsets"])
     pieces = []

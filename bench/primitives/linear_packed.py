@@ -53,7 +53,7 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
 
 
 def _product(rows: int, inner: int, columns: int, block_rows: int, block_columns: int, size: int) -> int:
-    """Bytes of both operands: of a matrix product each is read once for every block of the other."""
+    """Count the bytes of both operands: a matrix product reads each once for every block of the other."""
     return size * inner * (rows * math.ceil(columns / block_columns) + columns * math.ceil(rows / block_rows))
 
 

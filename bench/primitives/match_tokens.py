@@ -67,7 +67,7 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
-    """Partners, and the choice of who merges, may differ where similarities lie within two roundings of 1."""
+    """Let partners, and the choice of who merges, differ where similarities lie within two roundings of 1."""
     metric, r, (slot,) = inputs["metric"].mean(1).double(), inputs["r"], outputs
     even, odd = slot[:, ::2], slot[:, 1::2]
     first_odd = even.shape[1] - r

@@ -20,7 +20,7 @@ def matched_slots(shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Sizes as an earlier merge left them. The released code's matching hands on indices instead of slots."""
+    """Make sizes as an earlier merge left them. The released code's matching hands on indices instead of slots."""
     batch, tokens, channels = shape.batch, shape.tokens, shape.channels
     slot, num_out = matched_slots(shape, generator), tokens - shape.kept
     even, first_odd = slot[:, ::2], num_out - tokens // 2
@@ -37,12 +37,12 @@ def _make(shape: Shape, generator: torch.Generator) -> Inputs:
 
 
 def _call(*, indices: Any, **arguments: Any) -> Outputs:
-    """Grouping by slot included; ``indices`` are for the plain algorithm."""
+    """Merge, grouping by slot included; ``indices`` are for the plain algorithm."""
     return ops.merge_tokens(**arguments)
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """Rows gathered with an expanded index and scattered into sums, as the rows' sizes are; sizes in x's dtype."""
+    """Gather rows with an expanded index and scatter them into sums, as the rows' sizes; sizes in x's dtype."""
     x = inputs["x"]
     merged, stays, partner = (index.unsqueeze(-1) for index in inputs["indices"])
 
@@ -70,7 +70,7 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
 
 
 def _make_learned(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Patches and class token are views of the tokens; no cluster is empty; a layer as it is initialised."""
+    """Make patches and class token views of the tokens; no cluster is empty; a layer as it is initialised."""
     batch, patches, channels, clusters = shape.batch, shape.patches, shape.channels, shape.kept
     device = generator.device
     tokens = randn(generator, shape.dtype, batch, shape.tokens, channels)

@@ -36,7 +36,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _sweep(own: Tensor, other: Tensor, tile: Any, dots: int = 1) -> int:
-    """Rows in tiles of their own, each of which walks over all the others, for ``dots`` products with them.
+    """Count rows in tiles of their own, each of which walks over all the others, for ``dots`` products with them.
 
     If one step of a product takes all channels, the own rows are read once; else at every step.
     """

@@ -12,7 +12,7 @@ from fastreduce import ops
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Queries as a view of the packed projection; half as many places as the table has rows, in no order."""
+    """Make queries as a view of the packed projection; half as many places as the table has rows, in no order."""
     q, _, _ = packed_qkv(shape, generator)
     patches = 2 * shape.patches
     angles = randn(generator, torch.float32, patches, 64)
@@ -30,7 +30,7 @@ def _call(x: Any, cos: Any, sin: Any, place: Any, **options: Any) -> Outputs:
 
 
 def _plain(inputs: Inputs) -> Outputs:
-    """Rows gathered once for all heads, then the rotation as timm writes it."""
+    """Gather rows once for all heads, then rotate as timm writes it."""
     x, place = inputs["x"], inputs["place"].long()
     cos, sin = inputs["cos"][place].unsqueeze(1), inputs["sin"][place].unsqueeze(1)
     head, patches = x[:, :, :1], x[:, :, 1:]
@@ -46,7 +46,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _tiled(inputs: Inputs) -> int:
-    """Rows of the table and places once for the heads that a program takes, which are few where images are."""
+    """Count rows of the table and places once for the heads that a program takes, which are few where images are."""
     from fastreduce.kernels.rotate_tokens import head_tile
 
     x, place, cos = inputs["x"], inputs["place"], inputs["cos"]

@@ -42,7 +42,7 @@ def _tiled(inputs: Inputs) -> int:
 
 
 def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
-    """Equal scores may change places: torch's topk and argsort promise no order among them."""
+    """Let equal scores change places: torch's topk and argsort promise no order among them."""
     scores, (index,) = inputs["scores"], outputs
     if not torch.equal(index, index.clamp(0, scores.shape[1] - 1)):
         return "an index is no token's"

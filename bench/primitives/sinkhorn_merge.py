@@ -14,7 +14,7 @@ from fastreduce.reducers import _soft as soft
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
-    """Similarities are wanted if they are not too many, as by the reducer."""
+    """Make inputs; similarities are wanted if they are not too many, as by the reducer."""
     x = randn(generator, shape.dtype, shape.batch, shape.tokens, shape.channels)
     centers = F.normalize(randn(generator, shape.dtype, shape.kept, shape.channels), dim=-1)
     similarity = shape.tokens * shape.kept <= soft.LOGITS
@@ -44,7 +44,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """Tokens, centres, the clusters' rows of the upstream gradient, two gradients; the head's is a view of its row."""
+    """Count tokens, centres, the clusters' rows of the upstream gradient, two gradients; the head's is a view."""
     return nbytes(inputs["x"], inputs["centers"], outputs[0][:, 1:], *gradients[:2])
 
 
@@ -85,7 +85,7 @@ def _backward_tiled(inputs: Inputs) -> int:
     an_image = math.ceil(tokens / first.rows) * nbytes(upstream)
     an_image += math.ceil(tokens / last.rows) * nbytes(upstream, centers)
     parts = math.ceil(batch / math.ceil(batch / backward.CENTER_PARTS))
-    sums = 4 * parts * centers.numel()  # which torch adds up: what that moves is not the tiles'
+    sums = 4 * parts * centers.numel()  # torch adds them up, and its traffic is not the tiles'
     return (sweeps + 1) * nbytes(x) + batch * (an_image + 4 * passes * tokens * padded) + sums
 
 

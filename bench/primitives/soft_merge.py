@@ -27,7 +27,7 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 
 def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int:
-    """Logits, tokens, the clusters' rows of the upstream gradient, two gradients; the head's is a view of its rows."""
+    """Count logits, tokens, the clusters' rows of the upstream gradient, two gradients; the head's is a view."""
     return nbytes(inputs["logits"], inputs["x"], outputs[0][:, 1:], *gradients[:2])
 
 

@@ -54,7 +54,7 @@ class _Buffer:
 
 
 def _parsed(lines: Iterator[str]) -> list[_Operation]:
-    """Operations up to the end of a block; lines hold no locations."""
+    """Return the operations up to the end of a block; lines hold no locations."""
     operations = []
     for line in lines:
         text = line.strip()
@@ -94,7 +94,7 @@ class _Walk:
         self.found: dict[str, None] = {}
 
     def walk(self, block: Sequence[_Operation]) -> list[str]:
-        """Returns the values that the block yields."""
+        """Walk over a block; return the values that the block yields."""
         yielded: list[str] = []
         for operation in block:
             if operation.name in ("scf.yield", "scf.condition"):
@@ -162,7 +162,7 @@ class _Walk:
 
 
 def _scalar(name: str, text: str, values: Sequence[int | _Buffer | None]) -> int | None:
-    """Value of an operation on known integers, else None."""
+    """Return the value of an operation on known integers, else None."""
     if name == "constant":
         found = re.match(r"arith\.constant (-?\d+) : i(?:32|64)$", text)
         return int(found[1]) if found else {"true": 1, "false": 0}.get(text.split()[1].rstrip(":"))

@@ -85,7 +85,7 @@ def _occupancy_nvidia(arch: int, num_warps: int, registers: int, shared_bytes: i
 
 
 def _occupancy_amd(num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Four units of 512 registers a lane, given out by 8, and of 8 warps each, share 64 KiB."""
+    """Return the share of warps on AMD, where four units of 512 registers a lane and 8 warps share 64 KiB."""
     warps = 4 * min(8, 512 // (-(-max(registers, 1) // 8) * 8))
     blocks = warps // num_warps
     if shared_bytes:
@@ -94,7 +94,7 @@ def _occupancy_amd(num_warps: int, registers: int, shared_bytes: int) -> float:
 
 
 def occupancy(arch: int | str, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Warps of one multiprocessor that can be active, as a share of those that it can hold."""
+    """Return the share of a multiprocessor's warps that can be active."""
     if isinstance(arch, str):
         return _occupancy_amd(num_warps, registers, shared_bytes)
     return _occupancy_nvidia(arch, num_warps, registers, shared_bytes)
@@ -223,7 +223,7 @@ def _report(compiled: Any, arch: int | str) -> KernelReport:
 
 @contextlib.contextmanager
 def compiled_for(arch: int | str, failures: dict[str, str] | None = None) -> Iterator[list[KernelReport]]:
-    """Launches inside the block are compiled for ``sm_<arch>``, or AMD's ``arch``, and reported in the list.
+    """Compile launches inside the block for ``sm_<arch>``, or AMD's ``arch``, and report them in the list.
 
     Nothing runs. If ``failures`` is given, a kernel that does not compile is put there with the reason.
     """

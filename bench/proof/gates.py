@@ -85,7 +85,7 @@ class Gate:
 
 
 def check_words(words: Iterable[str], choices: Iterable[str], what: str) -> None:
-    """ValueError about the first word that is none of the choices."""
+    """Raise ValueError about the first word that is none of the choices."""
     for word in words:
         if word not in choices:
             raise ValueError(f"unknown {what} {word!r}; expected one of {', '.join(choices)}")

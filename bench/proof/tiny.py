@@ -43,7 +43,7 @@ def _seeded(seed: int) -> torch.Generator:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights that no block leaves idle: LayerScale, biases, class token and positions all matter."""
+    """Give a model weights that no block leaves idle: LayerScale, biases, class token and positions all matter."""
     generator = _seeded(seed)
 
     def normal(shape: torch.Size, std: float) -> Tensor:
@@ -85,5 +85,5 @@ def build(name: str = "vit_tiny_patch16_224", seed: int = 0, **changes: Any) -> 
 
 
 def images(model: nn.Module, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random images of the model's own size."""
+    """Draw random images of the model's own size."""
     return torch.randn(batch, 3, *model.patch_embed.img_size, generator=_seeded(seed)).to(dtype)

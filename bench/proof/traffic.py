@@ -41,7 +41,7 @@ def _active_bytes(pointers: Any, mask: Any) -> int:
 
 @contextlib.contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Counts the loads and stores of every launch within the block; needs a process that interprets."""
+    """Count the loads and stores of every launch within the block; needs a process that interprets."""
     counted, running = Traffic(), [""]
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     masked_load, masked_store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__

@@ -118,7 +118,7 @@ def _load_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     except BaseException as error:
         with torch.no_grad():
             for key, value in own.items():
-                with contextlib.suppress(RuntimeError):  # what cannot be written to has not changed
+                with contextlib.suppress(RuntimeError):  # a tensor that cannot be written to has not changed
                     value.copy_(before[key])
         if isinstance(error, (RuntimeError, TypeError, AttributeError)):
             reason = one_line(error)

@@ -165,7 +165,7 @@ def _read_safetensors(path: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     with open(path, "rb") as file:
-        safetensors_header(file, path)  # what the library lets pass: names that occur twice
+        safetensors_header(file, path)  # refuses names that occur twice, which the library lets pass
     return load_file(path)
 
 
@@ -193,7 +193,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[Any, Any]:
         ) from None
     except OSError:
         raise
-    except Exception as error:  # the reader's own words are about pickles, and advise to read without weights_only
+    except Exception as error:  # the reader's own message speaks of pickles, and advises to read without weights_only
         as_what = {"safetensors": "a .safetensors", "torch": "a torch.save"}[kind]
         raise ValueError(f"{path} is damaged or no file of weights: it cannot be read as {as_what} file") from error
     if not isinstance(found, Mapping):

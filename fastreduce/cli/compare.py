@@ -21,7 +21,8 @@ from .tables import count, is_wrong, print_comparison, title_of, where
 
 if TYPE_CHECKING:
     from .. import draw
-    from ..speed.comparison import Comparison, Drawn, Entry
+    from ..speed.comparison import Comparison, Entry
+    from ..speed.decisions import Drawn
 
 __all__ = ["compare"]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["AT_LEAST", "FIDELITY_NAMES", "Lost", "choose", "headline", "print_losses"]
 
 AT_LEAST = 0.99
-_SHARE = 0.25  # of a command's time that goes into fidelity
+_SHARE = 0.25  # share of a command's time that goes into fidelity
 _ORDER = 7  # seed of the order in which a folder's pictures are taken
 _BATCH = 4
 

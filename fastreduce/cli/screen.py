@@ -25,7 +25,7 @@ Cell = str | Sequence[int]
 
 _STARTED = time.perf_counter()
 
-_WIDTH = 80  # of running text where there is no terminal
+_WIDTH = 80  # columns of running text where there is no terminal
 _NO_LIMIT = 10_000
 _PLAIN = {
     **{"±": "+-", "×": "x", "·": "*", "÷": "/", "…": "...", "–": "-", "−": "-", "ℓ": "l", "∞": "inf", "⁹": "^9"},
@@ -108,7 +108,7 @@ class Page:
         self._sheet = _Sheet(stream)
         self.terminal = self._sheet.isatty()
         self._console = Console(file=self._sheet, **({} if self.terminal else {"width": _WIDTH}))  # type: ignore[arg-type]
-        self._wide = Console(file=self._sheet, width=_NO_LIMIT)  # which cuts nothing
+        self._wide = Console(file=self._sheet, width=_NO_LIMIT)  # so wide that it cuts nothing
         self.width = self._console.width if self.terminal else _NO_LIMIT
         try:
             "".join(_PLAIN).encode(self._sheet.encoding)
@@ -195,7 +195,7 @@ class _Bar:
     def __call__(self, what: str, done: float, total: float) -> None:
         phase = what.split(" ", 1)[0]
         if phase != self._phase:
-            self._progress.reset(self._task)  # or the time left would be reckoned from another phase's pace
+            self._progress.reset(self._task)  # else another phase's pace would count in the time left
             self._phase = phase
         self._progress.update(self._task, description=what, completed=done, total=total)
 

@@ -13,10 +13,10 @@ __all__ = ["count", "doubts", "is_wrong", "print_comparison", "print_methods", "
 
 Result = Mapping[str, Any]
 
-_BUSY = 0.4  # of the CPUs, taken by others at the start
-_DRIFT = 0.1  # of the unreduced model's time, between start and end of a round
+_BUSY = 0.4  # share of the CPUs that others take at the start
+_DRIFT = 0.1  # change of the unreduced model's time within a round, as a share
 _MORE_THAN_SAVED = 1.02  # a speed-up this far above the ratio of work is no rounding of the clock
-_NAMED = 3  # so many are named, the others counted
+_NAMED = 3  # models that are named; the others are counted
 
 
 def count(number: int, thing: str) -> str:

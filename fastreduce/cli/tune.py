@@ -113,7 +113,7 @@ def _tuner(settings: TuneSettings, out: Path) -> tuple[Tuner, dict[str, Any]]:
     from ..measure import environment, keep_memory, load_average
     from ..quality.images import folder_images, sample_images
     from ..quality.tuning.run import Tuner
-    from ..speed.comparison import DTYPES, build_model, device_of
+    from ..speed.models import DTYPES, build_model, device_of
 
     place, load = device_of(settings.device), load_average()
     if settings.threads is not None:

@@ -164,8 +164,6 @@ class ReducedBlock:
         counts = [shape.patches, *reducer.counts(shape)]
         return f"stage {site.stage} of {reducer.name}: {counts[site.stage]} -> {counts[site.stage + 1]} patch tokens"
 
-    # ---- norms
-
     def attention_norm(self, tokens: Tokens) -> Norm | None:
         """Return the norm before attention, where a kernel may apply it to what it makes of the tokens."""
         parts = self.parts
@@ -176,10 +174,8 @@ class ReducedBlock:
         parts = self.parts
         return None if tokens.backend == "reference" else _fusible(parts.norm2(self), tokens, parts.layer_norms)
 
-    # ---- queries, keys, values
-
     def heads(self, tokens: Tokens, then: Then = "add") -> Heads:
-        """Query, key and value of every token; and what attention adds to each, where it has to run as it stands."""
+        """Return query, key and value of every token, and what attention adds where it has to run as it stands."""
         parts, normed = self.parts, tokens.normed
         if normed is None:
             norm = parts.norm1(self)
@@ -250,14 +246,12 @@ class ReducedBlock:
         return Heads(tokens, normed, q, k, v, metric, now.scale, by_class, pair, mix)
 
     def _rotated(self, x: Tensor, tokens: Tokens, now: Geometry, kept: Tensor | None = None) -> Tensor:
-        """Queries or keys (B, H, prefix + n, D) turned by the places of the tokens, or of the kept ones (B, K)."""
+        """Return queries or keys (B, H, prefix + n, D) turned by the places of all tokens, or of the kept (B, K)."""
         table, place = table_at(tokens)
         if kept is not None:
             place = kept if place is None else place.gather(1, kept.long())
         layout: Literal["interleaved", "half"] = "half" if now.half else "interleaved"
         return ops.rotate_tokens(x, table, place, prefix=tokens.prefix, layout=layout, backend=tokens.backend)
-
-    # ---- attention
 
     def attend(
         self,
@@ -268,7 +262,7 @@ class ReducedBlock:
         queries: Packing | None = None,
         rows: int = 0,
     ) -> Any:
-        """Attention of all tokens, or of the prefix and of the kept ones, with what every key gets if asked for."""
+        """Attend for all tokens, or for the prefix and the kept ones, with what every key gets if asked for."""
         parts, tokens = self.parts, heads.tokens
         if scores is not None:
             out, found = self._with_scores(heads, scores)
@@ -294,7 +288,7 @@ class ReducedBlock:
         return parts.inner(self, out.transpose(1, 2).flatten(2), picked)
 
     def _of_kept(self, heads: Heads, kept: Tensor, queries: Packing | None, rows: int) -> Tensor:
-        """Attention (B, H, prefix + K, D) of kept tokens, whose queries are there already."""
+        """Return the attention (B, H, prefix + K, D) of kept tokens, whose queries are there already."""
         tokens = heads.tokens
         if tokens.packing is not None:
             chosen: dict[str, Any] = {"index": kept, "prefix": tokens.prefix, "num_out": rows}
@@ -358,7 +352,7 @@ class ReducedBlock:
         )
 
     def _attention(self, heads: Heads, q: Tensor, kept: Tensor | None = None, queries: Packing | None = None) -> Tensor:
-        """Attention of the queries q (B, H, M, D), of all tokens or of the kept, over all keys -> (B, H, M, D)."""
+        """Return attention of queries q (B, H, M, D), of all tokens or of the kept, over all keys -> (B, H, M, D)."""
         tokens, k, v, scale = heads.tokens, heads.k, heads.v, heads.scale
         if tokens.packing is not None:
             return self._packed(heads, q, queries)
@@ -408,7 +402,7 @@ class ReducedBlock:
             )
 
     def _with_scores(self, heads: Heads, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Attention (B, H, N, D), and the scores, from the same pass where that is cheaper."""
+        """Return attention (B, H, N, D) and scores, from the same pass where that is cheaper."""
         tokens, (q, k, v) = heads.tokens, heads[2:5]
         short = k.shape[2] <= MOST_KEYS_BY_OURS
         options: dict[str, Any] = {"scale": heads.scale, "backend": tokens.backend}
@@ -426,8 +420,6 @@ class ReducedBlock:
             return ops.attention_received_scores(q, k, v, bias=tokens.bias, **options)
         assert tokens.bias is None
         return self._attention(heads._replace(k=k), q), received(heads)
-
-    # ---- branches
 
     def whole(self, tokens: Tokens) -> Tensor:
         """Return what attention adds to every token, (B, N, C), by calling the module itself wherever that gives it."""
@@ -449,7 +441,7 @@ class ReducedBlock:
         return self._heads_and_branch(tokens, normed, parts.geometry(self))[1]
 
     def branch(self, attended: Tensor, packing: Packing | None = None) -> Tensor:
-        """Output projection, dropout, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
+        """Apply output projection, dropout, layer scale and drop path: (B, M, H * D) -> (B, M, C)."""
         if packing is None:
             return self.parts.branch(self, attended)
         return self._added(self._projected(attended, packing), packing)
@@ -491,8 +483,6 @@ class ReducedBlock:
         """Return what becomes of the projection's bias where the branch commutes."""
         bias, drop = self.parts.bias(self), self.parts.path1(self)
         return bias if bias is None or drop is None else drop(bias)
-
-    # ---- the block
 
     def _packed_mlp(self, tokens: Tokens) -> Tokens:
         """Apply the half behind attention to tokens of all images in one row."""
@@ -593,7 +583,7 @@ class ReducedBlock:
         return site.host.finish(site.model, tokens)
 
     def forward(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Any:
-        """Tokens to Tokens; the first reduced block also takes a tensor (B, N, C), the last block returns one."""
+        """Turn Tokens into Tokens; the first reduced block takes a tensor (B, N, C) too, the last returns one."""
         if isinstance(x, torch.fx.Proxy) or (
             kwargs and any(isinstance(one, torch.fx.Proxy) for one in kwargs.values())
         ):

@@ -101,8 +101,6 @@ class Parts(abc.ABC):
     returns_tuple: bool = False
     mixes_heads: bool = False
 
-    # ---- what it is
-
     @abc.abstractmethod
     def strange(self, block: Any, *, opened: bool) -> tuple[type[Exception], str] | None:
         """Return the error, and its message, for a block whose forward cannot be done in parts; None if it can.
@@ -127,8 +125,6 @@ class Parts(abc.ABC):
         """Return what the block is to be called with once tokens were reduced: nothing that is of all of them."""
         return args, kwargs
 
-    # ---- norms
-
     @abc.abstractmethod
     def norm1(self, block: Any) -> nn.Module | None:
         """Return the norm before attention, or None if attention takes the tokens as they are."""
@@ -136,8 +132,6 @@ class Parts(abc.ABC):
     @abc.abstractmethod
     def norm2(self, block: Any) -> nn.Module | None:
         """Return the norm before the MLP, or None."""
-
-    # ---- queries, keys, values
 
     @abc.abstractmethod
     def splits(self, block: Any) -> bool:
@@ -154,8 +148,6 @@ class Parts(abc.ABC):
             last: one behind the last wanted.
             linear: calls a layer, see :func:`linear_layer`.
         """
-
-    # ---- attention to residual
 
     def softmax(self, block: Any) -> tuple[bool, float | None]:
         """Return whether the block calls ``scaled_dot_product_attention``, and with what probability a weight drops.
@@ -205,7 +197,7 @@ class Parts(abc.ABC):
         return returned
 
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
-        """Norm or gate between attention and projection: (B, M, H * D), and rows (B, M, C) if :meth:`gated`."""
+        """Apply the norm or gate behind attention to (B, M, H * D), with rows (B, M, C) if :meth:`gated`."""
         return out
 
     def gated(self, block: Any) -> bool:
@@ -214,7 +206,7 @@ class Parts(abc.ABC):
 
     @abc.abstractmethod
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """Output projection and its dropout: (B, M, H * D) -> (B, M, C)."""
+        """Apply the output projection and its dropout: (B, M, H * D) -> (B, M, C)."""
 
     def branch(self, block: Any, attended: Tensor) -> Tensor:
         """Apply all from the output projection to the residual: (B, M, H * D) -> (B, M, C)."""
@@ -223,7 +215,7 @@ class Parts(abc.ABC):
         return made if path is None else path(made)
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Layer scale or post-norm, up to the drop path: (B, M, C) -> (B, M, C)."""
+        """Apply layer scale or post-norm, up to the drop path: (B, M, C) -> (B, M, C)."""
         return projected
 
     def bias(self, block: Any) -> Tensor | None:
@@ -251,8 +243,6 @@ class Parts(abc.ABC):
     def path2(self, block: Any) -> nn.Module | None:
         """Return the drop path of the MLP, or None."""
         return None
-
-    # ---- MLP
 
     @abc.abstractmethod
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:

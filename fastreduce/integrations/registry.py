@@ -53,8 +53,6 @@ class Host(abc.ABC):
     container: str | None = "blocks"
     needs_grid: bool = False
 
-    # ---- what it is
-
     @abc.abstractmethod
     def check(self, model: Any) -> None:
         """Raise TypeError or ValueError, with what is in the way and what would work, unless the model is as known."""
@@ -94,8 +92,6 @@ class Host(abc.ABC):
     def keeps_every_patch(self, model: Any) -> bool:
         """Return whether no patch is dropped before the blocks, as patch dropout does in training."""
         return True
-
-    # ---- what is behind the blocks
 
     @abc.abstractmethod
     def looks(self, model: Any) -> Looks:
@@ -144,8 +140,6 @@ class Host(abc.ABC):
         """Raise unless tokens that do not count can be kept out of what looks at the tokens behind the blocks."""
         if reason := self.weighs(model):
             raise ValueError(f"{method} keeps another number of tokens in every image, which {reason}")
-
-    # ---- training, and what belongs to a patched model
 
     def is_checkpointing(self, model: Any) -> bool:
         """Return whether the model runs its blocks again in the backward pass."""

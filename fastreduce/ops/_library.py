@@ -2,8 +2,8 @@
 
 An operator's CUDA implementation launches Triton. Its CPU implementation launches the same kernels in a process that
 runs the Triton interpreter, and the reference otherwise, so that ``opcheck``, ``gradcheck``, ``torch.compile`` and
-``torch.export`` can be tried without a GPU. Autograd lives outside, in the ``autograd.Function`` of each primitive:
-measured at 9 µs a call against 23 µs for ``register_autograd``.
+``torch.export`` can be tried without a GPU. Autograd lives outside, in the ``autograd.Function`` of each primitive: a
+call then takes less than half the time that it takes by ``register_autograd``.
 
 Only what records operators needs them. In eager mode a call launches directly, and where nothing wants a gradient
 there is no ``autograd.Function`` either.

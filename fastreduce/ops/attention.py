@@ -1,7 +1,7 @@
 """``attention`` without the N x N matrix: with a bias and chosen queries, of packed images, and under a policy.
 
-Launches: forward 1, backward 2; with a policy 2 and 3; a differentiable bias adds 1 to the backward pass, an index 2,
-of packed images 1.
+Launches: one forward and two backward. A policy adds one to each. A differentiable bias adds one to the backward pass,
+an index two, and an index of packed images one.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``attention_cls_scores`` and ``attention_received_scores``: attention, and how much of it the keys get.
 
-Launches: forward 2 for the class token's attention, 3 for the received one; backward 2.
+Launches: two forward for the class token's attention and three for the received one; two backward.
 """
 
 from __future__ import annotations

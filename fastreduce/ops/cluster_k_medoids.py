@@ -67,8 +67,8 @@ def cluster_k_medoids(
     1e6 * N; that is not followed.
 
     Distances are Euclidean, by ``sqrt(|a|^2 + |b|^2 - 2 ab)`` in float32 (float64 for float64 x), as ``torch.cdist``
-    computes them for more than 25 tokens. Those of an image are in memory together, 4 N^2 bytes by the kernels: 67 MB
-    at 4,097 tokens. As many images are taken at a time as 256 MB hold, so a larger batch takes no more.
+    computes them for more than 25 tokens. The kernels hold all distances of an image, ``4 * N ** 2`` bytes. They
+    take as many images at a time as 256 MB hold, so a larger batch takes no more.
 
     The costs of members, and the start without weights, have no kernels: they run on PyTorch's operators whatever the
     backend.

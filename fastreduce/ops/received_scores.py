@@ -59,7 +59,7 @@ def received_scores_unchecked(q: Tensor, k: Tensor, *, scale: float | None = Non
 
 
 def received_scores(q: Tensor, k: Tensor, *, scale: float | None = None, backend: str | None = None) -> Tensor:
-    """Attention that every key receives, summed over heads and queries (K-Medoids, and models without class token).
+    """Return the attention every key receives, summed over heads and queries (for K-Medoids, or without class token).
 
     Equivalent PyTorch::
 

@@ -28,7 +28,7 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """X (B, H, N, D) with the strides that the kernel gives its result."""
+    """Return x (B, H, N, D) with the strides that the kernel gives its result."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 

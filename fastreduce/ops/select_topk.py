@@ -31,7 +31,7 @@ def select_topk_unchecked(scores: Tensor, k: int, *, backend: Resolved) -> Tenso
 
 
 def select_topk(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor:
-    """Indices of the k highest scores of every image, highest first.
+    """Return the indices of the k highest scores of every image, highest first.
 
     Ties go to the lower index, ``-0.0`` equals ``0.0``, and NaN counts as lower than ``-inf``.
 

@@ -17,7 +17,7 @@ __all__ = ["sinkhorn_merge"]
 
 
 def _padded(clusters: int) -> int:
-    """Columns of similarities and cluster biases, of which the kernels want a multiple of 16."""
+    """Return the columns of similarities and cluster biases: the next multiple of 16, as the kernels want it."""
     return (clusters + 15) // 16 * 16
 
 
@@ -188,7 +188,7 @@ def sinkhorn_merge(
         iters: how many times both biases are updated, at least 1.
         head: (B, P, C) rows to put before the merged ones, unchanged, or None.
         similarity: False returns None for the similarity. Where no gradient is wanted, it is then in memory for as many
-            images at a time as 256 MB hold: an image takes 4 N K bytes, 34 MB at 4,097 tokens and half as many centers.
+            images at a time as 256 MB hold; an image takes ``4 * N * K`` bytes.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:

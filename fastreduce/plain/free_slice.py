@@ -37,11 +37,11 @@ class FreeSlice(PlainAttention):
         self.counts = dict(zip(blocks, counts, strict=True))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> logits (B, classes)."""
+        """Turn images (B, 3, height, width) into logits (B, classes)."""
         return run_through(self.model, images, self._walked)
 
     def _walked(self, x: Tensor, tables: list[Tensor] | None) -> Tensor:
-        """Tokens (B, N, C) that enter the first block, and each block's rotary table -> what is behind the last."""
+        """Walk tokens (B, N, C) that enter the first block, and each block's rotary table to the end of the last."""
         model = self.model
         prefix = prefix_of(model)
         for index, block in enumerate(model.blocks):

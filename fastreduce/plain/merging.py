@@ -69,7 +69,7 @@ class Merges(PlainAttention):
         if not self.options["equal_weight"]:
             score = F.linear(patches, self._layer(stage, "score.weight"), self._layer(stage, "score.bias"))
         flat = (label + keep * torch.arange(batch, device=label.device).unsqueeze(1)).flatten()
-        # The published exp(score) overflows: over numerator and denominator, exp of the cluster's greatest, if above 0.
+        # The published exp(score) overflows: divide both sums by exp of the cluster's greatest score, if positive.
         own = F.one_hot(label, keep).bool()
         greatest = score.expand(-1, -1, keep).where(own, 0.0).amax(dim=1).clamp_min(0.0).view(-1, 1)
         weights = (score - greatest[flat].view_as(score)).exp()

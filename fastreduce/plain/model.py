@@ -98,11 +98,11 @@ class PlainModel(Selections, Merges, Mixtures):
                 self.register_buffer(f"kept_{stage}", kept, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> logits (B, classes)."""
+        """Turn images (B, 3, height, width) into logits (B, classes)."""
         return run_through(self.model, images, self._walked)
 
     def _walked(self, x: Tensor, tables: list[Tensor] | None) -> Tensor:
-        """Tokens (B, N, C) that enter the first block, and each block's rotary table -> what is behind the last."""
+        """Walk tokens (B, N, C) that enter the first block, and each block's rotary table to the end of the last."""
         model = self.model
         walk = Walk(x, patches=x.shape[1] - self.prefix, tables=tables)
         if tables is not None:

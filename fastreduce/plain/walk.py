@@ -35,23 +35,23 @@ class Walk:
     valid: Tensor | None = None  # (B, N) False for padding
     matrix: Tensor | None = None  # (B, H, N, N) attention of the block before
     place: Tensor | None = None  # (B, N - prefix) the patch at whose place each token is, -1 for none, if blocks rotate
-    tables: list[Tensor] | None = None  # of every block (P, 2 D) or (H, P, 2 D), sines first, or None
+    tables: list[Tensor] | None = None  # each block's (P, 2 D) or (H, P, 2 D), sines first, or None
     decisions: list[Tensor] = dataclasses.field(default_factory=list)  # (B, patches) each: 1 for kept
 
 
 def rows_of(x: Tensor, index: Tensor) -> Tensor:
-    """X (B, N, C), index (B, K) -> (B, K, C)."""
+    """Gather rows of x (B, N, C) by index (B, K) -> (B, K, C)."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def distances(x: Tensor) -> Tensor:
-    """X (B, N, C) -> (B, N, N), in float32 for half precision, as autocast does it: not all shapes exist otherwise."""
+    """Measure distances (B, N, C) -> (B, N, N), in float32 for half precision, as autocast does."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     return torch.cdist(x, x)
 
 
 def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
-    """Images (B, 3, height, width) -> tokens (B, N, C) as they enter the first block, and each block's rotary table."""
+    """Embed images (B, 3, height, width) as tokens (B, N, C), and return each block's rotary table too."""
     if hasattr(model, "blocks_token_only"):
         return model.pos_drop(model.patch_embed(images) + model.pos_embed), None
     found = model._pos_embed(model.patch_embed(images))
@@ -66,7 +66,7 @@ def embed(model: Any, images: Tensor) -> tuple[Tensor, list[Tensor] | None]:
 
 
 def run_through(model: Any, images: Tensor, walk: Callable[[Tensor, Any], Tensor]) -> Tensor:
-    """Images (B, 3, height, width) -> logits, the blocks being done by ``walk(x, tables)``.
+    """Turn images (B, 3, height, width) into logits, with ``walk(x, tables)`` in place of the blocks.
 
     A model of another library than timm has a ``bind``, which takes the walk, and then runs by itself.
     """
@@ -82,7 +82,7 @@ def moved(place: Tensor | None, index: Tensor) -> Tensor | None:
 
 
 def rotated(x: Tensor, table: Tensor, place: Tensor, prefix: int, half: bool) -> Tensor:
-    """X (B, H, prefix + n, D) behind the prefix turned by the table's rows at (B, n) places; -1 turns nothing."""
+    """Turn x (B, H, prefix + n, D) behind the prefix by the table's rows at (B, n) places; -1 turns nothing."""
     rows = table.expand(x.shape[1], *table.shape[-2:])[:, place.clamp_min(0)].transpose(0, 1)  # (B, H, n, 2 D)
     sin, cos = rows.chunk(2, dim=-1)
     patches = x[:, :, prefix:]

@@ -65,7 +65,7 @@ def paired_accuracy(before: ArrayLike, after: ArrayLike, *, seed: int = 0) -> Ac
     images = len(first)
     lost, won = int((first & ~second).sum()), int((second & ~first).sum())
     if lost + won:
-        # Drawing images again draws these three kinds of them: the same distribution, whatever the number of images.
+        # Images are of three kinds, so drawing images again is drawing kinds: the same distribution for any number.
         shares = np.array([lost, won, images - lost - won]) / images
         draws = np.random.default_rng(seed).multinomial(images, shares, _DRAWS)
         tails = [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2]

@@ -101,7 +101,7 @@ def image_fidelity(before: Outputs, after: Outputs) -> dict[str, Tensor]:
         mine, theirs = after.logits.float(), before.logits.float()
         if mine.shape != theirs.shape:
             raise ValueError(f"both models must have the same classes, got {theirs.shape[1]} and {mine.shape[1]}")
-        # The top of logits that are NaN is no class: nothing agrees with it, and of the unreduced model's nobody knows.
+        # NaN logits have no top class: none agrees with a reduced model's, and the unreduced model's is unknown.
         agreement = ((mine.argmax(1) == theirs.argmax(1)) & ~mine.isnan().any(1)).float()
         found["agreement"] = agreement.masked_fill(theirs.isnan().any(1), math.nan)
         logs, reference = mine.log_softmax(1), theirs.log_softmax(1)

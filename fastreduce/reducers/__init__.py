@@ -97,7 +97,7 @@ def _as_option(default: Any) -> Option:
 
 
 def _options(cls: type[Reducer]) -> set[str]:
-    """Names of the options that are the method's own."""
+    """Return the names of the options that are the method's own."""
     common = {"self", "cls", "shape", "channels", "blocks", "at", "keep_rate", "keep", "backend"}
     common |= {"options", "arguments"}
     names = {*inspect.signature(cls.make).parameters, *inspect.signature(cls).parameters}

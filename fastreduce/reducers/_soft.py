@@ -56,7 +56,7 @@ class SoftReducer(Reducer):
 
     @abc.abstractmethod
     def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
-        """Tokens (B, prefix + N, C) -> (B, prefix + clusters, C) and the weights.
+        """Merge tokens (B, prefix + N, C) into (B, prefix + clusters, C); return the weights too.
 
         Layers are applied to the prefix too, whose rows are left out afterwards: cut off before, the rest would be
         copied.
@@ -70,7 +70,7 @@ class SoftReducer(Reducer):
         return x.shape[1] * self.clusters[stage] > LOGITS
 
     def merge_all(self, logits: Tensor, x: Tensor, head: Tensor, backend: Resolved) -> tuple[Tensor, SoftWeights]:
-        """Weighted means of x (B, N, C) behind the head (B, prefix, C), by a softmax of logits (B, N, clusters)."""
+        """Put weighted means of x (B, N, C) behind the head (B, prefix, C), by a softmax of logits (B, N, clusters)."""
         merged, logsumexp = ops.soft_merge(logits, x, head=head, backend=backend)
         return merged, SoftWeights(logits, logsumexp=logsumexp)
 

@@ -71,7 +71,7 @@ class ATS(ScheduledReducer):
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
-        """Needs a class token."""
+        """Make one for a model with a class token, else refuse."""
         if not shape.has_class_token:
             raise ValueError("ats samples by the attention of the class token, and this model has none")
         return super().make(shape, **arguments)
@@ -85,7 +85,7 @@ class ATS(ScheduledReducer):
         return counts
 
     def _points(self, stage: int, patches: int) -> int:
-        """Sampling points of a stage."""
+        """Return the number of sampling points of a stage."""
         count = self.schedule.count(stage, patches)
         return official_points(count + 1) if self.points == "official" else count
 
@@ -121,7 +121,7 @@ class ATS(ScheduledReducer):
         return index[:, : longest - prefix], None if bool(valid.all()) else valid
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
-        """Attention half with sampling; the kept tokens come out in ascending position, padding behind them."""
+        """Run the attention half with sampling; the kept tokens come out in ascending position, padding behind them."""
         heads = block.heads(tokens, "select")
         index, valid = self._sample(_scores(heads), tokens, stage)
         index, seen = self._without_padding(index, valid, tokens.prefix)
@@ -135,7 +135,7 @@ class ATS(ScheduledReducer):
     def _keep_packed(
         self, block: AttentionBlock, tokens: Tokens, heads: Heads, index: Tensor, seen: Tensor | None
     ) -> Tokens:
-        """Attention of the kept tokens over packed keys, and their sum with what they were, in one row."""
+        """Attend for the kept tokens over packed keys and add their residual, in one row."""
         before = tokens.x if tokens.inputs is None else tokens.unpacked().x
         heads = _in_one_row(heads)
         keys, packing = heads.tokens.packed()

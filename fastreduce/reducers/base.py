@@ -208,7 +208,7 @@ class ScheduledReducer(Reducer):
         return [self.schedule.count(stage, shape.patches) for stage in range(len(self.blocks))]
 
     def concerns(self, shape: ModelShape) -> dict[str, str]:
-        """Stages that the schedule leaves nothing to do, beside what every method may be concerned about."""
+        """Name the stages that the schedule leaves nothing to do, beside the concerns of every method."""
         return super().concerns(shape) | ({} if self.ragged else idle_stages(self.name, self.schedule))
 
     def reschedule(

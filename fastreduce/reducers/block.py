@@ -122,7 +122,7 @@ class AttentionBlock(Protocol):
         queries: Packing | None = None,
         rows: int = 0,
     ) -> Any:
-        """Attention over all keys -> (B, M, H * D), before the output projection.
+        """Return attention over all keys -> (B, M, H * D), before the output projection.
 
         Args:
             heads: of this block, with ``added`` None.
@@ -136,7 +136,7 @@ class AttentionBlock(Protocol):
         ...
 
     def branch(self, attended: Tensor, packing: Packing | None = None) -> Tensor:
-        """Output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C), rows packed as ``packing`` says."""
+        """Apply output projection, layer scale and drop path: (B, M, H * D) -> (B, M, C), packed as ``packing``."""
         ...
 
     def whole(self, tokens: Tokens) -> Tensor:
@@ -270,7 +270,7 @@ def importance(heads: Heads) -> Tensor:
 
 
 def needs_matrix(heads: Heads) -> bool:
-    """Whether logits are more than products of queries and keys, so that no kernel knows them."""
+    """Return whether logits are more than products of queries and keys, so that no kernel knows them."""
     return heads.pair is not None or heads.mix is not None
 
 
@@ -303,7 +303,7 @@ def _logits(heads: Heads, queries: int) -> Tensor:
 
 
 def attend_with_importance(block: AttentionBlock, heads: Heads) -> tuple[Tensor, Tensor]:
-    """Attention of all tokens (B, N, H * D), and their :func:`importance`."""
+    """Return attention of all tokens (B, N, H * D), and their :func:`importance`."""
     if heads.by_class:
         return block.attend(heads, scores="class")
     attended, received_ = block.attend(heads, scores="received")
@@ -311,6 +311,6 @@ def attend_with_importance(block: AttentionBlock, heads: Heads) -> tuple[Tensor,
 
 
 def _mean_of(received_: Tensor, heads: Heads) -> Tensor:
-    """(B, N - prefix) what patches receive, averaged over heads and over the queries that are no padding."""
+    """Return what patches receive (B, N - prefix), averaged over heads and over the queries that are no padding."""
     found, valid = received_[:, heads.tokens.prefix :] / heads.q.shape[1], heads.tokens.valid
     return found / (heads.q.shape[2] if valid is None else valid.sum(1, keepdim=True))

@@ -79,7 +79,7 @@ class DPCKNN(ScheduledReducer):
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
-        """Knows the width of the tokens."""
+        """Make one that knows the width of the tokens."""
         return super().make(shape, channels=shape.channels, **arguments)
 
     def before(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:

@@ -41,7 +41,7 @@ class KeepPredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, present: Tensor | None = None, prefix: int = 0) -> Tensor:
-        """X (B, prefix + N, C), present (B, N) 0 or 1, or None for all -> (B, N, 2); index 0 is keeping."""
+        """Score x (B, prefix + N, C), present (B, N) 0 or 1, or None for all -> (B, N, 2); index 0 is keeping."""
         # The prefix goes through, and is left out where it matters: cut off before, the rest would be copied.
         hidden = self.in_conv(x)
         half = hidden.shape[-1] // 2
@@ -109,7 +109,7 @@ class DynamicViT(ScheduledReducer):
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
-        """Knows the width of the tokens."""
+        """Make one that knows the width of the tokens."""
         if shape.channels % 4:
             raise ValueError(f"dynamicvit needs a width that is a multiple of 4, got {shape.channels}")
         return super().make(shape, channels=shape.channels, **arguments)
@@ -130,7 +130,7 @@ class DynamicViT(ScheduledReducer):
         return tokens.reduced(x, plan, normed=normed)
 
     def noise(self, like: Tensor) -> Tensor:
-        """Exponential noise E of the shape of ``like``; -log E is what Gumbel-softmax adds to the log-probabilities."""
+        """Draw exponential noise E shaped like ``like``; Gumbel-softmax adds -log E to the log-probabilities."""
         return torch.empty_like(like, memory_format=torch.contiguous_format).exponential_(generator=self.generator)
 
     def _decide(self, tokens: Tokens, stage: int) -> Tokens:
@@ -186,7 +186,7 @@ def keep_ratio_loss(decisions: Sequence[Tensor], keep_ratios: float | Sequence[f
 def token_distillation_loss(
     tokens: Tensor, teacher_tokens: Tensor, kept: Tensor, form: Literal["mse", "kl"] = "mse"
 ) -> Tensor:
-    """Difference to the teacher's tokens, over the tokens of the whole batch that were kept to the end.
+    """Return the difference to the teacher's tokens, over the tokens of the whole batch that were kept to the end.
 
     Args:
         tokens: (B, P, C) patch tokens of the student after its last norm.

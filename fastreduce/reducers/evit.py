@@ -43,7 +43,7 @@ class EViT(ScheduledReducer):
         return counts
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
-        """Attention half with fusion: prefix, kept tokens best first, fused token."""
+        """Run the attention half with fusion: prefix, kept tokens best first, fused token."""
         keep = self.schedule.count(stage, tokens.patches)
         if keep >= tokens.num_patches:
             return attend_all(block, tokens)

@@ -73,7 +73,7 @@ class KMedoids(ScheduledReducer):
 
     @classmethod
     def make(cls, shape: ModelShape, /, **arguments: Any) -> Reducer:
-        """Holds ``first`` against the number of tokens of each stage."""
+        """Hold ``first`` against the number of tokens of each stage."""
         reducer = super().make(shape, **arguments)
         assert isinstance(reducer, KMedoids)
         reducer._check_starts(shape, reducer.counts(shape))
@@ -135,11 +135,11 @@ class KMedoids(ScheduledReducer):
         return tokens.reduced(x, plan, normed=normed, received=None)
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
-        """Attention half; where the next block has a stage, with the attention that every token receives."""
+        """Run the attention half; where the next block has a stage, with the attention that every token receives."""
         return self.attend_between(block, tokens)
 
     def attend_between(self, block: AttentionBlock, tokens: Tokens) -> Tokens:
-        """Attention half; where the next block has a stage, with the attention that every token receives."""
+        """Run the attention half; where the next block has a stage, with the attention that every token receives."""
         if self.equal_weight or block.index + 1 not in self.blocks:
             return attend_all(block, tokens)
         if self.schedule.count(self.blocks.index(block.index + 1), tokens.patches) >= tokens.num_patches:

@@ -58,7 +58,7 @@ class PatchMerger(SoftReducer):
         self.cluster_layers = nn.ModuleList(MergerQueries(shape.channels, count) for count in self.clusters)
 
     def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
-        """Weighted means of the normalised tokens."""
+        """Return weighted means of the normalised tokens."""
         x, prefix = tokens.x, tokens.prefix
         layer: Any = self.cluster_layers[stage]
         factor = x.shape[-1] ** -0.5 if self.scaled else 1.0

@@ -209,7 +209,7 @@ class Radial(Reducer):
         return {**self.__dict__, "_placed": {}}
 
     def concerns(self, shape: ModelShape) -> dict[str, str]:
-        """Stages that the schedule leaves nothing to do."""
+        """Name the stages that the schedule leaves nothing to do."""
         return {} if self.schedule is None else idle_stages(self.name, self.schedule)
 
     def reschedule(

@@ -28,20 +28,20 @@ class KeepSchedule:
     counts: tuple[int, ...] | None
 
     def count(self, stage: int, patches: int) -> int:
-        """Tokens that stage ``stage`` (from 0) keeps of ``patches`` original ones, at least one."""
+        """Count the tokens that stage ``stage`` (from 0) keeps of ``patches`` original ones, at least one."""
         if self.fractions is None:
             return max(1, self.wanted(stage, patches))
         return max(1, int(self.fractions[stage] * patches))
 
     def wanted(self, stage: int, patches: int) -> int:
-        """Tokens that the schedule comes to, which can be none."""
+        """Count the tokens that the schedule comes to, which can be none."""
         if self.counts is not None:
             return self.counts[stage]
         assert self.fractions is not None
         return int(self.fractions[stage] * patches)
 
     def idle(self) -> list[int]:
-        """Stages whose fraction or count is the stage before's, so that a method that selects does nothing."""
+        """Return the stages whose fraction or count is the stage before's, so that a selecting method does nothing."""
         values = self.fractions if self.fractions is not None else self.counts
         assert values is not None
         most = 1.0 if self.fractions is not None else math.inf

@@ -74,7 +74,7 @@ class Sinkhorn(SoftReducer):
         self.cluster_layers = nn.ModuleList(TransportCenters(shape.channels, count) for count in self.clusters)
 
     def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
-        """Sums of normalised tokens: what each token gives away adds up to one."""
+        """Return sums of normalised tokens: what each token gives away adds up to one."""
         x, prefix = tokens.x, tokens.prefix
         centers = self.cluster_layers[stage](self.gradient == "exact")
         eps, patches = self.eps, x[:, prefix:]

@@ -54,7 +54,7 @@ class SiT(SoftReducer):
         self.cluster_layers = nn.ModuleList(SliceWeights(shape.channels, count) for count in self.clusters)
 
     def merge(self, tokens: Tokens, stage: int) -> tuple[Tensor, SoftWeights]:
-        """Weighted means of the tokens as they are."""
+        """Return weighted means of the tokens as they are."""
         x, prefix = tokens.x, tokens.prefix
         layer: Any = self.cluster_layers[stage]
         sequence: Any = layer.weight if type(layer) is SliceWeights and is_unhooked(layer) else None

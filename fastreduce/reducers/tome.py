@@ -27,9 +27,8 @@ class ToMe(Reducer):
         blocks: where the stages stand.
         schedule: tokens wanted after each stage; None if ``r`` is given.
         r: tokens to merge away at each stage, as in ToMe's own interface: at most half of those present are.
-        rounds: a matching can merge at most half of the tokens. ``"official"`` stops there and never catches up (a
-            keep rate of 0.25 ends at 98, 61, 52 tokens instead of 49, 12, 3); ``"exact"`` matches again until the
-            count is met.
+        rounds: a matching can merge at most half of the tokens. ``"official"`` stops there and never catches up, so
+            more tokens stay than a keep rate below 0.5 asks for. ``"exact"`` matches again until the count is met.
         prop_attn: proportional attention: a token that stands for n patches weighs n times in every later softmax.
             ``False`` leaves it out, as for models pre-trained by masked autoencoding (MAE).
         metric: of models that rotate their keys by position, whether to compare the keys ``"before"`` the rotation, by
@@ -117,7 +116,7 @@ class ToMe(Reducer):
         return merges
 
     def concerns(self, shape: ModelShape) -> dict[str, str]:
-        """Counts that one matching a stage does not reach, and stages without anything to do."""
+        """Name the counts that one matching a stage does not reach, and the stages without anything to do."""
         if self.schedule is None:
             return {}
         concerns = idle_stages(self.name, self.schedule)
@@ -172,7 +171,7 @@ class ToMe(Reducer):
         return slot, groups, None if seat is None else seat[:, tokens.prefix :] - tokens.prefix
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
-        """Attention half with merging: prefix, unmerged tokens of even position, then tokens of odd position."""
+        """Run the attention half with merging: prefix, unmerged tokens of even position, then those of odd position."""
         merges = self._merges(stage, tokens.patches, tokens.num_patches)
         if not merges:
             return attend_all(block, tokens)

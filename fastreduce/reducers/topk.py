@@ -17,7 +17,7 @@ class TopK(ScheduledReducer):
     leaves_padding = True
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
-        """Attention half with selection; the kept tokens come out best first."""
+        """Run the attention half with selection; the kept tokens come out best first."""
         keep = self.schedule.count(stage, tokens.patches)
         present = tokens.num_patches
         if keep >= present:

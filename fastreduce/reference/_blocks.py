@@ -24,7 +24,7 @@ def row_blocks(rows: int, columns: int) -> list[slice]:
 
 
 def split(x: Tensor, columns: int, dim: int = 1) -> Sequence[Tensor]:
-    """Blocks of x along a dimension, for matrices of so many columns; x itself if one does."""
+    """Return blocks of x along a dimension, for matrices of so many columns; x itself if one does."""
     size = block_rows(columns)
     return [x] if x.shape[dim] <= size else x.split(size, dim)
 

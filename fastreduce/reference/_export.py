@@ -29,7 +29,7 @@ def for_onnx() -> bool:
 
 
 def lowest_first(values: Tensor, k: int) -> Tensor:
-    """Values (B, N) -> places (B, k) of the k lowest, ascending; ties go to the lower place, NaN comes last."""
+    """Return the places (B, k) of the k lowest values (B, N), ascending; ties go to the lower place, NaN comes last."""
     if not for_onnx():
         return torch.sort(values, dim=1, stable=True)[1][:, :k]
     if values.is_floating_point():
@@ -63,7 +63,7 @@ def marks(index: Tensor, count: int) -> Tensor:
 
 
 def sums_of_slots(x: Tensor, weights: Tensor | None, slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    """``sum of weights[n] x[n]`` and of weights[n] over the tokens of each slot: (B, num_out, C) and (B, num_out).
+    """Return ``sum of weights[n] x[n]`` and of weights[n], over each slot's tokens: (B, num_out, C) and (B, num_out).
 
     x (B, N, C), weights (B, N) or None for ones, slot (B, N), of which -1 is none. In an ONNX graph only.
     """

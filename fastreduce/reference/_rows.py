@@ -20,7 +20,7 @@ def flat_rows(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """X (B, N, C), rows (B, M) -> (B, M, C): ``x[b, rows[b, m]]``."""
+    """Take rows (B, M) of x (B, N, C) -> (B, M, C): ``x[b, rows[b, m]]``."""
     batch, tokens, channels = x.shape
     flat = x.reshape(batch * tokens, channels)
     return flat.index_select(0, flat_rows(rows, tokens)).view(batch, rows.shape[1], channels)
@@ -37,7 +37,7 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
 
 
 def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
-    """Total (R, C) with every row of x (..., C) added to the row named by rows; in place but under torch.func."""
+    """Add every row of x (..., C) to the row of total (R, C) named by rows; in place but under torch.func."""
     x = x.reshape(rows.shape[0], total.shape[1])
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return total.index_add_(0, rows, x)
@@ -45,7 +45,7 @@ def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
 
 
 def add_residual(fresh: Tensor, residual: Tensor | None) -> Tensor:
-    """``fresh + residual`` in the promoted dtype; in place where that is fresh's own, since nobody else holds it."""
+    """Return ``fresh + residual`` in the promoted dtype; in place where that is fresh's own: nobody else holds it."""
     if residual is None:
         return fresh
     if torch.promote_types(fresh.dtype, residual.dtype) == fresh.dtype:

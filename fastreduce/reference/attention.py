@@ -57,7 +57,7 @@ def _back(grad: Tensor, index: Tensor, prefix: int, offsets: Offsets | None, num
 
 
 def _images(offsets: Offsets) -> Iterator[tuple[slice, slice]]:
-    """Rows of the queries and of the keys of every image that has queries."""
+    """Yield the rows of the queries and of the keys of every image that has queries."""
     queries, keys = (bounds.tolist() for bounds in offsets)
     for image in range(len(queries) - 1):
         if queries[image] < queries[image + 1]:
@@ -161,7 +161,7 @@ def attention_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: flo
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention by PyTorch; what rounds an image by its batch there is done image by image."""
+    """Compute softmax attention by PyTorch; what rounds an image by its batch there is done image by image."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -238,7 +238,7 @@ def attention_backward(
     grad_scores: Tensor | None = None,
     kind: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the bias, (B, 0) without one, for grad (B, H, M, D).
+    """Return the gradients of q, k, v and the bias, (B, 0) without one, for grad (B, H, M, D).
 
     The gradient of the ``kind`` of :func:`key_scores` joins in, where it is given.
     """
@@ -292,7 +292,7 @@ def attention_policy_backward(
     scale: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the policy for grad (B, H, N, D).
+    """Return the gradients of q, k, v and the policy for grad (B, H, N, D).
 
     The maximum of a row has a gradient too, which goes to the first key that reaches it.
     """

@@ -67,7 +67,7 @@ def cls_value_scores_packed(
 def cls_scores_backward(
     grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (B, H, D) of q and (B, H, N, D) of k for grad (B, N - prefix)."""
+    """Return the gradients (B, H, D) of q and (B, H, N, D) of k for grad (B, N - prefix)."""
     heads = k.shape[1]
     attention = torch.exp(logits - logsumexp.unsqueeze(-1))  # (B, H, N)
     upstream = torch.nn.functional.pad(grad.to(logits.dtype), (prefix, 0)).unsqueeze(1) / heads  # (B, 1, N)

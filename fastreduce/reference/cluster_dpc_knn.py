@@ -52,7 +52,7 @@ def _smallest(distance: Tensor, count: int) -> Tensor:
 
 
 def cluster_dpc_knn(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Tokens x (B, N, C) -> centers (B, k) int64, best first, and label (B, N) int64, the cluster of every token.
+    """Cluster tokens x (B, N, C) -> centers (B, k) int64, best first, and label (B, N) int64, every token's cluster.
 
     With d the Euclidean distance over sqrt(C): ``density = exp(-mean of the smallest d^2) (+ noise)``, over as many of
     the token's distances as ``neighbors`` says, its own included; ``height`` is the distance to the nearest denser

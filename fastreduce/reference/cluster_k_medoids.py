@@ -60,7 +60,7 @@ class _Distances:
                 self.together = torch.empty_like(self.weighted)
 
     def of(self, index: Tensor) -> Tensor:
-        """Distances (B, N) to one token of each image, index (B,)."""
+        """Return the distances (B, N) to one token of each image, index (B,)."""
         batch, tokens, _ = self.distance_to.shape
         return self.distance_to.view(batch * tokens, tokens).index_select(0, flat_rows(index.unsqueeze(1), tokens))
 
@@ -75,7 +75,7 @@ class _Distances:
         return _first_nearest(self.rows)
 
     def costs_of_members(self, label: Tensor) -> Tensor:
-        """Costs (B, N) over the tokens of each one's own label (B, N)."""
+        """Return the costs (B, N) over the tokens of each one's own label (B, N)."""
         if self.captured:
             return ((label.unsqueeze(2) == label.unsqueeze(1)) * self.weighted).sum(1)
         number = label.to(self.weighted.dtype)
@@ -84,7 +84,7 @@ class _Distances:
 
 
 def _farthest_first(distances: _Distances, k: int, first: int) -> Tensor:
-    """Centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
+    """Choose centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
     batch, _ = distances.costs.shape
     centers = [distances.costs.new_full((batch, 1), first, dtype=torch.int64)]
     largest = distances.of(centers[0][:, 0])

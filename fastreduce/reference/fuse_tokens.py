@@ -25,7 +25,7 @@ def fuse_tokens(
     residual: Tensor | None,
     residual_bias: Tensor | None = None,
 ) -> Tensor:
-    """Rows ``[prefix, order[:k], sum of scores[n] * x[n] over n in order[k:]]``, plus the residual.
+    """Return the rows ``[prefix, order[:k], sum of scores[n] * x[n] over n in order[k:]]``, plus the residual.
 
     The sum also gets ``(sum of scores[n] - 1) * residual_bias``. x (B, N, C), order (B, P) a permutation of the
     P = N - prefix patch tokens, scores (B, P), residual (B, prefix + k + 1, C) or None, residual_bias (C,) or None ->
@@ -43,7 +43,7 @@ def fuse_tokens(
 def fuse_tokens_backward(
     grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, k: int, prefix: int, residual_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (B, N, C) of x and (B, P) of the scores for grad (B, prefix + k + 1, C)."""
+    """Return the gradients (B, N, C) of x and (B, P) of the scores for grad (B, prefix + k + 1, C)."""
     batch, tokens, channels = x.shape
     dtype = accumulator(x.dtype)
     grad_fused = grad[:, -1:].to(dtype)  # (B, 1, C)

@@ -19,7 +19,7 @@ def _real_rows(x: Tensor, offsets: Tensor) -> Tensor:
 
 
 def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
-    """``x @ weight.T + bias`` in the rows before ``offsets[B]``, 0 in the others.
+    """Return ``x @ weight.T + bias`` in the rows before ``offsets[B]``, 0 in the others.
 
     x (1, T, I), weight (O, I), bias (O,) or None, offsets (B + 1,) -> (1, T, O).
     """
@@ -29,7 +29,7 @@ def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tenso
 def linear_packed_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool] = (True, True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (1, T, I), weight (O, I) and bias (O,), those not wanted empty.
+    """Return the gradients of x (1, T, I), weight (O, I) and bias (O,), those not wanted empty.
 
     Only rows before ``offsets[B]`` count.
     """

@@ -21,7 +21,7 @@ _MAX_LOG_SIZE = 40.0
 
 
 def sum_slots(x: Tensor, slot: Tensor, num_out: int) -> Tensor:
-    """X (B, N, C) -> (B, num_out, C): sum of the rows of each slot; rows of slot -1 are left out."""
+    """Sum the rows of each slot, (B, N, C) -> (B, num_out, C); rows of slot -1 are left out."""
     batch, _, channels = x.shape
     rows = x.to(accumulator(x.dtype)).masked_fill((slot < 0).unsqueeze(-1), 0.0)
     total = torch.zeros(batch * num_out, channels, dtype=rows.dtype, device=x.device)
@@ -86,7 +86,7 @@ def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor, slot: Tensor, num_out
 
 
 def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total: Tensor, eps: float = 0.0) -> Tensor:
-    """Gradient (B, N, C) of x for grad (B, num_out, C); slots and sizes are constants; zeros where the slot is -1."""
+    """Return the gradient (B, N, C) of x for grad (B, num_out, C), zeros for slot -1; slots and sizes are constants."""
     place = slot.long().clamp_min(0)
     share = (1.0 / _divisor(total, eps).gather(1, place)).masked_fill(slot < 0, 0.0)
     if size is not None:
@@ -97,7 +97,7 @@ def merge_tokens_backward(grad: Tensor, slot: Tensor, size: Tensor | None, total
 def merge_tokens_size_backward(
     grad: Tensor, x: Tensor, slot: Tensor, size: Tensor, total: Tensor, eps: float, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (B, N, C) of x and (B, N) of size for grad (B, num_out, C).
+    """Return the gradients (B, N, C) of x and (B, N) of size for grad (B, num_out, C).
 
     ``grad_size[n] = sum_c grad[slot[n], c] (x[n, c] - merged[slot[n], c]) / (total[slot[n]] + eps)``, where the sum
     over merged is the mean, weighted like the rows, of the sums over x. With the weight (1, C) of a layer that gave the
@@ -120,7 +120,7 @@ def _divisor(total: Tensor, eps: float) -> Tensor:
 
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
-    """X (B, M, C), slot (B, N) -> (B, N, C): the row of every token's slot, zeros where the slot is -1."""
+    """Return (B, N, C) of x (B, M, C) and slot (B, N): the row of every token's slot, zeros where the slot is -1."""
     if x.shape[1] == 0:
         x = torch.nn.functional.pad(x, (0, 0, 0, 1))  # a row for the tokens that are masked
     rows = take_rows(x, slot.long().clamp_min(0))

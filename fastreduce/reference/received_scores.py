@@ -20,7 +20,7 @@ def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     q (B, H, M, D), k (B, H, N, D) -> (B, N).
     """
     dtype = accumulator(k.dtype)
-    # Head by head the matrices stay in the cache: 5.3 ms against 6.7 in one call for (8, 6, 197, 64), one thread.
+    # Head by head the matrices stay in the cache: a fifth faster than in one call, for DeiT-S with one thread.
     received = [
         torch.softmax(bmm(rows, keys.transpose(1, 2)), dim=-1).sum(1)
         for queries, keys in zip((q.to(dtype) * scale).unbind(1), k.to(dtype).unbind(1), strict=True)
@@ -30,7 +30,7 @@ def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def received_scores_backward(grad: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradients (B, H, M, D) of q and (B, H, N, D) of k for grad (B, N)."""
+    """Return the gradients (B, H, M, D) of q and (B, H, N, D) of k for grad (B, N)."""
     dtype = accumulator(k.dtype)
     upstream = grad.to(dtype).unsqueeze(1)  # (B, 1, N)
     grads_q, grads_k = [], []

@@ -9,7 +9,7 @@ __all__ = ["rotate_tokens", "rotate_tokens_backward", "rotate_tokens_table_backw
 
 
 def turned(x: Tensor, half: bool) -> Tensor:
-    """X (..., D) a quarter further: (-x1, x0, -x3, x2, ...), or (-second half, first half)."""
+    """Turn x (..., D) a quarter further: (-x1, x0, -x3, x2, ...), or (-second half, first half)."""
     if half:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([-second, first], dim=-1)
@@ -17,7 +17,7 @@ def turned(x: Tensor, half: bool) -> Tensor:
 
 
 def table_rows(table: Tensor, place: Tensor | None, still: float) -> Tensor:
-    """Table (P, D), (H, P, D) or (B, H or 1, P, D), place (B, n) or None -> (B or 1, H or 1, n or P, D).
+    """Look up table (P, D), (H, P, D) or (B, H or 1, P, D), place (B, n) or None -> (B or 1, H or 1, n or P, D).
 
     A place of -1 gets rows of ``still``.
     """
@@ -34,7 +34,7 @@ def table_rows(table: Tensor, place: Tensor | None, still: float) -> Tensor:
 
 
 def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool) -> Tensor:
-    """``x cos + turned(x) sin`` behind the prefix, in the widest dtype of the three, then in x's own.
+    """Return ``x cos + turned(x) sin`` behind the prefix, in the widest dtype of the three, then in x's own.
 
     x (B, H, prefix + n, D); cos and sin as :func:`table_rows` takes them; place (B, n) or None -> x's shape.
     """
@@ -57,7 +57,7 @@ def rotate_tokens_backward(
 def rotate_tokens_table_backward(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the table: for each row, sums over the tokens at its place of ``grad x`` and ``grad turned(x)``."""
+    """Return the gradients of the table: ``grad x`` and ``grad turned(x)``, summed over the tokens at a row's place."""
     grad, x = grad[:, :, prefix:], x[:, :, prefix:]
     dtype = torch.promote_types(torch.promote_types(grad.dtype, cos.dtype), torch.float32)
     parts = grad.to(dtype) * x.to(dtype), grad.to(dtype) * turned(x, half).to(dtype)

@@ -10,6 +10,6 @@ __all__ = ["select_topk"]
 
 
 def select_topk(scores: Tensor, k: int) -> Tensor:
-    """Scores (B, N) -> indices (B, k), best first; ties go to the lower index, NaN counts as the worst score."""
+    """Select indices (B, k) of scores (B, N), best first; ties go to the lower index, NaN counts as the worst score."""
     # Ascending order of the negated scores: that is the direction in which torch sorts NaN last.
     return lowest_first(-scores, k)

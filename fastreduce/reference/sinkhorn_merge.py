@@ -79,7 +79,7 @@ def sinkhorn_merge_backward(
     cluster_biases: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (B, N, C) of x and (K, C) of the centres, through every iteration, for grad (B, K, C) of merged."""
+    """Return the gradients (B, N, C) of x and (K, C) of the centres, through every iteration, for grad (B, K, C)."""
     dtype = similarity.dtype
     grad, norm = grad.to(dtype), inverse_norm.unsqueeze(2)
     unit = x.to(dtype) * norm

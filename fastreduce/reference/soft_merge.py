@@ -42,7 +42,7 @@ def soft_merge(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, 
 def soft_merge_backward(
     grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (B, N, K) of the logits and (B, N, C) of x for grad (B, P + K, C) of the rows out (B, P + K, C)."""
+    """Return the gradients (B, N, K) of the logits and (B, N, C) of x for grad (B, P + K, C) of the rows."""
     clusters = logits.shape[2]
     dtype = logsumexp.dtype
     grad_merged = grad[:, grad.shape[1] - clusters :].to(dtype)

@@ -10,14 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import logging
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..backends import check_backend, resolve
-from ..checkpoints import load_official, read_checkpoint
-from ..integrations.timm import (
-    Record,
-    create_model,
-    create_pretrained,
-    input_config,
-    model_names,
-    patch,
-    record,
-    reduced_counts,
-)
+from ..integrations.timm import Record, input_config, patch, record, reduced_counts
 from ..measure import (
     count_gmacs,
     cut_to_whole_rounds,
@@ -44,42 +32,40 @@ from ..measure import (
     free_memory,
     keep_memory,
     load_average,
-    quartiles,
     ratio,
     recompile_limits,
     seconds_of,
+    speed,
     take_turns,
 )
-from ..names import compared_methods, nearest
-from ..pictures import cut
-from ..pictures import open_photo as _open_photo
+from ..names import compared_methods
+from ..pictures import cut, open_photo
 from ..plain import FreeSlice, PlainModel
 from ..plain.model import OPTIONS
 from ..reducers import REDUCERS
 from ..reducers.schedule import stage_blocks
 from .decisions import Drawn, changed_decisions, drawn, relative_difference
-from .settings import DTYPES as DTYPE_NAMES
-from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings, check_positive, device_name, library_of
+from .models import DTYPES, build_model, device_of, empty_copy, plain_view, share
+from .settings import FEWEST_ROUNDS, KEEP_RATES, CompareSettings
 
-__all__ = ["Comparison", "Drawn", "Entry", "Settings", "check_positive", "relative_difference"]
+__all__ = ["Comparison", "Entry", "Settings"]
 
 Settings = CompareSettings
 
-DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
 _FIXED: dict[str, dict[str, Any]] = {"radial": {"schedule": "stages"}}
-_CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that some models or blocks are refused for
+_CHOOSY = ("ats", "kmedoids", "dynamicvit")  # methods that refuse some models or blocks
 _HOW_NOT_WHAT = (("ats", "trim"), ("ats", "packed"))
 _CHECKED = 2  # images of the batch that are also run in float64, which is what takes the time there
 _BATCHES = {"cpu": (1, 2, 4, 8), "cuda": (8, 16, 32, 64)}
 _MOST_ROUNDS = 20
-_REDUCED = 0.75  # of the time of a whole pass, on average over methods and keep rates
+_REDUCED = 0.75  # a reduced pass over a whole one, on average over methods and keep rates
 _PICTURE_SECONDS = 0.7
 _SUSPICIOUS = 8  # times the unreduced model's own difference to float64, before decisions are looked at
-FORMAT_VERSION = 2  # of the JSON; 1 had "official" where this has "plain"
-_AGAIN = "unreduced again"  # its turn at the end of a round
+FORMAT_VERSION = 2  # the JSON's; version 1 had "official" in place of "plain"
+_AGAIN = "unreduced again"  # the unreduced model's turn at the end of a round
 _ACTIVATIONS = 16  # rows of the residual stream's width that are in memory at a time, for every token
 
-Progress = Callable[[str, float, float], None]  # what is done, how much of it, out of how much
+Progress = Callable[[str, float, float], None]  # the phase, how much of it is done, and out of how much
 
 
 @dataclasses.dataclass
@@ -122,132 +108,9 @@ class Entry:
         return f"{self.label} {self.keep_rate:g}".replace(" ", "-")
 
 
-def device_of(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    name = device_name(name)
-    kind, _, index = name.partition(":")
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {name!r} was asked for, but torch sees no CUDA device here")
-        if index and int(index) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)"
-            )
-    return torch.device(name)
-
-
 def _deciding(method: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options without those that say how, not what, is computed: no other model has them."""
     return {name: value for name, value in options.items() if (method, name) not in _HOW_NOT_WHAT}
-
-
-class Built(NamedTuple):
-    """A model, where its weights come from in words, and what a checkpoint has for the layers of a method.
-
-    ``random`` says whether the weights are; ``note`` why, if others were wanted.
-    """
-
-    model: Any
-    weights: str
-    layers: dict[str, Tensor]
-    random: bool = False
-    note: str = ""
-
-
-def build_model(settings: Any) -> Built:
-    """Build the model of the settings. Where pretrained weights are only wished for, random ones will do."""
-    if library_of(settings.model) == "transformers":
-        return _build_hugging_face(settings)
-    name, note, wanted = settings.model.removeprefix("timm:"), "", settings.pretrained
-    if os.path.isdir(name):
-        name = f"local-dir:{name}"
-    if name.startswith("local-dir:"):
-        wanted = True  # nothing is downloaded
-    torch.manual_seed(settings.seed)
-    if wanted is not False:
-        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries; we tell the end
-    if wanted is None and settings.checkpoint is None:
-        model, reason = create_pretrained(name)
-        if model is not None:
-            return Built(model.eval(), "pretrained weights", {})
-        note = f"pretrained weights cannot be had ({reason}), so they are random"
-        torch.manual_seed(settings.seed)
-    pretrained = bool(wanted) and settings.checkpoint is None
-    try:
-        model = create_model(name, pretrained=pretrained).eval()
-    except Exception as error:
-        names = model_names()
-        if ":" not in name and name.split(".", 1)[0] not in names:
-            raise ValueError(f"unknown model {name!r}{nearest(name, names)}") from error
-        what = "pretrained weights" if pretrained else "model"
-        raise ValueError(f"the {what} {name!r} cannot be had: {error}") from error
-    if settings.checkpoint is not None:
-        read = read_checkpoint(settings.checkpoint)
-        state = read.state
-        layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
-        load_official(model, state)
-        chosen = f" ({read.taken})" if len(read.sets) > 1 else ""
-        return Built(model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers)
-    if pretrained:
-        return Built(model, "pretrained weights", {})
-    return Built(model, f"random weights (seed {settings.seed})", {}, True, note)
-
-
-def _build_hugging_face(settings: Any) -> Built:
-    """Build a model of transformers; its own weights are wanted unless there is a checkpoint."""
-    from ..integrations.hf.folders import open_named
-    from ..integrations.hf.images import ImageModel
-
-    torch.manual_seed(settings.seed)
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    try:
-        opened = open_named(settings.model)
-    except ImportError as error:
-        raise ValueError(f"the model {settings.model!r} cannot be had: {error}") from error
-    state, weights, layers = opened.model.state_dict(), "pretrained weights", {}
-    missing = opened.missing
-    if settings.checkpoint is not None:
-        read = read_checkpoint(settings.checkpoint)
-        layers = {key: value for key, value in read.state.items() if key.startswith("reducers.")}
-        given = {key: value for key, value in read.state.items() if key not in layers}
-        strange = sorted(set(given) - set(state)) or sorted(
-            key for key, value in given.items() if value.shape != state[key].shape
-        )
-        if strange:
-            raise ValueError(
-                f"the checkpoint does not fit {settings.model!r}: {strange[0]!r} is not in it in this shape"
-            )
-        opened.model.load_state_dict(given, strict=False)
-        missing = tuple(sorted(set(missing) - set(given)))
-        weights = f"checkpoint {Path(settings.checkpoint).name}"
-    note = ""
-    if missing:
-        note = f"{missing[0]}{' and others are' if len(missing) > 1 else ' is'} not in the file of weights: random"
-    try:
-        model = ImageModel(opened.model, opened.config)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the model {settings.model!r} does not run on images: {' '.join(str(error).split())}"
-        ) from error
-    return Built(model, weights, layers, note=note)
-
-
-def _plain_view(model: Any) -> nn.Module:
-    """Return the model as the plain algorithms take it: one of timm as it is."""
-    return model.plain() if hasattr(model, "plain") else model
-
-
-def _share(model: nn.Module) -> Any:
-    """Return a copy of the modules that shares every parameter and buffer."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
-
-
-def _empty_copy(model: nn.Module) -> nn.Module:
-    """Return a copy whose parameters and buffers have shapes and no content."""
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    memo |= {id(weight): nn.Parameter(weight.detach().to("meta"), False) for weight in model.parameters()}
-    return copy.deepcopy(model, memo)
 
 
 def _views(photo: Image.Image, config: dict[str, Any], count: int, seed: int) -> Tensor:
@@ -300,7 +163,7 @@ class Comparison:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.memory_kept = self.device.type == "cpu" and keep_memory()
-        self.photo = _open_photo(settings.image)
+        self.photo = open_photo(settings.image)
         built = build_model(settings)
         model, self.weights, self.method_layers = built.model, built.weights, built.layers
         self.random_weights, self.note = built.random, built.note
@@ -326,7 +189,7 @@ class Comparison:
     def use(self, entries: list[Entry]) -> None:
         """Compare these, and hold each against a free slice of as many tokens."""
         self.entries = entries
-        self.slices = {entry.counts: FreeSlice(_plain_view(self.model), entry.counts, self.blocks) for entry in entries}
+        self.slices = {entry.counts: FreeSlice(plain_view(self.model), entry.counts, self.blocks) for entry in entries}
 
     def memory_of(self, images: int) -> float:
         """Estimate the bytes that a forward pass of so many images takes: views of the photo, and activations."""
@@ -356,8 +219,8 @@ class Comparison:
         schedule = {"keep_rate": keep_rate} if keep is None else {"keep": list(keep)}
         given = self.method_options.get(method, {})
         chosen = {**schedule, **_FIXED.get(method, {}), **options, **given}
-        torch.manual_seed(self.settings.seed)  # of the method's own layers, whatever else is compared
-        patched = patch(_share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
+        torch.manual_seed(self.settings.seed)  # so that the method's layers do not depend on what else is compared
+        patched = patch(share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
         self.blocks = stage_blocks(self.settings.at, len(self.model.blocks))
         layers = self._load_layers(patched)
         plain = self._plain(self.model, method, chosen, patched)
@@ -396,11 +259,11 @@ class Comparison:
             if name.startswith("reducers.")
         }
         if method not in OPTIONS:  # in no paper: the reference of a method of the user's own stands for it
-            twin: Any = patch(_share(model), method, at=self.settings.at, backend="reference", **chosen)
+            twin: Any = patch(share(model), method, at=self.settings.at, backend="reference", **chosen)
             twin.reducers.load_state_dict(layers)
             return twin.to(self.device).eval()
         given = _deciding(method, chosen)
-        plain = PlainModel(_plain_view(model), method, at=self.blocks, layers=layers, **given)
+        plain = PlainModel(plain_view(model), method, at=self.blocks, layers=layers, **given)
         return plain.to(self.device).eval()
 
     def plain(self, model: nn.Module, entry: Entry) -> nn.Module:
@@ -410,7 +273,7 @@ class Comparison:
     def _reference(self, model: nn.Module, entry: Entry) -> nn.Module:
         """Return the reduced model in PyTorch's own operators, for dtypes and devices that the kernels do not take."""
         chosen = _deciding(entry.method, entry.chosen)
-        reduced = patch(_share(model), entry.method, at=self.settings.at, backend="reference", **chosen)
+        reduced = patch(share(model), entry.method, at=self.settings.at, backend="reference", **chosen)
         if entry.layers is not None and not next(reduced.parameters()).is_meta:
             reduced.reducers.load_state_dict(entry.model.get_submodule("reducers").state_dict())
         return reduced
@@ -426,7 +289,7 @@ class Comparison:
             entry.counts = tuple(
                 longest.get(block, count) for block, count in zip(self.blocks, entry.counts, strict=True)
             )
-            self.slices.setdefault(entry.counts, FreeSlice(_plain_view(self.model), entry.counts, self.blocks))
+            self.slices.setdefault(entry.counts, FreeSlice(plain_view(self.model), entry.counts, self.blocks))
         used = {entry.counts for entry in self.entries}
         self.slices = {counts: model for counts, model in self.slices.items() if counts in used}
 
@@ -456,10 +319,15 @@ class Comparison:
         return candidates
 
     def _probe(self, count: int) -> float:
-        self._load_images(count)
-        call = functools.partial(self.model, self.images)
+        call = functools.partial(self.model, self.views(count))
         call()
         return statistics.median(seconds_of(call, self.device) for _ in range(3))
+
+    def pace(self) -> tuple[float, float]:
+        """Measure the seconds that a forward pass of the unreduced model takes, and those of each further image."""
+        one, four = self._probe(1), self._probe(4)
+        each = max(four - one, 0.0) / 3
+        return max(one - each, 0.0), each
 
     def _choose_threads(self) -> None:
         """Take one thread where that is faster: on a busy machine threads mostly wait for each other."""
@@ -475,9 +343,7 @@ class Comparison:
         usual = _BATCHES[self.device.type]
         if self.settings.rounds is not None:
             return self.settings.batch or usual[-1]
-        one, four = self._probe(1), self._probe(4)
-        each = max(four - one, 0.0) / 3
-        fixed = max(one - each, 0.0)
+        fixed, each = self.pace()
         sizes = usual if self.settings.batch is None else (self.settings.batch,)
         while True:
             fitting = [size for size in sizes if self._takes(fixed, each, size) <= self.settings.seconds - self.elapsed]
@@ -487,9 +353,8 @@ class Comparison:
     def _takes(self, fixed: float, each: float, batch: int) -> float:
         """Estimate the seconds of checks, the fewest rounds and pictures."""
         passes = (FEWEST_ROUNDS + 1) * (_REDUCED * len(self.candidates()) + 1)
-        checks = (
-            3 * _REDUCED * len(self.entries) * (fixed + _CHECKED * each)
-        )  # float64 takes two to three times as long
+        # A pass in float64 takes two to three times as long.
+        checks = 3 * _REDUCED * len(self.entries) * (fixed + _CHECKED * each)
         return passes * (fixed + batch * each) + checks + _PICTURE_SECONDS * len(self.entries)
 
     def _leave_one_out(self) -> bool:
@@ -510,9 +375,6 @@ class Comparison:
     def views(self, count: int) -> Tensor:
         """Return (count, 3, height, width): parts of the photo, the same ones first whatever the count."""
         return _views(self.photo, self.config, count, self.settings.seed).to(self.device, self.dtype)
-
-    def _load_images(self, count: int) -> None:
-        self.images = self.views(count)
 
     def is_far(self, difference: float) -> bool:
         """Return whether logits differ more than the unreduced model's own distance to float64 explains."""
@@ -541,12 +403,12 @@ class Comparison:
 
     def _count_work(self) -> None:
         """Count what was not counted yet: the work on one image does not depend on the batch."""
-        hollow, image = _empty_copy(self.model), self.images[:1].to("meta")
+        hollow, image = empty_copy(self.model), self.images[:1].to("meta")
         if "unreduced" not in self.gmacs:
             self.gmacs["unreduced"] = count_gmacs(hollow, image)
         for counts in self.slices:
             if counts not in self.gmacs:
-                self.gmacs[counts] = count_gmacs(FreeSlice(_plain_view(hollow), counts, self.blocks), image)
+                self.gmacs[counts] = count_gmacs(FreeSlice(plain_view(hollow), counts, self.blocks), image)
         for entry in self.entries:
             if entry.slug not in self.gmacs:
                 self.gmacs[entry.slug] = count_gmacs(self._reference(hollow, entry), image)
@@ -557,7 +419,7 @@ class Comparison:
         total = len(self.entries) + 1
         progress("checking", 0, total)
         self._choose_threads()
-        self._load_images(self._choose_batch())
+        self.images = self.views(self._choose_batch())
         self._settle_counts()
         self.checked = min(_CHECKED, len(self.images))
         exact_model = self.exact_model()
@@ -634,13 +496,7 @@ class Comparison:
         return ratio(name, self._seconds_of(of), self._seconds_of(to))
 
     def _speed(self, name: Any) -> dict[str, Any]:
-        seconds = self._seconds_of(name)
-        low, high = quartiles([len(self.images) / value for value in seconds])
-        return {
-            "images_per_second": len(self.images) / statistics.median(seconds),
-            "images_per_second_quartiles": [low, high],
-            "seconds": seconds,
-        }
+        return speed(len(self.images), self._seconds_of(name))
 
     def _unreduced_result(self) -> dict[str, Any]:
         return {

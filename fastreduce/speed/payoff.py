@@ -15,44 +15,33 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..integrations.timm import record
-from ..measure import (
-    capture,
-    cut_to_whole_rounds,
-    environment,
-    quartiles,
-    ratio,
-    recompile_limits,
-    seconds_of,
-    take_turns,
-)
+from ..measure import capture, cut_to_whole_rounds, environment, ratio, recompile_limits, take_turns
 from . import comparison
 from .advice import advice
-from .comparison import FORMAT_VERSION, Comparison, Entry, relative_difference
-from .settings import ROUNDS_FOR_A_SPREAD, PlanSettings
+from .comparison import FORMAT_VERSION, Comparison, Entry
+from .decisions import relative_difference
+from .settings import PlanSettings
 from .timm_table import row_of, tagged, work_of
+from .verdicts import judge, round_up, verdict
 
-__all__ = ["Planner", "Settings", "judge", "round_up", "verdict"]
+__all__ = ["Planner", "Settings"]
 
 Settings = PlanSettings
 
 KEEP_RATES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.25)
 BATCHES = {"cpu": (1, 4, 16), "cuda": (1, 8, 64, 256)}
 
-# Two quiet runs of one model differ by about a per cent, and for less than two no one would give accuracy away.
-LEAST_GAIN = 1.02
-TOO_FEW = "too few rounds"
-
 # What --round-to auto tries. Rows of a matrix product are images times tokens, so a remainder matters at small batches.
-# CUDA: 8 numbers of half precision are one load of 16 bytes, which rows of an attention bias should start at; 64 is the
-# tile of queries and keys in fused attention, and a tile that was begun costs a whole one. CPU: 16 of float32 fill the
-# widest vector register, in which matrix products are blocked.
+# CUDA: 8 numbers of half precision are one load, and rows of an attention bias should start at whole loads. 64 is the
+# tile of queries and keys in fused attention, and a tile that was begun costs a whole one. CPU: 16 numbers of float32
+# fill the widest vector register, in which matrix products are blocked.
 MULTIPLES = {"cpu": (16,), "cuda": (8, 64)}
 NOT_ROUNDED = {
     "radial": "radial's counts follow from its radii",
@@ -61,86 +50,8 @@ NOT_ROUNDED = {
 
 _CHECKED = 2  # images that are also run in float64
 _FEWEST_ROUNDS, _MOST_ROUNDS = 6, 50
-_FOR_ROUNDING = 0.2  # of the time
-_REDUCED = 0.75  # of the time of a whole pass, on average over the keep rates
-
-
-def round_up(counts: Sequence[int], multiple: int, prefix: int, patches: int) -> tuple[int, ...]:
-    """Return the next larger counts that make ``prefix + count`` a multiple, as far as there are tokens.
-
-    Up, not to the nearest: no stage keeps less than was asked for, so what is won is not won by dropping more.
-    """
-    return tuple(min(patches, math.ceil((prefix + count) / multiple) * multiple - prefix) for count in counts)
-
-
-def verdict(spread: Sequence[float], bar: float) -> str:
-    """Return ``"pays"`` if the lower quartile of the ratios lies above the bar, ``"no"`` if not even the upper does.
-
-    ``"unclear"`` in between.
-    """
-    low, high = spread
-    return "pays" if low > bar else "unclear" if high > bar else "no"
-
-
-def _speed(images: int, seconds: Sequence[float]) -> dict[str, Any]:
-    return {
-        "images_per_second": images / statistics.median(seconds),
-        "images_per_second_quartiles": list(quartiles([images / value for value in seconds])),
-        "seconds": list(seconds),
-    }
-
-
-def judge(
-    batch: int, seconds: Mapping[Any, Sequence[float]], keeping: Collection[float] | None = None
-) -> dict[str, Any]:
-    """Say what the rounds at one batch show.
-
-    Args:
-        batch: images in a batch.
-        seconds: of every round: ``"unreduced"``, ``"control"`` (the unreduced model once more) and every keep rate.
-        keeping: keep rates that lose no more than they may; None if what is lost was not measured.
-
-    Returns:
-        Ready for JSON: the ``bar`` that a gain has to pass (2 %, or what the control strays from itself if that is
-        more), speed, speed-up and verdict of every keep rate (``"too few rounds"`` below five), and ``recommended``:
-        the highest that pays, of those that are ``keeping`` enough the fastest that pays, or None.
-    """
-    unreduced = seconds["unreduced"]
-    control = ratio("speedup", seconds["control"], unreduced)
-    low, high = control["speedup_quartiles"]
-    bar = max(LEAST_GAIN, high, 1 / low)
-    rates = []
-    enough = len(unreduced) >= ROUNDS_FOR_A_SPREAD
-    for rate in sorted((name for name in seconds if not isinstance(name, str)), reverse=True):
-        speedup = ratio("speedup", seconds[rate], unreduced)
-        word = verdict(speedup["speedup_quartiles"], bar) if enough else TOO_FEW
-        rates.append({"keep_rate": rate, **_speed(batch, seconds[rate]), **speedup, "verdict": word})
-    return {
-        "batch": batch,
-        "rounds": len(unreduced),
-        "bar": bar,
-        "unreduced": _speed(batch, unreduced),
-        "control": {**_speed(batch, seconds["control"]), **control},
-        "rates": rates,
-        "recommended": _recommended(rates, keeping),
-    }
-
-
-def _recommended(rates: Sequence[Mapping[str, Any]], keeping: Collection[float] | None) -> float | None:
-    """Return the keep rate to take, or None; ``rates`` descend."""
-    paying = [row for row in rates if row["verdict"] == "pays"]
-    if keeping is not None:
-        paying = sorted((row for row in paying if row["keep_rate"] in keeping), key=lambda row: -row["speedup"])
-    return paying[0]["keep_rate"] if paying else None
-
-
-def _code(entry: Entry, blocks: tuple[int, ...], backend: str) -> str:
-    """Return the call that reduces a model in this way."""
-    options = {**entry.chosen, "at": blocks}
-    if backend != "auto":
-        options["backend"] = backend
-    words = [f"{key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in options.items()]
-    return f'fastreduce.patch(model, "{entry.method}", {", ".join(words)})'
+_FOR_ROUNDING = 0.2  # share of the time
+_REDUCED = 0.75  # a reduced pass over a whole one, on average over keep rates
 
 
 class Planner:
@@ -305,11 +216,6 @@ class Planner:
                 spent = time.perf_counter() - start
                 wanted = min(max(2 * int(share * done / spent / 2), wanted), _MOST_ROUNDS)
 
-    def _probe(self, count: int) -> float:
-        call = functools.partial(self.comparison.model, self.comparison.views(count))
-        call()
-        return statistics.median(seconds_of(call, self.device) for _ in range(3))
-
     def _drop_what_does_not_fit(self) -> None:
         """Leave out the usual batches that memory does not hold by estimate; those that were asked for were refused."""
         for batch in self.batches[1:]:
@@ -323,9 +229,7 @@ class Planner:
         """Leave out the largest of the usual batches that a slow machine cannot do some rounds of in the time."""
         if self.settings.batches or self.settings.rounds is not None:
             return
-        one, four = self._probe(1), self._probe(4)
-        each = max(four - one, 0.0) / 3
-        fixed = max(one - each, 0.0)
+        fixed, each = self.comparison.pace()
         passes = (_FEWEST_ROUNDS + 1) * (2 + _REDUCED * len(self.entries))
         while len(self.batches) > 1 and sum(passes * (fixed + size * each) for size in self.batches) > left:
             size = self.batches.pop()
@@ -472,7 +376,12 @@ class Planner:
         }
 
     def _code(self, entry: Entry) -> str:
-        return _code(entry, self.comparison.blocks, self.settings.backend)
+        """Return the call that reduces a model in this way."""
+        options = {**entry.chosen, "at": self.comparison.blocks}
+        if self.settings.backend != "auto":
+            options["backend"] = self.settings.backend
+        words = [f"{key}={json.dumps(value) if isinstance(value, str) else value}" for key, value in options.items()]
+        return f'fastreduce.patch(model, "{entry.method}", {", ".join(words)})'
 
     def _rate_result(self, rate: float, entry: Entry) -> dict[str, Any]:
         gmacs = self.comparison.gmacs

@@ -36,10 +36,10 @@ __all__ = [
 
 DTYPES = ("float32", "float16", "bfloat16")
 KEEP_RATES = (0.7, 0.5)
-FEWEST_ROUNDS = 3  # whatever the clock says: a median of fewer is the luck of one
-ROUNDS_FOR_A_SPREAD = 5  # below that, quartiles say nothing, and no verdict is given
+FEWEST_ROUNDS = 3  # however slow they are: a median of fewer depends on a single one
+ROUNDS_FOR_A_SPREAD = 5  # with fewer, quartiles say nothing, and no verdict is given
 
-_MOST = 2**31 - 1  # of images, rounds and the like
+_MOST = 2**31 - 1  # the largest number of images, rounds and the like
 _BACKENDS = ("auto", "triton", "reference")
 _HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*", re.ASCII)
 _DEVICE = re.compile(r"(cpu)(?::0)?|cuda(?::[0-9]{1,4})?", re.ASCII)

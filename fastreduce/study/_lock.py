@@ -21,7 +21,7 @@ __all__ = ["find_holder", "hold"]
 _NAME = ".lock"
 _GRACE = 1.0  # seconds that a worker has to die after its parent
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
-_held: dict[Path, int] = {}  # what this process holds; the system's lock does not keep a process from itself
+_held: dict[Path, int] = {}  # locks of this process: the system's lock does not keep a process from itself
 _mutex = threading.Lock()
 
 
@@ -56,7 +56,7 @@ def _about(descriptor: int) -> str:
 def _take(path: Path) -> str | None:
     """Take the lock and return None, or say who has it."""
     with _mutex:
-        if path in _held:  # to open and close the file would give the lock back
+        if path in _held:  # opening and closing the file would give the lock back
             return f"process {os.getpid()}"
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -66,7 +66,7 @@ def _take(path: Path) -> str | None:
                 return found
             if _is_at(path, descriptor):
                 break
-            os.close(descriptor)  # the one who had it has removed the file
+            os.close(descriptor)  # its holder removed the file meanwhile
         os.ftruncate(descriptor, 0)
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())

@@ -63,7 +63,7 @@ def _check_axis(axis: str, known: Collection[str]) -> None:
 
 
 def _pairs(runs: Sequence[Run], axis: str, any_rate: Collection[str]) -> Iterator[tuple[int, int]]:
-    """Positions of runs that differ along the axis alone: the higher rate, or the larger backbone, first."""
+    """Return the positions of runs that differ along the axis alone: the higher rate, or the larger backbone, first."""
     order = list(range(len(runs)))
     if axis == "keep_rate":
         order.sort(key=lambda index: -(runs[index].keep_rate or 0.0))
@@ -169,7 +169,7 @@ def compare(
     any_rate: Collection[str] = ANY_RATE,
     progress: Callable[[int, int], None] = lambda done, pairs: None,
 ) -> list[Row]:
-    """Similarities of all pairs of recordings of the same images that differ along one axis alone.
+    """Compare all pairs of recordings of the same images that differ along one axis alone.
 
     Args:
         recordings: of the same images in the same order, wherever they name the same data set.
@@ -228,7 +228,7 @@ class TokenStatistics:
 
 
 def token_statistics(recording: Recording) -> TokenStatistics:
-    """Shares and depths of one recording; see :class:`TokenStatistics`."""
+    """Return shares and depths of one recording; see :class:`TokenStatistics`."""
     shares = []
     for block in recording.blocks:
         if block in recording.kept:
@@ -257,7 +257,7 @@ def chance_iou(first: float, second: float) -> float:
 def compare_depth_maps(
     statistics: Sequence[TokenStatistics], axis: str, *, any_rate: Collection[str] = ANY_RATE
 ) -> list[Row]:
-    """Similarities of the depth maps of all runs that differ along one axis alone.
+    """Compare the depth maps of all runs that differ along one axis alone.
 
     Args:
         statistics: of the runs; those without a map are left out.
@@ -281,7 +281,7 @@ def compare_depth_maps(
 
 
 def _groups(rows: Iterable[Row], axis: str, anchors: Collection[str]) -> dict[Hashable, list[Row]]:
-    """Rows that are correlated together, by (dataset, backbone, method, keep rate) of A; None where all count."""
+    """Group rows that are correlated together, by (dataset, backbone, method, keep rate) of A; None where all count."""
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:
         backbone, rate = row["backbone_a"], None

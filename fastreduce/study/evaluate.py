@@ -35,7 +35,7 @@ __all__ = [
     "time_in_turns",
 ]
 
-LEAST_ROUNDS = 3  # of a speed: fewer say nothing of its spread
+LEAST_ROUNDS = 3  # with fewer, a speed says nothing of its spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _shares_right(best: NDArray[Any], truth: NDArray[Any]) -> dict[str, float]:
 def measure_accuracy(
     model: nn.Module, data: DataSet, *, accelerator: Accelerator | None = None, batch_size: int = 256, workers: int = 0
 ) -> dict[str, float]:
-    """Accuracy on the validation split, in per cent.
+    """Return the accuracy on the validation split, in per cent.
 
     Args:
         model: patched or not; put in evaluation mode. It must be on the accelerator's device.

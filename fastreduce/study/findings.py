@@ -28,7 +28,7 @@ LEAST_ABOVE_CHANCE = 10.0  # points
 
 Verdict = Literal["holds", "does not hold", "undecided", "not examined"]
 _Shares = Mapping[tuple[str, str, float | None], float]  # of patches after the first stage, by backbone, method, rate
-_AGREES = 0.5  # of what chance leaves
+_AGREES = 0.5  # share of what chance leaves
 _MODERATE = 0.3  # a correlation
 _Scores = Mapping[tuple[str, float | None], NDArray[np.float64]]  # per cent by image, for every method and keep rate
 
@@ -328,7 +328,7 @@ def _strengths(rows: Sequence[Row]) -> dict[str, float]:
         if row["pairs"] > 2 and math.isfinite(row["spearman"]):
             found = anchors.setdefault(_measured(row["measure"]), {})
             found.setdefault(row["method"], []).append(row["spearman"])
-    # Chance has no sign, and is averaged away; the sign is a matter of whether the anchor is the better one.
+    # Chance averages away; the sign says only whether the anchor is the better one.
     return {
         measure: statistics.fmean(abs(statistics.fmean(values)) for values in found.values())
         for measure, found in anchors.items()
@@ -351,7 +351,7 @@ def _similarities_follow(rows: Sequence[Row]) -> Finding:
     if len(strength) < len(_FOLLOWING):
         return Finding(claim, "not examined", "needs features, assignments and kept sets of several methods")
     methods = sorted({row[f"method_{end}"] for row in rows for end in "ab"} - {UNREDUCED})
-    # Images are many, methods few: what another choice of methods would give is what each of them contributes.
+    # Images are many and methods few, so the interval is over the choice of methods, each of which contributes.
     without = [
         _strengths([row for row in rows if method not in (row["method_a"], row["method_b"])]) for method in methods
     ]
@@ -386,7 +386,7 @@ def _jackknife_error(values: Sequence[float]) -> float:
 
 
 def _counted(rows: Sequence[Row], floors: Floors) -> list[Row]:
-    """Pairs of models that both count."""
+    """Return pairs of models that both count."""
     return [row for row in rows if all(floors.counts(row[f"backbone_{end}"], row[f"accuracy_{end}"]) for end in "ab")]
 
 

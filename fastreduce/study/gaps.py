@@ -82,7 +82,7 @@ def measure_gap(first: NDArray[np.float64], second: NDArray[np.float64], *, seed
     """
     values, counts = np.unique(first - second, return_counts=True)
     images = int(counts.sum())
-    # To draw images again is to draw these kinds of them, and each kind counts alike.
+    # Drawing images again is drawing these kinds of images, and each kind counts alike.
     draws = np.random.default_rng(seed).multinomial(images, counts / images, _DRAWS) @ values / images
     low, high = np.quantile(draws, _TAILS)
     p_value = None

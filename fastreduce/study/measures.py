@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "FeatureSpace",
     "cluster_agreement",
-    "compose_assignments",
     "distinct_labels",
     "feature_similarities",
     "kept_overlap",
@@ -61,7 +60,7 @@ def _membership(kept: Integers, patches: int) -> NDArray[np.bool_]:
 
 
 def pack_kept(kept: Integers, patches: int) -> NDArray[np.uint64]:
-    """Kept sets as bits, one bit a patch: what :func:`kept_overlap` takes.
+    """Pack kept sets as bits, one bit a patch, for :func:`kept_overlap`.
 
     Args:
         kept: (images, K) integer, original patches in any order, -1 for padding and for fused tokens.
@@ -88,7 +87,7 @@ def packed_sizes(packed: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def kept_overlap(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> tuple[Floats, Floats]:
-    """Intersection over union, and over the second set, of every image.
+    """Return intersection over union, and over the second set, of every image.
 
     Args:
         first: packed sets A of :func:`pack_kept`.
@@ -104,21 +103,6 @@ def kept_overlap(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> tuple
         raise ValueError(f"both need as many images of one grid, got packed shapes {first.shape} and {second.shape}")
     common = packed_sizes(first & second)
     return common / np.maximum(packed_sizes(first | second), 1), common / np.maximum(packed_sizes(second), 1)
-
-
-def compose_assignments(stages: list[Integers]) -> list[Integers]:
-    """Assignments stage by stage -> of every original patch.
-
-    Args:
-        stages: (images, tokens that enter the stage) integer each, the token of the next stage that each goes into.
-
-    Returns:
-        For each stage (images, P): the token that every original patch is in after it.
-    """
-    composed = [np.asarray(stages[0])]
-    for stage in stages[1:]:
-        composed.append(np.take_along_axis(np.asarray(stage), composed[-1].astype(np.intp), 1))
-    return composed
 
 
 def _runs(labels: Integers) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -147,7 +131,7 @@ def _from_zero(labels: Integers) -> tuple[NDArray[np.int32], int]:
 
 
 def cluster_agreement(true: Integers, predicted: Integers) -> Floats:
-    """Homogeneity, completeness and V-measure (the paper's "NMI") of two assignments of every image.
+    """Return homogeneity, completeness and V-measure (the paper's "NMI") of two assignments of every image.
 
     Equal to ``sklearn.metrics.homogeneity_completeness_v_measure(true[i], predicted[i])`` for each image i, from the
     three entropies.
@@ -254,13 +238,13 @@ def _earth_movers(first: Floats, second: Floats) -> float:
 
 
 def _spread(values: Floats) -> Floats:
-    """Scaled to [0, 1], then to a sum of 1."""
+    """Scale to [0, 1], then to a sum of 1."""
     scaled = (values - values.min()) / (values.max() - values.min())
     return scaled / scaled.sum()
 
 
 def map_similarities(first: ArrayLike, second: ArrayLike) -> dict[str, float]:
-    """Similarities of two non-negative maps, by the paper's code; maps are divided by their sums first.
+    """Compare two non-negative maps, by the paper's code; maps are divided by their sums first.
 
     Args:
         first: (rows, columns) a.
@@ -349,13 +333,13 @@ class FeatureSpace:
 
 
 def _weighted(space: FeatureSpace, directions: Floats, correlations: Floats) -> float:
-    """PWCCA distance: directions without a partner, of the wider of two models, have weight and no correlation."""
+    """Return the PWCCA distance: directions of the wider model without a partner have weight and no correlation."""
     weights = np.abs(directions.T @ space.inverse_root @ space.gram).sum(1)
     return float(1 - weights[: len(correlations)] @ correlations / weights.sum())
 
 
 def feature_similarities(first: FeatureSpace, second: FeatureSpace) -> dict[str, float]:
-    """Canonical correlations and three distances between the features of the same images in two models.
+    """Return canonical correlations and three distances between the features of the same images in two models.
 
     Args:
         first: A, a (neurons) x (images) matrix, centred and of norm 1.

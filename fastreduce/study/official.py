@@ -160,7 +160,7 @@ def find_on_hub(name: str, dataset: str) -> tuple[Path, str]:
         return Path(hf_hub_download(HUB, file)), file
     except ValueError:
         raise
-    except Exception as error:  # whatever a network has to say
+    except Exception as error:  # networks fail in many ways
         raise ValueError(
             f"there is no file {name!r} here, and {HUB} on the Hugging Face hub cannot be read: {one_line(error)}"
         ) from error
@@ -185,6 +185,6 @@ def build(official: Official, weights: str | os.PathLike[str] | Mapping[str, Any
     model = official.backbone.build(num_classes)
     if official.reduction is not None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that its layers are random: they are about to be loaded
+            warnings.simplefilter("ignore")  # of random layers: they are about to be loaded
             official.reduction.apply(model)
     return load_official(model, weights).eval()

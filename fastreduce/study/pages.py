@@ -52,7 +52,7 @@ _MEASURES = {
 
 
 def _pictures(study: Study, data: DataSet) -> dict[str, tuple[Figure, str]]:
-    """Figure and caption by file name."""
+    """Draw the figures -> figure and caption by file name."""
     baseline, results = study.result(0), study.results
     metric = "mean average precision, %" if data.multi_label else "top-1 accuracy, %"
     what = f"{data.name}, {study.recordings[0].images} validation images"
@@ -92,7 +92,7 @@ def _pictures(study: Study, data: DataSet) -> dict[str, tuple[Figure, str]]:
 
 
 def _matrices(study: Study, measure: str, words: str) -> dict[str, tuple[Figure, str]]:
-    """Methods against methods, at the rate in the middle and the first stage."""
+    """Draw methods against methods, at the rate in the middle and the first stage."""
     rates = sorted({run.keep_rate for run in (one.run for one in study.recordings) if run.keep_rate is not None})
     rate = rates[len(rates) // 2]
     block = min((block for recording in study.recordings for block in recording.blocks), default=None)
@@ -137,7 +137,7 @@ def _gaps(study: Study) -> dict[str, tuple[Figure, str]]:
 
 
 def _drawn_patterns(study: Study, data: DataSet) -> tuple[Figure, str] | None:
-    """Example images as the last stage of every pruning and hard merging method leaves them."""
+    """Draw example images as the last stage of every pruning and hard merging method leaves them."""
     rates = sorted({one.run.keep_rate for one in study.recordings if one.run.keep_rate is not None})
     rate = rates[len(rates) // 2]
     seen = study.recordings[0].images  # sorted by class, in most data sets

@@ -74,7 +74,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _by_family(results: Sequence[Result]) -> dict[str, dict[str, list[Result]]]:
-    """Family -> method -> its results by descending keep rate; families and methods without any are left out."""
+    """Return family -> method -> its results by descending keep rate; families and methods without any are left out."""
     grouped: dict[str, dict[str, list[Result]]] = {}
     for family, methods in FAMILIES.items():
         for method in methods:
@@ -126,7 +126,7 @@ def accuracy_by_rate(
     subtitle: str = "",
     metric: str = "top-1 accuracy, %",
 ) -> Figure:
-    """Lines of every method in a panel for its family; the unreduced model is the horizontal line.
+    """Draw lines of every method in a panel for its family; the unreduced model is the horizontal line.
 
     Raises:
         ValueError: if there is nothing to draw.
@@ -258,7 +258,7 @@ def similarity_matrix(
 def scatter(
     points: Sequence[tuple[str, float, float]], *, title: str, across: str, up: str, subtitle: str = ""
 ) -> Figure:
-    """Points (method, x, y), one marker a family, with a label each where there are few."""
+    """Draw points (method, x, y), one marker a family, with a label each where there are few."""
     figure = _figure(5.6, 4.2, title, subtitle)
     axes = figure.add_axes((0.13, 0.14, 0.84, 0.68))
     _plain(axes)
@@ -297,7 +297,7 @@ def patterns(
     subtitle: str = "",
     pixels: int = 16,
 ) -> Figure:
-    """Rows of images, first as they are and then as every method leaves them.
+    """Draw rows of images, first as they are and then as every method leaves them.
 
     Args:
         images: (height, width, 3) uint8 each; height and width are multiples of the patch grid.

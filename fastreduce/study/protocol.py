@@ -35,10 +35,10 @@ __all__ = [
     "protocol_for",
 ]
 
-WEIGHTS, EMA_WEIGHTS, HISTORY = "model.safetensors", "model_ema.safetensors", "training.json"  # of a training
+WEIGHTS, EMA_WEIGHTS, HISTORY = "model.safetensors", "model_ema.safetensors", "training.json"  # a training's files
 DATA_SETS = ("digits", "imagenet", "nabirds", "coco", "nuswide", "folder", "cifar10")
-SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}  # of a folder, under any of these names
-# What the folder of each must hold; what is in it is looked at when it is opened.
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}  # folders of a data set, by any of these names
+# What the folder of each must hold; its contents are read when it is opened.
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "imagenet": ("train", "val"),
     "nabirds": ("images", "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"),
@@ -201,7 +201,7 @@ class Backbone:
             )
         except RuntimeError as error:
             raise ValueError(f"{self.name} cannot be had from timm: {error}") from error
-        except (TypeError, AssertionError, AttributeError, ArithmeticError) as error:  # whatever an option breaks
+        except (TypeError, AssertionError, AttributeError, ArithmeticError) as error:  # options break anything
             if not self.options:
                 raise
             given = ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -30,7 +30,7 @@ from .train import Training
 
 __all__ = ["run_study"]
 
-_ROUNDS = 10  # of the speeds
+_ROUNDS = 10  # in which speeds are measured
 _log = logging.getLogger("fastreduce")
 _Progress = Callable[[str, float, float], None]
 
@@ -42,7 +42,7 @@ def _judge(
     reduction, capacity = model.reduction, model.capacity
     recorded, evaluated = folder / "recording.safetensors", folder / "evaluation.json"
     if not (evaluated.exists() and recorded.exists()):
-        for remains in folder.glob(f".{recorded.name}.*"):  # of a process that was killed while it recorded
+        for remains in folder.glob(f".{recorded.name}.*"):  # left by a process that was killed while it recorded
             shutil.rmtree(remains, ignore_errors=True)
         trained: Any = load_trained(capacity.backbone, reduction, weights, data.num_classes).to(device)
         size, workers = min(recipe.fine_tuning.batch_size, len(data.val)), recipe.fine_tuning.workers
@@ -76,7 +76,7 @@ def _read_examination(path: Path) -> Examination:
 def _measure_speeds(
     recipe: Recipe, trained: Mapping[str, Training], data: DataSet, folder: Path, device: torch.device, said: _Progress
 ) -> dict[str, list[float]]:
-    """Images per second by place, the models of one backbone in turns; or what an earlier call wrote."""
+    """Measure images per second by place, models of one backbone in turns; or read what an earlier call wrote."""
     path, places = folder / "speed.json", [model.place for model in recipe.models]
     about = {"device": str(device), "threads": torch.get_num_threads(), "batch_size": recipe.fine_tuning.batch_size}
     try:
@@ -84,7 +84,7 @@ def _measure_speeds(
         if held["about"] == about and [*held["images_per_second"]] == places:
             return held["images_per_second"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # it is measured again
+        pass  # the speed is measured again
     speeds: dict[str, list[float]] = {}
     for capacity in dict.fromkeys(model.capacity.name for model in recipe.models):
         said(f"timing {capacity} in turns", len(speeds), len(places))

@@ -45,7 +45,7 @@ _log = logging.getLogger("fastreduce")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: new parts and backbone, each with and without weight decay.
+    """Make groups for an optimizer: new parts and backbone, each with and without weight decay.
 
     Returns:
         Those that are not empty, with ``params``, ``weight_decay``, ``new`` and the ``lr_scale`` that timm's schedulers
@@ -68,7 +68,7 @@ def make_accelerator(protocol: Protocol, cpu: bool = False) -> Accelerator:
     It runs on the processes that ``accelerate launch`` started, or on this one alone.
     """
     alone = PartialState(cpu=cpu).num_processes == 1
-    AcceleratorState._reset_state(reset_partial_state=alone)  # which else refuse another device or precision
+    AcceleratorState._reset_state(reset_partial_state=alone)  # else they refuse another device or precision
     on_cpu = PartialState(cpu=cpu).device.type == "cpu"
     precision = "no" if on_cpu and protocol.mixed_precision == "fp16" else protocol.mixed_precision
     return Accelerator(
@@ -295,7 +295,7 @@ class _Trainer:
         return values, next(group["lr"] for group in self.optimizer.param_groups if group["new"])
 
     def validate(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Accuracy of the model, and of its moving average."""
+        """Return the accuracy of the model, and of its moving average."""
         settings = {"batch_size": self.protocol.batch_size, "workers": self.protocol.workers}
         results = [
             {} if model is None else measure_accuracy(model, self.data, accelerator=self.accelerator, **settings)

@@ -89,7 +89,7 @@ def test_both_sides_of_a_condition_are_walked():
 
 @triton.jit
 def planted_kernel(x, out, channels, stride, TWICE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Squared distances of rows of one tile; the idiom of the upstream issue, or with a load of its own."""
+    """Compute squared distances of rows of one tile; the idiom of the upstream issue, or with a load of its own."""
     rows = x + tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_C)[None, :]
     others = rows + BLOCK * stride
     dots = tl.zeros((BLOCK, BLOCK), tl.float32)

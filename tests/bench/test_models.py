@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import itertools
 import json
@@ -18,24 +19,24 @@ pytest.importorskip("sklearn")
 from PIL import Image
 
 import fastreduce
-from bench import models
+from bench import contests, models, parity
 from bench.model_plots import _spread_out
 from fastreduce.ops import unchecked
 from fastreduce.plain import FreeSlice
 from fastreduce.speed import comparison as engine
 
 METHODS = ("topk", "ats", "patchmerger", "radial-l2")
-QUICK = models.Settings(
+QUICK = contests.Settings(
     models=("test_vit",), methods=("topk",), keep_rates=(0.5,), batches=(2,), device="cpu", rounds=2, threads=1
 )
 
 
 def measure(**changes):
-    return list(models.measure_models(models.dataclasses.replace(QUICK, **changes)))
+    return list(contests.measure_models(dataclasses.replace(QUICK, **changes)))
 
 
 def times(group):
-    """Images per second by name, None for what has no time."""
+    """Return images per second by name, None for what has no time."""
     return {
         "unreduced": group["unreduced"]["images_per_second"],
         "slice": group["free_slices"][0]["images_per_second"],
@@ -131,7 +132,7 @@ def test_every_method_agrees_with_the_official_algorithm(dtype):
 
 def test_training_leaves_the_weights_alone():
     settings = QUICK.resolve()
-    contest = models._Contest(settings, models._build(settings, "test_vit", 2, 0.5), lambda *_: None)
+    contest = contests.Contest(settings, contests._build(settings, "test_vit", 2, 0.5), lambda *_: None)
     before = {name: value.clone() for name, value in contest.comparison.model.state_dict().items()}
     contest.measure("training", "eager", math.inf, lambda *_: None)
     for name, value in contest.comparison.model.state_dict().items():
@@ -141,8 +142,8 @@ def test_training_leaves_the_weights_alone():
 
 def test_training_trains():
     """Every parameter that is stepped gets its gradient, the method's own layers included."""
-    settings = models.dataclasses.replace(QUICK, methods=("sit",)).resolve()
-    contest = models._Contest(settings, models._build(settings, "test_vit", 2, 0.5), lambda *_: None)
+    settings = dataclasses.replace(QUICK, methods=("sit",)).resolve()
+    contest = contests.Contest(settings, contests._build(settings, "test_vit", 2, 0.5), lambda *_: None)
     (entry,) = contest.entries.values()
     common = {id(parameter) for parameter in contest.comparison.model.parameters()}
     own = {id(parameter) for parameter in entry.model.reducers.parameters()}
@@ -150,7 +151,7 @@ def test_training_trains():
     for name, model in contest.candidates.items():
         parameters = contest._parameters(name)
         assert {id(parameter) for parameter in parameters} == common | (own if "sit" in str(name) else set())
-        losses = models._function(model.train(), "training")(contest.images, contest.labels)
+        losses = contests._function(model.train(), "training")(contest.images, contest.labels)
         assert losses.shape == (2,)
         assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(losses.sum(), parameters))
 
@@ -187,7 +188,7 @@ def test_a_wrong_gradient_gets_no_time_in_training(monkeypatch):
 
 
 def test_near_ties_are_told_and_timed(monkeypatch):
-    monkeypatch.setattr(models, "_ALLOWED", 0)
+    monkeypatch.setattr(parity, "ALLOWED", 0)
     monkeypatch.setattr(engine.Comparison, "changed_decisions", lambda *_: 1)
     monkeypatch.setattr(engine.Comparison, "is_far", lambda *_: True)
     for group in measure():
@@ -197,7 +198,7 @@ def test_near_ties_are_told_and_timed(monkeypatch):
         assert not models.is_wrong(group)
 
 
-@pytest.mark.parametrize("step", models.STEPS[-1:])
+@pytest.mark.parametrize("step", contests.STEPS[-1:])
 def test_compiled(monkeypatch, step):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     (group,) = measure(modes=("compiled",), steps=(step,))
@@ -251,7 +252,7 @@ def test_out_of_memory(monkeypatch, when):
 def test_endless_compilations_are_left_out(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for most, missing in ((200, ["kmedoids official"]), (300, [])):
-        monkeypatch.setattr(models, "_MOST_UNROLLED", most)
+        monkeypatch.setattr(contests, "_MOST_UNROLLED", most)
         (group,) = measure(modes=("compiled",), steps=("forward",), methods=("kmedoids",))
         assert_only_these_are_missing(group, *missing)
 
@@ -270,25 +271,25 @@ def test_the_time_ends(capsys):
 def test_groups_come_one_by_one(monkeypatch):
     """Groups not yet asked for are not measured, so that whoever is cut short has the ones before."""
     built = []
-    build = models._build
-    monkeypatch.setattr(models, "_build", lambda *a, **k: built.append(k["keep_rate"]) or build(*a, **k))
-    groups = models.measure_models(models.dataclasses.replace(QUICK, keep_rates=(0.7, 0.5), steps=("forward",)))
+    build = contests._build
+    monkeypatch.setattr(contests, "_build", lambda *a, **k: built.append(k["keep_rate"]) or build(*a, **k))
+    groups = contests.measure_models(dataclasses.replace(QUICK, keep_rates=(0.7, 0.5), steps=("forward",)))
     assert next(groups)["keep_rate"] == 0.7
     assert built == [0.7]
 
 
 def test_one_model_is_built_once(monkeypatch):
     """Other steps, rounds and batches meet the models that were built, and are checked at every batch."""
-    built, checked, contests = [], [], models.Contests(most=2)
-    build, check = models._build, models.Comparison.check
-    monkeypatch.setattr(models, "_build", lambda *a, **k: built.append(k["model"]) or build(*a, **k))
+    built, checked, kept = [], [], contests.Contests(most=2)
+    build, check = contests._build, contests.Comparison.check
+    monkeypatch.setattr(contests, "_build", lambda *a, **k: built.append(k["model"]) or build(*a, **k))
     monkeypatch.setattr(
-        models.Comparison, "check", lambda self, *a: checked.append(self.settings.batch) or check(self, *a)
+        contests.Comparison, "check", lambda self, *a: checked.append(self.settings.batch) or check(self, *a)
     )
 
     def groups(**changes):
-        settings = models.dataclasses.replace(QUICK, methods=("topk", "ats"), **{"steps": ("forward",), **changes})
-        return list(models.measure_models(settings, contests=contests))
+        settings = dataclasses.replace(QUICK, methods=("topk", "ats"), **{"steps": ("forward",), **changes})
+        return list(contests.measure_models(settings, contests=kept))
 
     found = groups(batches=(2,)) + groups(steps=("training",), rounds=1) + groups(batches=(3, 2), rounds=1)
     assert [(group["batch"], group["step"], group["rounds"]) for group in found] == [
@@ -309,7 +310,7 @@ def test_one_model_is_built_once(monkeypatch):
     groups()
     assert len(built) == 2
     groups(keep_rates=(0.6,))
-    assert (len(built), len(contests.kept)) == (3, 2)
+    assert (len(built), len(kept.kept)) == (3, 2)
 
 
 def test_kernels_are_run_before_they_are_timed(monkeypatch):
@@ -319,7 +320,7 @@ def test_kernels_are_run_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(
         fastreduce.ops.unchecked, "select_topk", lambda s, *a, **k: sizes.append(len(s)) or select_topk(s, *a, **k)
     )
-    models.fill_kernel_cache(models.dataclasses.replace(QUICK, batches=(3, 1)))
+    contests.fill_kernel_cache(dataclasses.replace(QUICK, batches=(3, 1)))
     assert set(sizes) == {3, 1}
 
 
@@ -365,7 +366,7 @@ def test_mistakes_in_the_code_are_not_hidden(monkeypatch):
     def broken(*_):
         raise ValueError("a mistake")
 
-    monkeypatch.setattr(models._Contest, "measure", broken)
+    monkeypatch.setattr(contests.Contest, "measure", broken)
     with pytest.raises(ValueError, match="a mistake"):
         models.main(["--quick", "--methods", "topk", "--device", "cpu", "--threads", "1"])
 

@@ -22,6 +22,7 @@ from fastreduce.measure import count_gmacs
 from fastreduce.ops import unchecked
 from fastreduce.speed import comparison as engine
 from fastreduce.speed import decisions
+from fastreduce.speed import models as built
 
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["compare", "--model", MODEL, "--batch", "2", "--rounds", "2", "--random", "--no-fidelity", "--no-pictures"]
@@ -360,7 +361,7 @@ def test_pretrained_weights_out_of_reach(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no route\nto the hub")
 
-    monkeypatch.setattr(engine, "create_model", unreachable)
+    monkeypatch.setattr(built, "create_model", unreachable)
     assert_one_line(run(*QUICK, "--pretrained"), "the pretrained weights 'test_vit' cannot be had: no route to the hub")
 
 

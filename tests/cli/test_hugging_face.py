@@ -51,7 +51,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder with every model, random weights, biases and scales too."""
+    """Make a folder with every model, random weights, biases and scales too."""
     root = tmp_path_factory.mktemp("models")
     for name, (kind, configuration, options, _) in MODELS.items():
         torch.manual_seed(0)

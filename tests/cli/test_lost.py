@@ -19,7 +19,7 @@ from fastreduce.cli.lost import choose
 from fastreduce.integrations import hub
 from fastreduce.integrations.timm import create_model, input_config
 from fastreduce.quality.images import folder_images
-from fastreduce.speed import payoff
+from fastreduce.speed import verdicts
 from fastreduce.speed.advice import advice
 
 MODEL = "test_vit"
@@ -35,7 +35,7 @@ def words(done):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Photographs in as many class folders as a checkpoint's head has, and that checkpoint."""
+    """Make photographs in as many class folders as a checkpoint's head has, and that checkpoint."""
     from fastreduce.pictures import sample_photos
 
     root = tmp_path_factory.mktemp("pictures")
@@ -117,9 +117,9 @@ def test_the_page_is_one_file_with_everything_in_it(compared):
 def test_labels_that_fit_give_accuracy(folder, tmp_path, monkeypatch):
     """The head of the checkpoint has three classes, and there are three folders."""
     root, model = folder
-    from fastreduce.speed import comparison as engine
+    from fastreduce.speed import models as built
 
-    monkeypatch.setattr(engine, "create_model", lambda name, **_: create_model(name, num_classes=3))
+    monkeypatch.setattr(built, "create_model", lambda name, **_: create_model(name, num_classes=3))
     done = run(
         *("plan", "--model", MODEL, "--batch", "1", "--rounds", "5", "--keep-rate", "0.5", "--no-pictures"),
         *("--checkpoint", root / "weights.pth", "--images", root / "photos", "--at-most-lost", "100"),
@@ -169,17 +169,17 @@ def _seconds(**ratios):
 
 def test_the_fastest_that_keeps_enough_is_recommended():
     seconds = _seconds(**{"0.9": 1.2, "0.7": 1.5, "0.5": 1.9})
-    assert payoff.judge(8, seconds)["recommended"] == 0.9
-    assert payoff.judge(8, seconds, {0.9, 0.7})["recommended"] == 0.7
-    assert payoff.judge(8, seconds, set())["recommended"] is None
-    row = payoff.judge(8, seconds, {0.9, 0.7})
+    assert verdicts.judge(8, seconds)["recommended"] == 0.9
+    assert verdicts.judge(8, seconds, {0.9, 0.7})["recommended"] == 0.7
+    assert verdicts.judge(8, seconds, set())["recommended"] is None
+    row = verdicts.judge(8, seconds, {0.9, 0.7})
     lines = " ".join(advice([row], {0.9, 0.7}, "fidelity at least 0.99"))
     assert "reduce, with keep rate 0.7, the fastest with fidelity at least 0.99: 1.50 times as fast" in lines
     assert "costs accuracy" not in lines
-    slow = payoff.judge(8, _seconds(**{"0.9": 1.0, "0.5": 1.9}), {0.9})
+    slow = verdicts.judge(8, _seconds(**{"0.9": 1.0, "0.5": 1.9}), {0.9})
     lines = " ".join(advice([slow], {0.9}, "fidelity at least 0.99"))
     assert "keep rate 0.5 would pay, but only 0.9 has fidelity at least 0.99" in lines
-    lines = " ".join(advice([payoff.judge(8, seconds, set())], set(), "fidelity at least 0.99"))
+    lines = " ".join(advice([verdicts.judge(8, seconds, set())], set(), "fidelity at least 0.99"))
     assert "no keep rate has fidelity at least 0.99" in lines
 
 

@@ -71,7 +71,7 @@ def test_the_file_of_a_name():
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Validation images alone, in two classes."""
+    """Make validation images alone, in two classes."""
     root = tmp_path_factory.mktemp("imagenet")
     torch.manual_seed(0)
     for label in ("n01", "n02"):

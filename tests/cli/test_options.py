@@ -23,6 +23,7 @@ from fastreduce.cli.app import app
 from fastreduce.names import FAMILIES, METHODS, TITLES, compared_methods, parse_method_option
 from fastreduce.reducers import _options
 from fastreduce.speed import comparison as engine
+from fastreduce.speed import models as built
 from fastreduce.speed import payoff
 from fastreduce.speed.settings import CompareSettings, PlanSettings, check_model
 
@@ -45,9 +46,6 @@ def assert_one_line(done, message):
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
     assert done.stdout == ""
-
-
-# ---- before torch
 
 
 EARLY = {
@@ -77,7 +75,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("case", EARLY)
 def test_mistakes_are_told_before_anything_is_built(folder, case, monkeypatch):
-    monkeypatch.setattr(engine, "create_model", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(built, "create_model", lambda *_, **__: pytest.fail("a model was built"))
     arguments, message = EARLY[case]
     assert_one_line(run(*arguments.replace("FOLDER", str(folder)).split()), message)
 
@@ -129,9 +127,6 @@ def test_nothing_is_left_behind_by_what_was_refused(tmp_path):
         )
         assert done.exit_code == 2, done.output
         assert os.listdir(tmp_path) == []
-
-
-# ---- messages
 
 
 MESSAGES = {
@@ -238,9 +233,6 @@ def test_what_a_batch_takes_is_no_less_than_its_pictures():
     assert engine.free_memory(comparison.device) > 0
 
 
-# ---- spellings
-
-
 def chosen(monkeypatch, *arguments):
     """Return the settings that a command line comes to."""
     found = []
@@ -311,9 +303,6 @@ def test_completion_of_a_shell():
             COMP_CWORD=str(len(line.split()) - 1),
         )
         assert done.stdout.split() == [word], done.stderr
-
-
-# ---- methods and their options
 
 
 def test_the_list_of_methods():
@@ -413,9 +402,6 @@ def test_every_option_that_can_be_given_is_one_that_the_method_takes():
 
 def own_names(words):
     return {word.partition(".")[0] for word in words}
-
-
-# ---- fuzz
 
 
 ODD = [

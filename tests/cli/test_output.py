@@ -61,9 +61,6 @@ class Broken(io.StringIO):
         raise self.error
 
 
-# ---- what is written where
-
-
 def test_a_closed_pipe_costs_neither_json_nor_pictures(tmp_path):
     """Standard output is closed as by ``| head``, amid letters that ASCII does not have."""
     process = start(*QUICK, "--out", tmp_path, "--json", tmp_path / "result.json", PYTHONIOENCODING="ascii")
@@ -162,9 +159,6 @@ def test_a_file_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, monkeypa
     assert os.listdir(tmp_path) == ["result.json"]
 
 
-# ---- Ctrl-C
-
-
 def stop_after(monkeypatch, calls):
     """Have Ctrl-C come with this many calls of a clock."""
     clock, left = engine.seconds_of, iter(range(calls))
@@ -225,9 +219,6 @@ def test_ctrl_c_in_a_plan_keeps_the_batches_that_were_measured(tmp_path, monkeyp
     assert result["interrupted"]
     assert [(row["batch"], row["rounds"]) for row in result["batches"]] == [(1, 6)]
     assert done.stdout.startswith("Stopped after 6 rounds")
-
-
-# ---- what is said first
 
 
 def doubtful(**changes):
@@ -298,9 +289,6 @@ def test_bold_takes_five_rounds(rounds, monkeypatch):
     page.write()
     (line,) = (line for line in terminal.getvalue().splitlines() if " topk " in line)
     assert ("\x1b[1m" in line) == ("±" in line) == (rounds == 5)
-
-
-# ---- tables and streams
 
 
 COUNTS = list(range(190, 70, -10))

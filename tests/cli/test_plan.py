@@ -16,7 +16,8 @@ from fastreduce import draw
 from fastreduce.cli.app import app
 from fastreduce.integrations.timm import create_model
 from fastreduce.ops import unchecked
-from fastreduce.speed import payoff
+from fastreduce.speed import payoff, verdicts
+from fastreduce.speed.advice import advice
 
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["plan", "--model", MODEL, "--batch", "2", "--rounds", "5", "--random", "--no-fidelity", "--keep-rate", "0.5"]
@@ -128,7 +129,7 @@ NOISE = (0.99, 1.0, 1.01, 1.0, 0.99, 1.01, 1.0, 1.0)
 
 
 def rows(speedups, noise=NOISE, control=NOISE):
-    """Invented rounds: ``{batch: {keep rate: speed-up}}``, each ratio strewn as given."""
+    """Invent rounds: ``{batch: {keep rate: speed-up}}``, each ratio strewn as given."""
     found = []
     for batch, of_rates in speedups.items():
         unreduced = [0.01 * batch * (1 + 0.3 * (turn % 3)) for turn in range(len(noise))]  # drift cancels in a ratio
@@ -136,41 +137,41 @@ def rows(speedups, noise=NOISE, control=NOISE):
         for rate, speedup in of_rates.items():
             seconds[rate] = [value / (speedup * part) for value, part in zip(unreduced, noise, strict=True)]
         seconds["control"] = [value / part for value, part in zip(unreduced, control, strict=True)]
-        found.append(payoff.judge(batch, seconds))
+        found.append(verdicts.judge(batch, seconds))
     return found
 
 
 def test_it_pays_everywhere():
     found = rows({1: {0.9: 1.1, 0.5: 1.5}, 16: {0.9: 1.2, 0.5: 1.9}})
     assert [row["recommended"] for row in found] == [0.9, 0.9]
-    lines = payoff.advice(found)
+    lines = advice(found)
     assert lines[0] == "Reduction pays at every batch measured."
     assert lines[1].startswith("Batch 1: reduce, from keep rate 0.9 on. There it is 1.10 times as fast (quartiles 1.")
     assert lines[1].endswith("at keep rate 0.5 1.50 times.")
     assert "unreduced 76.92 (batch 1), reduced 146.2 (batch 16, keep rate 0.5)" in lines[3]
-    assert payoff.advice(found[1:])[0] == "Reduction pays at batch 16."
+    assert advice(found[1:])[0] == "Reduction pays at batch 16."
 
 
 def test_it_pays_nowhere():
     found = rows({1: {0.9: 0.8, 0.25: 0.97}, 4: {0.9: 0.9, 0.5: 1.01, 0.25: 0.99}})
     assert [row["recommended"] for row in found] == [None, None]
-    lines = payoff.advice(found)
+    lines = advice(found)
     assert lines[0] == "Do not reduce on this machine: at batches 1 and 4 no keep rate was shown to pay."
     assert lines[1].startswith(
         "Do not reduce at batch 1: even at keep rate 0.25 it is 0.97 times as fast (quartiles 0.9"
     )
     assert lines[2].startswith("Do not reduce at batch 4: at best, keep rate 0.5, it is 1.01 times as fast")
-    assert payoff.advice(found[:1])[0].startswith("Do not reduce on this machine: at batch 1 no keep rate")
+    assert advice(found[:1])[0].startswith("Do not reduce on this machine: at batch 1 no keep rate")
 
 
 def test_it_pays_from_a_batch_on():
     slow, fast = {0.9: 0.7, 0.5: 0.95}, {0.9: 0.98, 0.7: 1.2, 0.5: 1.6}
     found = rows({1: slow, 4: slow, 16: fast})
     assert [row["recommended"] for row in found] == [None, None, 0.7]
-    lines = payoff.advice(found)
+    lines = advice(found)
     assert lines[0] == "Reduction pays from batch 16 on, not at 1 and 4."
     assert lines[3].startswith("Batch 16: reduce, from keep rate 0.7 on.")
-    assert payoff.advice(rows({1: fast, 4: slow, 16: fast}))[0] == "Reduction pays at batch 1 and 16, not at 4."
+    assert advice(rows({1: fast, 4: slow, 16: fast}))[0] == "Reduction pays at batch 1 and 16, not at 4."
 
 
 def test_gains_below_two_per_cent_do_not_pay():
@@ -178,7 +179,7 @@ def test_gains_below_two_per_cent_do_not_pay():
     still = (1.0,) * 8
     found = rows({1: {0.9: 1.0, 0.8: 1.019, 0.7: 1.021}}, noise=still, control=still)
     assert [rate["verdict"] for rate in found[0]["rates"]] == ["no", "no", "pays"]
-    assert found[0]["bar"] == payoff.LEAST_GAIN
+    assert found[0]["bar"] == verdicts.LEAST_GAIN
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,7 @@ def test_noise_around_one_is_unclear():
     (row,) = rows({1: {0.9: 0.7, 0.5: 1.0}}, noise=noise)
     assert [rate["verdict"] for rate in row["rates"]] == ["no", "unclear"]
     assert row["recommended"] is None
-    line = payoff.advice([row])[1]
+    line = advice([row])[1]
     assert line.startswith(
         "Batch 1: do not reduce before more --rounds have told: even at keep rate 0.5 it is 1.00 times"
     )
@@ -206,18 +207,18 @@ def test_noise_around_one_is_unclear():
 def test_keep_rates_below_the_recommended_that_do_not_pay_are_named():
     (row,) = rows({8: {0.9: 1.1, 0.7: 1.0, 0.5: 1.4, 0.25: 0.9}})
     assert row["recommended"] == 0.9
-    assert payoff.advice([row])[1].endswith("Not shown to pay: 0.7 and 0.25.")
+    assert advice([row])[1].endswith("Not shown to pay: 0.7 and 0.25.")
 
 
 def test_rounding_up():
-    assert payoff.round_up((137, 96, 67), 8, prefix=1, patches=196) == (143, 103, 71)
-    assert payoff.round_up((137, 96, 67), 64, prefix=1, patches=196) == (191, 127, 127)
-    assert payoff.round_up((176, 158), 64, prefix=2, patches=196) == (190, 190)
-    assert payoff.round_up((190,), 64, prefix=5, patches=196) == (196,), "no more than there are"
-    assert payoff.round_up((7, 3), 1, prefix=1, patches=9) == (7, 3)
+    assert verdicts.round_up((137, 96, 67), 8, prefix=1, patches=196) == (143, 103, 71)
+    assert verdicts.round_up((137, 96, 67), 64, prefix=1, patches=196) == (191, 127, 127)
+    assert verdicts.round_up((176, 158), 64, prefix=2, patches=196) == (190, 190)
+    assert verdicts.round_up((190,), 64, prefix=5, patches=196) == (196,), "no more than there are"
+    assert verdicts.round_up((7, 3), 1, prefix=1, patches=9) == (7, 3)
     for multiple in (2, 8, 16, 64):
         for count in range(1, 197):
-            (more,) = payoff.round_up((count,), multiple, prefix=1, patches=196)
+            (more,) = verdicts.round_up((count,), multiple, prefix=1, patches=196)
             assert count <= more < count + multiple
             assert (1 + more) % multiple == 0 or more == 196
 
@@ -391,7 +392,9 @@ def test_a_slow_machine_leaves_the_large_batches_out(monkeypatch):
     planner = payoff.Planner(payoff.Settings(MODEL, keep_rates=(0.5,), seconds=10.0))
     assert planner.batches == [1, 4, 16]
     passes = (payoff._FEWEST_ROUNDS + 1) * 2.75
-    monkeypatch.setattr(planner, "_probe", lambda count: 10.0 / passes / 6 * count)  # 1 and 4 fit, with 16 they do not
+    monkeypatch.setattr(
+        planner.comparison, "_probe", lambda count: 10.0 / passes / 6 * count
+    )  # 1 and 4 fit, with 16 they do not
     planner._drop_what_takes_too_long(10.0)
     assert planner.batches == [1, 4]
     assert planner.left_out == {16: "it would take about 27 s here; give --batch 16 or more --seconds"}
@@ -504,7 +507,7 @@ def test_few_rounds_are_no_verdict(rounds):
     assert row["recommended"] is None
     assert [rate["verdict"] for rate in row["rates"]] == ["too few rounds"] * 2
     assert math.isclose(row["rates"][0]["speedup"], 1.3)
-    lines = payoff.advice([row])
+    lines = advice([row])
     assert lines[0] == "No verdict: the rounds are too few to say whether reduction pays at batch 1."
     assert lines[1].endswith(f"which takes 5 rounds, and this had {rounds}: give --rounds 5 or more.")
     assert not any("educe" in line for line in lines[1:-1])
@@ -517,7 +520,7 @@ def test_five_rounds_are_a_verdict():
 
 def test_a_batch_of_which_too_few_rounds_were_finished_gets_no_verdict():
     found = rows({1: {0.5: 1.3}}) + rows({4: {0.5: 1.3}}, noise=(1.0,) * 2, control=(1.0,) * 2)
-    lines = payoff.advice(found)
+    lines = advice(found)
     assert lines[0] == "Reduction pays at batch 1."
     assert lines[1].startswith("Batch 1: reduce, from keep rate 0.5 on.")
     assert lines[2].startswith("Batch 4: no verdict")

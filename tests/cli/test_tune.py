@@ -25,7 +25,7 @@ def run(*arguments):
 
 
 def _table(decision):
-    """Times of a device on which a block costs its tokens, in place of this machine's."""
+    """Make times of a device on which a block costs its tokens, in place of this machine's."""
 
     def measured(calibration, methods, batch, counts, **_):
         stages = [[100.0, 50.0, decision], [100.0, 90.0, decision], [50.0, 25.0, decision], [50.0, 45.0, decision]]

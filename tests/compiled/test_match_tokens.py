@@ -27,7 +27,7 @@ def reports_for(arch, metric, *, r=None, prefix=1, separately=False):
 
 
 def lengths(dim, dtype):
-    """Width of the loads of squared lengths, which channels in chunks take."""
+    """Return width of the loads of squared lengths, which channels in chunks take."""
     return {4} if dim > kernels.match_tile(1000, dim, dtype).block_d else set()
 
 

@@ -22,7 +22,7 @@ LEARNED = ("dynamicvit", "ats", "kmedoids", "dpcknn", "sit", "patchmerger", "sin
 
 
 def _cases():
-    """name, prefix of the keys, file, arguments of fastreduce.patch."""
+    """List name, prefix of the keys, file, arguments of fastreduce.patch."""
     for method in ("topk", "evit", "tome"):
         for rate in golden.RATES:
             arguments = {"method": method, "at": golden.AT, "keep_rate": rate}

@@ -6,7 +6,10 @@ EPS = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7, torc
 
 
 def assert_within_budget(kernel: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor, *, steps: float = 1.0):
-    """kernel and reference in one dtype, exact in float64; ``steps`` roundings of the largest value are allowed."""
+    """Assert that a kernel errs no more than the reference in its dtype and ``steps`` roundings of the largest value.
+
+    Both errors are taken against ``exact``, in float64.
+    """
     assert kernel.dtype == reference.dtype, (kernel.dtype, reference.dtype)
     assert kernel.shape == exact.shape == reference.shape, (kernel.shape, reference.shape, exact.shape)
     if kernel.numel() == 0:

@@ -11,7 +11,7 @@ from .inputs import seeded
 def plain_clusters(
     rows: list[list[float]], k: int, neighbors: int, noise: list[float] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Centres and labels of one image, one token at a time."""
+    """Return centres and labels of one image, one token at a time."""
     tokens = range(len(rows))
     scale = math.sqrt(len(rows[0]))
     distance = [[math.dist(a, b) / scale for b in rows] for a in rows]
@@ -34,7 +34,7 @@ def _smallest_gap(values: Tensor) -> float:
 
 
 def separated(batch: int, num_tokens: int, channels: int, neighbors: int, *, dtype=torch.float32) -> Tensor:
-    """Random tokens whose densities, scores and distances from one another differ by 3e-6 or more."""
+    """Draw random tokens whose densities, scores and distances from one another differ by 3e-6 or more."""
     images = []
     for seed in range(1000):
         if len(images) == batch:
@@ -55,7 +55,7 @@ def separated(batch: int, num_tokens: int, channels: int, neighbors: int, *, dty
 
 
 def on_a_line(batch: int, num_tokens: int, *, dtype=torch.float32, seed: int = 0) -> Tensor:
-    """Tokens at whole numbers on a line in four dimensions: all distances are exact in every dtype, and often tied."""
+    """Put tokens at whole numbers on a line in four dimensions: distances are exact in every dtype, and often tied."""
     x = torch.zeros(batch, num_tokens, 4)
     x[..., seed % 4] = torch.randint(-6, 7, (batch, num_tokens), generator=seeded(seed)).float()
     return x.to(dtype)

@@ -10,7 +10,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def tokens(*shape: int, dtype=torch.float32, seed: int = 0, layout: str = "dense") -> torch.Tensor:
-    """Random tokens; layout "dense", "sliced" (rows of a wider tensor) or "expanded" (batch stride 0)."""
+    """Draw random tokens; layout "dense", "sliced" (rows of a wider tensor) or "expanded" (batch stride 0)."""
     if layout == "sliced":
         wide = torch.randn(*shape[:-1], 2 * shape[-1] + 1, generator=seeded(seed)).to(dtype)
         return wide[..., : shape[-1]]

@@ -10,7 +10,7 @@ from .inputs import seeded
 
 
 def exact_metric(batch: int, num_tokens: int, dim: int, *, dtype=torch.float32, seed: int = 0) -> Tensor:
-    """Rows of zero, one or four entries +-1, times a power of two: cosines are exact in every dtype, and often tied."""
+    """Draw rows of few entries +-1, times a power of two: cosines are exact in every dtype, and often tied."""
     generator = seeded(seed)
     counts = torch.tensor([0, 1, 4, 4, 4]) if dim >= 4 else torch.tensor([0, 1, 1])
     chosen = counts[torch.randint(0, len(counts), (batch, num_tokens), generator=generator)]
@@ -52,7 +52,7 @@ def plain_slots(rows: list[list[float]], r: int, prefix: int) -> list[int]:
 
 
 def assert_slots_by_value(slot: Tensor, metric: Tensor, r: int, prefix: int, *, tolerance: float):
-    """Slots that are numbered right, and a choice whose float64 similarities miss the best by ``tolerance`` at most."""
+    """Assert that slots are numbered right, and that similarities in float64 miss the best by ``tolerance`` at most."""
     batch, num_tokens, _ = metric.shape
     unit = metric.double() / metric.double().norm(dim=-1, keepdim=True).clamp_min(1e-12)
     similarity = unit @ unit.mT

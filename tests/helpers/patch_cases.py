@@ -34,7 +34,7 @@ PARTS = (
     *("attn.qkv", "attn.q_norm", "attn.k_norm", "attn.attn_drop", "attn.norm", "attn.gate", "attn.proj"),
     *("attn.proj_drop", "mlp.fc1", "mlp.act", "mlp.fc2"),
 )
-INDEX = 2  # of the block whose part is changed: a stage stands in it, and another before it
+INDEX = 2  # the block whose part is changed; a stage stands in it, and another before it
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "full": {"init_values": 0.5, "qk_norm": True, "scale_attn_norm": True, "reg_tokens": 2},
@@ -219,7 +219,7 @@ def _change(model: Any, case: Case, calls: list[int]) -> bool:
 
 
 def _run(model: Any, images: Tensor, calls: list[int], seed: int = 3) -> tuple[Tensor, Tensor | None, int]:
-    """Logits, the gradient of the images in training, and how often the part was called."""
+    """Return logits, the gradient of the images in training, and how often the part was called."""
     calls.clear()
     images = images.clone().requires_grad_(model.training)
     torch.manual_seed(seed)

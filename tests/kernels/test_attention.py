@@ -17,14 +17,14 @@ OTHER = [(1, 2, 3, 67, 16), (1, 1, 40, 5, 33), (1, 2, 0, 7, 8), (1, 1, 9, 9, 160
 
 
 def packed(batch, heads, num_tokens, head_dim, dtype=torch.float32, seed=0, strength=1.0):
-    """q, k and v as views of one packed qkv."""
+    """Return q, k and v as views of one packed qkv."""
     qkv = torch.randn(batch, num_tokens, 3, heads, head_dim, generator=seeded(seed))
     qkv[:, :, :2] *= strength
     return qkv.to(dtype).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def policies(batch, num_tokens, dtype=torch.float32, seed=0):
-    """Hidden and seen keys, and some that are half seen; nobody else is seen in the last image."""
+    """Draw hidden and seen keys, and some that are half seen; nobody else is seen in the last image."""
     generator = seeded(seed + 50)
     policy = (torch.rand(batch, num_tokens, generator=generator) < 0.5).float()
     policy[:, ::3] = torch.rand(batch, num_tokens, generator=generator)[:, ::3]
@@ -34,7 +34,7 @@ def policies(batch, num_tokens, dtype=torch.float32, seed=0):
 
 
 def attend(q, k, v, policy=None, **options):
-    """Plain or under a policy."""
+    """Attend, plain or under a policy."""
     if policy is None:
         return ops.attention(q, k, v, **options)
     return ops.attention_policy(q, k, v, policy, **options)
@@ -47,7 +47,7 @@ def run(backend, q, k, v, policy, grad, cast=None, **options):
 
 
 def check(q, k, v, policy, steps=4.0, **options):
-    """Steps of q's dtype for the policy too: the weights are rounded to it before a dot."""
+    """Allow steps of q's dtype for the policy too: the weights are rounded to it before a dot."""
     grad = tokens(*q.shape, seed=9).to(q.dtype)
     ours = run("triton", q, k, v, policy, grad, **options)
     plain = run("reference", q, k, v, policy, grad, **options)
@@ -253,7 +253,7 @@ def one_row(q, k, v, bias=None, **options):
 
 
 def chosen_in_one_row(q, k, v, bias=None, **options):
-    """Packed images of which each keeps a few queries: none of the second, only the class token's of the last."""
+    """Make packed images of which each keeps a few queries: none of the second, only the class token's of the last."""
     most = k.shape[2]
     bounds = [0, 12, 12, 17, 18], [0, most - 10, most - 8, most - 3, most - 2]
     offsets = tuple(torch.tensor(bound, dtype=torch.int32) for bound in bounds)
@@ -284,14 +284,14 @@ OPTIONS = {
 
 @pytest.fixture
 def unwritten_is_nan():
-    """Memory that is only reserved is filled with NaN."""
+    """Fill memory that is only reserved with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def run_option(name, backend, inputs, cast=None):
-    """Results, of which -inf counts as nothing, and the gradients of all but the hidden keys' bias."""
+    """Return results, of which -inf counts as nothing, and the gradients of all but the hidden keys' bias."""
     leaves = [t.detach().to(cast or t.dtype).requires_grad_() for t in inputs]
     outs = OPTIONS[name](*leaves, backend=backend)
     outs = [torch.where(out == -torch.inf, 0.0, out) for out in (outs if isinstance(outs, tuple) else (outs,))]

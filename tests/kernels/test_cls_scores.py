@@ -22,7 +22,7 @@ SHAPES = [
 
 
 def packed(batch, heads, num_tokens, head_dim, dtype, seed=0):
-    """q of the class token and K as views of one packed qkv."""
+    """Return q of the class token and K as views of one packed qkv."""
     qkv = torch.randn(batch, num_tokens, 3, heads, head_dim, generator=seeded(seed)).to(dtype)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q[:, :, 0], k

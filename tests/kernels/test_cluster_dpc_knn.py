@@ -26,7 +26,7 @@ def route(request, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the kernels, as they are launched."""
+    """Return the names of the kernels, as they are launched."""
     names, call = [], GridExecutor.__call__
 
     def spy(self, *args, **kwargs):

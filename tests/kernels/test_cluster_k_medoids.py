@@ -17,14 +17,14 @@ NAN, INF = float("nan"), float("inf")
 
 
 def on_a_line(batch, num_tokens, channels, *, dtype=torch.float32, seed=0):
-    """Whole numbers along one axis: every distance and every sum of distances is exact, and many are tied."""
+    """Draw whole numbers along one axis: every distance and every sum of distances is exact, and many are tied."""
     x = torch.zeros(batch, num_tokens, channels)
     x[..., channels // 2] = torch.randint(-9, 10, (batch, num_tokens), generator=seeded(seed)).float()
     return x.to(dtype)
 
 
 def dyadic(batch, num_tokens, *, seed=1, high=9):
-    """Few different weights, of which products and sums are exact."""
+    """Draw few different weights, of which products and sums are exact."""
     return torch.randint(0, high, (batch, num_tokens), generator=seeded(seed)).float() / 4
 
 

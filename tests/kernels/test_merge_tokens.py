@@ -22,7 +22,7 @@ def random_sizes(*shape, dtype=torch.float32):
 
 
 def merged_three_ways(x, slot, num_out, size, residual, grad, *, groups=None):
-    """Merged rows, sizes and gradients: by the kernels, by the reference, and by the reference in float64."""
+    """Return merged rows, sizes and gradients: by the kernels, by the reference, and by the reference in float64."""
     results = []
     for backend, cast in (("triton", None), ("reference", None), ("reference", torch.float64)):
         leaves = [(t if cast is None else t.to(cast)).detach().requires_grad_() for t in (x, residual) if t is not None]
@@ -164,7 +164,7 @@ def test_a_gradient_of_stride_zero():
 
 
 def weighted_three_ways(whole, prefix, slot, num_out, size, grad, *, eps, size_dtype=torch.float32):
-    """Learned weights and rows in front: merged, sizes, gradients of all tokens and weights, from the three sources."""
+    """Do likewise with learned weights and rows in front: merged, sizes, gradients of all tokens and weights."""
     results = []
     for backend, cast in (("triton", None), ("reference", None), ("reference", torch.float64)):
         x = (whole if cast is None else whole.to(cast)).detach().requires_grad_()
@@ -225,7 +225,7 @@ def layer(channels, dtype=torch.float32):
 
 
 def learned_three_ways(whole, prefix, slot, num_out, grad, *, eps=0.25, layer_dtype=None, residual=None):
-    """Sizes by a layer: merged, sizes, gradients of all tokens and of the layer, from the three sources."""
+    """Do likewise with sizes by a layer: merged, sizes, gradients of all tokens and of the layer."""
     results = []
     constants = [whole, *layer(whole.shape[2], layer_dtype or whole.dtype), *([] if residual is None else [residual])]
     for backend, cast in (("triton", None), ("reference", None), ("reference", torch.float64)):

@@ -21,7 +21,7 @@ NO_AFFINE = (None, None, 1e-6)
 
 
 def inputs(batch, num_in, keep, channels, prefix, dtype, layout="dense", norm_dtype=None):
-    """Leaves of all the ways, and what is constant; an index that is taken twice, an empty slot."""
+    """Make leaves of all the ways, and what is constant; an index that is taken twice, an empty slot."""
     repeated = distinct_indices(batch, keep, num_in - prefix)
     repeated[:, -1] = repeated[:, 0]
     leaves = {
@@ -62,7 +62,7 @@ def reduce(way, leaves, constants, backend, *, norm=("weight", "bias")):
 
 
 def differentiated(way, leaves, constants, backend, cast=None, **options):
-    """Rows, normed rows, and the gradients of the leaves that the way uses, by name."""
+    """Return the rows, normed rows, and the gradients of the leaves that the way uses, by name."""
     leaves = {name: (t if cast is None else t.to(cast)).detach().requires_grad_() for name, t in leaves.items()}
     out, normed = reduce(way, leaves, constants, backend, **options)
     upstream = [tokens(*out.shape, seed=seed).to(normed.dtype) for seed in (7, 8)]

@@ -84,7 +84,7 @@ def test_empty_dimensions(name, empty):
 
 
 def _nothing():
-    """Calls in which something other than a whole dimension is empty."""
+    """List calls in which something other than a whole dimension is empty."""
     x, heads, scores = torch.randn(2, 6, 4), torch.randn(2, 3, 6, 4), torch.rand(2, 5)
     none, slot = torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.int64)
     order = torch.arange(5).expand(2, -1)

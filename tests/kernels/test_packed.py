@@ -24,7 +24,7 @@ RAGGED = [((4, 6, 5), (3, 1, 5), 1, 24), ((2, 0, 3), (2, 0, 1), 0, 33), ((3,), (
 
 
 def results(call, leaves, grad_rows=None):
-    """Output and gradients by the kernels, the reference, and the reference in float64."""
+    """Return output and gradients by the kernels, the reference, and the reference in float64."""
     made = []
     for backend, cast in BACKENDS:
         given = [leaf.to(cast or leaf.dtype).detach().requires_grad_() for leaf in leaves]

@@ -17,7 +17,7 @@ from tests.helpers.inputs import seeded, tokens
 
 @pytest.fixture(params=[1.5, 0.5], ids=["padding nearer", "padding farther"])
 def repeated(request, monkeypatch):
-    """Counts the repeated rows and columns, whose dots are multiplied."""
+    """Count the repeated rows and columns, whose dots are multiplied."""
     create_dot, counted = interpreter.InterpreterBuilder.create_dot, []
 
     def dot(self, a, b, acc, *rest):

@@ -29,7 +29,7 @@ def _route(request, monkeypatch):
 
 
 def packed(batch, heads, queries, keys, head_dim, dtype, seed=0):
-    """q and k as views of one packed qkv."""
+    """Return q and k as views of one packed qkv."""
     qkv = torch.randn(batch, max(queries, keys), 3, heads, head_dim, generator=seeded(seed)).to(dtype)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q[:, :, :queries], k[:, :, :keys]

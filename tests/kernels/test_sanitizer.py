@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def copy_kernel(source, target, loaded, stored, step, BLOCK: tl.constexpr):
-    """Program p copies elements p * step .. p * step + BLOCK, as many of all as are to be loaded and stored."""
+    """Let program p copy elements p * step .. p * step + BLOCK, as many of all as are to be loaded and stored."""
     offsets = tl.program_id(0) * step + tl.arange(0, BLOCK)
     elements = tl.load(source + offsets, mask=offsets < loaded, other=0.0)
     tl.store(target + offsets, elements, mask=offsets < stored)

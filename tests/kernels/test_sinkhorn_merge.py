@@ -22,7 +22,7 @@ SHAPES = [
 
 
 def inputs(batch, num_tokens, clusters, channels, num_head, dtype=torch.float32, layout="dense"):
-    """Tokens behind the rows that form the head, centres of unit length, and an upstream gradient."""
+    """Make tokens behind the rows that form the head, centres of unit length, and an upstream gradient."""
     prefix = num_head or 0
     sequence = tokens(batch, prefix + num_tokens, channels, dtype=dtype, layout=layout)
     centers = torch.nn.functional.normalize(tokens(clusters, channels, seed=1, layout=layout), dim=1).to(dtype)

@@ -36,7 +36,7 @@ def forward_and_backward(logits, x, head, grad, backend):
 
 
 def check(logits, x, head, grad):
-    """Kernels against the reference and float64; returns what the kernels made."""
+    """Hold kernels against the reference and float64; return what the kernels made."""
     exact = [None if tensor is None else tensor.double() for tensor in (logits, x, head, grad)]
     made = [
         forward_and_backward(logits, x, head, grad, "triton"),

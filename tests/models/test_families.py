@@ -95,7 +95,7 @@ def test_keep_rate_one_changes_nothing(family):
 
 
 def _refuses_sampling(model, arguments):
-    """ATS and a model that it cannot serve: refused with the reason."""
+    """Return whether the run is ATS on a model that it cannot serve, and check that it is refused with the reason."""
     if arguments["method"] != "ats" or tiny.can_sample(model):
         return False
     with pytest.raises(ValueError, match=r"class token|global_pool="):

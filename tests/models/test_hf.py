@@ -126,7 +126,7 @@ class Oracle:
         self.dropped[present & ~still] = layer
 
     def expected(self, states):
-        """Hidden states as they should be: a dropped patch shows what entered the layer that dropped it."""
+        """Return the hidden states as they should be: a dropped patch shows what entered the layer that dropped it."""
         states = torch.stack(states)  # (layers + 1, B, N, C)
         for index in range(1, len(states)):
             seen = self.dropped.clamp(max=index)
@@ -247,13 +247,13 @@ def test_eager_attention_is_respected():
 
 
 def pooled(output):
-    """The answer, of tokens alone the class token."""
+    """Return the answer, of tokens alone the class token."""
     found = answer(output)
     return found[:, 0] if found.ndim == 3 else found
 
 
 def padded(name, real):
-    """A batch of which every image but the first has ``real`` patches, in the last rows padding."""
+    """Make a batch of which every image but the first has ``real`` patches, in the last rows padding."""
     given = inputs_of(name, torch.float64)
     patches = 16 if name == "siglip2" else (SHAPES["sound"][0] // 6) * 3 if name == "ast" else 16
     mask = torch.ones(2, patches if name == "siglip2" else MODELS[name][4] + patches)
@@ -265,7 +265,7 @@ def padded(name, real):
 
 
 def unpadded(model, name, real):
-    """The answer for the second image of :func:`padded` alone, without its padding."""
+    """Return the answer for the second image of :func:`padded` alone, without its padding."""
     given = {key: one[1:2] for key, one in padded(name, real).items()}
     if name == "siglip2":
         given |= {key: given[key][:, :real] for key in ("pixel_values", "pixel_attention_mask")}
@@ -280,7 +280,7 @@ def unpadded(model, name, real):
 
 
 def _takes_masks(name):
-    """Whether this version hands the layers a mask: kin of ViT from 5.9 on."""
+    """Return whether this version hands the layers a mask: kin of ViT from 5.9 on."""
     block = _blocks(build(name))[0]
     return "attention_mask" in inspect.signature(type(block).forward).parameters
 

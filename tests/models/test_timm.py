@@ -1042,7 +1042,7 @@ def test_autocast_trains(arguments):
 
 
 def _short(arguments, name="vit_tiny_patch16_224"):
-    """Two blocks, for compilation takes its time."""
+    """Return a reduced model of two blocks, because compilation takes its time."""
     at = (1,) if arguments["method"] == "kmedoids" else (0, 1)
     return fastreduce.patch(tiny.build(name, depth=2), **{**arguments, "at": at})
 

@@ -20,13 +20,13 @@ ALL_DTYPES = [*DTYPES, torch.float64]
 
 
 def packed(batch=2, heads=3, num_tokens=7, head_dim=4, dtype=torch.float64, seed=0):
-    """Views of one packed qkv, as a block of a model hands them over."""
+    """Return views of one packed qkv, as a block of a model hands them over."""
     qkv = torch.randn(batch, num_tokens, 3, heads, head_dim, generator=seeded(seed)).to(dtype)
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def policies(batch=2, num_tokens=7, dtype=torch.float64, seed=0):
-    """Hidden, seen and half seen keys."""
+    """Draw hidden, seen and half seen keys."""
     choices = torch.tensor([0.0, 1.0, 0.3], dtype=torch.float64)
     return choices[torch.randint(3, (batch, num_tokens), generator=seeded(seed))].to(dtype)
 
@@ -36,7 +36,7 @@ def leaf(tensor):
 
 
 def attend(q, k, v, policy, scale=None, eps=1e-6, **options):
-    """Plain or under a policy, by the public functions."""
+    """Attend, plain or under a policy, by the public functions."""
     if policy is None:
         return ops.attention(q, k, v, scale=scale, **options)
     return ops.attention_policy(q, k, v, policy, scale=scale, eps=eps, **options)

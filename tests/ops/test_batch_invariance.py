@@ -60,7 +60,7 @@ def _laid_out(x, layout):
 
 @functools.cache
 def _operators(tokens, channels, heads, dtype):
-    """name: the operator, and tensors (8, ...) of which it takes some images."""
+    """Return name: the operator, and tensors (8, ...) of which it takes some images."""
     batch, patches, keep = 8, tokens - 1, (tokens - 1) // 2
 
     def normal(seed, *shape):

@@ -14,7 +14,7 @@ from tests.helpers.inputs import DTYPES, seeded, tokens
 
 
 def in_blocks(call, monkeypatch, numbers):
-    """Results with everything at once, and with so many numbers of a matrix at a time."""
+    """Return results with everything at once, and with so many numbers of a matrix at a time."""
     whole = call()
     with monkeypatch.context() as patched:
         patched.setattr(_blocks, "MATRIX", numbers)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def grids(monkeypatch):
-    """Kernel and grid of every launch; nothing is compiled or run."""
+    """Note kernel and grid of every launch; nothing is compiled or run."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 

@@ -62,7 +62,7 @@ class TestUncheckedTwins:
 
 
 def _numbers():
-    """Case, argument and value of every number that an operator takes."""
+    """List case, argument and value of every number that an operator takes."""
     for name, case in CASES.items():
         for argument, value in case.arguments().items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -24,7 +24,7 @@ def both(model, **options):
 
 
 def run(model, images):
-    """Logits, stages, and gradients by name."""
+    """Return logits, stages, and gradients by name."""
     torch.manual_seed(0)
     with fastreduce.record(model) as seen:
         logits = model(images)
@@ -186,7 +186,7 @@ def test_packed_tokens_know_their_images():
 
 
 def ragged(counts, kept, prefix, channels=3, dtype=torch.float64):
-    """Packed tokens of images with so many patch tokens, which keep so many."""
+    """Make packed tokens of images with so many patch tokens, which keep so many."""
     offsets = [
         torch.tensor([0, *(prefix + n for n in given)], dtype=torch.int32).cumsum(0).int() for given in (counts, kept)
     ]

@@ -19,14 +19,14 @@ OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def class_query_and_keys(batch=2, heads=3, num_tokens=7, head_dim=4, dtype=torch.float64, seed=0):
-    """Views of one packed qkv, as a block of a model hands them over."""
+    """Return views of one packed qkv, as a block of a model hands them over."""
     qkv = torch.randn(batch, num_tokens, 3, heads, head_dim, generator=seeded(seed)).to(dtype)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q[:, :, 0], k
 
 
 def queries_and_keys(batch=2, heads=3, queries=5, keys=7, head_dim=4, dtype=torch.float64, seed=0):
-    """Likewise; the numbers of queries and keys may differ."""
+    """Return views likewise; the numbers of queries and keys may differ."""
     qkv = torch.randn(batch, max(queries, keys), 3, heads, head_dim, generator=seeded(seed)).to(dtype)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     return q[:, :, :queries], k[:, :, :keys]
@@ -34,7 +34,7 @@ def queries_and_keys(batch=2, heads=3, queries=5, keys=7, head_dim=4, dtype=torc
 
 @pytest.fixture(params=[2**20, 15], ids=["whole heads", "blocks of queries"])
 def matrix(request, monkeypatch):
-    """Number of logits that the reference of received_scores holds at a time."""
+    """Set the number of logits that the reference of received_scores holds at a time."""
     monkeypatch.setattr(_blocks, "MATRIX", request.param)
 
 
@@ -391,7 +391,7 @@ def test_fuse_tokens_refuses():
 
 
 def slow_order(row, k):
-    """Best first; NaN after everything else; Python's sort is stable, so ties stay in index order."""
+    """Sort best first; NaN after everything else; Python's sort is stable, so ties stay in index order."""
     return sorted(range(len(row)), key=lambda n: (math.isnan(row[n]), 0.0 if math.isnan(row[n]) else -row[n]))[:k]
 
 

@@ -26,14 +26,14 @@ def unit_rows(clusters, channels, dtype=torch.float64, seed=1):
 
 
 def inputs(batch=2, num_tokens=7, clusters=3, channels=5, dtype=torch.float64, num_head=1):
-    """Tokens as a view behind the rows that form the head, as a model hands them over."""
+    """Make tokens as a view behind the rows that form the head, as a model hands them over."""
     sequence = tokens(batch, num_head + num_tokens, channels, dtype=dtype)
     head = sequence[:, :num_head] if num_head else None
     return sequence[:, num_head:], unit_rows(clusters, channels, dtype), head
 
 
 def slow_merge(x, centers, eps, iters):
-    """Entry by entry, with the marginals, in float64: merged rows, scores, and both biases."""
+    """Merge entry by entry, with the marginals, in float64: merged rows, scores, and both biases."""
     batch, num_tokens, clusters = x.shape[0], x.shape[1], centers.shape[0]
     merged = torch.zeros(batch, clusters, x.shape[2], dtype=torch.float64)
     scores = torch.zeros(batch, num_tokens, clusters, dtype=torch.float64)

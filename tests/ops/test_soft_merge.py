@@ -21,7 +21,7 @@ def leaf(tensor):
 
 
 def inputs(batch=2, num_tokens=7, clusters=3, channels=5, head=1, dtype=torch.float64, seed=0):
-    """Logits, and a sequence split into the rows that stay and the tokens, as a reducer hands them over."""
+    """Make logits, and a sequence split into the rows that stay and the tokens, as a reducer hands them over."""
     sequence = tokens(batch, head + num_tokens, channels, dtype=dtype, seed=seed)
     logits = 3 * tokens(batch, num_tokens, clusters, seed=seed + 1)
     return logits.to(dtype), sequence[:, head:], sequence[:, :head]

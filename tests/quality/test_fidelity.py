@@ -28,7 +28,7 @@ def _images(count=5):
 
 
 def _outputs(logits, features):
-    """Outputs of one image with two patches: one vector stands for class token and pooled features."""
+    """Make outputs of one image with two patches: one vector stands for class token and pooled features."""
     rows = torch.tensor([features], dtype=torch.float32)
     return Outputs(rows[:, 0], torch.tensor([logits]), rows[:, 0], rows[:, 1:], rows[:, 1:])
 

@@ -17,7 +17,7 @@ from fastreduce.study.comparison import (
     token_statistics,
     write_csv,
 )
-from fastreduce.study.measures import compose_assignments, distinct_labels, map_similarities
+from fastreduce.study.measures import distinct_labels, map_similarities
 from fastreduce.study.record import Recording, Run
 
 FOLDER = Path(__file__).parent.parent / "golden" / "metrics"
@@ -42,7 +42,7 @@ def official_recording(content):
     """Read one of the paper's JSON recordings."""
     rate = "" if content["Model"].startswith("deit") else content["Ratio"][0]
     images = [value for key, value in content.items() if key.endswith(".JPEG")]
-    kept, assigned = {}, {}
+    kept, slots = {}, {}
     for block in content["Location"]:
         stages = [image.get(f"Stage-{block}", {}) for image in images]
         if "Kept_Token" in stages[0]:
@@ -50,8 +50,10 @@ def official_recording(content):
             width = max(map(len, rows))  # ATS keeps another number in every image
             kept[block] = np.array([row + [-1] * (width - len(row)) for row in rows], np.int16)
         if "Assignment_Maps" in stages[0]:
-            assigned[block] = np.array([stage["Assignment_Maps"] for stage in stages], np.int16)
-    slots = dict(zip(assigned, compose_assignments(list(assigned.values())) if assigned else [], strict=True))
+            new = np.array([stage["Assignment_Maps"] for stage in stages], np.int16)
+            if slots:  # of the tokens that the last stage left; ours are of the original patches
+                new = np.take_along_axis(new, slots[list(slots)[-1]].astype(np.intp), 1)
+            slots[block] = new
     run = official_run(f"{content['Model']}-_{rate}", accuracy=content["Top1-Acc"])
     return Recording(run, (14, 14), 12, kept, slots)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fastreduce.cli.study_options import parse_model_options
 from fastreduce.integrations.timm import patch
-from fastreduce.study import data as reading
+from fastreduce.study import layouts as reading
 from fastreduce.study import run as running
 from fastreduce.study.data import Augmentation, Crops, Shifts, open_data
 from fastreduce.study.protocol import Backbone, Reduction

@@ -74,7 +74,7 @@ def test_words():
 
 
 def rows(noise):
-    """Eight methods whose features and assignments follow the gap in accuracy; what they keep, by chance."""
+    """Make eight methods whose features and assignments follow the gap in accuracy; what they keep, by chance."""
     draw, found = np.random.default_rng(3), []
     order = draw.permutation(8)
     for method in range(8):

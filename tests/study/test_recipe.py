@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from fastreduce.integrations.timm import reduced_counts, unpatch
 from fastreduce.reducers import REDUCERS
 from fastreduce.study import recipe as recipes
-from fastreduce.study.data import _PHOTOS
 from fastreduce.study.history import Epoch
+from fastreduce.study.layouts import LAYOUTS
 from fastreduce.study.protocol import DATA_SETS, Backbone, protocol_for
 from fastreduce.study.recipe import DIGITS, DIGITS_QUICK, Capacity, paper_recipe, reductions, train_all
 
@@ -60,7 +60,7 @@ def test_tome_leaves_as_many_tokens_as_the_others():
 
 def test_names_are_those_of_the_package():
     assert tuple(REDUCERS) == recipes._METHODS
-    assert ("digits", *_PHOTOS) == DATA_SETS
+    assert ("digits", *LAYOUTS) == DATA_SETS
     with pytest.raises(ValueError, match="unknown method 'tom'; did you mean 'tome'"):
         reductions(("tom",), (0.5,))
 

@@ -73,15 +73,15 @@ class _Draw:
         return torch.randn(*size, generator=self.generator).to(self.dtype)
 
     def whole(self, *size: int) -> Tensor:
-        """Small whole numbers: exact distances, equal ones too."""
+        """Draw small whole numbers: exact distances, equal ones too."""
         return torch.randn(*size, generator=self.generator).mul(3).round().to(self.dtype)
 
     def weights(self, *size: int) -> Tensor:
-        """Numbers from 0 to 1 in float32."""
+        """Draw numbers from 0 to 1 in float32."""
         return torch.rand(*size, generator=self.generator)
 
     def order(self, batch: int, count: int) -> Tensor:
-        """Permutations, (batch, count)."""
+        """Draw permutations, (batch, count)."""
         return self.weights(batch, count).argsort(1)
 
 

@@ -31,7 +31,7 @@ def _kernel(compiled: Any, arch: int) -> Kernel:
 
 
 def _bits(value: Any, kind: str, memory: GlobalMemory) -> int:
-    """Bits of an argument of a launch, by its type in the compiled kernel's signature."""
+    """Return the bits of an argument of a launch, by its type in the compiled kernel's signature."""
     if kind.startswith("*"):
         return 0 if value is None else memory.address(value)
     return float_bits(value) if kind in ("fp32", "f32") else int(value)
@@ -75,7 +75,7 @@ class Emulation:
 
 @contextlib.contextmanager
 def emulated_for(arch: int, schedule: Schedule | None = None) -> Iterator[Emulation]:
-    """Launches inside the block are compiled for ``sm_<arch>`` and run on the emulator, on CPU tensors.
+    """Compile launches inside the block for ``sm_<arch>`` and run them on the emulator, on CPU tensors.
 
     Raises:
         EmulationError: from a launch that touches what it must not, see the package.

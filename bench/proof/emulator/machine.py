@@ -210,14 +210,12 @@ class Batch:
         return self.epoch[self.program[threads]]
 
     def taken(self, mask: Mask) -> NDArray[np.int64]:
-        """Numbers of the threads of a mask."""
+        """Return the numbers of the threads of a mask."""
         return np.arange(self.threads) if mask is None else np.nonzero(mask)[0]
 
     def full(self, mask: Mask) -> NDArray[np.bool_]:
         """Return the mask as an array."""
         return np.ones(self.threads, bool) if mask is None else mask
-
-    # ---- flow of control
 
     def run(self) -> None:
         """Execute from the first instruction until every thread has returned."""

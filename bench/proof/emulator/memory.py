@@ -23,7 +23,7 @@ Addresses = NDArray[np.int64]
 
 
 def _typed(memory: NDArray[np.uint8]) -> dict[int, Bits]:
-    """Views of memory, its size a multiple of 8 bytes, by the width of an element in bits."""
+    """Return views of memory, its size a multiple of 8 bytes, by the width of an element in bits."""
     return {bits: memory.view(dtype) for bits, dtype in UNSIGNED.items()}
 
 

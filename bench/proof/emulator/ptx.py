@@ -96,7 +96,7 @@ def split_operands(text: str) -> tuple[str, ...]:
 
 
 def _declared(line: str) -> Iterator[tuple[str, int]]:
-    """Registers of a ``.reg`` line, with their width."""
+    """Return the registers of a ``.reg`` line, with their width."""
     found = re.match(r"\.reg\s+\.(\w+)\s+([^;]+);", line)
     assert found is not None, line
     width = type_bits(found[1])

@@ -63,7 +63,7 @@ class _Fragment:
 
 
 def _left(threads: int, bits: int) -> _Fragment:
-    """Return a: 16 rows a warp, 16 columns of halves or 8 of tf32."""
+    """Return A of one warp: 16 rows, 16 columns of halves or 8 of tf32."""
     thread = np.arange(threads)
     lane, top = thread % 32, thread // 32 * 16
     rows = [top + lane // 4 + 8 * (register % 2) for register in range(4)]
@@ -75,7 +75,7 @@ def _left(threads: int, bits: int) -> _Fragment:
 
 
 def _right(bits: int) -> _Fragment:
-    """B of one warp: 8 columns, 16 rows of halves or 8 of tf32."""
+    """Return B of one warp: 8 columns, 16 rows of halves or 8 of tf32."""
     lane = np.arange(_WARP)
     if bits == 16:
         rows = [[lane % 4 * 2 + half + 8 * register for half in range(2)] for register in range(2)]
@@ -84,7 +84,7 @@ def _right(bits: int) -> _Fragment:
 
 
 def _accumulator_place(threads: int, register: int) -> tuple[Index, Index]:
-    """Rows and columns of what the threads hold of C and D in their register."""
+    """Return rows and columns of what the threads hold of C and D in their register."""
     thread = np.arange(threads)
     lane, top = thread % 32, thread // 32 * 16
     return top + lane // 4 + 8 * (register // 2 % 2), register // 4 * 8 + lane % 4 * 2 + register % 2
@@ -101,7 +101,7 @@ def _add_product(
 
 
 def _product(instruction: Instruction, operands: Operands) -> Step:
-    """``mma.sync.aligned.m16n8k….row.col.f32.kind.kind.f32 {D}, {A}, {B}, {C}``."""
+    """Execute ``mma.sync.aligned.m16n8k….row.col.f32.kind.kind.f32 {D}, {A}, {B}, {C}``."""
     shape, kind = instruction.words[3], instruction.words[7]
     if shape not in ("m16n8k16", "m16n8k8") or (kind == "tf32") != (shape == "m16n8k8"):
         raise NotImplementedError(instruction.text)
@@ -252,7 +252,7 @@ class _Multiply:
 
 
 def _asynchronous_product(instruction: Instruction, operands: Operands) -> Step:
-    """``wgmma.mma_async.sync.aligned.m64n…k….f32.kind.kind {D}, A, B, keeps, 1, 1, transposed…``."""
+    """Execute ``wgmma.mma_async.sync.aligned.m64n…k….f32.kind.kind {D}, A, B, keeps, 1, 1, transposed…``."""
     shape, kind = re.fullmatch(r"m64n(\d+)k(\d+)", instruction.words[4]), instruction.words[6]
     target, a, b, keeps, *rest = instruction.operands
     if shape is None or instruction.words[5] != "f32" or rest[:2] != ["1", "1"]:

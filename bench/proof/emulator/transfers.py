@@ -171,7 +171,7 @@ class _Copy:
     reading: NDArray[np.bool_]
 
     def cells(self, threads: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Granules of the race log that the threads fill."""
+        """Return the granules of the race log that the threads fill."""
         assert self.batch.shared_log is not None
         offsets = self.batch.shared.offsets(self.batch.program[threads], self.target[threads], self.size)
         return self.batch.shared_log.granules(offsets, self.size)
@@ -236,7 +236,7 @@ def _copy(instruction: Instruction, operands: Operands) -> Step:
 
 
 def _matrix(instruction: Instruction, operands: Operands) -> Step:
-    """``ldmatrix`` and ``stmatrix``: the threads 8 j … 8 j + 7 give the addresses of the rows of matrix j."""
+    """Execute ``ldmatrix`` or ``stmatrix``: the threads 8 j … 8 j + 7 give the addresses of the rows of matrix j."""
     loading = instruction.words[0] == "ldmatrix"
     names, place = instruction.operands if loading else instruction.operands[::-1]
     registers, address = vector(names), operands.address(place)
@@ -257,7 +257,7 @@ def _matrix(instruction: Instruction, operands: Operands) -> Step:
 
 
 def _straight(batch: Batch, rows: Addresses, matrix: int, value: Bits | None, mask: Mask) -> Bits | None:
-    """Two neighbours of a row each thread."""
+    """Move two neighbours of a row for each thread."""
     lane = batch.lane
     addresses = rows[batch.warp_start + 8 * matrix + lane // 4] + (lane % 4) * 4
     if value is None:
@@ -267,7 +267,7 @@ def _straight(batch: Batch, rows: Addresses, matrix: int, value: Bits | None, ma
 
 
 def _transposed(batch: Batch, rows: Addresses, matrix: int, value: Bits | None, mask: Mask) -> Bits | None:
-    """Two neighbours of a column each thread."""
+    """Move two neighbours of a column for each thread."""
     lane, found = batch.lane, np.zeros(batch.threads, np.uint32)
     for half in range(2):
         addresses = rows[batch.warp_start + 8 * matrix + (lane % 4) * 2 + half] + (lane // 4) * 2

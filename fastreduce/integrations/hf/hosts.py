@@ -56,8 +56,6 @@ class EncoderHost(Host):
 
     container = None
 
-    # ---- what it is
-
     def inside(self, model: Any) -> Any:
         """Return the model of transformers, which decides what is behind the layers."""
         return model
@@ -139,8 +137,6 @@ class EncoderHost(Host):
             raise ValueError("every image brings its own grid to SigLIP 2, of which the layers do not know")
         return super().grid(model, patches)
 
-    # ---- what is behind the layers
-
     def looks(self, model: Any) -> Looks:
         """Return what the head looks at, or the pooling of the encoder itself."""
         kind = self._kind(model)
@@ -191,8 +187,6 @@ class EncoderHost(Host):
             PASS.valid = tokens.valid
             return tokens.x
         return tokens.dense(model.reducers.fill) if self._is_full(model) else super().finish(model, tokens)
-
-    # ---- training, and what belongs to a patched model
 
     def is_checkpointing(self, model: Any) -> bool:
         """Return whether some layer runs again in the backward pass."""

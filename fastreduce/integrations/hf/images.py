@@ -30,7 +30,7 @@ class _Grid(NamedTuple):
 
 
 class _Passed(NamedTuple):
-    """What one pass gives: (B, C) what the head reads, and (B, classes) or None."""
+    """Output of one pass: (B, C) for the head, and (B, classes) or None."""
 
     pooled: Tensor
     logits: Tensor | None
@@ -73,8 +73,6 @@ class ImageModel(nn.Module):
             answer_size = self(images).shape[1]
         self.num_classes = answer_size if self._has_logits else 0
 
-    # ---- what it is, in timm's words
-
     @property
     def blocks(self) -> Any:
         """The encoder's layers."""
@@ -108,7 +106,7 @@ class ImageModel(nn.Module):
 
     @property
     def plain_mean(self) -> bool:
-        """Whether the head takes the mean over patches, with no norm before it."""
+        """True if the head takes the mean over patches, with no norm before it."""
         return HOST.looks(self) == "patches" and HOST.weighs(self) is None
 
     @property
@@ -123,10 +121,8 @@ class ImageModel(nn.Module):
     def _head(self) -> Any:
         return next((head for name in _HEADS if (head := self.model._modules.get(name)) is not None), None)
 
-    # ---- what it does
-
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> (B, classes) logits, or (B, C) an embedding or the pooled token."""
+        """Turn images (B, 3, height, width) into (B, classes) logits, or (B, C) an embedding or the pooled token."""
         return self.answer(self.model(pixel_values=images))
 
     def answer(self, output: Any) -> Tensor:

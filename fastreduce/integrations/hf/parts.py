@@ -63,8 +63,6 @@ class Layer(Parts):
         self.kind, self.norms, self.attn, self.qkv, self.out = kind, norms, attention, qkv, out
         self.drop, self.mlp_name, self.scaled = drop, mlp, scaled
 
-    # ---- what it is
-
     def attention(self, block: Any) -> Any:
         """Return the layer's attention."""
         return getattr(block, self.attn)
@@ -125,8 +123,6 @@ class Layer(Parts):
         without = kwargs | {"attention_mask": None} if "attention_mask" in kwargs else kwargs
         return (None,) * len(args), without
 
-    # ---- norms
-
     def norm1(self, block: Any) -> Any:
         """Return the norm before attention."""
         return getattr(block, self.norms[0])
@@ -134,8 +130,6 @@ class Layer(Parts):
     def norm2(self, block: Any) -> Any:
         """Return the norm before the MLP."""
         return getattr(block, self.norms[1])
-
-    # ---- queries, keys, values
 
     def splits(self, block: Any) -> bool:
         """Return whether the projection of queries is bare."""
@@ -148,15 +142,13 @@ class Layer(Parts):
         made = (linear(getattr(inside, name), normed) for name in self.qkv[first:last])
         return tuple(one.unflatten(2, (-1, width)).transpose(1, 2) for one in made)
 
-    # ---- attention to residual
-
     def softmax(self, block: Any) -> tuple[bool, float | None]:
         """Return whether the attention implementation is a fused one, and the probability that it drops a weight."""
         inside = self.inside(block)
         return inside.config._attn_implementation != "eager", getattr(inside, self.drop) if inside.training else 0.0
 
     def dropped(self, block: Any, weights: Tensor) -> Tensor:
-        """Attention weights behind dropout."""
+        """Return attention weights behind dropout."""
         inside = self.inside(block)
         return F.dropout(weights, getattr(inside, self.drop), inside.training)
 
@@ -173,11 +165,11 @@ class Layer(Parts):
         return returned[0]
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """Output projection."""
+        """Apply the output projection."""
         return linear(getattr(self.inside(block), self.out), attended)
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Dropout and layer scale, of layers that have them."""
+        """Apply dropout and layer scale, of layers that have them."""
         if (drop := block._modules.get("dropout")) is not None:
             projected = drop(projected)
         return block.layer_scale1(projected) if self.scaled else projected
@@ -212,10 +204,8 @@ class Layer(Parts):
         """Return the drop path, one for both halves."""
         return block._modules.get("drop_path")
 
-    # ---- MLP
-
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """Norm, MLP, dropout, layer scale."""
+        """Apply norm, MLP, dropout, layer scale."""
         made = getattr(block, self.mlp_name)(self.norm2(block)(x) if normed is None else normed)
         if (drop := block._modules.get("dropout")) is not None:
             made = drop(made)
@@ -260,7 +250,7 @@ class VJEPA2Layer(Layer):
     returns_tuple = True
 
     def half(self) -> bool:
-        """Neighbouring channels are paired."""
+        """Return False: neighbouring channels are paired."""
         return False
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
@@ -316,7 +306,7 @@ class NestedLayer(Layer):
         return returned
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """Output projection and dropout."""
+        """Apply output projection and dropout."""
         output = block.attention.output
         return output.dropout(linear(output.dense, attended))
 
@@ -330,7 +320,7 @@ class VideoMAELayer(NestedLayer):
     """A layer whose MLP is two modules too, the second of which adds the residual."""
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """Norm and MLP, without the residual that the library's output adds."""
+        """Apply norm and MLP, without the residual that the library's output adds."""
         made = block.intermediate(self.norm2(block)(x) if normed is None else normed)
         return block.output.dropout(linear(block.output.dense, made))
 
@@ -347,7 +337,7 @@ _QKV = ("query", "key", "value")
 
 
 def _is_nested(kind: type, name: str) -> bool:
-    """Whether this version of the library has the attention of a class of layers in two modules."""
+    """Return whether this version of the library has the attention of a class of layers in two modules."""
     return hasattr(sys.modules[kind.__module__], f"{name}SelfAttention")
 
 

@@ -94,7 +94,7 @@ class _Through(nn.Module):
         self.walk: list[Callable[[Tensor, Any], Tensor]] = []
 
     def forward(self, x: Tensor, *args: Any, position_embeddings: Any = None, **kwargs: Any) -> Tensor:
-        """Tokens (B, N, C) that enter the first layer -> what is behind the last."""
+        """Take tokens (B, N, C) from the input of the first layer to the output of the last."""
         tables = None
         if position_embeddings is not None:
             cos, sin = position_embeddings
@@ -132,5 +132,5 @@ class PlainView(nn.Module):
         self.through.walk[:] = [walk]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, height, width) -> what the model itself gives."""
+        """Turn images (B, 3, height, width) into the model's own output."""
         return self.twin(images)

@@ -108,5 +108,5 @@ def towers_in(model: nn.Module) -> Iterator[tuple[str, Any, Tower]]:
 
 
 def images_in(tower: nn.Module) -> bool:
-    """Whether an encoder takes images (B, 3, height, width), and not videos, sounds, or patches of many sizes."""
+    """Return whether an encoder takes images (B, 3, height, width), not videos, sounds or patches of many sizes."""
     return TOWERS[type(tower).__name__].axes is _image

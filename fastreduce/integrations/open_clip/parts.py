@@ -74,7 +74,7 @@ class _Parts(Parts):
         return is_plain_tensor(block.attn.in_proj_weight)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """Thirds of the one weight; queries and keys through their norms, if they have any."""
+        """Apply the thirds of the one weight; queries and keys pass their norms, if they have any."""
         attn = block.attn
         weight, bias = attn.in_proj_weight, attn.in_proj_bias
         width = weight.shape[0] // 3
@@ -87,13 +87,13 @@ class _Parts(Parts):
         return tuple(one if norm is None else norm(one) for one, norm in pairs)
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """Output projection and its dropout."""
+        """Apply the output projection and its dropout."""
         made = linear(block.attn.out_proj, attended)
         drop = block.attn._modules.get("out_drop")
         return made if drop is None else drop(made)
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Norm, if there is one, and layer scale."""
+        """Apply the norm, if there is one, and layer scale."""
         norm = block._modules.get("ln_attn")
         return block.ls_1(projected if norm is None else norm(projected))
 
@@ -120,7 +120,7 @@ class _Parts(Parts):
         return None if bias is None else self.tail(block, bias.clone())
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """Norm, MLP, layer scale."""
+        """Apply norm, MLP, layer scale."""
         return block.ls_2(block.mlp(block.ln_2(x) if normed is None else normed))
 
 
@@ -150,7 +150,7 @@ class ResidualParts(_Parts):
         return returned[0]
 
     def softmax(self, block: Any) -> tuple[bool, float | None]:
-        """Attention is torch's own, and may drop weights."""
+        """Return True: attention is torch's own, and may drop weights."""
         return True, block.attn.dropout if block.attn.training else 0.0
 
     def _is_bare(self, block: Any) -> bool:

@@ -48,7 +48,7 @@ class TalkingParts(EvaParts):
         return block.drop_path
 
     def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Norm, MLP, layer scale, drop path, and the residual."""
+        """Apply norm, MLP, layer scale, drop path, and the residual."""
         made = block.mlp(block.norm2(x) if normed is None else normed)
         return x + block.drop_path(block.gamma_2 * made)
 

@@ -17,7 +17,7 @@ DIFFERENTIAL: tuple[type, ...] = tuple(filter(None, [getattr(timm.layers, "DiffA
 
 
 def maps(attn: Any, made: tuple[Tensor, ...], first: int) -> tuple[Tensor, ...]:
-    """Slices ``first`` on of (query, key, value), (B, N, C) each -> (B, 2 H, N, D or 2 D) of both maps, normed."""
+    """Turn (query, key, value)[first:], (B, N, C) each, into (B, 2 H, N, D or 2 D) of both maps, normed."""
     found = []
     for part, norm in zip(made, (attn.q_norm, attn.k_norm, None)[first:], strict=False):
         if norm is None:
@@ -28,7 +28,7 @@ def maps(attn: Any, made: tuple[Tensor, ...], first: int) -> tuple[Tensor, ...]:
 
 
 def difference(attn: Any, out: Tensor) -> Tensor:
-    """(B, M, 2 H * 2 D) what both maps give -> (B, M, H * 2 D) their difference, normed a head at a time."""
+    """Turn the output of both maps (B, M, 2 H * 2 D) into their difference (B, M, H * 2 D), normed a head at a time."""
     both = out.unflatten(2, (attn.num_heads, 2, -1))
     left = both[:, :, :, 0] - attn._compute_lambda().type_as(out) * both[:, :, :, 1]
     return (attn.sub_norm(left) * (1 - attn.lambda_init)).flatten(2)

@@ -73,18 +73,18 @@ class EvaParts(TimmParts):
         return self.normed(attn, self.apart(together, attn.num_heads, last - first), first)
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Layer scale."""
+        """Apply the layer scale."""
         gamma = getattr(block, "gamma_1", None)
         return projected if gamma is None else gamma * projected
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """Norm, MLP, layer scale."""
+        """Apply norm, MLP, layer scale."""
         made = super().mlp(block, x, normed, linear)
         gamma = getattr(block, "gamma_2", None)
         return made if gamma is None else gamma * made
 
     def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Norm, MLP, layer scale, drop path, and the residual."""
+        """Apply norm, MLP, layer scale, drop path, and the residual."""
         made = block.mlp(block.norm2(x) if normed is None else normed)
         gamma = getattr(block, "gamma_2", None)
         return x + block.drop_path2(made if gamma is None else gamma * made)
@@ -104,7 +104,7 @@ class PostNormParts(EvaParts):
         return None
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Norm."""
+        """Apply the norm."""
         return block.norm1(projected)
 
     def is_linear(self, block: Any) -> bool:
@@ -112,11 +112,11 @@ class PostNormParts(EvaParts):
         return False
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """MLP, norm."""
+        """Apply MLP and norm."""
         return block.norm2(block.mlp(x))
 
     def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
-        """MLP, norm, drop path, and the residual."""
+        """Apply MLP, norm, drop path, and the residual."""
         return x + block.drop_path2(block.norm2(block.mlp(x)))
 
 
@@ -145,7 +145,7 @@ register_host(eva.Eva, EvaHost())
 
 
 def _register_language_towers() -> None:
-    """Vision towers of language models, where timm has them: what is behind their blocks needs every patch."""
+    """Register vision towers of language models, where timm has them: what follows their blocks needs every patch."""
     try:
         from timm.models import deepseek_vit, qwen3_vit
     except ImportError:  # timm before 1.0.30

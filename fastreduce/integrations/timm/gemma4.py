@@ -16,7 +16,7 @@ __all__ = ["Gemma4Host", "Gemma4Parts"]
 
 
 def _together(x: Tensor) -> Tensor:
-    """(..., D) channels (column, its partner, row, its partner), a quarter each -> (column, row, both partners).
+    """Put quarters of x (..., D), (column, its partner, row, its partner), in the order (column, row, both partners).
 
     So one rotation of channel i with i + D / 2 turns both axes. Queries and keys in the same order have the same
     products.
@@ -49,11 +49,11 @@ class Gemma4Parts(EvaParts):
         return {"rope_cos": cos, "rope_sin": sin}
 
     def splits(self, block: Any) -> bool:
-        """Whether the layer of queries and its norm treat rows alike."""
+        """Return whether the layer of queries and its norm treat rows alike."""
         return self.treats_rows_alike(block.attn.q_proj, block.attn.q_norm)
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """Three layers, with a norm behind each."""
+        """Apply three layers, with a norm behind each."""
         attn, found = block.attn, []
         for name in "qkv"[first:last]:
             made = linear(getattr(attn, f"{name}_proj"), normed).unflatten(2, (-1, attn.head_dim))
@@ -66,11 +66,11 @@ class Gemma4Parts(EvaParts):
         return out
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """Output projection and dropout."""
+        """Apply output projection and dropout."""
         return block.attn.proj_drop(linear(block.attn.o_proj, attended))
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Norm."""
+        """Apply the norm."""
         return block.norm2(projected)
 
     def bias(self, block: Any) -> Tensor | None:
@@ -78,7 +78,7 @@ class Gemma4Parts(EvaParts):
         return None
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether projection, dropout, norm and drop path treat rows alike."""
+        """Return whether projection, dropout, norm and drop path treat rows alike."""
         return self.treats_rows_alike(block.attn.o_proj, block.attn.proj_drop, block.norm2, block.drop_path)
 
     def is_linear(self, block: Any) -> bool:
@@ -98,11 +98,11 @@ class Gemma4Parts(EvaParts):
         return block.norm3
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """Norm, MLP, norm."""
+        """Apply norm, MLP, norm."""
         return block.norm4(block.mlp(block.norm3(x) if normed is None else normed))
 
     def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Norm, MLP, norm, drop path, and the residual."""
+        """Apply norm, MLP, norm, drop path, and the residual."""
         return x + block.drop_path(block.norm4(block.mlp(block.norm3(x) if normed is None else normed)))
 
 

@@ -42,7 +42,7 @@ def input_config(model: nn.Module) -> dict[str, Any]:
 def imagenet_indices(classes: int) -> dict[str, int] | None:
     """Return the class index of each of ImageNet's names (``n01440764``) in a head of so many classes, None for others.
 
-    Heads of 1,000 (ImageNet-1K), 11,821, 21,841 and the like (parts of ImageNet-21K) are known to timm.
+    Timm knows the heads of ImageNet-1K and of several parts of ImageNet-21K, by their number of classes.
     """
     for name in ("imagenet-1k", "imagenet-12k", "imagenet-21k", "imagenet-21k-goog", "imagenet-22k"):
         info = timm.data.ImageNetInfo(name)

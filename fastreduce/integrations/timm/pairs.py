@@ -46,7 +46,7 @@ class BeitHost(TimmHost):
     base = beit.Beit
 
     def positions(self, model: Any) -> bool:
-        """Pairs have a bias by where they are."""
+        """Say that pairs have a bias by where they are."""
         return True
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -100,7 +100,7 @@ class RelPosHost(TimmHost):
     base = relpos.VisionTransformerRelPos
 
     def positions(self, model: Any) -> bool:
-        """Pairs have a bias by where they are."""
+        """Say that pairs have a bias by where they are."""
         return True
 
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:

@@ -51,7 +51,7 @@ class ScalingParts(TimmParts):
         return None
 
     def _slice(self, block: Any, normed: Tensor, first: int, last: int) -> Tensor:
-        """Sections ``first`` to ``last`` of the input projection: MLP, query, key, value."""
+        """Apply sections ``first`` to ``last`` of the input projection: MLP, query, key, value."""
         sizes, proj = block.in_split, block.in_proj
         rows = slice(sum(sizes[:first]), sum(sizes[:last]))
         return F.linear(normed, proj.weight[rows], None if proj.bias is None else proj.bias[rows])
@@ -75,7 +75,7 @@ class ScalingParts(TimmParts):
         return False, 0.0 if is_idle_dropout(drop) else None
 
     def dropped(self, block: Any, weights: Tensor) -> Tensor:
-        """Attention weights behind ``attn_drop``."""
+        """Return attention weights behind ``attn_drop``."""
         return block.attn_drop(weights)
 
     def gated(self, block: Any) -> bool:
@@ -83,7 +83,7 @@ class ScalingParts(TimmParts):
         return True
 
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
-        """Attention and the activated MLP of the same rows, side by side: (B, M, C + hidden)."""
+        """Put attention and the activated MLP of the same rows side by side: (B, M, C + hidden)."""
         assert rows is not None
         hidden = self._slice(block, rows, 0, 1)
         if block.mlp_bias is not None:
@@ -99,11 +99,11 @@ class ScalingParts(TimmParts):
         return linear(block.attn_out_proj, first) + linear(block.mlp_out_proj, second)
 
     def branch(self, block: Any, attended: Tensor) -> Tensor:
-        """Output projection, layer scale, drop path."""
+        """Apply output projection, layer scale, drop path."""
         return block.drop_path(self.tail(block, self.project_out(block, attended, _call)))
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Layer scale."""
+        """Apply the layer scale."""
         return block.ls(projected)
 
     def _out(self, block: Any) -> tuple[Any, ...]:
@@ -167,16 +167,16 @@ class DiffScalingParts(ScalingParts):
     """``DiffParallelScalingBlock``: the same with differential attention."""
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """Both maps."""
+        """Return queries, keys and values of both maps."""
         together = self._slice(block, normed, 1 + first, 1 + last)
         return maps(block, together.chunk(last - first, dim=-1), first)
 
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
-        """The difference, and the activated MLP of the same rows."""
+        """Put the difference beside the activated MLP of the same rows."""
         return super().inner(block, difference(block, out), rows)
 
     def is_rowwise(self, block: Any) -> bool:
-        """Whether the norm of the difference treats rows alike too."""
+        """Return whether the norm of the difference treats rows alike too."""
         return are_plain((block.sub_norm,), self.row_by_row) and super().is_rowwise(block)
 
     def whole_attention(self, block: Any, normed: Tensor, beside: Any) -> Tensor | None:
@@ -315,7 +315,7 @@ class ThingsParts(BlockParts):
         return torch.stack([ffn(x) for ffn in block.ffns]).sum(dim=0)
 
     def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
-        """MLPs and residual."""
+        """Apply the MLPs and add the residual."""
         return x + self.mlp(block, x, normed, _call)
 
 

@@ -44,8 +44,6 @@ class TimmParts(Parts):
     scales = (nn.Identity, vit.LayerScale, timm.layers.DropPath)
     layer_norms = (nn.LayerNorm, timm.layers.LayerNorm)
 
-    # ---- what it is
-
     def strange(self, block: Any, *, opened: bool) -> tuple[type[Exception], str] | None:
         """Say why a block cannot be done in parts: another attention, or a forward that is not timm's."""
         if type(block.attn) not in self.attentions:
@@ -77,8 +75,6 @@ class TimmParts(Parts):
         check_no_mask(args, kwargs)
         return None
 
-    # ---- norms
-
     def norm1(self, block: Any) -> nn.Module | None:
         """Return ``norm1``."""
         return block.norm1
@@ -86,8 +82,6 @@ class TimmParts(Parts):
     def norm2(self, block: Any) -> nn.Module | None:
         """Return ``norm2``."""
         return block.norm2
-
-    # ---- queries, keys, values
 
     def splits(self, block: Any) -> bool:
         """Return whether the packed projection is bare."""
@@ -98,7 +92,7 @@ class TimmParts(Parts):
         return is_bare(attn.qkv) and (bare or are_plain((norm,), self.row_by_row))
 
     def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
-        """Thirds of the packed projection; queries and keys through their norms."""
+        """Apply the thirds of the packed projection; queries and keys pass their norms."""
         attn = block.attn
         if type(attn) in DIFFERENTIAL:
             return maps(attn, self.sections(attn, normed, first, last, linear), first)
@@ -135,15 +129,13 @@ class TimmParts(Parts):
         return together.view(batch, tokens, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def normed(self, attn: Any, made: Sequence[Tensor], first: int) -> tuple[Tensor, ...]:
-        """Queries and keys, (B, H, N, D) each, through their norms if there are some; values as they are."""
+        """Return queries and keys, (B, H, N, D) each, behind their norms if there are any; values as they are."""
         names = ("q_norm", "k_norm", "")[first : first + len(made)]
         found = []
         for head, name in zip(made, names, strict=True):
             norm = attn._modules.get(name)
             found.append(head if norm is None else norm(head))
         return tuple(found)
-
-    # ---- attention to residual
 
     def softmax(self, block: Any) -> tuple[bool, float | None]:
         """Return ``fused_attn``, and the probability that attention drops a weight now."""
@@ -153,7 +145,7 @@ class TimmParts(Parts):
         return False, 0.0 if is_idle_dropout(attn.attn_drop) else None
 
     def dropped(self, block: Any, weights: Tensor) -> Tensor:
-        """Attention weights behind ``attn_drop``."""
+        """Return attention weights behind ``attn_drop``."""
         return block.attn.attn_drop(weights)
 
     def inner(self, block: Any, out: Tensor, rows: Tensor | None) -> Tensor:
@@ -172,7 +164,7 @@ class TimmParts(Parts):
         return getattr(block.attn, "gate", None) is not None
 
     def project_out(self, block: Any, attended: Tensor, linear: Linear) -> Tensor:
-        """Output projection and dropout."""
+        """Apply output projection and dropout."""
         attn = block.attn
         return attn.proj_drop(linear(attn.proj, attended))
 
@@ -201,10 +193,8 @@ class TimmParts(Parts):
         """Return ``drop_path2``."""
         return block.drop_path2
 
-    # ---- MLP
-
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """Norm and MLP; the products of timm's own through ``linear``."""
+        """Apply norm and MLP; the products of timm's own through ``linear``."""
         mlp, normed = block.mlp, block.norm2(x) if normed is None else normed
         if not is_timms(mlp, vit.Mlp) or not is_unhooked(mlp):
             return mlp(normed)
@@ -226,20 +216,20 @@ class BlockParts(TimmParts):
     tail_names = ("ls1", "drop_path1")
 
     def branch(self, block: Any, attended: Tensor) -> Tensor:
-        """Projection, layer scale, drop path."""
+        """Apply projection, layer scale, drop path."""
         attn = block.attn
         return block.drop_path1(block.ls1(attn.proj_drop(attn.proj(attended))))
 
     def tail(self, block: Any, projected: Tensor) -> Tensor:
-        """Layer scale."""
+        """Apply the layer scale."""
         return block.ls1(projected)
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
-        """Norm, MLP, layer scale."""
+        """Apply norm, MLP, layer scale."""
         return block.ls2(super().mlp(block, x, normed, linear))
 
     def second_half(self, block: Any, x: Tensor, normed: Tensor | None) -> Tensor:
-        """Norm, MLP, layer scale, drop path, and the residual."""
+        """Apply norm, MLP, layer scale, drop path, and the residual."""
         normed = block.norm2(x) if normed is None else normed
         return x + block.drop_path2(block.ls2(block.mlp(normed)))
 

@@ -18,7 +18,7 @@ from ..outputs import Outputs, block_inputs, model_outputs, shared_copy
 
 __all__ = ["SHARES", "Calibration", "LossTable"]
 
-SHARES = (0.9, 0.75, 0.5, 0.25)  # of the patches, that one stage leaves
+SHARES = (0.9, 0.75, 0.5, 0.25)  # shares of the patches that one stage leaves
 _BATCH = 8
 
 

@@ -32,7 +32,7 @@ _FITS = 2
 _TRIES = 5
 _HALF = 0.5  # one matching merges at most half of the tokens
 _PAYS = 1.02
-_REACHES = 0.97  # of the speed-up that was asked for: a clock's own spread
+_REACHES = 0.97  # share of the speed-up asked for that counts as reached: a clock spreads
 _AT_LEAST = 0.99
 
 Progress = Callable[[str, float, float], None]
@@ -145,8 +145,6 @@ class Tuner:
     def _shares(self, name: str) -> tuple[float, ...]:
         return tuple(share for share in SHARES if share >= self._least_share(name))
 
-    # Tables
-
     def _read(self) -> dict[str, Any]:
         if self.saved is None or not self.saved.is_file():
             return {}
@@ -247,8 +245,6 @@ class Tuner:
         except ValueError:
             found = front[0]
         return found.at, found.keep
-
-    # Candidates
 
     def paper(self, name: str, rate: float) -> Choice:
         """Return the paper's schedule of a keep rate: r, r², r³ at a quarter, half and three quarters of the depth."""
@@ -361,8 +357,6 @@ class Tuner:
             return choice.seen.accuracy is not None and -100 * choice.seen.accuracy.difference <= at_most_lost
         return at_least is None or self.fidelity_of(choice, unseen=False) >= at_least
 
-    # The clock
-
     @torch.inference_mode()
     def measure(self, rounds: int = 7, progress: Progress = lambda *_: None) -> None:
         """Time every choice and the unreduced model in turns; Ctrl-C leaves the rounds that were finished."""
@@ -390,8 +384,6 @@ class Tuner:
     def speed_up(self, choice: Choice) -> float:
         """Return how many times as fast a choice is, the median of the rounds."""
         return float(ratio("speedup", choice.seconds, self.unreduced)["speedup"])
-
-    # What comes out
 
     def pairs(self) -> list[tuple[Choice, Choice]]:
         """Return every tuned schedule with the paper's that takes as long by the tables."""

@@ -17,7 +17,7 @@ __all__ = ["Schedule", "count_levels", "fastest_within", "front_of", "pareto_row
 
 Floats = NDArray[np.float64]
 
-_STEPS = 400  # of time, in which labels of one count are told apart
+_STEPS = 400  # bins of time, in which labels of one count are told apart
 
 
 @dataclasses.dataclass(frozen=True)

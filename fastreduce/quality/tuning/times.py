@@ -193,7 +193,7 @@ def _measure_method(
                 return state
 
             handed_on = run()
-            if not model.reducers.ragged:  # whose counts are what an image calls for, and the schedule's are bounds
+            if not model.reducers.ragged:  # ATS keeps what an image calls for; the schedule only bounds it
                 wanted = handed_on.num_patches
                 short = tokens[:, : prefix + wanted].contiguous()
             following = model.blocks[middle + 1]

@@ -12,7 +12,7 @@ DEPTH = 4
 
 
 def _tables(seed):
-    """Times and losses that follow no pattern, so that no greedy search would find the front."""
+    """Make times and losses that follow no pattern, so that no greedy search would find the front."""
     generator = np.random.default_rng(seed)
     stage = generator.uniform(0.7, 1.3, (17, 17)) * np.arange(17)[:, None]
     lost = generator.uniform(0.0, 1.0, (DEPTH, 17, 17)) * np.arange(17)[:, None]

@@ -31,7 +31,7 @@ def _images(count, seed=0):
 
 
 def _table(methods=METHODS, decision=0.1):
-    """Times as they would be without surprises: a block costs its tokens, a decision a tenth of a block."""
+    """Make times as they would be without surprises: a block costs its tokens, a decision a tenth of a block."""
     counts = tuple(range(16, 0, -1))
     stages = [[float(a), float(b), decision] for a in (16, 8) for b in (a // 4, a // 2, a - 1)]
     return TimeTable(
