@@ -146,8 +146,16 @@ class ReducedBlock:
     def restored(self) -> nn.Module:
         """Return the block that stood here before, with what was set on this one since."""
         original = self._site.original
-        original.__dict__.update({name: value for name, value in self.__dict__.items() if name != "_site"})
+        left = {"_site"} if self._forward_of_a_library() is None else {"_site", "forward"}
+        original.__dict__.update({name: value for name, value in self.__dict__.items() if name not in left})
         return original
+
+    def _forward_of_a_library(self) -> Any:
+        """Return a forward set on this block that calls its own, as libraries leave behind that watched it; or None."""
+        forward = inner = self.__dict__.get("forward")
+        while inner is not None and getattr(inner, "__self__", None) is not self:
+            inner = getattr(inner, "__wrapped__", None)
+        return forward if inner is not None else None
 
     @property
     def index(self) -> int:

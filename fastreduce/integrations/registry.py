@@ -176,17 +176,22 @@ def register_parts(kind: type | str, parts: Parts | Callable[[type], Parts]) -> 
     parts_of.cache_clear()
 
 
+def library_of(kind: type) -> str:
+    """Return the name of the top-level package of a class."""
+    return kind.__module__.partition(".")[0]
+
+
 def _load(kind: type) -> None:
     """Import the bridges of the libraries that a class comes from."""
     for base in kind.__mro__:
-        library = base.__module__.partition(".")[0]
+        library = library_of(base)
         if library in LIBRARIES and library in sys.modules:
             importlib.import_module(LIBRARIES[library])
 
 
 def name_of(kind: type) -> str:
     """Return ``"library.ClassName"``."""
-    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    return f"{library_of(kind)}.{kind.__name__}"
 
 
 def find_host(model: object) -> Host | None:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...tokens import Tokens, unmerge
+from .towers import known_name
 
-__all__ = ["PASS", "forget_masks", "forget_passes", "masked_pooling", "watch_masks", "watch_passes"]
+__all__ = ["PASS", "forget_forwards", "forget_masks", "forget_passes", "masked_pooling", "watch_masks", "watch_passes"]
 
 _MASKS = ("attention_mask", "pixel_attention_mask")
 
@@ -38,7 +39,7 @@ PASS = _Pass()
 
 def _asked(module: Any, kwargs: dict[str, Any], name: str) -> Any:
     """Return an option of the call, or else of the configuration."""
-    return kwargs.get(name, getattr(module.config, name, None))
+    return kwargs.get(name, getattr(getattr(module, "config", None), name, None))
 
 
 class _Before:
@@ -156,13 +157,22 @@ def forget_masks(tower: Any) -> None:
 
 def masked_pooling(tower: Any) -> Any:
     """Return the pooling of an encoder that gets the mask of the input's patches, or None."""
-    return getattr(tower, "head", None) if type(tower).__name__ == "Siglip2VisionModel" else None
+    return getattr(tower, "head", None) if known_name(type(tower)) == "Siglip2VisionModel" else None
 
 
 def _forget(hooks: Any, more: Any, kind: type) -> None:
     for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
         del hooks[key]
         more.pop(key, None)
+
+
+def forget_forwards(tower: nn.Module) -> None:
+    """Take a class's own forward off instances, where transformers up to 5.1 leaves it after collecting from them."""
+    for module in tower.modules():
+        kind: Any = type(module)
+        forward = module.__dict__.get("forward")
+        if getattr(forward, "__self__", None) is module and getattr(forward, "__func__", None) is kind.forward:
+            del module.__dict__["forward"]
 
 
 def watch_passes(module: nn.Module, model: nn.Module) -> None:

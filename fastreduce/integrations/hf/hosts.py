@@ -9,10 +9,18 @@ from torch import Tensor, nn
 
 from ...reducers import ModelShape
 from ...tokens import Tokens
-from ..registry import Host, Looks, register_host
+from ..registry import Host, Looks, find_host, hosted, library_of, register_host
 from . import parts as _parts
-from .hidden_states import PASS, forget_masks, forget_passes, masked_pooling, watch_masks, watch_passes
-from .towers import TOWERS, Tower, layers_at, towers_in
+from .hidden_states import (
+    PASS,
+    forget_forwards,
+    forget_masks,
+    forget_passes,
+    masked_pooling,
+    watch_masks,
+    watch_passes,
+)
+from .towers import Tower, holder_of, known_name, known_of, layers_at, owner_of, towers_in
 
 __all__ = ["EncoderHost"]
 
@@ -70,7 +78,9 @@ class EncoderHost(Host):
             _, tower, known = next(towers_in(model))
             return tower, known
         tower = _at(model, path)
-        return tower, TOWERS[type(tower).__name__]
+        known = known_of(tower)
+        assert known is not None
+        return tower, known
 
     def check(self, model: Any) -> None:
         """Raise unless there is one encoder, and what is behind it can do with some of its tokens."""
@@ -78,9 +88,12 @@ class EncoderHost(Host):
         if not found:
             raise TypeError(f"{kind} cannot be reduced: {self._obstacle(self.inside(model))}")
         if len(found) > 1:
-            inside = " and ".join(f"the {type(tower).__name__} .{path}" for path, tower, _ in found)
+            paths = [holder_of(model, path) for path, _, _ in found]
+            inside = " and ".join(f"the {type(_at(model, path)).__name__} .{path}" for path in paths)
             raise TypeError(f"{kind} cannot be reduced: it has {inside}; give one of them")
         path, tower, known = found[0]
+        owner_of(model, path, known)
+        forget_forwards(tower)
         if kind.endswith(("ForMaskedImageModeling", "ForPreTraining")):
             raise TypeError(f"{kind} cannot be reduced: it reconstructs images, which needs every patch in its place")
         if kind == "VideoMAEForVideoClassification" and not self.inside(model).config.use_mean_pooling:
@@ -95,8 +108,9 @@ class EncoderHost(Host):
 
     def _obstacle(self, model: Any) -> str:
         """Say why there is no encoder to be reduced."""
-        if (wrapped := getattr(model, "timm_model", None)) is not None:
-            return f"give the {type(wrapped).__name__} of timm inside of it, .timm_model"
+        for path, inside in hosted(model):
+            if not isinstance(find_host(inside), EncoderHost):
+                return f"give the {type(inside).__name__} of {library_of(type(inside))} inside of it, .{path}"
         kind = getattr(getattr(model, "config", None), "model_type", "")
         return _REASONS.get(kind, "the reducers know none of the encoders of images, videos or sounds in it")
 
@@ -133,7 +147,7 @@ class EncoderHost(Host):
     def grid(self, model: Any, patches: int) -> tuple[int, int]:
         """Return the configuration's grid, if the pass at hand has as many patches."""
         tower, _ = self._tower(model)
-        if type(tower).__name__ == "Siglip2VisionModel":
+        if known_name(type(tower)) == "Siglip2VisionModel":
             raise ValueError("every image brings its own grid to SigLIP 2, of which the layers do not know")
         return super().grid(model, patches)
 
@@ -209,14 +223,16 @@ class EncoderHost(Host):
         path, tower, known = next(towers_in(model))
         object.__setattr__(model, "_path_to_tower", path)
         watch_masks(tower)
-        watch_passes(_at(tower, known.owner), model)
+        watch_passes(_at(model, owner_of(model, path, known)), model)
 
     def remove(self, model: Any) -> None:
         """Undo :meth:`install`."""
         tower, known = self._tower(model)
         forget_masks(tower)
-        forget_passes(_at(tower, known.owner))
+        forget_passes(_at(model, owner_of(model, model.__dict__["_path_to_tower"], known)))
         object.__delattr__(model, "_path_to_tower")
 
 
 register_host("transformers.PreTrainedModel", EncoderHost())
+for _name in ("CLIPVisionTransformer", "MetaClip2VisionTransformer"):  # no models of their own up to transformers 5.1
+    register_host(f"transformers.{_name}", EncoderHost())

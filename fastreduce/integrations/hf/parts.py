@@ -82,7 +82,7 @@ class Layer(Parts):
         if missing := [name for name in self.qkv if name not in inside._modules]:
             return TypeError, (
                 f"{{model}} cannot be reduced: the {self.kind} of block {{index}} has no {missing[0]}: it is that of "
-                "another version of transformers, where 5.8 or newer is wanted"
+                "another version of transformers, where 5.0 or newer is wanted"
             )
         strange = self.geometry(block).strange if opened else None
         if strange:
@@ -116,7 +116,10 @@ class Layer(Parts):
             )
         if not masks or not PASS.masked or block._site.index != block._site.model.reducers.first:
             return None
-        return Beside(valid=_real_tokens(masks[0]))
+        real = _real_tokens(masks[0])
+        # Of a mask that hides nothing, newer versions of the library make none.
+        hides = is_captured() or torch.jit.is_tracing() or not bool(real.all())
+        return Beside(valid=real) if hides else None
 
     def of_fewer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Leave out the mask: what is left of it, if anything, the tokens know."""
@@ -318,6 +321,16 @@ class NestedLayer(Layer):
 
 class VideoMAELayer(NestedLayer):
     """A layer whose MLP is two modules too, the second of which adds the residual."""
+
+    def project(self, block: Any, normed: Tensor, first: int, last: int, linear: Linear) -> tuple[Tensor, ...]:
+        """Call the projections; up to transformers 5.4 VideoMAE has the biases of queries and values beside them."""
+        made = super().project(block, normed, first, last, linear)
+        own = self.inside(block)._parameters
+        if own.get("q_bias") is None:
+            return made
+        biases = (own["q_bias"], None, own["v_bias"])[first:last]
+        pairs = zip(made, biases, strict=True)
+        return tuple(one if bias is None else one + bias.view(one.shape[1], 1, -1) for one, bias in pairs)
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
         """Apply norm and MLP, without the residual that the library's output adds."""

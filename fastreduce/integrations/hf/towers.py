@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["TOWERS", "Tower", "images_in", "layers_at", "towers_in"]
+__all__ = ["TOWERS", "Tower", "holder_of", "images_in", "known_name", "known_of", "layers_at", "owner_of", "towers_in"]
 
 Axes = Callable[[Any], tuple[int, ...]]
 
@@ -58,8 +58,8 @@ class Tower(NamedTuple):
     """Facts about a class of encoders.
 
     Attributes:
-        layers: the attributes that lead to its layers; in other versions of the library ``encoder.layer`` does.
-        owner: those that lead to the module in it that hands out hidden states.
+        layers: the attributes that lead to its layers; :func:`layers_at` knows those of other versions of the library.
+        owner: those that lead to the module in it that hands out hidden states; see :func:`owner_of`.
         leading: class and distillation tokens; the first is the class token. Registers follow them.
         axes: makes the grid of patches of its configuration.
         rotary: whether its layers look at where a token is.
@@ -70,12 +70,6 @@ class Tower(NamedTuple):
     leading: int = 1
     axes: Axes = _image
     rotary: bool = False
-
-
-def layers_at(tower: Any, known: Tower) -> str:
-    """Return the attributes that lead to an encoder's layers in this version of the library."""
-    first = known.layers.partition(".")[0]
-    return known.layers if first in tower._modules else "encoder.layer"
 
 
 TOWERS = {
@@ -99,14 +93,63 @@ for _name in ("DINOv3ViTModel", "DINOv3ViTBackbone"):
     TOWERS[_name] = Tower("model.layer", owner="model", rotary=True)
 
 
+def known_name(kind: type) -> str:
+    """Return the name that a class of encoders has in :data:`TOWERS`.
+
+    Up to transformers 5.4, ``CLIPVisionModel`` and its kin hold a ``CLIPVisionTransformer``, which models of images
+    and text have without it.
+    """
+    name = kind.__name__
+    return f"{name.removesuffix('Transformer')}Model" if name.endswith("VisionTransformer") else name
+
+
+def known_of(module: nn.Module) -> Tower | None:
+    """Return what is known of an encoder's class; None for other modules, and for what only holds an encoder."""
+    kind = type(module)
+    if not kind.__module__.startswith("transformers.") or (known := TOWERS.get(known_name(kind))) is None:
+        return None
+    return None if "vision_model" in module._modules else known
+
+
+def layers_at(tower: Any, known: Tower) -> str:
+    """Return the attributes that lead to an encoder's layers in this version of the library."""
+    for path in (known.layers, "encoder.layer"):
+        if path.partition(".")[0] in tower._modules:
+            return path
+    return "layer"  # of DINOv3 up to 5.0
+
+
+def holder_of(model: nn.Module, path: str) -> str:
+    """Return the path to the module that holds the encoder at a path and nothing else, or else the path itself."""
+    above = path.rpartition(".")[0]
+    holds = above and type(model.get_submodule(above)).__name__ == known_name(type(model.get_submodule(path)))
+    return above if holds else path
+
+
+def owner_of(model: Any, path: str, known: Tower) -> str:
+    """Return the path to the module that hands out the hidden states of the encoder at a path in a model.
+
+    Raises:
+        TypeError: up to transformers 5.4 that may be the module that holds the encoder, which is not in the model.
+    """
+    kind: Any = type(tower := model.get_submodule(path))
+    if kind.__name__ != known_name(kind) and not hasattr(kind.forward, "__wrapped__"):  # the library decorates it
+        if not path:
+            raise TypeError(
+                f"{kind.__name__} cannot be reduced: its hidden states are handed out by what holds it; give that"
+            )
+        return path.rpartition(".")[0]
+    return ".".join(filter(None, (path, known.owner))) if known.owner in tower._modules else path
+
+
 def towers_in(model: nn.Module) -> Iterator[tuple[str, Any, Tower]]:
     """Yield the encoders in a model, itself among them: the attributes that lead there, the module, what is known."""
     for path, module in model.named_modules():
-        kind = type(module)
-        if kind.__name__ in TOWERS and kind.__module__.startswith("transformers."):
-            yield path, module, TOWERS[kind.__name__]
+        if (known := known_of(module)) is not None:
+            yield path, module, known
 
 
 def images_in(tower: nn.Module) -> bool:
     """Return whether an encoder takes images (B, 3, height, width), not videos, sounds or patches of many sizes."""
-    return TOWERS[type(tower).__name__].axes is _image
+    known = known_of(tower)
+    return known is not None and known.axes is _image
