@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._flops import count_fused_attention
 from ._version import __version__
 
 __all__ = [
@@ -308,7 +308,7 @@ def _version(package: str) -> str | None:
 
 def count_gmacs(model: nn.Module, images: Tensor) -> float:
     """Count the 10⁹ multiply-adds for each of the images, in matrix products, convolutions and attention."""
-    # Plain attention, since the counter of torch 2.11 does not know the fused one of the CPU.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    count_fused_attention()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images)
     return counter.get_total_flops() / 2e9 / len(images)

@@ -26,7 +26,7 @@ from ..ops import unchecked as ops
 from ..reducers.block import is_bare, is_unhooked
 from ..tokens import Packing
 
-__all__ = ["Beside", "Geometry", "Linear", "Parts", "are_plain", "is_idle_dropout", "linear_layer"]
+__all__ = ["Beside", "Geometry", "Linear", "Parts", "are_plain", "as_input", "is_idle_dropout", "linear_layer"]
 
 Linear = Callable[[nn.Module, Tensor], Tensor]
 
@@ -276,6 +276,14 @@ def are_plain(modules: tuple[nn.Module | None, ...], kinds: tuple[type, ...]) ->
         if module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
             return False
     return True
+
+
+def as_input(parameter: Tensor) -> Tensor:
+    """Return a parameter as modules are called: without a gradient where none is recorded.
+
+    ``torch.utils.module_tracker``, which ``FlopCounterMode`` uses, asks inputs that want a gradient for its node.
+    """
+    return parameter if torch.is_grad_enabled() else parameter.detach()
 
 
 def is_idle_dropout(drop: nn.Module | None) -> bool:

@@ -1,4 +1,8 @@
-"""Counts that ``FlopCounterMode`` gives an operator: the matrix products of its reference."""
+"""Counts that ``FlopCounterMode`` gives an operator: the matrix products of its reference.
+
+They do not depend on the backend, but where another number of rows is multiplied: kernels project the queries of all
+tokens at once, PyTorch on the CPU those of the kept ones alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from .._flops import count_fused_attention
+
 __all__ = ["count_by_reference"]
+
+# Operators that multiply again what another one has multiplied and thrown away, where the reference reads its matrix.
+_COUNTED_BEFORE = frozenset({"attention_scores"})
 
 
 def _without_content(value: Any) -> Any:
@@ -27,6 +36,7 @@ def count_by_reference(name: str, reference: Callable[..., Any]) -> None:
     """Have an operator of ours counted as what its reference does, so that both backends count alike.
 
     The reference runs on tensors without content; where it has to read some (packed images), on the operator's own.
+    An operator whose products were counted with another one adds none.
 
     Args:
         name: of the operator in ``torch.ops.fastreduce``.
@@ -34,9 +44,14 @@ def count_by_reference(name: str, reference: Callable[..., Any]) -> None:
     """
 
     def formula(*args: Any, out_val: Any = None) -> int:
+        if name in _COUNTED_BEFORE:
+            return 0
         try:
             return _products(reference, tree_map(_without_content, args))
         except (RuntimeError, NotImplementedError):
             return _products(reference, args)
 
     register_flop_formula(getattr(torch.ops.fastreduce, name), get_raw=True)(formula)
+
+
+count_fused_attention()

@@ -1,13 +1,15 @@
-"""Tiny models for everything that is exported: an export takes seconds whatever their size."""
+"""Tiny models for everything that is exported: an export takes a second, and three more for a hundred nodes."""
 
 import warnings
 
+import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 import fastreduce
 
-CARRYING = ("topk", "evit", "ats", "tome", "kmedoids")  # whose second stage may see what the first one left
+# Where the stages stand: two in a row where the second one sees what the first one left.
+BLOCKS = {"topk": (0, 1), "evit": (0, 1), "ats": (0, 1), "tome": (0, 1), "kmedoids": (1,)}
 METHODS = {
     "topk": {},
     "evit": {},
@@ -24,13 +26,17 @@ METHODS = {
 # Other options, without a class token or with two prefix tokens: where the graph is another one.
 VARIANTS = {
     "tome-exact-registers": {"rounds": "exact", "reg_tokens": 2},
-    "kmedoids-members": {"cost": "members"},
+    "kmedoids-stages": {"at": (1, 2)},
+    "kmedoids-members": {"cost": "members", "at": (1,)},
     "kmedoids-equal": {"equal_weight": True, "first": 1, "keep": [5]},
     "evit-received": {"class_token": False, "global_pool": "avg"},
 }
+# PatchMerger's graph is SiT's with another projection, and a pattern is a selection without scores.
+_SLOW = ("patchmerger", "radial", *VARIANTS)
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in (*METHODS, *VARIANTS)]
 
 
-def build(depth=3, **options):
+def build(depth=2, **options):
     torch.manual_seed(0)
     model = VisionTransformer(
         img_size=32, patch_size=4, embed_dim=32, depth=depth, num_heads=2, num_classes=7, **options
@@ -42,15 +48,15 @@ def build(depth=3, **options):
 
 
 def patched(name):
-    options = dict({**METHODS, **VARIANTS}[name])
+    method, options = name.split("-")[0], dict({**METHODS, **VARIANTS}[name])
     of_model = {key: options.pop(key) for key in ("reg_tokens", "class_token", "global_pool") if key in options}
-    at = (1, 2) if name in CARRYING else (1,)
+    at = options.pop("at", BLOCKS.get(name, (0,)))
     if name != "radial" and "keep" not in options:
         options["keep_rate"] = 0.6
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of random weights
-        return fastreduce.patch(build(1 + len(at), **of_model), name.split("-")[0], at=at, **options).eval()
+        return fastreduce.patch(build(at[-1] + 1, **of_model), method, at=at, **options).eval()
 
 
 def images(batch, seed=5):

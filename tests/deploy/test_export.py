@@ -37,7 +37,7 @@ def test_lengths_of_an_example_are_not_traced(options):
 
 
 def test_packed_tokens_are_exported_with_padding():
-    model = fastreduce.patch(build(), "ats", at=(1, 2), keep_rate=0.6, packed=True).eval()
+    model = fastreduce.patch(build(), "ats", at=(0, 1), keep_rate=0.6, packed=True).eval()
     with torch.no_grad():
         program = torch.export.export(model, (images(3),), dynamic_shapes=({0: BATCH},)).module()
         for batch in (1, 2, 5):
@@ -47,7 +47,7 @@ def test_packed_tokens_are_exported_with_padding():
 def test_patterns_made_while_exporting_leave_the_gradient_alone():
     """Changes of the gradient's mode become parts of the graph, which torch's decompositions cannot take apart."""
     radial._patterns.cache_clear()
-    model = fastreduce.patch(build(), "radial", at=(1, 2)).eval()
+    model = fastreduce.patch(build(1), "radial", at=0).eval()
     with torch.no_grad():
         program = torch.export.export(model, (images(3),), dynamic_shapes=({0: BATCH},))
     assert "set_grad_enabled" not in str(program.graph)
@@ -95,9 +95,10 @@ def test_decided_needs_a_patched_model():
         Decided(build())
 
 
+@pytest.mark.slow
 def test_aotinductor(tmp_path):
     """A single program is compiled, since that takes seconds; ToMe has most of what a graph can hold."""
-    model = fastreduce.patch(build(2), "tome", at=1, keep_rate=0.6)
+    model = fastreduce.patch(build(1), "tome", at=0, keep_rate=0.6)
     file = export(model, images(3), tmp_path / "model.pt2", to="pt2")
     run = load(file)
     for batch in (1, 5):

@@ -6,7 +6,7 @@ import torch
 from fastreduce.deploy import Decided, settled
 from fastreduce.deploy.export import onnx_program
 
-from .models import METHODS, VARIANTS, images, patched
+from .models import NAMES, images, patched
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the ONNX graphs are run by onnxruntime")
 pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
@@ -22,7 +22,7 @@ Transpose Unsqueeze Where
 ALLOWED = set(_OPERATORS.split())
 
 
-@pytest.fixture(scope="module", params=[*METHODS, *VARIANTS])
+@pytest.fixture(scope="module", params=NAMES)
 def exported(request):
     decided = Decided(patched(request.param))
     expected = {}

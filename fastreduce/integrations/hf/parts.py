@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...reducers.block import is_bare, is_captured
-from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
+from ..parts import Beside, Geometry, Linear, Parts, are_plain, as_input, is_idle_dropout
 from ..registry import register_parts
 from .hidden_states import PASS
 
@@ -197,7 +197,7 @@ class Layer(Parts):
     def bias(self, block: Any) -> Tensor | None:
         """Return what becomes of the projection's bias."""
         bias = self._outs(block)[0].bias
-        return None if bias is None else self.tail(block, bias)
+        return None if bias is None else self.tail(block, as_input(bias))
 
     def path1(self, block: Any) -> nn.Module | None:
         """Return the drop path, one for both halves."""

@@ -10,7 +10,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from ...reducers.block import is_bare
-from ..parts import Geometry, Linear, are_plain, is_idle_dropout
+from ..parts import Geometry, Linear, are_plain, as_input, is_idle_dropout
 from ..registry import register_parts
 from .differential import difference, maps
 from .parts import BlockParts, TimmParts, is_timms
@@ -112,7 +112,7 @@ class ScalingParts(TimmParts):
 
     def bias(self, block: Any) -> Tensor | None:
         """Return what becomes of the output projections' biases."""
-        found = [one.bias for one in self._out(block) if one.bias is not None]
+        found = [as_input(one.bias) for one in self._out(block) if one.bias is not None]
         return self.tail(block, sum(found[1:], found[0])) if found else None
 
     def is_rowwise(self, block: Any) -> bool:
@@ -277,7 +277,8 @@ class ThingsParts(BlockParts):
 
     def bias(self, block: Any) -> Tensor | None:
         """Return the sum of what becomes of the projections' biases."""
-        found = [branch.ls(branch.attn.proj.bias) for branch in block.attns if branch.attn.proj.bias is not None]
+        biases = [(branch.ls, branch.attn.proj.bias) for branch in block.attns]
+        found = [scale(as_input(bias)) for scale, bias in biases if bias is not None]
         return sum(found[1:], found[0]) if found else None
 
     def is_rowwise(self, block: Any) -> bool:

@@ -11,7 +11,7 @@ from timm.models import vision_transformer as vit
 from torch import Tensor, nn
 
 from ...reducers.block import is_bare, is_unhooked
-from ..parts import Beside, Geometry, Linear, Parts, are_plain, is_idle_dropout
+from ..parts import Beside, Geometry, Linear, Parts, are_plain, as_input, is_idle_dropout
 from ..registry import register_parts
 from .differential import DIFFERENTIAL, difference, maps
 
@@ -183,7 +183,7 @@ class TimmParts(Parts):
     def bias(self, block: Any) -> Tensor | None:
         """Return what becomes of the projection's bias."""
         bias = block.attn.proj.bias
-        return None if bias is None else self.tail(block, block.attn.proj_drop(bias))
+        return None if bias is None else self.tail(block, block.attn.proj_drop(as_input(bias)))
 
     def path1(self, block: Any) -> nn.Module | None:
         """Return ``drop_path1``."""
