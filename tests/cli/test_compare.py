@@ -1,35 +1,24 @@
 import json
+import platform
 import subprocess
 import sys
 
 import pytest
 import torch
-
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
-import platform
-
 from PIL import Image
-from typer.testing import CliRunner
 
 import fastreduce
 from bench.proof import tiny
-from fastreduce.cli.app import app
 from fastreduce.integrations.timm import create_model
 from fastreduce.measure import count_gmacs
 from fastreduce.ops import unchecked
 from fastreduce.speed import comparison as engine
 from fastreduce.speed import decisions
 from fastreduce.speed import models as built
+from tests.helpers.commands import assert_one_line, run
 
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["compare", "--model", MODEL, "--batch", "2", "--rounds", "2", "--random", "--no-fidelity", "--no-pictures"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -328,14 +317,6 @@ WRONG = {  # what is wrong: arguments, and what the message must say
     "json below a file": ("--json FOLDER/text.jpg/result.json", "text.jpg"),
     "out is a file": ("--pictures --out FOLDER/text.jpg", "text.jpg"),
 }
-
-
-def assert_one_line(done, message):
-    assert done.exit_code == 2, (done.output, done.exception)
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("case", WRONG)

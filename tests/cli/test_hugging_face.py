@@ -5,19 +5,13 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
-from typer.testing import CliRunner
-
 import fastreduce
-from fastreduce.cli.app import app
 from fastreduce.integrations import hub
 from fastreduce.integrations.hf.folders import open_folder
 from fastreduce.integrations.hf.images import ImageModel
 from fastreduce.quality.outputs import model_outputs
 from fastreduce.speed.comparison import Comparison, Settings
+from tests.helpers.commands import run
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install fastreduce[hf])")
 
@@ -43,10 +37,6 @@ MODELS = {
     "video": ("VideoMAEForVideoClassification", "VideoMAEConfig", IMAGE | {"num_frames": 4}, ""),
     "bare": ("IJepaModel", "IJepaConfig", IMAGE, ""),
 }
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="module")

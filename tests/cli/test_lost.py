@@ -5,32 +5,18 @@ import re
 
 import pytest
 import torch
-
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
 from PIL import Image
-from typer.testing import CliRunner
 
 import fastreduce
-from fastreduce.cli.app import app
 from fastreduce.cli.lost import choose
 from fastreduce.integrations import hub
 from fastreduce.integrations.timm import create_model, input_config
 from fastreduce.quality.images import folder_images
 from fastreduce.speed import verdicts
 from fastreduce.speed.advice import advice
+from tests.helpers.commands import run, words
 
 MODEL = "test_vit"
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def words(done):
-    return " ".join(done.stdout.split())
 
 
 @pytest.fixture(scope="module")

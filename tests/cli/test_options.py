@@ -7,45 +7,27 @@ import subprocess
 import sys
 
 import pytest
-
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
 import timm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from typer.testing import CliRunner
 
 from fastreduce import REDUCERS
-from fastreduce.cli.app import app
 from fastreduce.names import FAMILIES, METHODS, TITLES, compared_methods, parse_method_option
 from fastreduce.reducers import _options
 from fastreduce.speed import comparison as engine
 from fastreduce.speed import models as built
 from fastreduce.speed import payoff
 from fastreduce.speed.settings import CompareSettings, PlanSettings, check_model
+from tests.helpers.commands import assert_one_line, run
 
 MODEL = "test_vit"
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def process(*arguments, **environment):
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **environment}
     )
-
-
-def assert_one_line(done, message):
-    assert done.exit_code == 2, (done.output, done.exception)
-    assert done.stderr.startswith("error: "), done.stderr
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
-    assert done.stdout == ""
 
 
 EARLY = {

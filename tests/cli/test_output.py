@@ -9,26 +9,16 @@ import sys
 
 import pytest
 
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
-from typer.testing import CliRunner
-
 from fastreduce import draw
 from fastreduce.cli import tables
-from fastreduce.cli.app import app
 from fastreduce.cli.screen import Page, progress_bar, shortened, write
 from fastreduce.speed import comparison as engine
 from fastreduce.speed import payoff
+from tests.helpers.commands import run
 
 QUICK = ["compare", "--model", "test_vit", "--batch", "1", "--rounds", "1", "--methods", "topk", "--keep-rate", "0.5"]
 QUICK += ["--random", "--no-fidelity"]
 PLAN = ["plan", "--model", "test_vit", "--batch", "1", "--rounds", "1", "--keep-rate", "0.5", "--round-to", "none"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def start(*arguments, **environment):

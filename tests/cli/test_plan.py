@@ -3,33 +3,19 @@ import math
 
 import pytest
 import torch
-
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
 from PIL import Image
-from typer.testing import CliRunner
 
 import fastreduce
 from fastreduce import draw
-from fastreduce.cli.app import app
 from fastreduce.integrations.timm import create_model
 from fastreduce.ops import unchecked
 from fastreduce.speed import payoff, verdicts
 from fastreduce.speed.advice import advice
+from tests.helpers.commands import assert_one_line, run, words
 
 MODEL = "test_vit"  # 6 blocks, 100 patches, 64 channels
 QUICK = ["plan", "--model", MODEL, "--batch", "2", "--rounds", "5", "--random", "--no-fidelity", "--keep-rate", "0.5"]
 QUICK += ["--no-pictures"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def words(done):
-    return " ".join(done.stdout.split())
 
 
 @pytest.fixture(scope="module")
@@ -477,14 +463,6 @@ WRONG = {  # what is wrong: arguments, and what the message must say
     "option": ("--fast", "--fast"),
     "json is a folder": ("--json .", "is a folder, not a file"),
 }
-
-
-def assert_one_line(done, message):
-    assert done.exit_code == 2, (done.output, done.exception)
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
-    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("case", WRONG)

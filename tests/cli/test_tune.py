@@ -5,23 +5,13 @@ import re
 
 import pytest
 
-pytest.importorskip("typer")
-pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
-
-from typer.testing import CliRunner
-
 import fastreduce
-from fastreduce.cli.app import app
 from fastreduce.integrations.timm import create_model
 from fastreduce.quality.tuning import run as engine
 from fastreduce.quality.tuning.times import TimeTable
+from tests.helpers.commands import run
 
 QUICK = ["tune", "--model", "test_vit", "--random", "--methods", "topk,tome", "--image-count", "2", "--batch", "1"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def _table(decision):
