@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +16,52 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["cdiv", "direct", "is_compiled", "next_power_of_2"]
+__all__ = [
+    "INTERPRETED",
+    "Launch",
+    "cdiv",
+    "direct",
+    "is_compiled",
+    "is_recorded",
+    "is_replaced",
+    "is_watched",
+    "next_power_of_2",
+    "recording",
+]
 
+INTERPRETED = knobs.runtime.interpret  # as Triton decides when a kernel is decorated
 _MOST_KEPT = 4096  # argument lists of a kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A launch: what Triton compiled for its arguments, and these, all in the order of the kernel's parameters.
+
+    Attributes:
+        kernel: of Triton.
+        run: launches; None where only Triton can.
+    """
+
+    kernel: Any
+    run: Callable[..., Any] | None
+    grid: tuple[int, int, int]
+    function: Any
+    metadata: Any
+    arguments: tuple[Any, ...]
+
+
+_records: dict[int, list[Launch]] = {}  # by the thread
+
+
+@contextlib.contextmanager
+def recording(launches: list[Launch]) -> Iterator[None]:
+    """Append all that this thread launches within the block."""
+    thread = threading.get_ident()
+    _records[thread] = launches
+    try:
+        yield
+    finally:
+        del _records[thread]
 
 
 def direct(kernel: Any) -> Any:
@@ -48,11 +95,18 @@ class _Direct:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
-        if JITFunction.run.__module__ != JITFunction.__module__:  # a harness runs the kernels itself
+        if is_replaced():
             return self.kernel.run(*args, grid=grid, warmup=False, **options)
         active = driver.active
         if active is not self.driver:
             self.driver, self.kept = active, {}
+        if _records and is_recorded():
+            with torch._C.DisableTorchFunction():  # what a launch asks of its tensors is no part of the record
+                return self._run(grid, args, options, _records[threading.get_ident()])
+        return self._run(grid, args, options, None)
+
+    def _run(self, grid: tuple[int, ...], args: Any, options: Any, record: list[Launch] | None) -> Any:
+        active = self.driver
         device = active.get_current_device()
         # All that Triton specialises by: dtype and alignment of a pointer, and numbers, here each value by itself.
         kinds = tuple(map(type, args))
@@ -66,19 +120,25 @@ class _Direct:
             values.append(one.data_ptr() & 15)
         key = tuple(values)
         kept = self.kept.get(key)
-        if kept is None or _watched(self.kernel):
-            return self._first_launch(key, grid, args, options)
-        run, function, metadata, rest = kept
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        # Without hooks, and so without the metadata that is for them.
-        run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *args, *rest)
-        return None
+        if kept is None or is_watched((self.kernel,)):
+            compiled = self._first_launch(key, grid, args, options)
+            kept = self.kept.get(key, (None, None, None, ()))
+        else:
+            compiled, (run, function, metadata, rest) = None, kept
+            # Without hooks, and so without the metadata that is for them.
+            stream = active.get_current_stream(device)
+            run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
+        if record is not None:
+            run, function, metadata, rest = kept
+            record.append(Launch(self.kernel, run, (x, y, z), function, metadata, (*args, *rest)))
+        return compiled
 
     def _first_launch(self, key: Any, grid: tuple[int, ...], args: Any, options: Any) -> Any:
         compiled = self.kernel.run(*args, grid=grid, warmup=False, **options)
         # An AMD kernel is specialised by the sizes of tensors too. In a harness that compiles only there is no kernel.
         kept = isinstance(compiled, CompiledKernel) and self.driver.get_current_target().backend == "cuda"
-        if kept and not _watched(self.kernel):
+        if kept and not is_watched((self.kernel,)):
             named = {name: value for name, value in options.items() if name in self.signature.parameters}
             bound = self.signature.bind(*args, **named)
             bound.apply_defaults()
@@ -89,15 +149,28 @@ class _Direct:
         return compiled
 
 
-def _watched(kernel: JITFunction) -> bool:
+def is_recorded() -> bool:
+    """Return whether this thread is within a block of :func:`recording`."""
+    return bool(_records) and threading.get_ident() in _records
+
+
+def is_replaced() -> bool:
+    """Return whether a harness has taken the place of Triton's launch, and runs the kernels itself."""
+    return JITFunction.run.__module__ != JITFunction.__module__
+
+
+def is_watched(kernels: Sequence[JITFunction] = ()) -> bool:
     """Return whether somebody wants to see launches, or has them compiled in another way: then Triton launches."""
+    for kernel in kernels:
+        if kernel.pre_run_hooks:
+            return True
     runtime = knobs.runtime
-    return (
-        bool(getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook))
-        or bool(getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook))
-        or bool(runtime.debug or knobs.compilation.instrumentation_mode or kernel.pre_run_hooks)
-        or getattr(runtime, "add_stages_inspection_hook", None) is not None
-    )
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        return True
+    if runtime.debug or knobs.compilation.instrumentation_mode:
+        return True
+    return getattr(runtime, "add_stages_inspection_hook", None) is not None
 
 
 def cdiv(a: int, b: int) -> int:

@@ -116,10 +116,9 @@ def _runs_here(args: tuple[Any, ...]) -> bool:
 
 def _first(args: tuple[Any, ...]) -> Tensor:
     """Return the first tensor; of an operator's leading arguments some may be None."""
-    for one in args:
-        if one is not None:
-            return one
-    raise AssertionError("an operator without a tensor")
+    if args[0] is not None:
+        return args[0]
+    return next(one for one in args if one is not None)
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,14 +140,24 @@ def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Seque
 
     Those at the places of ``skip``, in descending order, it leaves out.
     """
-    found: list[Callable[..., Any]] = [place] if callable(place) else []
+    found: list[Callable[..., Any]] = []
 
     def launch(*args: Any) -> Any:
-        if found and not dense and not skip:
-            return found[0](*args)
         if not found:
-            module, function = str(place).split(".")
-            found.append(getattr(importlib.import_module(f"..kernels.{module}", __package__), function))
+            found.append(_load(place, dense, skip))
+        return found[0](*args)
+
+    return launch
+
+
+def _load(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[int]) -> Callable[..., Any]:
+    """Return what :func:`_launcher` calls, now that Triton is needed."""
+    function = place
+    if isinstance(function, str):
+        module, name = function.split(".")
+        function = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
+
+    def prepared(*args: Any) -> Any:
         for which in dense:
             if which < len(args) and args[which] is not None:
                 rows = dense_rows(args[which])
@@ -156,9 +165,9 @@ def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Seque
                     args = (*args[:which], rows, *args[which + 1 :])
         for which in skip:
             args = (*args[:which], *args[which + 1 :])
-        return found[0](*args)
+        return function(*args)
 
-    return launch
+    return importlib.import_module("..kernels._repeat", __package__).repeated(prepared)
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

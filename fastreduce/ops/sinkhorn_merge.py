@@ -145,9 +145,10 @@ def sinkhorn_merge_unchecked(
     by_reference = backend == "reference"
     clusters = centers.shape[0]
     arguments = x, centers, eps, iters, head
-    if wants_gradient(x, centers, head) and not by_reference:
+    recorded = wants_gradient(x, centers, head)
+    if recorded and not by_reference:
         merged, products, token_bias, biases = SinkhornMerge.apply(*arguments)
-    elif similarity or wants_gradient(x, centers, head):
+    elif similarity or recorded:
         merge: Any = reference.sinkhorn_merge if by_reference else _forward
         merged, products, token_bias, *saved = merge(*arguments)
         biases = saved[3]

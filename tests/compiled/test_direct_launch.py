@@ -9,25 +9,14 @@ from bench.proof import idle
 from fastreduce import ops
 from fastreduce.kernels import _direct, gather_tokens
 from fastreduce.ops import unchecked
+from tests.compiled.launches import noting
 from tests.helpers.operators import CASES, as_arguments
-
-
-class _Noting(idle.Launcher):
-    """Keeps the arguments of every launch."""
-
-    launches: list = []  # noqa: RUF012 - one for all kernels, emptied by the fixture
-
-    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *args):
-        shown = [one.data_ptr() if isinstance(one, torch.Tensor) else one for one in args]
-        self.launches.append(((x, y, z), stream, function, metadata, tuple(shown)))
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    monkeypatch.setattr(idle.IdleDriver, "launcher_cls", _Noting)
-    _Noting.launches = []
-    with idle.idle_driver():
-        yield _Noting.launches
+    with noting(monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture
@@ -64,7 +53,7 @@ def test_the_second_launch_passes_what_the_first_did(launches, by_triton):
     assert by_triton == [KERNEL]
     assert len(launches) == 3
     assert launches[0] == launches[1] == launches[2]
-    grid, *_, arguments = launches[0]
+    grid, arguments = launches[0].grid, launches[0].arguments
     assert grid == (1, 2, 1)
     assert arguments[:4] == (X.data_ptr(), INDEX.data_ptr(), None, out.data_ptr())
     assert arguments[-4:] == (None, 1, 8, 16)
@@ -156,9 +145,9 @@ def test_checked_and_unchecked_launch_the_same(launches, name):
     case = CASES[name]
     values = as_arguments(case.arguments(dtype=torch.float32))
     getattr(ops, case.operator)(**values, backend="triton")
-    first = [grid for grid, *_ in launches]
+    first = [one.grid for one in launches]
     getattr(unchecked, case.operator)(**values, backend="triton")
-    assert [grid for grid, *_ in launches] == first * 2
+    assert [one.grid for one in launches] == first * 2
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 4), (1, 4), (4, 4), (5, 4), (197, 16)])
