@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from fastreduce.deploy import export, load
 from fastreduce.deploy.check import speed_of
-from fastreduce.measure import environment, keep_memory, load_average, take_turns
-from fastreduce.names import TITLES
+from fastreduce.measure import environment, keep_memory, load_average, own_code, take_turns
 from fastreduce.plain import FreeSlice
 from fastreduce.speed.comparison import Comparison
 from fastreduce.speed.settings import CompareSettings
+
+from .deploy_tables import Row, int8_lines, slower, speed_lines
 
 __all__ = ["main", "measure"]
 
@@ -37,7 +38,6 @@ _FORMATS = {"onnxruntime": ("onnx", ".onnx"), "openvino": ("openvino", ".xml")}
 _TOLERANCE = 1e-4  # of the logits, relative to the largest: beyond it a speed is of another model
 _UNREDUCED = "unreduced"
 
-Row = dict[str, Any]
 Call = Callable[[Tensor], Tensor]
 
 
@@ -60,9 +60,8 @@ def _call(model: nn.Module, way: str, images: Tensor, folder: Path, name: str) -
     if way == "eager":
         return model
     if way == "compiled":
-        torch._dynamo.reset()
-        compiled: Any = torch.compile(model, dynamic=False)
-        compiled(images)
+        # Code of its own for each: a reset would throw away what was compiled for the models before.
+        compiled: Any = torch.compile(own_code(lambda images: model(images)), dynamic=False)
         return compiled
     to, ending = _FORMATS[way]
     file = folder / f"{name}{ending}"
@@ -182,33 +181,6 @@ def _int8(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
                 }
 
 
-def _title(label: str) -> str:
-    return TITLES.get(label.replace(" ", "_"), label)
-
-
-def _lines(rows: Sequence[Row], ways: Sequence[str]) -> Iterator[str]:
-    """Yield a table in Markdown: one line for each model, keep rate, batch and method, one column for each way."""
-    heads = ["model", "keep rate", "batch", "method", *ways, *(["of the free slice"] if "eager" in ways else [])]
-    yield "| " + " | ".join(heads) + " |"
-    yield "|" + " --- |" * len(heads)
-    found: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault((row["model"], row["keep_rate"], row["batch"], row["method"]), {})[row["way"]] = row
-    for (model, keep_rate, batch, method), by_way in found.items():
-        cells = [f"{by_way[way]['ratio']:.2f}" if way in by_way else "" for way in ways]
-        if "eager" in ways:
-            cells.append(f"{by_way['eager']['of_free_slice']:.2f}" if "eager" in by_way else "")
-        yield "| " + " | ".join([model, f"{keep_rate:g}", str(batch), _title(method), *cells]) + " |"
-
-
-def _int8_lines(rows: Sequence[Row]) -> Iterator[str]:
-    yield "| model | method | int8 | times float32 | same class | largest difference |"
-    yield "|" + " --- |" * 6
-    for row in rows:
-        cells = [row["model"], _title(row["method"]), row["int8"], f"{row['ratio']:.2f}"]
-        yield "| " + " | ".join([*cells, f"{row['same_class']:.0%}", f"{row['difference']:.1%}"]) + " |"
-
-
 def _save(given: argparse.Namespace, rows: Sequence[Row], load: float | None) -> None:
     """Write what there is so far."""
     if given.json is not None:
@@ -261,8 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, TypeError) as error:
             parser.error(str(error))
     print(file=sys.stderr)
-    print(*(_int8_lines(rows) if given.int8 else _lines(rows, given.ways)), sep="\n")
+    print(*(int8_lines(rows) if given.int8 else speed_lines(rows, given.ways)), sep="\n")
     print(f"\nUnreduced ÷ reduced, {given.rounds} rounds in turns; load before: {load_before}")
+    if not given.int8:
+        print(*slower(rows), sep="\n", end="")
     wrong = [row for row in rows if not given.int8 and row["difference"] > _TOLERANCE]
     for row in wrong:
         print(f"{row['model']} {row['method']} {row['way']}: differs from eager mode by {row['difference']:.1e}")

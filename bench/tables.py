@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/speed.md and docs/study.md, out of the results that are committed.
+"""The tables of README.md and of the documentation, out of the results that are committed.
 
 python -m bench.tables            # prints them, to be pasted where they belong; a test compares
 """
@@ -6,11 +6,14 @@ python -m bench.tables            # prints them, to be pasted where they belong;
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from fastreduce.names import TITLES
+
+from . import deploy_tables
+from .markdown import markdown_table
 
 __all__ = ["TABLES", "markdown_table"]
 
@@ -22,16 +25,12 @@ QUALITY = "quality-saliency-2026-11-29"
 TUNED = "tune-saliency-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
 STUDY = "study-cifar10-off-the-shelf-2026-11-29"
+DEPLOYED, SMALL, INT8, COMPILED = "deploy-cpu", "deploy-small-batches-cpu", "deploy-int8-cpu", "compiled-cpu"
 RATES = (0.7, 0.5)
 
 
 def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Return the lines of a table in Markdown."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def _by_label(methods: Iterable[Any], rate: float | None = None) -> dict[str, Any]:
@@ -187,7 +186,30 @@ def study_gaps() -> list[str]:
     return _by_rate(_read(STUDY), lambda model: "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**model["gap"]))
 
 
+def _latest(name: str) -> Any:
+    """Return the newest result whose name begins so and ends in a date, or None: it may not be measured yet."""
+    files = sorted(RESULTS.glob(f"{name}-????-??-??.json"))
+    return json.loads(files[-1].read_text()) if files else None
+
+
+def deployed() -> list[list[str]]:
+    """Return the tables of deployment that were measured: runtimes, small batches, int8, torch.compile."""
+    tables = []
+    for name in (DEPLOYED, SMALL):
+        if (result := _latest(name)) is not None:
+            ways = tuple(dict.fromkeys(row["way"] for row in result["rows"]))
+            tables.append(deploy_tables.speed_lines(result["rows"], ways))
+    if (result := _latest(INT8)) is not None:
+        tables.append(deploy_tables.int8_lines(result["rows"]))
+    if (result := _latest(COMPILED)) is not None:
+        tables.append(deploy_tables.count_lines(result["counts"]))
+        if result["rows"]:
+            tables.append(deploy_tables.time_lines(result["rows"]))
+    return tables
+
+
 TABLES = {
+    "docs/deploy.md": deployed(),
     "docs/quality.md": [*(quality(rate) for rate in (0.9, 0.7, 0.5)), tuned()],
     "README.md": [first_figures()],
     "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import deploy
+from bench import deploy, deploy_tables
 
 
 def _row(way, ratio, **more):
@@ -16,12 +16,17 @@ def test_one_line_a_method_and_one_column_a_way():
         _row("onnxruntime", 2.004),
         _row("eager", 1.4, batch=1, of_free_slice=1),
     ]
-    lines = list(deploy._lines(rows, ("eager", "onnxruntime")))
+    lines = deploy_tables.speed_lines(rows, ("eager", "onnxruntime"))
     assert lines[0] == "| model | keep rate | batch | method | eager | onnxruntime | of the free slice |"
     assert lines[2:] == [
         "| deit_s | 0.5 | 8 | Top-K | 1.50 | 2.00 | 0.99 |",
         "| deit_s | 0.5 | 1 | Top-K | 1.40 |  | 1.00 |",
     ]
+
+
+def test_where_reduction_does_not_pay():
+    (line,) = deploy_tables.slower([_row("eager", 1.01), _row("onnxruntime", 0.98, batch=1)])
+    assert line == "slower than unreduced: deit_s Top-K at 0.5, batch 1, onnxruntime: 0.98"
 
 
 @pytest.mark.parametrize(("difference", "code"), [(1e-6, 0), (1e-2, 1)])
