@@ -1,4 +1,4 @@
-"""Which of timm's isotropic vision transformers can be reduced, and why the rest cannot: python -m bench.census.
+"""Census of timm's isotropic vision transformers: which can be reduced, and why others cannot: python -m bench.census.
 
 A name counts as isotropic if the model's tokens keep their number and width from block to block: its blocks hold an
 attention, stand in one container, and there is one patch embedding. Models are made on the meta device, so that this

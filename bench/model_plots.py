@@ -59,7 +59,7 @@ def _new_figure(width: float, height: float, title: str, subtitle: str) -> Figur
 
 
 def _plain_axes(figure: Figure, left: float, bottom: float, right: float, top: float) -> Axes:
-    """Make axes with margins in inches, without the lines that nobody reads."""
+    """Make axes with margins in inches, without the lines that carry nothing."""
     width, height = figure.get_size_inches()
     area = (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
     axes = figure.add_axes(area)

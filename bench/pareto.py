@@ -1,4 +1,4 @@
-"""Which reduced models are new points on the front of accuracy against speed.
+"""The front of accuracy against speed, and the reduced models that are new points on it.
 
 ``python -m bench.pareto --accuracy results-imagenet.csv --speed benchmark-infer.csv --reduced ours.csv`` joins timm's
 published tables, from your copy of timm's repository (``results/``), with what ``fastreduce plan --csv`` measured.

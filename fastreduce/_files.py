@@ -40,7 +40,7 @@ _PICTURES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", 
 
 
 def _is_device(path: Path) -> bool:
-    """Tell whether the path is no plain file, or another name of one that somebody holds open (``/dev/stdout``)."""
+    """Tell whether the path is no plain file, or another name of one that is held open (``/dev/stdout``)."""
     try:
         return not stat.S_ISREG(path.stat().st_mode) or path.absolute().parts[1:2] in (("dev",), ("proc",))
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def _create_beside(path: Path) -> tuple[Path, int]:
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object] | str | bytes) -> Path:
-    """Write a file beside its place and rename it, so that nobody ever finds half of it, nor loses what was there.
+    """Write a file beside its place and rename it, so that no reader finds half of it and no content is lost.
 
     A new file gets the permissions that ``open`` would give it, whatever ``write`` made of them; an existing one keeps
     its own. Links are followed. A pipe or a device is written to directly.
@@ -151,7 +151,7 @@ def silent() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Escape what would break a line, or cannot be printed: names from files are anybody's."""
+    """Escape what would break a line, or cannot be printed: names in files can hold anything."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 

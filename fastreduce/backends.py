@@ -62,7 +62,7 @@ def check_backend(name: str) -> str:
 def _has_triton() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None
-    except (ImportError, ValueError):  # ValueError: somebody put None into sys.modules
+    except (ImportError, ValueError):  # ValueError: a None in sys.modules
         return False
 
 

@@ -358,13 +358,13 @@ class Tokens(_Fields):
         plans: what the stages so far decided.
         packing: where the tokens of every image are, if they lie packed in one row, else None.
         grid: (rows, columns) of the patches before any reduction, for methods that ask for it, else None.
-        whole: whether the last block hands on Tokens too, for somebody who wants dense features.
+        whole: whether the last block hands on Tokens too, for dense features.
         place: (B, n) int32, the original patch whose position each patch token has, -1 for none (EViT's fused token,
             padding); or None where the model asks for no positions inside its blocks.
         beside: what the model gave the block at hand beside the tokens (a rotary table, a bias for each pair), as its
             host reads it; or None.
-        inputs: the ``x`` that entered the block of each plan, where somebody will ask what dropped patches were, else
-            None.
+        inputs: the ``x`` that entered the block of each plan, where dropped patches will be asked for,
+            else None.
     """
 
     @property

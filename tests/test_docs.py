@@ -72,3 +72,16 @@ def test_each_method_and_option_is_described():
 def test_navigation_has_every_page():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert set(re.findall(r": ([\w-]+\.md)$", navigation, re.MULTILINE)) == {page.name for page in DOCS}
+
+
+def test_docstrings_name_their_thing_first():
+    """Functions' begin with a verb, classes' and modules' with a noun: none with a pronoun or a question."""
+    odd = re.compile(r'^ *"""(What|Which|Whether|How|Of|That|Those|Likewise) .*', re.MULTILINE)
+    files = [
+        path
+        for room in ("fastreduce", "kernels", "bench", "examples", "tests")
+        for path in ROOT.glob(f"{room}/**/*.py")
+    ]
+    assert len(files) > 400
+    found = [f"{path.relative_to(ROOT)}: {hit[0].strip()}" for path in files for hit in odd.finditer(path.read_text())]
+    assert not found

@@ -17,7 +17,7 @@ _EXTRA = ("typer", "rich", "matplotlib", "sklearn", "PIL", "safetensors")
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # somebody put None into sys.modules
+    except ValueError:  # a None in sys.modules
         return False
 
 

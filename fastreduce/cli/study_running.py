@@ -28,7 +28,7 @@ EXTRA = {"accelerate": "accelerate", "scipy": "scipy", "ot": "POT", "jinja2": "j
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # somebody put None into sys.modules
+    except ValueError:  # a None in sys.modules
         return False
 
 

@@ -228,7 +228,7 @@ class Comparison:
         return Entry(method, options, keep_rate, chosen, patched, plain, counts, layers)
 
     def _try(self, method: str, options: dict[str, Any], keep_rate: float) -> Entry | None:
-        """Return the entry, or None where the method cannot serve this model and nobody asked for it by name."""
+        """Return the entry, or None where the method cannot serve this model and was not asked for by name."""
         try:
             return self.build_entry(method, options, keep_rate)
         except ValueError as error:
@@ -358,7 +358,7 @@ class Comparison:
         return passes * (fixed + batch * each) + checks + _PICTURE_SECONDS * len(self.entries)
 
     def _leave_one_out(self) -> bool:
-        """Leave out the last entry that nobody asked for, if there is one: lower keep rates first, then methods."""
+        """Leave out the last entry that was not asked for, if there is one: lower keep rates first, then methods."""
         rates = list(dict.fromkeys(entry.keep_rate for entry in self.entries))
         first = [entry for entry in self.entries if entry.keep_rate == rates[0]]
         if len(rates) > 1 and self.settings.keep_rates == KEEP_RATES:

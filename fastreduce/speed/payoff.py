@@ -111,7 +111,7 @@ class Planner:
         self._compiled: dict[nn.Module, Any] = {}
 
     def _entry(self, rate: float) -> Entry | None:
-        """Make the entry of a keep rate; None if nobody asked for it and it would leave no token of a small model."""
+        """Make the entry of a keep rate; None if it was not asked for and would leave no token of a small model."""
         try:
             entry = self.comparison.build_entry(self.method, self.options, rate)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Settings of ``compare`` and ``plan``, and whatever can be said against them before torch is imported."""
+"""Settings of the commands that measure, and whatever can be said against them before torch is imported."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _check_blocks(at: tuple[int, ...] | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Common:
-    """Settings that both commands have. None stands for a choice made from the model, the machine and the time.
+    """Settings that these commands share. None stands for a choice made from the model, the machine and the time.
 
     Attributes:
         model: a Vision Transformer of timm, or with ``hf:`` one of transformers; its name, or a folder.
@@ -220,7 +220,6 @@ class _Common:
         _check_whole("rounds", self.rounds)
         # Threads beyond the cores only wait, and thousands end the process.
         _check_whole("threads", self.threads, max(64, 4 * (os.cpu_count() or 1)))
-        check_positive("seconds", self.seconds)  # type: ignore[attr-defined]
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
         _check_blocks(self.at)
@@ -264,10 +263,6 @@ class CompareSettings(_Common):
         keep_rates: each in (0, 1].
         batch: images in a batch.
         seconds: rounds are added until about this long after the start, if ``rounds`` is None.
-
-    The others belong to both commands: model, checkpoint, pretrained, at, rounds, device, dtype, backend, compile,
-    threads (None for torch's choice, or 1 where that is faster), seed (of random weights), method_options
-    (``tome.rounds=exact``).
     """
 
     image: str = "flower.jpg"
@@ -279,6 +274,7 @@ class CompareSettings(_Common):
     def check(self) -> None:
         """Raise ValueError for everything that is known to be wrong without torch."""
         _check_whole("batch", self.batch)
+        check_positive("seconds", self.seconds)
         if not self.keep_rates:
             raise ValueError("give at least one keep rate")
         _check_keep_rates(self.keep_rates)
@@ -299,8 +295,6 @@ class PlanSettings(_Common):
             a multiple of it throughout; ``"none"`` leaves them alone.
         seconds: rounds are added until about this long after the start, if ``rounds`` is None. Compiling comes on top.
         graphs: replay CUDA graphs.
-
-    The others are the same as in :class:`CompareSettings`.
     """
 
     method: str = "topk"
@@ -329,6 +323,7 @@ class PlanSettings(_Common):
         if self.round_to not in ("auto", "none") and self.multiple is None:
             raise ValueError(f"--round-to takes a number, auto or none, got {self.round_to!r}")
         _check_whole("round-to", self.multiple)
+        check_positive("seconds", self.seconds)
         _check_keep_rates(self.keep_rates)
         self.options_of([self.variant.partition("-")[0]])
         if self.graphs and self.device is not None and device_name(self.device) == "cpu":
@@ -348,16 +343,14 @@ class TuneSettings(_Common):
         batch: images in the batch that is timed.
         speed_up: how many times as fast the model has to become; None for a row of speed-ups.
         measure: the measure of fidelity that counts.
-        seconds: not used by a search, which takes as long as its tables take.
 
-    The others are the same as in :class:`CompareSettings`; ``at`` is what is searched.
+    ``at`` is what is searched.
     """
 
     methods: tuple[str, ...] = ()
     batch: int = 8
     speed_up: float | None = None
     measure: str = "pooled_cosine"
-    seconds: float = 1.0
 
     def check(self) -> None:
         """Raise ValueError for everything that is known to be wrong without torch."""
@@ -388,8 +381,6 @@ class ExportSettings(_Common):
         image: a picture, or the name of one of scikit-learn's, whose views it is checked on.
         batches: images at a time when it is timed.
         rounds: of the timing; 0 for none.
-
-    The others are the same as in :class:`CompareSettings`.
     """
 
     out: str = "reduced.onnx"
@@ -400,7 +391,6 @@ class ExportSettings(_Common):
     image: str = "flower.jpg"
     batches: tuple[int, ...] = (1, 8)
     rounds: int = 15
-    seconds: float = 1.0
 
     @property
     def format(self) -> str:

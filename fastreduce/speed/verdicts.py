@@ -11,7 +11,7 @@ from .settings import ROUNDS_FOR_A_SPREAD
 
 __all__ = ["LEAST_GAIN", "TOO_FEW", "judge", "round_up", "verdict"]
 
-# Two quiet runs of one model differ by about a per cent, and for less than two no one would give accuracy away.
+# Two quiet runs of one model differ by about a per cent, and a smaller gain than this is not worth any accuracy.
 LEAST_GAIN = 1.02
 TOO_FEW = "too few rounds"
 

@@ -77,7 +77,7 @@ def _take(path: Path) -> str | None:
 def _give_back(path: Path) -> None:
     with _mutex, contextlib.suppress(OSError):
         if fcntl is not None:
-            path.unlink()  # while it is locked: nobody else can have it
+            path.unlink()  # while it is locked: no other process can have it
     os.close(_held.pop(path))
 
 

@@ -119,7 +119,7 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._stopper.send_bytes(b"stop")  # nobody reads it: every worker sees it
+            self._stopper.send_bytes(b"stop")  # it stays unread, so that every worker sees it
         self._pool.shutdown(cancel_futures=True)
         self._stopper.close()
         self._stop.close()

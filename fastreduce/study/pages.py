@@ -298,7 +298,8 @@ def write_study(study: Study, recipe: Recipe, data: DataSet, folder: Path, devic
     capacities = _capacity_tables(study)
     accuracy = [_accuracy_table(study, recipe), _lost_table(study)]
     parts = [table.markdown() for table in (*accuracy, findings, *capacities)]
-    summary = "\n".join([*parts[:3], in_markdown(study.floors.words(study.recordings)) + "\n", *parts[3:]])
+    floors = in_markdown(study.floors.words(study.recordings)).replace(". ", ".\n")  # a sentence a line
+    summary = "\n".join([*parts[:3], f"{floors}\n", *parts[3:]])
     written(folder / "summary.md", summary)
     named: dict[str, list[Row]] = {**study.rows, "correlations": study.correlations}
     for name, rows in named.items():

@@ -118,6 +118,13 @@ def _legend_below(axes: Axes) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.22), ncols=2, columnspacing=1, fontsize=8, frameon=False)
 
 
+def _draw_lines(axes: Axes, methods: Mapping[str, Sequence[Result]], across: str) -> None:
+    """Draw a line of accuracy for every method, over an attribute of its results."""
+    for (method, rows), (colour, marker, dashes) in zip(methods.items(), _STYLES, strict=False):
+        x, y = [getattr(row, across) for row in rows], [row.accuracy for row in rows]
+        axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, label=TITLES[method])
+
+
 def accuracy_by_rate(
     results: Sequence[Result],
     baseline: Result | None = None,
@@ -134,9 +141,7 @@ def accuracy_by_rate(
     figure, panels = _panels(results, baseline, title, subtitle, "keep rate", metric)
     rates = sorted({row.keep_rate for row in results})
     for axes, methods in panels:
-        for (method, rows), (colour, marker, dashes) in zip(methods.items(), _STYLES, strict=False):
-            x, y = [row.keep_rate for row in rows], [row.accuracy for row in rows]
-            axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, label=TITLES[method])
+        _draw_lines(axes, methods, "keep_rate")
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.set_xlim(max(rates) + 0.05, min(rates) - 0.05)
         _legend_below(axes)
@@ -159,10 +164,7 @@ def accuracy_by_speed(
     measured = [row for row in results if math.isfinite(row.images_per_second)]
     figure, panels = _panels(measured, baseline, title, subtitle, "images / s", metric)
     for axes, methods in panels:
-        for (method, rows), (colour, marker, dashes) in zip(methods.items(), _STYLES, strict=False):
-            x = [row.images_per_second for row in rows]
-            y = [row.accuracy for row in rows]
-            axes.plot(x, y, color=colour, marker=marker, linestyle=dashes, markersize=5, label=TITLES[method])
+        _draw_lines(axes, methods, "images_per_second")
         if baseline is not None:
             axes.plot(baseline.images_per_second, baseline.accuracy, "*", color="#111111", markersize=9, zorder=5)
         _legend_below(axes)

@@ -114,8 +114,11 @@ def test_train_all(tmp_path, monkeypatch):
         assert load_file(training.weights)["cls_token"].shape[-1] == (16 if name in own else 8)
     assert alone["unreduced"].epochs[0].losses != alone["backbone"].epochs[0].losses
 
-    fork = multiprocessing.get_context("fork")  # spawned processes would import everything again
-    monkeypatch.setattr(recipes.multiprocessing, "get_context", lambda kind: fork)
+    # Forked from a server: forked from here, workers would inherit autograd's threads of other tests, and spawned ones
+    # would import everything again.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.study.few_digits"])
+    monkeypatch.setattr(recipes.multiprocessing, "get_context", lambda kind: server)
     together = train_all(tiny, tmp_path / "together", jobs=2, cpu=True, progress=lambda *words: said.append(words))
     assert said[-1] == ("training digits", 6, 6)
 
