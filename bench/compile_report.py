@@ -1,10 +1,14 @@
 """Compile kernels ahead of time, as they are really launched, and read their resources. No GPU needed.
 
 python -m bench.compile_report [--quick] [--arch sm_80,sm_90,gfx942] [--shapes ...] [--primitives ...] [--options]
-                               [--json FILE]
+                               [--counts] [--json FILE]
 
-Every kernel at every shape class that it is launched with. Non-zero exit if a gate is missed that is not among the
-known exceptions, or if one of these is not needed any more. TRITON_CACHE_DIR says where compiled kernels are kept.
+Every kernel at every shape class that it is launched with. With ``--counts`` the compiled kernels are run too, on the
+emulator, and the report says what one program executes: instructions, barriers, and how often it waits for global
+memory. ``python -m bench.emulate --counts`` counts loads, stores, shuffles and products besides.
+
+Non-zero exit if a gate is missed that is not among the known exceptions, or if one of these is not needed any more.
+TRITON_CACHE_DIR says where compiled kernels are kept.
 """
 
 from __future__ import annotations
@@ -28,11 +32,13 @@ from fastreduce.measure import environment
 
 from .primitives import MODELS, TOKENS, Inputs, Primitive, Shape, attention, parse_shapes
 from .proof.compiler import SHARED_LIMIT, KernelReport, compiled_for, dispatch_to_triton, every_launch
+from .proof.emulator.counts import count_launches
 from .proof.gates import Gate, Known, check_words, choose_primitives, table
 
 __all__ = ["ARCHES", "main"]
 
 ARCHES: dict[str, int | str] = {"sm_80": 80, "sm_90": 90, "gfx942": "gfx942"}
+_COUNTED = ("instructions", "barriers", "waits")
 _OTHER_TOKENS = (256, 1024)  # multiples of 16 compile apart, and so do the odd numbers of tokens kept of these
 
 
@@ -144,6 +150,7 @@ def _row(report: KernelReport, arch: str, primitive: str, shape: str, dtype: tor
         "tensor": report.mma_ops,
         "tensor_dots": report.tensor_dots,
         "overwrites": report.overwrites,
+        "hash": report.hash,
         "load_bytes": report.load_bytes,
         "store_bytes": report.store_bytes,
     }
@@ -156,10 +163,13 @@ class _Run:
         shapes: where to launch.
         arches: names of the architectures to compile for.
         tell: called with a line of progress after every shape.
+        counts: whether to run the kernels of NVIDIA's architectures on the emulator, and count.
     """
 
-    def __init__(self, shapes: Sequence[Shape], arches: Sequence[str], tell: Callable[[str], object]):
-        self.shapes, self.arches, self.tell = shapes, arches, tell
+    def __init__(
+        self, shapes: Sequence[Shape], arches: Sequence[str], tell: Callable[[str], object], *, counts: bool = False
+    ):
+        self.shapes, self.arches, self.tell, self.counts = shapes, arches, tell, counts
         self.gates = _Gates()
         self.rows: list[dict[str, Any]] = []
         self.impossible: dict[tuple[str, str, str], list[str]] = {}  # kernel, architecture, reason -> shapes
@@ -187,7 +197,13 @@ class _Run:
 
     def _compile(self, primitive: Primitive, shape: Shape, inputs: Inputs, arch: str) -> None:
         point = f"{shape.model}-{shape.tokens}"
+        before = len(self.rows)
         self._gather(primitive.name, point, shape.dtype, arch, lambda: every_launch(primitive, inputs))
+        name = ARCHES[arch]
+        if self.counts and isinstance(name, int) and len(self.rows) > before:
+            found = count_launches(primitive, inputs, name)
+            for row in self.rows[before:]:
+                row.update((one, found[row["hash"]][one]) for one in _COUNTED)
 
     def _gather(
         self, primitive: str, shape: str, dtype: torch.dtype, arch: str, launch: Callable[[], None], wide: bool = True
@@ -225,6 +241,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="attention with every option at every head dimension too, aligned or not, NVIDIA only: an hour or more",
     )
+    parser.add_argument(
+        "--counts",
+        action="store_true",
+        help="run the kernels too and count what a program executes, NVIDIA only: some minutes more",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was read")
     return parser
 
@@ -248,13 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.quick:
             print(f"{line}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
 
-    run = _Run(shapes, arches, tell)
-    columns = ("kernel", "arch", "primitive", "shape", "dtype", "warps", "registers", "spills", "shared", "occupancy")
+    run = _Run(shapes, arches, tell, counts=options.counts)
+    columns: tuple[str, ...] = ("kernel", "arch", "primitive", "shape", "dtype", "warps", "registers", "spills")
+    columns = (*columns, "shared", "occupancy", "load", "store", "tensor")
     for primitive in primitives.values():
         if new := run.compile(primitive):
-            print(table(new, (*columns, "load", "store", "tensor", "gate")), end="\n\n", flush=True)
+            counted = _COUNTED if options.counts else ()
+            print(table(new, (*columns, *counted, "gate")), end="\n\n", flush=True)
     if options.options:
-        print(table(run.compile_options(), (*columns, "load", "store", "tensor", "gate")), end="\n\n", flush=True)
+        print(table(run.compile_options(), (*columns, "gate")), end="\n\n", flush=True)
     worst = ("kernel", "arch", "compiled", "registers", "spills", "shared", "occupancy", "load", "store")
     print(table(_worst(run.rows), worst), end="\n\n")
     for (name, arch, reason), where in run.impossible.items():

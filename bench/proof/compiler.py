@@ -57,6 +57,7 @@ class KernelReport:
         store_bytes: the same of stores.
         warpgroup_ops: how many of ``mma_ops`` take four warps together (sm_90).
         overwrites: writes to a shared buffer that an asynchronous dot may still be reading (``bench.proof.buffers``).
+        hash: of the compiled kernel.
     """
 
     name: str
@@ -74,6 +75,7 @@ class KernelReport:
     tensor_dots: bool
     warpgroup_ops: int = 0
     overwrites: int = 0
+    hash: str = ""
 
 
 def _occupancy_nvidia(arch: int, num_warps: int, registers: int, shared_bytes: int) -> float:
@@ -170,6 +172,7 @@ def _nvidia_report(compiled: Any, arch: int) -> KernelReport:
         tensor_dots=_tensor_dots(compiled.asm["ttir"]),
         warpgroup_ops=opcodes["HGMMA"],
         overwrites=len(overwritten(compiled.asm["ttgir"])),
+        hash=compiled.hash,
     )
 
 

@@ -38,9 +38,12 @@ def test_gates_of_linear_packed(arch, dtype):
         assert arch == 80 or report.registers <= 168, report  # room for what comes with the next compiler
 
 
-@pytest.mark.parametrize(("dtype", "arch"), [(torch.float16, 90), (torch.float32, 80)])
-def test_odd_widths_do_not_spill(arch, dtype):
-    x, weight, grad = (torch.zeros(size, dtype=dtype) for size in ((1, 600, 300), (1001, 300), (1, 600, 1001)))
+@pytest.mark.parametrize(
+    ("ins", "outs", "dtype", "arch"),
+    [(300, 1001, torch.float16, 90), (300, 1001, torch.float32, 80), (75, 1024, torch.float16, 80)],
+)
+def test_odd_widths_do_not_spill(arch, ins, outs, dtype):
+    x, weight, grad = (torch.zeros(size, dtype=dtype) for size in ((1, 600, ins), (outs, ins), (1, 600, outs)))
     check_gates(arch, lambda: linear_packed.linear_packed(x, weight, None, OFFSETS), wide=False, mma=True)
     check_gates(arch, lambda: linear_packed.linear_packed_backward(grad, x, weight, OFFSETS), wide=False, mma=True)
 

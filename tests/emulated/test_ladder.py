@@ -1,11 +1,12 @@
 """The command runs primitives and cases, says what is red, and counts."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from bench import emulate
+from bench import compile_report, emulate
 from bench.primitives import Shape
 from bench.proof.emulator import counts, ladder
 from bench.proof.emulator.ladder import SCHEDULES, Task, climb
@@ -136,3 +137,18 @@ def test_the_counts_of_a_primitive():
     rows = counts.count_kernels(Task("primitives", "gather_tokens", SHAPE, ("sm_90",)))
     assert [row["arch"] for row in rows] == ["sm_90"] * len(rows)
     assert all(row["instructions"] > 20 and row["loads"] and row["stores"] and row["waits"] for row in rows), rows
+
+
+def test_the_compile_report_counts(tmp_path, capsys):
+    """Every kernel by itself, those of one name too: with and without a norm other instructions are executed."""
+    path = tmp_path / "report.json"
+    chosen = ["--primitives", "gather_tokens,gather_tokens_norm", "--arch", "sm_90", "--shapes", "deit_tiny-20-1"]
+    assert compile_report.main([*chosen, "--counts", "--json", str(path)]) == 0
+    rows = [row for row in json.loads(path.read_text())["kernels"] if row["kernel"] == "gather_tokens_kernel"]
+    assert len({row["hash"] for row in rows}) == len(rows) >= 2
+    assert all(row["instructions"] > 20 and row["waits"] for row in rows)
+    assert len({row["instructions"] for row in rows}) > 1
+    assert "instructions  barriers  waits  gate" in capsys.readouterr().out
+    compile_report.main([*chosen, "--json", str(path)])
+    assert all("waits" not in row for row in json.loads(path.read_text())["kernels"])
+    assert "waits" not in capsys.readouterr().out

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.primitives import load_primitives
+from bench.primitives import Inputs, Primitive, load_primitives
 from bench.proof.compiler import dispatch_to_triton, every_launch
 
 from .kernel import Kernel
@@ -17,7 +17,7 @@ from .launch import emulated_for
 from .machine import Schedule
 from .ptx import Instruction, Listing
 
-__all__ = ["count_kernels", "count_visits"]
+__all__ = ["count_kernels", "count_launches", "count_visits"]
 
 _REGISTER = re.compile(r"%[a-z]+\d+")
 Visits = list[tuple[int, int]]
@@ -71,8 +71,28 @@ def count_visits(listing: Listing, visits: Visits) -> dict[str, int]:
     }
 
 
+def count_launches(primitive: Primitive, inputs: Inputs, arch: int) -> dict[str, dict[str, Any]]:
+    """Run the kernels of a primitive, forward and backward, and count; the first launch of every compiled kernel.
+
+    Returns:
+        By the compiled kernel's hash: ``kernel``, its name, ``warps``, and what :func:`count_visits` returns.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def watch(compiled: str, kernel: Kernel, visits: Visits) -> None:
+        if compiled not in found:
+            head = {"kernel": kernel.listing.name, "warps": kernel.threads // 32}
+            found[compiled] = head | count_visits(kernel.listing, visits)
+
+    schedule = Schedule(copies_early=False, products_early=True, worst=False, races=False)
+    with dispatch_to_triton(), emulated_for(arch, schedule) as emulation:
+        emulation.watch = watch
+        every_launch(primitive, inputs)
+    return found
+
+
 def count_kernels(task: Any) -> list[dict[str, Any]]:
-    """Run the kernels of a task and count; one row for each kernel, direction and architecture.
+    """Run the kernels of a task and count; one row for each kernel and architecture.
 
     Args:
         task: a task of the ladder's primitives.
@@ -81,14 +101,7 @@ def count_kernels(task: Any) -> list[dict[str, Any]]:
     inputs = primitive.make(task.shape, torch.Generator().manual_seed(0))
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for arch in task.arches:
-
-        def watch(kernel: Kernel, visits: Visits, arch: str = arch) -> None:
-            name = kernel.listing.name
-            head = {"kernel": name, "arch": arch, "primitive": task.name, "shape": str(task.shape)}
-            rows.setdefault((name, arch), head | {"warps": kernel.threads // 32} | count_visits(kernel.listing, visits))
-
-        schedule = Schedule(copies_early=False, products_early=True, worst=False, races=False)
-        with dispatch_to_triton(), emulated_for(int(arch.removeprefix("sm_")), schedule) as emulation:
-            emulation.watch = watch
-            every_launch(primitive, inputs)
+        for counted in count_launches(primitive, inputs, int(arch.removeprefix("sm_"))).values():
+            head = {"kernel": counted["kernel"], "arch": arch, "primitive": task.name, "shape": str(task.shape)}
+            rows.setdefault((counted["kernel"], arch), head | counted)
     return list(rows.values())

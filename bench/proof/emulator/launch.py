@@ -44,14 +44,15 @@ class Emulation:
     Attributes:
         findings: races and other undefined uses, each once.
         programs: how many programs ran.
-        watch: called after every launch with the kernel and what its first thread executed, if given.
+        watch: called after every launch with the compiled kernel's hash, the kernel, and what its first thread
+            executed, if given.
     """
 
     arch: int
     schedule: Schedule
     findings: list[Finding] = dataclasses.field(default_factory=list)
     programs: int = 0
-    watch: Callable[[Kernel, list[tuple[int, int]]], None] | None = None
+    watch: Callable[[str, Kernel, list[tuple[int, int]]], None] | None = None
 
     def launch(self, compiled: Any, names: list[str], bound: dict[str, Any], grid: tuple[int, int, int]) -> None:
         """Run a compiled kernel on the tensors among its arguments."""
@@ -65,7 +66,7 @@ class Emulation:
         self.findings += [finding for finding in found if finding not in self.findings]
         self.programs += grid[0] * grid[1] * grid[2]
         if self.watch is not None and visits is not None:
-            self.watch(kernel, visits)
+            self.watch(compiled.hash, kernel, visits)
 
     def check(self) -> None:
         """Raise EmulationError if anything was found."""
