@@ -1,9 +1,11 @@
+import json
+
 import pytest
 
 from bench import hosts
 
 
-def test_command(monkeypatch, capsys):
+def test_command(monkeypatch, capsys, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed (pip install fastreduce[hf])")
 
     def tiny():
@@ -11,12 +13,17 @@ def test_command(monkeypatch, capsys):
 
         return build("vit"), inputs_of("vit")["pixel_values"]
 
-    monkeypatch.setitem(hosts.MODELS, "tiny", tiny)
-    monkeypatch.setattr("sys.argv", ["hosts", "--models", "tiny", "--rounds", "2"])
+    monkeypatch.setitem(hosts.MODELS, "tiny", ("Tiny", tiny))
+    file = tmp_path / "hosts.json"
+    monkeypatch.setattr("sys.argv", ["hosts", "--models", "tiny", "--rounds", "2", "--json", str(file)])
     hosts.main()
     said = capsys.readouterr().out
     assert "tokens [8, 4, 2]" in said
     assert "tome" in said
+    (row,) = json.loads(file.read_text())["models"]
+    assert row["title"] == "Tiny"
+    assert row["patches"] == 16
+    assert row["methods"]["tome"]["low"] <= row["methods"]["tome"]["median"] <= row["methods"]["tome"]["high"]
     monkeypatch.setattr("sys.argv", ["hosts", "--models", "nothing"])
     with pytest.raises(SystemExit, match="videomae-b"):
         hosts.main()

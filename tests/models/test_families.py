@@ -52,6 +52,7 @@ FAMILIES = {
     "avg-with-prefix": ("vit_tiny_patch16_224", {"global_pool": "avg", "pool_include_prefix": True, "reg_tokens": 2}),
     "no-class-max": ("vit_tiny_patch16_224", {"global_pool": "max", "class_token": False}),
 }
+IS_OLD = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 26)  # it may lack some of these
 AT = (0, 2)  # with a block after each stage that reduces nothing
 SCHEDULE = {"keep_rate": 0.5, "at": AT}
 
@@ -59,7 +60,12 @@ SCHEDULE = {"keep_rate": 0.5, "at": AT}
 @functools.cache
 def _build(family):
     name, changes = FAMILIES[family]
-    return tiny.build(name, **{"img_size": 96, **changes}).double()
+    try:
+        return tiny.build(name, **{"img_size": 96, **changes}).double()
+    except (AssertionError, RuntimeError, TypeError) as error:
+        if not IS_OLD:
+            raise
+        pytest.skip(f"timm {timm.__version__} has no {name} like this: {error}")
 
 
 def model_of(family):

@@ -78,9 +78,9 @@ class EncoderHost(Host):
             _, tower, known = next(towers_in(model))
             return tower, known
         tower = _at(model, path)
-        known = known_of(tower)
-        assert known is not None
-        return tower, known
+        at_the_path = known_of(tower)
+        assert at_the_path is not None
+        return tower, at_the_path
 
     def check(self, model: Any) -> None:
         """Raise unless there is one encoder, and what is behind it can do with some of its tokens."""
