@@ -158,22 +158,21 @@ def repeated_of(function):
 @pytest.mark.parametrize(
     "change",
     [
-        {"x": X.half()},
-        {"index": INDEX.int()},
-        {"x": torch.randn(2 * 9 * 16 + 1)[1:].view(2, 9, 16)},  # not aligned to 16 bytes
-        {"x": torch.randn(2, 9, 32)[:, :, :16]},
-        {"x": torch.randn(9, 2, 16).transpose(0, 1)},
-        {"x": torch.randn(2, 9, 15)},
-        {"x": torch.randn(2, 8, 16)},
-        {"x": torch.nn.Parameter(X, requires_grad=False)},
-        {"index": INDEX[:, :3]},
-        {"residual": torch.randn(2, 5, 16)},
-        {"prefix": 0},
-        {"norm": (None, None, 1e-6)},
-        {"norm": (None, None, 1e-5)},
-        {"norm": (torch.ones(16), None, 1e-6)},
+        pytest.param({"x": X.half()}, id="half"),
+        pytest.param({"index": INDEX.int()}, id="int32"),
+        pytest.param({"x": torch.randn(2 * 9 * 16 + 1)[1:].view(2, 9, 16)}, id="not-aligned"),
+        pytest.param({"x": torch.randn(2, 9, 32)[:, :, :16]}, id="rows-of-wider"),
+        pytest.param({"x": torch.randn(9, 2, 16).transpose(0, 1)}, id="batch-inside"),
+        pytest.param({"x": torch.randn(2, 9, 15)}, id="odd-width"),
+        pytest.param({"x": torch.randn(2, 8, 16)}, id="fewer-tokens"),
+        pytest.param({"x": torch.nn.Parameter(X, requires_grad=False)}, id="parameter"),
+        pytest.param({"index": INDEX[:, :3]}, id="fewer-kept"),
+        pytest.param({"residual": torch.randn(2, 5, 16)}, id="residual"),
+        pytest.param({"prefix": 0}, id="no-prefix"),
+        pytest.param({"norm": (None, None, 1e-6)}, id="norm"),
+        pytest.param({"norm": (None, None, 1e-5)}, id="norm-other-eps"),
+        pytest.param({"norm": (torch.ones(16), None, 1e-6)}, id="norm-weight"),
     ],
-    ids=str,
 )
 def test_other_arguments_are_other_launches(calls, change):
     for _ in range(3):
