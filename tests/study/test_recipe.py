@@ -1,7 +1,6 @@
 """The embedded study's settings, and the training of a whole study."""
 
 import dataclasses
-import multiprocessing
 import subprocess
 import sys
 
@@ -17,7 +16,7 @@ from fastreduce.study.layouts import LAYOUTS
 from fastreduce.study.protocol import DATA_SETS, Backbone, protocol_for
 from fastreduce.study.recipe import DIGITS, DIGITS_QUICK, Capacity, paper_recipe, reductions, train_all
 
-from .test_train import BACKBONE, PLAIN, few_digits
+from .test_train import BACKBONE, PLAIN, few_digits, worker_server
 
 
 @pytest.mark.parametrize("recipe", [DIGITS, DIGITS_QUICK])
@@ -114,10 +113,7 @@ def test_train_all(tmp_path, monkeypatch):
         assert load_file(training.weights)["cls_token"].shape[-1] == (16 if name in own else 8)
     assert alone["unreduced"].epochs[0].losses != alone["backbone"].epochs[0].losses
 
-    # Forked from a server: forked from here, workers would inherit autograd's threads of other tests, and spawned ones
-    # would import everything again.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["tests.study.few_digits"])
+    server = worker_server()
     monkeypatch.setattr(recipes.multiprocessing, "get_context", lambda kind: server)
     together = train_all(tiny, tmp_path / "together", jobs=2, cpu=True, progress=lambda *words: said.append(words))
     assert said[-1] == ("training digits", 6, 6)
