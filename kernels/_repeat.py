@@ -146,7 +146,7 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What a call does.
+    """A plan of what a call does.
 
     A pool of values holds the stream, the addresses of the inputs, results and workspaces, addresses within these, and
     constants. Every launch picks its own.

@@ -1,4 +1,4 @@
-"""What a launcher launched is launched again without it, argument for argument as it would have launched it."""
+"""Launches are repeated without their launcher, argument for argument as it would have launched them."""
 
 import dataclasses
 import itertools

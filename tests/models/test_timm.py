@@ -38,7 +38,7 @@ def _takes(method, option):
 
 
 def _pools(pool):
-    """Whether this version of timm has a pooling."""
+    """Return whether this version of timm has a pooling."""
     try:
         tiny.build(global_pool=pool)
     except AssertionError:
