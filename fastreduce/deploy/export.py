@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..names import EXPORT_FORMATS as FORMATS
 
@@ -105,9 +106,27 @@ def _write_openvino(model: nn.Module, images: Tensor, file: Path, names: Sequenc
         openvino.save_model(openvino.convert_model(between), file, compress_to_fp16=False)
 
 
+class Leaves(nn.Module):
+    """A model whose result is its tensors, not an object of a library that whoever loads the file would need.
+
+    Args:
+        model: whose result is a tensor, or holds some.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Run the model -> its one tensor, or all of them."""
+        found = tuple(one for one in tree_leaves(self.model(images)) if isinstance(one, Tensor))
+        return found[0] if len(found) == 1 else found
+
+
 def _write_pt2(model: nn.Module, images: Tensor, file: Path, names: Sequence[str]) -> None:
     with _quietly(), torch.no_grad():
-        program = torch.export.export(model, (_example(images),), dynamic_shapes=_shapes())
+        program = torch.export.export(Leaves(model), (_example(images),), dynamic_shapes=_shapes())
         # Or the number of threads of this process would be compiled into the code.
         torch._inductor.aoti_compile_and_package(
             program, package_path=str(file), inductor_configs={"cpp.dynamic_threads": True}

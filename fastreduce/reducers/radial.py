@@ -136,6 +136,7 @@ class Radial(Reducer):
         self.norm, self.schedule, self.min_radius = norm, schedule, number("min_radius", min_radius)
         self.grid = (shape.grid[0], shape.grid[1])
         self._placed: dict[str, Tensor] = {}
+        self._made_for = f"{self.schedule} {self.blocks}"
         self._check_innermost()
 
     def _check_innermost(self) -> None:
@@ -191,7 +192,8 @@ class Radial(Reducer):
     def _kept(self, stage: int, grid: tuple[int, int], like: Tensor) -> Tensor:
         """Return the pattern (K,) int64 of a stage on the device of ``like``."""
         rows, columns = grid
-        key = f"{rows} {columns} {stage} {like.device}"
+        # torch.compile compares what a graph has read: without the schedule's name another one would get old patterns.
+        key = f"{rows} {columns} {stage} {like.device} {self._made_for}"
         captured = is_captured()
         if not captured and type(like) is Tensor and key in self._placed:
             return self._placed[key]
@@ -227,7 +229,7 @@ class Radial(Reducer):
             )
         blocks = self._new_blocks(shape, at)
         self.schedule = new_schedule(keep_rate, keep, blocks, shape)
-        self.blocks, self._placed = blocks, {}
+        self.blocks, self._placed, self._made_for = blocks, {}, f"{self.schedule} {blocks}"
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Patch tokens after each stage."""

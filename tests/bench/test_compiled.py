@@ -1,25 +1,28 @@
 """Compilations of reduced models, counted, and the tables of them."""
 
 import pytest
+import torch
 
+import fastreduce
 from bench import compiled, deploy_tables
 
 
-@pytest.mark.parametrize("method", ["topk", "tome"])
-def test_once_for_the_first_batch_and_once_for_all_others(method):
-    found = compiled.count(method)
-    assert list(found.values()) == [1, 1, 0, 1, 0]
+@pytest.mark.parametrize("form", ["whole", "blocks"])
+def test_compilations_of_every_change(form):
+    """Four blocks: one before the first stage, two with a stage, one behind; two see the rate, one asks the backend."""
+    expected = {"whole": [1, 1, 0, 1, 1], "blocks": [4, 4, 0, 2, 1]}[form]
+    assert list(compiled.count("topk", form).values()) == expected
 
 
-def test_blocks_are_compiled_for_what_they_do_not_for_where_they_stand():
-    """Four blocks: two before the first stage or behind the last one, two with a stage."""
-    found = compiled.count("evit", "blocks")
-    assert found["first batch"] == 4
-    assert found["a third batch"] == found["another backend"] == 0
-
-
-def test_a_pattern_made_for_its_schedule_is_refused():
-    assert compiled.count("radial", norm="l2")["another keep rate"] is None
+def test_a_compiled_pattern_follows_the_keep_rate():
+    model = compiled._small("radial", {"norm": "l2"}, 0.6)
+    run, images = torch.compile(model, backend="eager", fullgraph=True), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = run(images)
+        fastreduce.set_keep_rate(model, 0.4)
+        after = run(images)
+        torch.testing.assert_close(after, model(images))
+    assert not torch.allclose(before, after)
 
 
 def test_tables():

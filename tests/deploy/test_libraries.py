@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastreduce
-from fastreduce.deploy import Decided, settled
-from fastreduce.deploy.export import onnx_program
+from fastreduce.deploy import Decided, export, load, settled
+from fastreduce.deploy.export import Leaves, onnx_program
 
 from .test_onnx import ALLOWED
 
@@ -76,3 +76,24 @@ class _Decided(Decided):
     def forward(self, x):
         output, *decisions = super().forward(x)
         return (output.logits, *decisions)
+
+
+def test_tensors_of_an_output_without_its_class():
+    model = fastreduce.patch(hugging_face().eval(), "topk", keep=KEEP, at=AT)
+    with torch.no_grad():
+        output = model(images(2), output_hidden_states=True)
+        assert torch.equal(Leaves(model)(images(2)), output.logits)
+        model.config.output_hidden_states = True
+        logits, *states = Leaves(model)(images(2))
+    assert torch.equal(logits, output.logits)
+    assert len(states) == len(output.hidden_states)
+
+
+@pytest.mark.slow
+def test_compiled_ahead_of_time(tmp_path):
+    model = fastreduce.patch(hugging_face().eval(), "topk", keep=KEEP, at=AT)
+    run = load(export(model, images(3), tmp_path / "model.pt2", to="pt2"))
+    with torch.no_grad():
+        for batch in (1, 5):
+            (found,) = run(images(batch))
+            torch.testing.assert_close(found, model(images(batch)).logits, rtol=1e-5, atol=1e-5)
