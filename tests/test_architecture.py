@@ -15,7 +15,19 @@ PACKAGE = ROOT / "fastreduce"
 # The floors of the house, from the ground up: a room imports rooms of lower floors only. Doors (`fastreduce`,
 # `python -m fastreduce`) stand on no floor.
 FLOORS = (
-    {"kernels", "reference", "backends", "arguments", "names", "draw", "plain", "_files", "_version", "config"},
+    {
+        "kernels",
+        "reference",
+        "backends",
+        "arguments",
+        "names",
+        "draw",
+        "plain",
+        "_files",
+        "_flops",
+        "_version",
+        "config",
+    },
     {"ops", "checkpoints", "pictures", "measure"},
     {"tokens"},
     {"reducers"},
