@@ -4,7 +4,8 @@ python -m bench.host_time [--rounds 15] [--operators gather_tokens,...] [--json 
 
 Kernels are compiled for sm_90 and launched by a driver that does nothing, on CPU tensors: what is left is Python.
 A call of ``nn.Linear`` on 16 numbers stands for what PyTorch takes for one operator. Both take turns in every round,
-and the ratio is the median over rounds; other work on the machine slows both. Inference, eager.
+and the ratio is the median over rounds; other work on the machine slows both. Inference, eager. The first calls, which
+compile and write down what is launched, are left out.
 
 ``checked`` are the functions of ``fastreduce.ops``, ``unchecked`` their twins, which reducers call. ``reference`` is
 what the checked function adds to the bare PyTorch reference.
