@@ -23,6 +23,7 @@ COMPARED_ALONE = "compare-cpu-1thread-2026-11-23"
 FORWARD, TRAINING = "models-cpu-forward-2026-11-23", "models-cpu-training-2026-11-23"
 QUALITY = "quality-saliency-2026-11-29"
 TUNED = "tune-saliency-2026-11-29"
+HOSTS = "hosts-cpu-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
 STUDY = "study-cifar10-off-the-shelf-2026-11-29"
 DEPLOYED, SMALL, INT8, COMPILED = "deploy-cpu", "deploy-small-batches-cpu", "deploy-int8-cpu", "compiled-cpu"
@@ -165,6 +166,15 @@ def tuned() -> list[str]:
     return markdown_table([*head, "saliency error", "block:tokens"], rows)
 
 
+def hosts() -> list[str]:
+    """Return how much faster encoders of every library are reduced, of ``bench.hosts``."""
+    rows = []
+    for row in _read(HOSTS)["models"]:
+        speeds = (f"{row['methods'][name]['median']:.2f}" for name in ("topk", "tome"))
+        rows.append([row["title"], f"{row['patches']:,}", str(row["input"][0]), *speeds])
+    return markdown_table(["model", "patches", "batch", "`topk`", "`tome`"], rows)
+
+
 def _by_rate(result: Any, cell: Callable[[Any], str]) -> list[str]:
     """Return a row a method and a column a keep rate of a study's result."""
     reduced = [model for model in result["models"] if model["keep_rate"] is not None]
@@ -213,6 +223,7 @@ TABLES = {
     "docs/quality.md": [*(quality(rate) for rate in (0.9, 0.7, 0.5)), tuned()],
     "README.md": [first_figures()],
     "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],
+    "docs/models.md": [hosts()],
     "docs/study.md": [study_accuracy(), study_gaps()],
 }
 
