@@ -23,6 +23,23 @@ def _script(tmp_path, text):
     return path
 
 
+@pytest.fixture
+def run(tmp_path):
+    """Start the workers' script; what is left of it is killed."""
+    script = _script(tmp_path, WORKERS.replace("{root!r}", repr(ROOT)))
+    started = []
+
+    def start(**options):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([sys.executable, script], **pipes, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
 def _lines(process, count):
     return [process.stdout.readline().strip() for _ in range(count)]
 
@@ -43,9 +60,10 @@ def _gone(pids, seconds=20):
 
 
 WORKERS = """
-    import multiprocessing, os, sys, time
+    import multiprocessing, os, signal, sys, time
     sys.path.insert(0, {root!r})
     from fastreduce.study._workers import Workers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 
     def started():
         pass
@@ -65,9 +83,8 @@ ROOT = str(Path(__file__).parent.parent.parent)
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_workers_end_with_their_parent(tmp_path, how):
-    script = _script(tmp_path, WORKERS.replace("{root!r}", repr(ROOT)))
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_workers_end_with_their_parent(run, how):
+    process = run()
     pids = [int(line) for line in _lines(process, 2)]
     process.send_signal(getattr(signal, how))  # to this process alone
     assert process.wait(60) != 0
@@ -76,11 +93,8 @@ def test_workers_end_with_their_parent(tmp_path, how):
     assert told.count("Traceback") == (how == "SIGINT")  # the parent's own; none of a worker
 
 
-def test_ctrl_c_reaches_all_and_only_the_parent_answers(tmp_path):
-    script = _script(tmp_path, WORKERS.replace("{root!r}", repr(ROOT)))
-    process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def test_ctrl_c_reaches_all_and_only_the_parent_answers(run):
+    process = run(start_new_session=True)
     pids = [int(line) for line in _lines(process, 2)]
     os.killpg(process.pid, signal.SIGINT)
     process.wait(60)
@@ -89,12 +103,9 @@ def test_ctrl_c_reaches_all_and_only_the_parent_answers(tmp_path):
 
 
 @pytest.mark.parametrize("which", [min, max])
-def test_a_worker_that_is_killed_is_said(tmp_path, which):
+def test_a_worker_that_is_killed_is_said(run, which):
     """The one that was started last too, which the pool itself may not be watching yet."""
-    text = WORKERS.replace("{root!r}", repr(ROOT))
-    process = subprocess.Popen(
-        [sys.executable, _script(tmp_path, text)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = run()
     pids = [int(line) for line in _lines(process, 2)]
     os.kill(which(pids), signal.SIGKILL)
     process.wait(60)
