@@ -60,7 +60,7 @@ def test_an_onnx_file_held_against_eager_mode(tmp_path, monkeypatch):
     def create(name, **options):
         return timm.create_model(name, depth=1, **options)  # an export takes a second for every thirty nodes
 
-    monkeypatch.setattr("fastreduce.speed.comparison.create_model", create)
+    monkeypatch.setattr("fastreduce.speed.models.create_model", create)
     pytest.importorskip("onnxruntime", reason="the file is run by onnxruntime")
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
     config = tmp_path / "config.json"

@@ -136,19 +136,23 @@ class ScalingParts(TimmParts):
     def whole_attention(self, block: Any, normed: Tensor, beside: Any) -> Tensor | None:
         """Return attention and MLP as timm has them, from one product."""
         sections = torch.split(block.in_proj(normed), block.in_split, dim=-1)
-        q, k, v = (one.unflatten(2, (block.num_heads, -1)) for one in sections[1:])
+        out = self._attend(block, *sections[1:])
+        hidden = sections[0] if block.mlp_bias is None else sections[0] + block.mlp_bias
+        hidden = block.mlp_drop(block.mlp_act(hidden))
+        if getattr(block, "out_proj", None) is None:  # a slice of both together would be multiplied by another route
+            return block.attn_out_proj(out) + block.mlp_out_proj(hidden)
+        return block.out_proj(torch.cat([out, hidden], dim=-1))
+
+    def _attend(self, block: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend as timm does, from (B, N, C) each to (B, N, C)."""
+        q, k, v = (one.unflatten(2, (block.num_heads, -1)) for one in (q, k, v))
         q, k, v = block.q_norm(q).transpose(1, 2), block.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         fused, dropout = self.softmax(block)
         if fused:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout or 0.0)
         else:
             out = self.dropped(block, ((q * block.scale) @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        hidden = sections[0] if block.mlp_bias is None else sections[0] + block.mlp_bias
-        hidden = block.mlp_drop(block.mlp_act(hidden))
-        out = out.transpose(1, 2).flatten(2)
-        if getattr(block, "out_proj", None) is None:  # a slice of both together would be multiplied by another route
-            return block.attn_out_proj(out) + block.mlp_out_proj(hidden)
-        return block.out_proj(torch.cat([out, hidden], dim=-1))
+        return out.transpose(1, 2).flatten(2)
 
     def mlp(self, block: Any, x: Tensor, normed: Tensor | None, linear: Linear) -> Tensor:
         """Return nothing to be added."""
@@ -179,13 +183,26 @@ class DiffScalingParts(ScalingParts):
         """Return whether the norm of the difference treats rows alike too."""
         return are_plain((block.sub_norm,), self.row_by_row) and super().is_rowwise(block)
 
-    def whole_attention(self, block: Any, normed: Tensor, beside: Any) -> Tensor | None:
-        """Return None: the block does it itself."""
-        return None
-
-    def attention(self, block: Any) -> nn.Module | None:
-        """Return None: there is no module."""
-        return None
+    def _attend(self, block: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend as timm does: fused, each map apart; else both from one product."""
+        heads = block.num_heads
+        q, k = (one.unflatten(2, (2 * heads, -1)).transpose(1, 2) for one in (q, k))
+        v = v.unflatten(2, (heads, -1)).transpose(1, 2)
+        q, k = block.q_norm(q), block.k_norm(k)
+        share = block._compute_lambda().type_as(q)
+        fused, dropout = self.softmax(block)
+        if fused:
+            queries, keys = q.unflatten(1, (heads, 2)), k.unflatten(1, (heads, 2))
+            first, second = (
+                F.scaled_dot_product_attention(queries[:, :, one], keys[:, :, one], v, dropout_p=dropout or 0.0)
+                for one in (0, 1)
+            )
+            out = first - share * second
+        else:
+            weights = self.dropped(block, ((q * block.scale) @ k.transpose(-2, -1)).softmax(dim=-1))
+            weights = weights.unflatten(1, (heads, 2))
+            out = (weights[:, :, 0] - share * weights[:, :, 1]) @ v
+        return (block.sub_norm(out) * (1 - block.lambda_init)).transpose(1, 2).flatten(2)
 
 
 class ThingsParts(BlockParts):
