@@ -26,6 +26,7 @@ TUNED = "tune-saliency-2026-11-29"
 HOSTS = "hosts-cpu-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
 STUDY = "study-cifar10-off-the-shelf-2026-11-29"
+ONE_EPOCH = "study-cifar10-one-epoch-2026-11-29"
 DEPLOYED, SMALL, INT8, COMPILED = "deploy-cpu", "deploy-small-batches-cpu", "deploy-int8-cpu", "compiled-cpu"
 RATES = (0.7, 0.5)
 
@@ -196,6 +197,17 @@ def study_gaps() -> list[str]:
     return _by_rate(_read(STUDY), lambda model: "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**model["gap"]))
 
 
+def study_one_epoch() -> list[str]:
+    """Return the accuracy at a keep rate of 0.5 on CIFAR-10, off the shelf and after an epoch, in per cent."""
+    before = {model["method"]: model for model in _read(STUDY)["models"] if model["keep_rate"] in (None, 0.5)}
+    rows = []
+    for model in _read(ONE_EPOCH)["models"]:
+        method = model["method"]
+        pair = (before[method]["accuracy"]["top1"], model["accuracy"]["top1"])
+        rows.append(["unreduced" if method == "none" else TITLES[method], *(f"{value:.2f}" for value in pair)])
+    return markdown_table(["method", "off the shelf", "after one epoch"], rows)
+
+
 def _latest(name: str) -> Any:
     """Return the newest result whose name begins so and ends in a date, or None: it may not be measured yet."""
     files = sorted(RESULTS.glob(f"{name}-????-??-??.json"))
@@ -224,7 +236,7 @@ TABLES = {
     "README.md": [first_figures()],
     "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],
     "docs/models.md": [hosts()],
-    "docs/study.md": [study_accuracy(), study_gaps()],
+    "docs/study.md": [study_accuracy(), study_gaps(), study_one_epoch()],
 }
 
 
