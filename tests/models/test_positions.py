@@ -195,7 +195,12 @@ COMPILED = ("dinov3", "rope-mixed", "beit", "relpos", "parallel", "parallel-thin
 COMPILED += ("deepseek", *OTHERS)  # one of every layout: the others would take half a minute more
 
 
-@pytest.mark.parametrize("name", MODELS)
+_LONG_TO_COMPILE = {"gemma4", "qwen3", "deepseek", "cait", "parallel-things", "differential-class", "relpos"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _LONG_TO_COMPILE else name for name in MODELS]
+)
 def test_gradients_checkpoints_and_graphs(name):
     """One step of training: as it is, with checkpoints, and in one graph."""
     results = []
