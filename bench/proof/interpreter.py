@@ -42,7 +42,7 @@ def _is_bfloat16(handle: Any) -> bool:
 
 @functools.cache
 def install_fixes() -> None:
-    """Repair range() over a loaded scalar, bfloat16 rounding, bfloat16 dot, and the slow path of tl.sort. Once."""
+    """Repair range() over a loaded scalar, bfloat16 rounding, dots, and the slow path of tl.sort. Once."""
     patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
     create_dot, reduce_apply = Builder.create_dot, interpreter.ReduceOps.apply_impl
 
@@ -57,13 +57,18 @@ def install_fixes() -> None:
             return _float32_to_bfloat16(values.view(np.float32))
         return convert(values, source, target, mode)
 
-    def dot(self, a, b, *rest):
-        def widen(handle):
-            if not _is_bfloat16(handle):
-                return handle
-            return interpreter.TensorHandle(_bfloat16_to_float32(handle.data), tl.float32)
+    def dot(self, a, b, d, *rest):
+        # In float64 and rounded once to float32: numpy adds up in an order of its CPU, of which no GPU knows.
+        precise = interpreter.TensorHandle(np.zeros_like(d.data, np.float64), tl.float64)
 
-        return create_dot(self, widen(a), widen(b), *rest)
+        def widen(handle):
+            data = _bfloat16_to_float32(handle.data) if _is_bfloat16(handle) else handle.data
+            return interpreter.TensorHandle(data.astype(np.float64), tl.float64)
+
+        if d.dtype.scalar != tl.float32:
+            return create_dot(self, a, b, d, *rest)
+        product = create_dot(self, widen(a), widen(b), precise, *rest).data.astype(np.float32)
+        return interpreter.TensorHandle(product + d.data, tl.float32)
 
     def apply_impl(self, args):
         # tl.sort and tl.topk xor-reduce at every step; the interpreter would do it element by element.

@@ -46,12 +46,8 @@ def run(backend, q, k, v, policy, grad, cast=None, **options):
     return [out, *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
-def check(q, k, v, policy, steps=None, **options):
-    """Allow steps of q's dtype for the policy too: the weights are rounded to it before a dot.
-
-    The interpreter's products are numpy's, whose order of summation depends on the CPU: long rows need more steps.
-    """
-    steps = max(4.0, q.shape[-1] / 16) if steps is None else steps
+def check(q, k, v, policy, steps=4.0, **options):
+    """Allow steps of q's dtype for the policy too: the weights are rounded to it before a dot."""
     grad = tokens(*q.shape, seed=9).to(q.dtype)
     ours = run("triton", q, k, v, policy, grad, **options)
     plain = run("reference", q, k, v, policy, grad, **options)
@@ -89,7 +85,7 @@ def dominated(gap, dtype):
 @pytest.mark.parametrize("gap", [8.0, 13.0])
 def test_hidden_keys_that_dominate_the_row(gap, dtype):
     # The weights of the keys that are seen are down at eps, where the maximum's own gradient counts.
-    check(*dominated(gap, dtype), steps=96 if dtype == torch.float32 else 4)
+    check(*dominated(gap, dtype), steps=48 if dtype == torch.float32 else 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,8 +115,7 @@ def test_the_gradient_of_the_maximum_goes_to_the_first_key_that_reaches_it():
 def test_strong_logits_and_options(dtype):
     q, k, v = packed(1, 2, 40, 16, dtype, strength=3.0)
     policy = policies(1, 40)
-    # A rounding of a logit near 40 is forty of its exponential, and queries and keys have a rounding each.
-    steps = 80 if dtype == torch.float32 else 4
+    steps = 40 if dtype == torch.float32 else 4  # a rounding of a logit near 40 is forty of its exponential
     ours = check(q, k, v, policy.to(dtype), steps, scale=0.5, eps=0.01)
     assert ours[4].dtype == dtype
     check(q, k, v, policy, steps, scale=0.5, eps=0.0)
