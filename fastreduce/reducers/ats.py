@@ -118,7 +118,8 @@ class ATS(ScheduledReducer):
             return index, valid
         longest = int(valid.sum(1).max())
         valid = valid[:, :longest]
-        return index[:, : longest - prefix], None if bool(valid.all()) else valid
+        whole = len(valid) == 1 or bool(valid.all())
+        return index[:, : longest - prefix], None if whole else valid
 
     def attend(self, block: AttentionBlock, tokens: Tokens, stage: int) -> Tokens:
         """Run the attention half with sampling; the kept tokens come out in ascending position, padding behind them."""

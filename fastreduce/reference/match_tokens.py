@@ -45,9 +45,10 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     num_b, prefix_a, prefix_b = tokens // 2, (prefix + 1) // 2, prefix // 2
 
     best, destination = _nearest(unit[:, ::2], unit[:, 1::2], prefix_b)
+    distance = -best
     if prefix_a:
-        best = pad(best[:, prefix_a:], (prefix_a, 0), value=float("-inf"))
-    merged = marks(lowest_first(-best, r), best.shape[1])
+        distance = pad(distance[:, prefix_a:], (prefix_a, 0), value=float("inf"))
+    merged = marks(lowest_first(distance, r), distance.shape[1])
 
     first_b = tokens - r - num_b  # the slot of B's first token if there is no prefix
     stays = (~merged).cumsum(1).add_(prefix - prefix_a - 1)  # the slot of a token of A that is not merged

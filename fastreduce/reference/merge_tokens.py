@@ -35,9 +35,8 @@ def _sums(x: Tensor, slot: Tensor, num_out: int, size: Tensor | None, dtype: tor
     if for_onnx():
         return sums_of_slots(x.to(dtype), None if size is None else size.to(dtype), slot, num_out)
     weights = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size.to(dtype)
-    # One slot more an image, for the tokens that belong nowhere: a mask would be one more pass over x.
-    place = slot.long()
-    place = torch.where(place < 0, num_out, place)
+    # One slot more an image, for the tokens of slot -1: a mask would be one more pass over x.
+    place = slot.long().remainder(num_out + 1)
     total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
     summed = torch.zeros(batch * (num_out + 1), channels, dtype=dtype, device=x.device)

@@ -10,6 +10,8 @@ from ._rows import accumulator
 
 __all__ = ["nearest_tokens", "sample_tokens", "sampling_grid"]
 
+_FEW = 1 << 15  # comparisons that take less time than the twenty operators of two searches: an image or two
+
 
 def sampling_grid(budget: int, parts: int | None = None, device: torch.device | None = None) -> Tensor:
     """Return the points ``(2 i + 1) / (2 parts)``, i < budget, in float64.
@@ -24,9 +26,9 @@ def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
     """Compute ``argmin_n |grid[b, i] - cdf[b, n]|``, the lowest n on ties, all in the dtype's own rounding.
 
     cdf (B, N) non-decreasing and not negative, grid (B, K), both contiguous -> (B, K) int64. Two binary searches
-    instead of a (B, K, N) comparison.
+    instead of a (B, K, N) comparison, but where that is small.
     """
-    if for_onnx():
+    if for_onnx() or (not torch.compiler.is_compiling() and grid.numel() * cdf.shape[1] <= _FEW):
         return nearest_in_row(cdf, grid)
     above = torch.searchsorted(cdf, grid)
     below = (above - 1).clamp_(min=0)

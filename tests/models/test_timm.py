@@ -1136,6 +1136,7 @@ class TestCompile:
         assert_same(model, before)
         torch.testing.assert_close(run(compiled, tiny.images(model)), expected)
 
+    @pytest.mark.slow  # tests/bench compiles with it too
     def test_inductor(self):
         model = fastreduce.patch(tiny.build(depth=1), "tome", keep_rate=0.5, at=0)
         images = tiny.images(model)
