@@ -17,6 +17,7 @@ import timm
 import torch
 
 import fastreduce
+from fastreduce.arguments import counted
 
 __all__ = ["Calls", "count_calls"]
 
@@ -101,9 +102,8 @@ def main() -> int:
     parser.add_argument("--functions", action="store_true", help="calls by function")
     arguments = parser.parse_args()
     calls = count_calls(arguments.method)
-    print(
-        f"{arguments.method}: {calls.total} calls into our own code, {calls.checks} of them checks, {calls.moves} moves"
-    )
+    own = f"{counted(calls.total, 'call')} into our own code"
+    print(f"{arguments.method}: {own}, {counted(calls.checks, 'check')} among them, {counted(calls.moves, 'move')}")
     for wanted, counter in ((arguments.files, calls.files), (arguments.functions, calls.functions)):
         for name, count in counter.most_common() if wanted else ():
             print(f"{count:4}  {name}")

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import fastreduce
+from fastreduce.arguments import counted
 from fastreduce.integrations.registry import hosted
 
 __all__ = ["FAMILIES", "census", "isotropic", "kind_of", "kinds", "outcome"]
@@ -114,8 +115,8 @@ def main() -> int:
     reduced = [name for name, reason in found.items() if reason is None]
     share, total = len(reduced) / max(1, len(found)), sum(counts.values())
     kept = sum(counts[name] for name in reduced)
-    print(f"timm {timm.__version__}: {len(reduced)} of {len(found)} names ({share:.1%})")
-    print(f"{kept} of {total} checkpoints ({kept / max(1, total):.1%})")
+    print(f"timm {timm.__version__}: {len(reduced)} of {counted(len(found), 'name')} ({share:.1%})")
+    print(f"{kept} of {counted(total, 'checkpoint')} ({kept / max(1, total):.1%})")
     reasons = Counter(reason.partition(": ")[2] for reason in found.values() if reason is not None)
     for reason, count in reasons.most_common():
         print(f"{count:4}  {reason}")

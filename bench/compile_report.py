@@ -28,6 +28,7 @@ if __name__ == "__main__":
 
 import torch
 
+from fastreduce.arguments import counted
 from fastreduce.measure import environment
 
 from .primitives import MODELS, TOKENS, Inputs, Primitive, Shape, attention, parse_shapes
@@ -182,7 +183,7 @@ class _Run:
             inputs = primitive.make(shape, torch.Generator().manual_seed(0))
             for arch in self.arches:
                 self._compile(primitive, shape, inputs, arch)
-            self.tell(f"{primitive.name} {shape}: {len(self.rows) - before} kernels")
+            self.tell(f"{primitive.name} {shape}: {counted(len(self.rows) - before, 'kernel')}")
         return self.rows[before:]
 
     def compile_options(self) -> list[dict[str, Any]]:
@@ -192,7 +193,7 @@ class _Run:
             for arch in (arch for arch in self.arches if not isinstance(ARCHES[arch], str)):
                 self._gather("attention", name, dtype, arch, launch, wide=aligned)
             if told != (told := f"{name.split('-')[1]} {dtype}"):
-                self.tell(f"attention's options, head dimension {told}: {len(self.rows) - before} kernels")
+                self.tell(f"attention's options, head dimension {told}: {counted(len(self.rows) - before, 'kernel')}")
         return self.rows[before:]
 
     def _compile(self, primitive: Primitive, shape: Shape, inputs: Inputs, arch: str) -> None:
@@ -290,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     misses = [miss for gate in run.gates.all() for miss in gate.failures(stale)]
     for miss in misses:
         print(f"FAILED {miss}")
-    print(f"\n{len(run.rows)} kernels, {time.perf_counter() - start:.0f} s, {len(misses)} failures")
+    print(
+        f"\n{counted(len(run.rows), 'kernel')}, {time.perf_counter() - start:.0f} s, {counted(len(misses), 'failure')}"
+    )
     if options.json is not None:
         made = {
             "environment": environment(torch.device("cpu")),

@@ -26,6 +26,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import fastreduce
+from fastreduce.arguments import counted
 from fastreduce.deploy.check import speed_of
 from fastreduce.measure import environment, keep_memory, load_average, own_code, recompile_limits, take_turns
 from fastreduce.speed.comparison import Comparison
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         print(file=sys.stderr)
         print("", *time_lines(rows), sep="\n")
-        print(f"\nUnreduced ÷ reduced, {given.rounds} rounds in turns; load before: {before}")
+        print(f"\nUnreduced ÷ reduced, {counted(given.rounds, 'round')} in turns; load before: {before}")
     if given.json is not None:
         machine = environment(torch.device(given.device))
         result = {"counts": counts, "rows": rows, "load": before, "rounds": given.rounds, "environment": machine}

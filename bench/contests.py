@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastreduce.arguments import counted
 from fastreduce.integrations.timm import model_names
 from fastreduce.measure import capture, own_code, ratio, recompile_limits, seconds_of, speed, take_turns
 from fastreduce.speed import comparison
@@ -285,7 +286,7 @@ class Contest:
             if self.entries[slug].method == "kmedoids"
         }
         return {
-            name: f"compiling it would take long: its loop over the clusters is unrolled to {count} passes"
+            name: f"compiling it would take long: its loop over the clusters is unrolled to {counted(count, 'pass')}"
             for name, count in passes.items()
             if count > _MOST_UNROLLED
         }

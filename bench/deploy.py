@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastreduce.arguments import counted
 from fastreduce.deploy import export, load
 from fastreduce.deploy.check import speed_of
 from fastreduce.measure import environment, keep_memory, load_average, own_code, take_turns
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
     print(file=sys.stderr)
     print(*(int8_lines(rows) if given.int8 else speed_lines(rows, given.ways)), sep="\n")
-    print(f"\nUnreduced ÷ reduced, {given.rounds} rounds in turns; load before: {load_before}")
+    print(f"\nUnreduced ÷ reduced, {counted(given.rounds, 'round')} in turns; load before: {load_before}")
     if not given.int8:
         print(*slower(rows), sep="\n", end="")
     wrong = [row for row in rows if not given.int8 and row["difference"] > _TOLERANCE]

@@ -24,6 +24,8 @@ if __name__ == "__main__":
 
 import torch
 
+from fastreduce.arguments import counted
+
 from .primitives import DTYPES, Shape, parse_shapes
 from .proof.emulator.counts import count_kernels
 from .proof.emulator.ladder import ARCHES, GROUPS, Climb, Task, choices, climb
@@ -86,8 +88,8 @@ def _climb_all(found: list[Task], jobs: int) -> int:
                 print(f"RED  {one}", flush=True)
         task, seconds = climbs[0].task, sum(one.seconds for one in climbs)
         dtype = str(task.shape.dtype).removeprefix("torch.")
-        print(f"{task.name} {dtype}: {len(climbs)} runs, {seconds:.1f} s", file=sys.stderr, flush=True)
-    print(f"{total} runs, {red} red, {time.perf_counter() - start:.0f} s")
+        print(f"{task.name} {dtype}: {counted(len(climbs), 'run')}, {seconds:.1f} s", file=sys.stderr, flush=True)
+    print(f"{counted(total, 'run')}, {red} red, {time.perf_counter() - start:.0f} s")
     return red
 
 

@@ -43,6 +43,7 @@ from typing import Any
 import torch
 
 from fastreduce._files import write_atomically
+from fastreduce.arguments import counted
 from fastreduce.measure import environment
 
 from .children import Child, Item, Row, serve
@@ -293,8 +294,8 @@ def _parity(item: Item, device: torch.device) -> Iterator[Row]:
 def _repeat(item: Item, device: torch.device) -> Iterator[Row]:
     differing = _bench(item, device).differing("fastreduce", item["calls"])
     words = [
-        f"output {one['output']}: {one['elements']} of {one['of']} elements differ, "
-        f"in {one['calls']} of {item['calls'] - 1} calls"
+        f"output {one['output']}: elements that differ: {one['elements']} of {one['of']}, "
+        f"in {one['calls']} of {counted(item['calls'] - 1, 'call')}"
         for one in differing
     ]
     yield {**item, "differing": differing, "wrong": "; ".join(words) or None}

@@ -11,6 +11,7 @@ import statistics
 import torch
 
 from fastreduce import ops
+from fastreduce.arguments import counted
 from fastreduce.measure import processor_seconds_of, seconds_of, take_turns
 
 from .primitives.cluster_k_medoids import plain_k_medoids
@@ -44,7 +45,8 @@ def main() -> None:
     }
     clock = processor_seconds_of if options.threads == 1 else seconds_of
     seconds = take_turns(calls, x.device, options.rounds, clock=clock)
-    print(f"batch {options.batch}, {options.tokens} tokens to {k}, C {options.channels}, {options.threads} threads")
+    tokens, threads = counted(options.tokens, "token"), counted(options.threads, "thread")
+    print(f"batch {options.batch}, {tokens} to {k}, C {options.channels}, {threads}")
     for name in calls:
         ratio = statistics.median(a / b for a, b in zip(seconds["official"], seconds[name], strict=True))
         milliseconds = statistics.median(seconds[name]) * 1e3

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastreduce
+from fastreduce.arguments import counted
 from fastreduce.integrations.timm import create_model, reduced_counts
 from fastreduce.measure import environment
 
@@ -117,7 +118,9 @@ def _build(name: str, tokens: int, device: torch.device) -> tuple[nn.Module, Ten
     patches = tokens - usual.num_prefix_tokens
     side = math.isqrt(max(0, patches))
     if not patches > 0 or side * side != patches:
-        raise ValueError(f"{name} has {usual.num_prefix_tokens} tokens more than a square of patches, got {tokens}")
+        raise ValueError(
+            f"{name} takes a square of patches and {counted(usual.num_prefix_tokens, 'token')} more, got {tokens}"
+        )
     size = side * usual.patch_embed.patch_size[0]
     return create_model(name, img_size=size).eval().to(device), torch.randn(1, 3, size, size, device=device)
 
@@ -253,7 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures = run.gate.failures(stale) + run.bounded.failures("none")
     for failure in failures:
         print(f"FAILED {failure}")
-    print(f"\n{len(run.rows)} peaks, {time.perf_counter() - start:.0f} s, {len(failures)} failures")
+    found = counted(len(failures), "failure")
+    print(f"\n{counted(len(run.rows), 'peak')}, {time.perf_counter() - start:.0f} s, {found}")
     if options.json is not None:
         made = {"environment": environment(device), "peaks": list(run.rows.values()), "failures": failures}
         options.json.write_text(json.dumps(made, indent=1))

@@ -25,6 +25,7 @@ import fastreduce
 from bench.saliency import load_saliency, missing_reason
 from bench.tables import QUALITY_COLUMNS as COLUMNS
 from bench.tables import markdown_table, quality_cells
+from fastreduce.arguments import counted
 from fastreduce.integrations.timm import input_config
 from fastreduce.quality import Outputs, model_outputs
 from fastreduce.quality.images import sample_images
@@ -121,7 +122,7 @@ def _draw(encoder: Any, decoder: nn.Module, folder: Path, photo_name: str, metho
             own = stage.sources[0].numpy()
             kept[own[own >= 0]] = True
             picture = draw.grey_dropped(pixels, kept.reshape(16, 16))
-        panels.append((picture, f"block {stage.block}", f"{stage.num_out} tokens"))
+        panels.append((picture, f"block {stage.block}", counted(stage.num_out, "token")))
     panels.append((_heat(pixels, before, before), "saliency", "unreduced"))
     error = (after - before).abs().mean().item()
     panels.append((_heat(pixels, after, before), "saliency", f"reduced, error {error:.3f}"))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import fastreduce
 from bench.proof import tiny
+from fastreduce.arguments import counted
 from fastreduce.measure import environment
 
 from .microbenchmark import DIRECTIONS
@@ -230,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures = [failure for gate in (floors, ratios, calls) for failure in gate.failures(stale)]
     for failure in failures:
         print(f"FAILED {failure}")
-    print(f"\n{len(rows)} passes, {len(added)} reducers, {time.perf_counter() - start:.0f} s, {len(failures)} failures")
+    done = f"{counted(len(rows), 'pass')}, {counted(len(added), 'reducer')}, {time.perf_counter() - start:.0f} s"
+    print(f"\n{done}, {counted(len(failures), 'failure')}")
     if options.json is not None:
         made = {"environment": environment(torch.device("cpu")), "traffic": rows, "added_calls": added}
         options.json.write_text(json.dumps(made | {"failures": failures}, indent=1))

@@ -24,6 +24,7 @@ from torch import Tensor
 import fastreduce
 from bench.quality import Yardstick
 from bench.saliency import load_saliency, missing_reason
+from fastreduce.arguments import counted
 from fastreduce.integrations.timm import input_config
 from fastreduce.measure import environment, keep_memory, processor_seconds_of, seconds_of
 from fastreduce.pictures import cut, open_picture
@@ -111,7 +112,7 @@ def main(words: Sequence[str] | None = None) -> int:
         "environment": environment(torch.device("cpu")),
         "clock": "processor time" if given.processor_time else "wall time",
         "seen": list(crops.names[: given.seen]),
-        "unseen": f"{len(unseen)} photographs of ImageNet in foolbox",
+        "unseen": f"{counted(len(unseen), 'photograph')} of ImageNet in foolbox",
     }
     print(file=sys.stderr)
     for row in result["choices"]:

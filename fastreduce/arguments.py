@@ -1,4 +1,4 @@
-"""Reading what a user wrote: numbers of any kind that says what it is, and messages that quote the value."""
+"""Numbers as a user writes them, of any kind that says what it is, and as messages quote and count them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["as_tuple", "integer", "is_number", "number", "plain", "switch"]
+__all__ = ["as_tuple", "counted", "integer", "is_number", "number", "plain", "switch"]
+
+
+def counted(number: float, thing: str, form: str = "") -> str:
+    """Return a number with its thing, ``1 image`` or ``2 images``; ``form`` is that of the number, as for format()."""
+    if number != 1:
+        thing += "es" if thing.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:{form}} {thing}"
 
 
 def plain(value: Any) -> Any:

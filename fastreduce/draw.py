@@ -42,7 +42,7 @@ def _cells(image: Pixels, rows: int, columns: int) -> NDArray[np.float32]:
     """Cut (rows * h, columns * w, 3) into cells (rows, h, columns, w, 3) in [0, 255]."""
     height, width, _ = image.shape
     if height % rows or width % columns:
-        raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into {rows} x {columns} patches")
+        raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into a grid of {rows} x {columns}")
     return image.reshape(rows, height // rows, columns, width // columns, 3).astype(np.float32)
 
 

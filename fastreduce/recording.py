@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import counted
 from .reducers import Reducer
 from .tokens import Plan, Tokens, check_fill, compose_kept, compose_slots, compose_sources, unmerge
 
@@ -94,7 +95,8 @@ class Stage:
         self.sizes = counts.scatter_add(1, self.patch_slot + 1, ones)[:, 1:]
 
     def __repr__(self) -> str:
-        return f"Stage(block={self.block}, {self.num_in} -> {self.num_out} patch tokens, batch={len(self.slot)})"
+        left = counted(self.num_out, "patch token")
+        return f"Stage(block={self.block}, {self.num_in} -> {left}, batch={len(self.slot)})"
 
     @property
     def weights(self) -> Tensor | None:
@@ -120,8 +122,8 @@ class Stage:
         rows = features.shape[1]
         if rows not in (self.num_out, self.num_out + self._prefix):
             raise ValueError(
-                f"features must have {self.num_out} tokens (or {self.num_out + self._prefix} with the prefix), "
-                f"got {rows}"
+                f"features must have {counted(self.num_out, 'token')} (or {self.num_out + self._prefix} with the "
+                f"prefix), got {rows}"
             )
         inputs = self._inputs if fill == "last" else None
         if inputs and inputs[0].shape[2] != features.shape[2]:
@@ -167,7 +169,7 @@ class Record:
 
     def __repr__(self) -> str:
         stages = ", ".join(f"block {plan.block}: {plan.num_in} -> {plan.num_out}" for plan in self._plans)
-        decided = f", {len(self.decisions)} decisions" if self.decisions else ""
+        decided = f", {counted(len(self.decisions), 'decision')}" if self.decisions else ""
         return f"Record({stages or 'no stage'}{decided})"
 
 

@@ -1,5 +1,7 @@
 """README and docs/: figures are those of committed results, names exist, links lead somewhere, lines stay short."""
 
+import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 
 import fastreduce
 from bench.tables import TABLES
+from fastreduce.arguments import counted
 from fastreduce.reducers import REDUCERS, _options
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +75,33 @@ def test_each_method_and_option_is_described():
 def test_navigation_has_every_page():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert set(re.findall(r": ([\w-]+\.md)$", navigation, re.MULTILINE)) == {page.name for page in DOCS}
+
+
+_THINGS = "calls|classes|decisions|epochs|failures|images|kernels|models|passes|patches|rounds|rows|runs|stages|tokens"
+_PLURAL = re.compile(rf" (?:(?:patch|training|validation) )?(?:{_THINGS})\b")
+_LISTS = {"made_for", "reached", "list(self.clusters)"}  # several counts, not one
+
+
+def _bare_counts(path):
+    """Yield what an f-string puts before a plural as it is, though it may be one."""
+    strings = [node.values for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.JoinedStr)]
+    for value, text in (pair for values in strings for pair in itertools.pairwise(values)):
+        if isinstance(value, ast.FormattedValue) and isinstance(text, ast.Constant) and _PLURAL.match(text.value):
+            words = ast.unparse(value.value)
+            if not words.isupper() and words not in _LISTS:
+                yield f"{path.relative_to(ROOT)}: {{{words}}}{text.value}"
+
+
+def test_one_round_is_no_plural():
+    """What is counted in a message is counted by ``arguments.counted``, which says ``1 round``."""
+    assert [counted(number, "round") for number in (0, 1, 2)] == ["0 rounds", "1 round", "2 rounds"]
+    assert [counted(2, thing) for thing in ("patch", "class", "pass")] == ["2 patches", "2 classes", "2 passes"]
+    assert (counted(1.0, "point", "g"), counted(0.5, "point", "g")) == ("1 point", "0.5 points")
+    assert counted(1200, "image", ",") == "1,200 images"
+    files = [path for room in ("fastreduce", "bench") for path in (ROOT / room).glob("**/*.py")]
+    files = [path for path in files if not {"ops", "kernels"} & set(path.relative_to(ROOT).parts)]
+    assert len(files) > 150
+    assert not [found for path in files for found in _bare_counts(path)]
 
 
 def test_docstrings_name_their_thing_first():

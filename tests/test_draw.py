@@ -91,7 +91,7 @@ def test_dropped_patches_of_a_merge_turn_grey():
 
 
 def test_pictures_that_do_not_fit_the_grid_are_refused():
-    with pytest.raises(ValueError, match="48 x 64 pixels cannot be cut into 5 x 4"):
+    with pytest.raises(ValueError, match="48 x 64 pixels cannot be cut into a grid of 5 x 4"):
         draw.grey_dropped(picture(), np.ones((5, 4), bool))
 
 

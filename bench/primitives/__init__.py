@@ -264,10 +264,8 @@ def disagreement(outputs: Outputs, exact: Outputs, others: Sequence[Outputs], sh
         return wrong
     for place, (output, truth) in enumerate(zip(outputs, exact, strict=True)):
         if not truth.is_floating_point():
-            if not torch.equal(output.long(), truth.long()):
-                return (
-                    f"output {place}: {int((output.long() != truth.long()).sum())} of {truth.numel()} decisions differ"
-                )
+            if wrong := int((output.long() != truth.long()).sum()):
+                return f"output {place}: decisions that differ: {wrong} of {truth.numel()}"
             continue
         if not truth.numel():
             continue

@@ -18,7 +18,7 @@ def misplaced(distance: Tensor, centers: Tensor, label: Tensor, tolerance: float
     to_centers = distance.gather(2, centers.unsqueeze(1).expand(-1, distance.shape[1], -1))
     own = to_centers.gather(2, label.unsqueeze(2)).squeeze(2)
     wrong = int((own > to_centers.amin(2) + tolerance).sum())
-    return f"{wrong} of {label.numel()} tokens have a label that is not the nearest centre's" if wrong else None
+    return f"labels that are not the nearest centre's: {wrong} of {label.numel()}" if wrong else None
 
 
 def swept(rows: int, columns: int, tile_rows: int, tile_columns: int) -> int:

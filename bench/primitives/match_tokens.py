@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.primitives import Inputs, Outputs, Primitive, Shape, nbytes, packed_qkv
 from fastreduce import ops
+from fastreduce.arguments import counted
 
 
 def _make(shape: Shape, generator: torch.Generator) -> Inputs:
@@ -75,7 +76,7 @@ def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
         return "odd tokens are not in their own slots"
     merged = even >= first_odd
     if not (merged.sum(dim=1) == r).all() or even.max() >= first_odd + odd.shape[1]:
-        return f"not {r} even tokens merge with an odd one in every image"
+        return f"in an image not {counted(r, 'even token')} merged with an odd one"
     if not torch.equal(even[~merged], ((~merged).cumsum(dim=1) - 1)[~merged]):
         return "even tokens that stay are not in their order"
     similarity = _similarity(metric)

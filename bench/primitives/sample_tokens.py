@@ -53,7 +53,8 @@ def _compare(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | None:
     missing = ~(near & taken.unsqueeze(1)).any(dim=2)
     needless = taken & ~near.any(dim=1)
     if missing.any() or needless.any():
-        return f"{int(missing.sum())} sampling points missed their token, {int(needless.sum())} tokens are no one's"
+        missed = f"sampling points that missed their token: {int(missing.sum())}"
+        return f"{missed}; tokens that are no one's: {int(needless.sum())}"
     return None
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..arguments import counted
 from ..speed.settings import KEEP_RATES, CompareSettings
 from . import options as given
 from .lost import FIDELITY_NAMES, Lost, choose, headline, print_losses
 from .options import numbers, user_errors
 from .output import INTERRUPTED, Output, measure, stoppable, tell, with_ending
 from .screen import Page, progress_bar
-from .tables import count, is_wrong, print_comparison, title_of, where
+from .tables import is_wrong, print_comparison, title_of, where
 
 if TYPE_CHECKING:
     from .. import draw
@@ -176,7 +177,7 @@ def _draw_all(comparison: Comparison, output: Output, result: dict[str, Any]) ->
         result["wall_seconds"] = comparison.elapsed
         output.rewrite_json(result)
         words = ["All of it on one page, with sliders: index.html"] if page else []
-        words.append(f"{count(drawn, 'picture')} in {output.folder}{os.sep}")
+        words.append(f"{counted(drawn, 'picture')} in {output.folder}{os.sep}")
         output.write_page(lambda sheet: _lines(sheet, words))
 
 
@@ -190,14 +191,14 @@ def _panels(comparison: Comparison, entry: Entry) -> list[draw.Panel]:
     from .. import draw
 
     photo, patches = comparison.picture(), comparison.grid[0] * comparison.grid[1]
-    panels: list[draw.Panel] = [(photo, "input", f"{patches} patches")]
+    panels: list[draw.Panel] = [(photo, "input", counted(patches, "patch"))]
     for stage in entry.stages:
         if stage.kept is not None:
             panel = draw.grey_dropped(photo, stage.kept)
         else:
             assert stage.slot is not None
             panel = draw.fill_merged(photo, stage.slot)
-        panels.append((panel, f"block {stage.block}", f"{_tokens(stage)} of {patches} tokens"))
+        panels.append((panel, f"block {stage.block}", f"{_tokens(stage)} of {counted(patches, 'token')}"))
     return panels
 
 
@@ -239,7 +240,7 @@ def _save_page(comparison: Comparison, result: dict[str, Any], file: Path) -> No
         notes.append("the weights are random, so patterns and fidelity say nothing about a trained model")
     page = webpage(
         f"fastreduce compare: {comparison.settings.model}",
-        f"{where(result)}, batch {result['batch']}, {count(result['rounds'], 'round')}",
+        f"{where(result)}, batch {result['batch']}, {counted(result['rounds'], 'round')}",
         "; ".join(notes),
         measures,
         list(methods.values()),
@@ -265,7 +266,7 @@ def _save_tradeoff(result: dict[str, Any], file: Path) -> None:
         list(lines.items()),
         "What a speed-up costs",
         f"{result['model']}, {result['weights']}, {result['environment']['device_name']}, batch {result['batch']}",
-        f"keep rates beside the points; {count(about['images'], 'image')}; ring: the fastest with {about['wanted']}",
+        f"keep rates beside the points; {counted(about['images'], 'image')}; ring: the fastest with {about['wanted']}",
         chosen,
     )
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..arguments import counted
 from ..speed.settings import ExportSettings
 from . import options as given
 from .options import UserError, numbers, output_file, user_errors
@@ -146,10 +147,10 @@ def _print(page: Page, result: dict[str, Any]) -> None:
     """Say what was written, how it differs and how fast it is."""
     found = result["fidelity"]
     page.line(f"written: {result['file']}, {result['bytes'] / 1e6:,.1f} MB, {result['weights']}", wrap=False)
-    decisions = f"{found['wrong']:,} of {found['decisions']:,} decisions differ"
+    decisions = f"decisions that differ: {found['wrong']:,} of {found['decisions']:,}"
     decisions = decisions if found["decisions"] else "a soft merge decides nothing"
     page.line(
-        f"{found['runtime']} against eager mode, {found['images']} views of {result['image']}: {decisions}; "
+        f"{found['runtime']} against eager mode, {counted(found['images'], 'view')} of {result['image']}: {decisions}; "
         f"largest difference of the logits {found['difference']:.1e} ({found['relative']:.0e} of the largest); "
         f"same class for {found['same_class']} of {found['images']}"
     )
@@ -164,7 +165,7 @@ def _print(page: Page, result: dict[str, Any]) -> None:
             for one in result["speeds"]
         ]
         heads = ["batch", "unreduced, images/s", "reduced, images/s", "times as fast"]
-        page.table(f"{found['runtime']}, both exported the same way, {result['rounds']} rounds", heads, rows)
+        page.table(f"{found['runtime']}, both exported the same way, {counted(result['rounds'], 'round')}", heads, rows)
     if not result["faithful"]:
         page.line(
             "It differs by more than rounding: a decision between two nearly equal tokens fell otherwise, or the "

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import counted
 from .screen import Page
-from .tables import count
 
 if TYPE_CHECKING:
     from ..quality.images import ImageSet
@@ -81,7 +81,7 @@ class Lost:
     def wanted(self) -> str:
         """Requirements that a setting has to meet, in words."""
         if self.settings.at_most_lost is not None:
-            return f"at most {self.settings.at_most_lost:g} points of accuracy lost"
+            return f"at most {counted(self.settings.at_most_lost, 'point', 'g')} of accuracy lost"
         return f"fidelity at least {self.settings.at_least or AT_LEAST:g}"
 
     def result(self) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def print_losses(page: Page, result: Mapping[str, Any], rows: Sequence[tuple[str
                 f"{low:.1f} to {high:.1f}",
             ]
         cells.append(line)
-    page.table(f"fidelity, {count(about['images'], 'image')}", headings, cells)
+    page.table(f"fidelity, {counted(about['images'], 'image')}", headings, cells)
     for words in _legend(result, rows, labelled):
         page.line(words, "dim")
 
@@ -153,7 +153,7 @@ def print_losses(page: Page, result: Mapping[str, Any], rows: Sequence[tuple[str
 def _legend(result: Mapping[str, Any], rows: Sequence[tuple[str, Mapping[str, Any]]], labelled: bool) -> list[str]:
     about = result["fidelity"]
     words = [
-        f"Fidelity to the unreduced model, means over {count(about['images'], 'image')} ({about['source']}). same "
+        f"Fidelity to the unreduced model, means over {counted(about['images'], 'image')} ({about['source']}). same "
         "class: share with the same top-1. The others are cosines: of the class token, of what the head reads "
         "(pooled), of the patches on the full grid, where a dropped one has zeros, or its last token (p. last). "
         "worst 10 %: a tenth of the images have a lower pooled cosine. full: times as fast as the unreduced model."

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .._files import write_atomically
+from ..arguments import counted
 from ..names import TITLES, one_of
 from ..speed.settings import DTYPES
 from . import study_options as given
@@ -265,7 +266,7 @@ def _print_published(found: dict[str, Evaluation], dataset: str, said: Sequence[
         ratio = one.images_per_second / first.images_per_second
         rows.append([name, *accuracy, tokens, f"{one.gmacs:.2f}", f"{one.images_per_second:.1f}", f"{ratio:.2f}"])
     page = Page(sys.stdout)
-    title = f"{dataset}, {first.images} validation images; accuracy in %, patch tokens after each stage"
+    title = f"{dataset}, {counted(first.images, 'validation image')}; accuracy in %, patch tokens after each stage"
     page.table(title, ["model", *measures, "tokens", "10⁹ multiply-adds", "images/s", "ratio"], rows)
     for line in said:
         page.line(line)
@@ -407,7 +408,7 @@ def record(
                 progress=lambda images: progress("recording", images, len(data.val)),
             )
     page = Page(sys.stdout)
-    page.line(f"{found.run.name}: {found.images} images, {found.run.accuracy:.2f} %: {file}", wrap=False)
+    page.line(f"{found.run.name}: {counted(found.images, 'image')}, {found.run.accuracy:.2f} %: {file}", wrap=False)
     _print(page)
 
 
@@ -433,7 +434,7 @@ def compare(
             written = _written(file, _compared(recordings, axis, progress))
     page = Page(sys.stdout)
     for path, rows in written.items():
-        page.line(f"{path}: {rows} rows", wrap=False)
+        page.line(f"{path}: {counted(rows, 'row')}", wrap=False)
     _print(page)
 
 

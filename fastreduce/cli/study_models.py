@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import one_line, read_json
+from ..arguments import counted
 from ..names import one_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ class Trained:
         size, how = self.image_size, self.augmentation
         data = open_data(self.dataset, self.root, image_size=size, augmentation=how, train=False)
         if self.classes not in (None, data.num_classes):
-            raise ValueError(f"--root {self.root} has {data.num_classes} classes, {self.source} says {self.classes}")
+            raise ValueError(
+                f"--root {self.root} has {counted(data.num_classes, 'class')}, {self.source} says {self.classes}"
+            )
         built = load_trained(self.backbone, self.reduction, self.weights, data.num_classes)
         return built.to("cuda" if torch.cuda.is_available() and not cpu else "cpu"), data
 
@@ -224,7 +227,7 @@ class Published:
         backbone = dataclasses.replace(model.backbone, checkpoint=self.unreduced, pretrained=self.unreduced is None)
         try:
             if not backbone.knows(num_classes):
-                raise ValueError(f"{backbone.name} has no head for {num_classes} classes")
+                raise ValueError(f"{backbone.name} has no head for {counted(num_classes, 'class')}")
             unreduced = backbone.build(num_classes)
         except Exception as error:
             if self.unreduced is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..arguments import counted
 from ..names import METHODS, TITLES
 from ..speed.settings import ROUNDS_FOR_A_SPREAD
 from .screen import Cell, Page
 
-__all__ = ["count", "doubts", "is_wrong", "print_comparison", "print_methods", "print_plan", "title_of", "where"]
+__all__ = ["doubts", "is_wrong", "print_comparison", "print_methods", "print_plan", "title_of", "where"]
 
 Result = Mapping[str, Any]
 
@@ -17,11 +18,6 @@ _BUSY = 0.4  # share of the CPUs that others take at the start
 _DRIFT = 0.1  # change of the unreduced model's time within a round, as a share
 _MORE_THAN_SAVED = 1.02  # a speed-up this far above the ratio of work is no rounding of the clock
 _NAMED = 3  # models that are named; the others are counted
-
-
-def count(number: int, thing: str) -> str:
-    """Return ``1 round`` or ``2 rounds``."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def title_of(method: str, options: Mapping[str, Any]) -> str:
@@ -41,7 +37,7 @@ def where(result: Result) -> str:
     environment = result["environment"]
     place = f"{result['dtype']}, {environment['device_name']}"
     if environment["device"] == "cpu":
-        place += f", {count(environment['threads'], 'thread')}"
+        place += f", {counted(environment['threads'], 'thread')}"
     compiled = ", compiled" if result["compile"] else ""
     graphs = ", CUDA graphs" if result.get("graphs") else ""
     return f"{result['model']}, {result['weights']}, {place}{compiled}{graphs}"
@@ -56,7 +52,7 @@ def _load(result: Result) -> list[str]:
     load, cpus = result["load_at_start"], result["cpus"]
     if load is None or load <= _BUSY * cpus:
         return []
-    return [f"the machine was busy when this began (load {load:.1f} on {count(cpus, 'CPU')})"]
+    return [f"the machine was busy when this began (load {load:.1f} on {counted(cpus, 'CPU')})"]
 
 
 def _drift(low: float, middle: float, high: float, what: str) -> list[str]:
@@ -103,7 +99,9 @@ def _with_quartiles(row: Result, name: str) -> tuple[float, float, float]:
 def _print_doubts(page: Page, result: Result, done: int) -> None:
     """Say first of all what a reader has to know of the figures."""
     if result["interrupted"]:
-        page.line(f"Stopped after {count(done, 'round')}: these are the rounds that were finished.", "bold", wrap=False)
+        page.line(
+            f"Stopped after {counted(done, 'round')}: these are the rounds that were finished.", "bold", wrap=False
+        )
     if words := doubts(result):
         page.line(f"Read these speeds with care: {'; '.join(words)}.", "bold", wrap=False)
 
@@ -131,7 +129,7 @@ def print_comparison(page: Page, result: Result) -> None:
     _print_doubts(page, result, result["rounds"])
     page.line(where(result))
     page.line(
-        f"batch {result['batch']}, {count(result['rounds'], 'round')}, torch {environment['torch']}, "
+        f"batch {result['batch']}, {counted(result['rounds'], 'round')}, torch {environment['torch']}, "
         f"fastreduce {environment['fastreduce']}, backend {result['backend']}"
     )
     for rate in dict.fromkeys(row["keep_rate"] for row in result["methods"]):
@@ -174,7 +172,7 @@ def _print_keep_rate(page: Page, result: Result, rate: float) -> None:
 def _few(rounds: int) -> list[str]:
     if rounds >= ROUNDS_FOR_A_SPREAD:
         return []
-    return [f"Only {count(rounds, 'round')}: do not read much into the speeds. Spreads take {ROUNDS_FOR_A_SPREAD}."]
+    return [f"Only {counted(rounds, 'round')}: do not read much into the speeds. Spreads take {ROUNDS_FOR_A_SPREAD}."]
 
 
 def _legend(result: Result) -> list[str]:
@@ -187,7 +185,7 @@ def _legend(result: Result) -> list[str]:
         "the unreduced model, than the free slice (the unreduced model that just cuts off as many tokens between "
         "attention and MLP), than the published algorithm written plainly; medians of the ratios within each round. "
         "diff.: largest difference of the logits to the plain algorithm in float64, over the largest logit; "
-        f"{count(result['images_checked'], 'image')}.",
+        f"{counted(result['images_checked'], 'image')}.",
         "Drift: the unreduced model runs at the start and at the end of each round, and took "
         f"{middle:.2f} times as long at the end{quartiles}; it is held against the mean of the two.",
     ]
@@ -202,8 +200,8 @@ def _legend(result: Result) -> list[str]:
         lines.append(f"Layers of their own, with random weights: {', '.join(random)}.")
     if result["left_out"]:
         lines.append(
-            f"Left out, so that {result['rounds']} rounds of the others fit into the time: {_left_out(result)}. "
-            "Give more --seconds, or --methods and --keep-rate."
+            f"Left out, so that {counted(result['rounds'], 'round')} of the others fit into the time: "
+            f"{_left_out(result)}. Give more --seconds, or --methods and --keep-rate."
         )
     lines += [f"Not compared: {method}: {reason}." for method, reason in result["refused"].items()]
     if result["random_weights"]:
@@ -305,7 +303,7 @@ def _plan_legend(result: Result) -> list[str]:
         f"batch: median over the rounds of the ratio within a round{spread}{verdicts}. That bar is 1.02, or as far as "
         "the unreduced model, which runs at the start and at the end of each round, strays from itself (its row in the "
         "table) if that is more. Logits agree with the published algorithm, written plainly, in float64 "
-        f"({count(result['images_checked'], 'image')}, and before each batch is timed)."
+        f"({counted(result['images_checked'], 'image')}, and before each batch is timed)."
     ]
     lines += _few(rounds)
     if any(row["images_with_other_decisions"] for row in result["rates"]):

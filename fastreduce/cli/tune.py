@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..arguments import counted
 from ..names import compared_methods
 from ..speed.settings import TuneSettings
 from . import options as given
 from .options import user_errors
 from .output import INTERRUPTED, Output, print_error, stoppable, tell
 from .screen import Cell, Page, progress_bar
-from .tables import count
 
 if TYPE_CHECKING:
     from ..quality.tuning.run import Tuner
@@ -197,8 +197,9 @@ def _print(page: Page, result: Mapping[str, Any], output: Output) -> None:
     environment, measure = result["environment"], result["measure"]
     page.line(f"{result['model']}, {result['weights']}, {result['dtype']}, {environment['device_name']}")
     page.line(
-        f"batch {result['batch']}, {count(result['rounds'], 'round')}, {count(result['images_seen'], 'image')} for the "
-        f"search, {result['images_unseen']} unseen, {result['images']['source']}"
+        f"batch {result['batch']}, {counted(result['rounds'], 'round')}, "
+        f"{counted(result['images_seen'], 'image')} for the search, {result['images_unseen']} unseen, "
+        f"{result['images']['source']}"
     )
     cells: list[list[Cell]] = [
         [
@@ -273,6 +274,6 @@ def _save_plot(result: Mapping[str, Any], file: Path) -> None:
         [(label, sorted(points)) for label, points in lines.items()],
         "Tuned schedules",
         f"{result['model']}, {result['weights']}, {result['environment']['device_name']}, batch {result['batch']}",
-        f"{measure} on {count(result['images_unseen'], 'image')} that the search did not see; both axes measured",
+        f"{measure} on {counted(result['images_unseen'], 'image')} that the search did not see; both axes measured",
         y_label=measure.replace("_", " "),
     )

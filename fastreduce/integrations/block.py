@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import counted
 from ..backends import resolve
 from ..ops import unchecked as ops
 from ..ops.attention import MAX_HEAD_DIM
@@ -170,7 +171,8 @@ class ReducedBlock:
             return f"tokens of {reducer.name}"
         shape = site.host.shape(site.model)
         counts = [shape.patches, *reducer.counts(shape)]
-        return f"stage {site.stage} of {reducer.name}: {counts[site.stage]} -> {counts[site.stage + 1]} patch tokens"
+        left = counted(counts[site.stage + 1], "patch token")
+        return f"stage {site.stage} of {reducer.name}: {counts[site.stage]} -> {left}"
 
     def attention_norm(self, tokens: Tokens) -> Norm | None:
         """Return the norm before attention, where a kernel may apply it to what it makes of the tokens."""

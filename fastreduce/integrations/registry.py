@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..arguments import counted
 from ..reducers import ModelShape
 from ..tokens import Tokens
 from .parts import Parts
@@ -81,7 +82,7 @@ class Host(abc.ABC):
         """Return (rows, columns) of the pass at hand, which has so many patches; raise ValueError if not known."""
         shape = self.shape(model)
         if shape.patches != patches:
-            raise ValueError(f"the grid of these {patches} patches is not known: the model's own is {shape.grid}")
+            raise ValueError(f"the grid of {counted(patches, 'patch')} is not known: the model's own is {shape.grid}")
         rows, columns = shape.grid
         return rows, columns
 

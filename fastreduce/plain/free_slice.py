@@ -32,7 +32,7 @@ class FreeSlice(PlainAttention):
         super().__init__()
         check_unpatched(model)
         if len(counts) != len(blocks):
-            raise ValueError(f"counts must have one entry for each of the {len(blocks)} blocks, got {counts!r}")
+            raise ValueError(f"counts must have one entry for each block in {tuple(blocks)}, got {counts!r}")
         self.model = model
         self.counts = dict(zip(blocks, counts, strict=True))
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .._files import pictures_in
+from ..arguments import counted
 from ..integrations.timm import imagenet_indices
 from ..pictures import cut, open_picture, sample_photos
 
@@ -148,13 +149,14 @@ def _class_indices(folders: Sequence[str], classes: int) -> tuple[dict[str, int]
     """Return the class index of every folder, or None, and in words what was found."""
     if not classes:
         return None, "the model has no head, so labels are not used"
+    fitting = counted(classes, "class")
     if all(re.fullmatch(r"n\d{8}", name) for name in folders):
         known = imagenet_indices(classes)
         if known is not None and all(name in known for name in folders):
-            return {name: known[name] for name in folders}, f"labels: ImageNet's, {len(folders)} of {classes} classes"
-        return None, f"the folders are ImageNet's classes, which do not fit a head of {classes}, so no labels"
+            return {name: known[name] for name in folders}, f"labels: ImageNet's, {len(folders)} of {fitting}"
+        return None, f"the folders are ImageNet's classes, which do not fit a head of {fitting}, so no labels"
     if all(re.fullmatch(r"\d+", name) for name in folders) and all(int(name) < classes for name in folders):
-        return {name: int(name) for name in folders}, f"labels: folder names, {len(folders)} of {classes} classes"
+        return {name: int(name) for name in folders}, f"labels: folder names, {len(folders)} of {fitting}"
     if len(folders) == classes:
-        return {name: number for number, name in enumerate(folders)}, f"labels: {classes} folders in their order"
-    return None, f"{len(folders)} class folders do not fit a head of {classes} classes, so no labels"
+        return {name: number for number, name in enumerate(folders)}, f"labels: {fitting}, folders in their order"
+    return None, f"{counted(len(folders), 'class folder')} for a head of {fitting}, so no labels"

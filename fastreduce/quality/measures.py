@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import integer
+from ..arguments import counted, integer
 from ..recording import is_patched
 from .accuracy import Accuracy, paired_accuracy
 from .outputs import Outputs, check_kind, model_outputs, unreduced_copy
@@ -91,7 +91,7 @@ class Fidelity:
 
     def __repr__(self) -> str:
         means = ", ".join(f"{name} {self.mean(name):.3f}" for name in self.values)
-        return f"Fidelity({self.images} images: {means})"
+        return f"Fidelity({counted(self.images, 'image')}: {means})"
 
 
 def image_fidelity(before: Outputs, after: Outputs) -> dict[str, Tensor]:
@@ -244,7 +244,9 @@ class _Collected:
         values = {name: torch.cat(rows) for name, rows in self.parts.items()}
         images, labelled = (sum(map(len, rows)) for rows in (next(iter(self.parts.values())), self.right[0]))
         if labelled not in (0, images):
-            raise ValueError(f"either all batches have labels or none, got labels for {labelled} of {images} images")
+            raise ValueError(
+                f"either all batches have labels or none, got labels for {labelled} of {counted(images, 'image')}"
+            )
         accuracy = paired_accuracy(torch.cat(self.right[0]), torch.cat(self.right[1])) if self.right[0] else None
         return Fidelity(values, accuracy)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import counted
 from ..backends import Resolved
 from ..ops import unchecked as ops
 from ..tokens import Plan, SoftWeights, Tokens
@@ -96,8 +97,8 @@ class SoftReducer(Reducer):
         count = self.clusters[stage]
         if count > tokens.num_patches:
             raise ValueError(
-                f"{self.name} was made for {count} tokens after block {self.blocks[stage]}, "
-                f"but only {tokens.num_patches} come in of {tokens.patches} patches: the image is too small, "
+                f"{self.name} was made for {counted(count, 'token')} after block {self.blocks[stage]}, "
+                f"but only {tokens.num_patches} come in of {counted(tokens.patches, 'patch')}: the image is too small, "
                 "patch a model of this image size"
             )
         x, weights = self.merge(tokens, stage)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ..arguments import counted
 from ..tokens import Tokens
 from .block import AttentionBlock, attend_all
 from .schedule import Keep, KeepRate, KeepSchedule, keep_schedule, stage_blocks
@@ -166,7 +167,7 @@ class Reducer(nn.Module, abc.ABC):
         """Check ``at`` for :meth:`reschedule`: layers are made for a number of stages."""
         blocks = self.blocks if at is None else stage_blocks(at, shape.depth)
         if self.untrained and len(blocks) != len(self.blocks):
-            raise ValueError(f"{self.name} has layers for {len(self.blocks)} stages, got at={at!r}")
+            raise ValueError(f"{self.name} has layers for {counted(len(self.blocks), 'stage')}, got at={at!r}")
         return blocks
 
     @property

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..arguments import as_tuple, is_number, plain
+from ..arguments import as_tuple, counted, is_number, plain
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import ModelShape, Reducer, ScheduledReducer
@@ -157,7 +157,7 @@ def _ratios(keep_ratios: float | Sequence[float], decisions: Sequence[Tensor]) -
         return [plain(keep_ratios) ** (stage + 1) for stage in range(stages)]
     ratios = as_tuple("keep_ratios", keep_ratios)
     if len(ratios) != stages:
-        raise ValueError(f"keep_ratios must have one entry for each of the {stages} stages, got {len(ratios)}")
+        raise ValueError(f"keep_ratios must have one entry a stage ({counted(stages, 'stage')}), got {len(ratios)}")
     for ratio in ratios:
         if not is_number(ratio):
             raise TypeError(f"keep_ratios must hold numbers, got {ratio!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from ..arguments import as_tuple, integer, is_number, plain, switch
+from ..arguments import as_tuple, counted, integer, is_number, plain, switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import ModelShape, Reducer, ScheduledReducer, new_schedule
@@ -55,7 +55,9 @@ class KMedoids(ScheduledReducer):
         self._check_first_block(blocks)
         firsts = (plain(first),) * len(blocks) if is_number(first) else as_tuple("first", first)
         if len(firsts) != len(blocks):
-            raise ValueError(f"first must have one entry for each of the {len(blocks)} blocks in at, got {first!r}")
+            raise ValueError(
+                f"first must have one entry for each block ({counted(len(blocks), 'block')} in at), got {first!r}"
+            )
         for index in firsts:
             if isinstance(index, bool) or not isinstance(index, int):
                 raise TypeError(f"first must hold token indices (integers), got {index!r}")
@@ -83,7 +85,9 @@ class KMedoids(ScheduledReducer):
         """Raise if a first medoid is no token of its stage."""
         for first, tokens in zip(self.starts, (shape.patches, *counts), strict=False):
             if first >= tokens:
-                raise ValueError(f"first must be the index of one of the {tokens} tokens of its stage, got {first}")
+                raise ValueError(
+                    f"first must be the index of one of its stage's {counted(tokens, 'token')}, got {first}"
+                )
 
     def reschedule(
         self,
@@ -96,7 +100,9 @@ class KMedoids(ScheduledReducer):
         """Take another schedule in place, if the first medoids are tokens of its stages."""
         blocks = self._new_blocks(shape, at)
         if len(blocks) != len(self.starts):
-            raise ValueError(f"kmedoids has a first medoid for each of {len(self.starts)} stages, got at={at!r}")
+            raise ValueError(
+                f"kmedoids has a first medoid for each stage ({counted(len(self.starts), 'stage')}), got at={at!r}"
+            )
         self._check_first_block(blocks)
         schedule = new_schedule(keep_rate, keep, blocks, shape)
         self._check_starts(shape, [schedule.count(stage, shape.patches) for stage in range(len(blocks))])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..arguments import number
+from ..arguments import counted, number
 from ..tokens import Plan, Tokens
 from .base import ModelShape, Reducer, idle_stages, new_schedule
 from .block import AttentionBlock, gather, is_captured
@@ -240,7 +240,7 @@ class Radial(Reducer):
         rows, columns = getattr(tokens, "grid", None) or self.grid
         grid = operator.index(rows), operator.index(columns)  # a pattern is constant: a graph is of one grid
         if grid[0] * grid[1] != tokens.patches:
-            raise ValueError(f"the radial patterns are for a grid of {grid}, got {tokens.patches} patches")
+            raise ValueError(f"the radial patterns are for a grid of {grid}, got {counted(tokens.patches, 'patch')}")
         kept = self._kept(stage, grid, tokens.x)
         if len(kept) == tokens.num_patches:
             return tokens

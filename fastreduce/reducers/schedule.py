@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from ..arguments import as_tuple, is_number, plain
+from ..arguments import as_tuple, counted, is_number, plain
 
 __all__ = ["Keep", "KeepRate", "KeepSchedule", "as_tuple", "keep_schedule", "stage_blocks"]
 
@@ -81,7 +81,9 @@ def _check_rate(rate: object) -> float:
 
 def _check_length(name: str, values: Sequence[object], stages: int) -> None:
     if len(values) != stages:
-        raise ValueError(f"{name} must have one entry for each of the {stages} blocks in at, got {values!r}")
+        raise ValueError(
+            f"{name} must have one entry for each block ({counted(stages, 'block')} in at), got {values!r}"
+        )
 
 
 def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) -> KeepSchedule:
@@ -101,7 +103,9 @@ def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) ->
         keep_rate = DEFAULT_KEEP_RATE
     if keep is not None:
         if is_number(keep) and stages != 1:
-            raise ValueError(f"keep must have one entry for each of the {stages} blocks in at, got {plain(keep)}")
+            raise ValueError(
+                f"keep must have one entry for each block ({counted(stages, 'block')} in at), got {plain(keep)}"
+            )
         counts = (plain(keep),) if is_number(keep) else as_tuple("keep", keep)
         for count in counts:
             if isinstance(count, bool) or not isinstance(count, int):
@@ -120,8 +124,8 @@ def keep_schedule(keep_rate: KeepRate, keep: Keep, stages: int, patches: int) ->
     for stage in range(stages):
         count = schedule.wanted(stage, patches)
         if count < 1:
-            raise ValueError(f"stage {stage} would keep {count} of {patches} tokens; at least 1 must stay")
+            raise ValueError(f"stage {stage} would keep {count} of {counted(patches, 'token')}; at least 1 must stay")
         if count > previous:
-            raise ValueError(f"stage {stage} would keep {count} tokens, but only {previous} are there")
+            raise ValueError(f"stage {stage} would keep {counted(count, 'token')} of the {previous} that are left")
         previous = count
     return schedule

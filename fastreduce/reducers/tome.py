@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..arguments import as_tuple, is_number, plain, switch
+from ..arguments import as_tuple, counted, is_number, plain, switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
 from .base import ModelShape, Reducer, idle_stages, new_schedule
@@ -88,7 +88,9 @@ class ToMe(Reducer):
             raise TypeError(f"r must be {what} (tokens to merge away; a fraction is a keep_rate), got {r!r}")
         counts = (plain(r),) * len(blocks) if is_number(r) else as_tuple("r", r, what)
         if len(counts) != len(blocks):
-            raise ValueError(f"r must have one entry for each of the {len(blocks)} blocks, got {len(counts)}: {r!r}")
+            raise ValueError(
+                f"r must have one entry for each block ({counted(len(blocks), 'block')}), got {len(counts)}: {r!r}"
+            )
         for count in counts:
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"r must hold integers, got {count!r}")

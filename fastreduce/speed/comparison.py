@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from ..arguments import counted
 from ..backends import check_backend, resolve
 from ..integrations.timm import Record, input_config, patch, record, reduced_counts
 from ..measure import (
@@ -204,8 +205,8 @@ class Comparison:
         if free is not None and needed > free:
             most = int(free / self.memory_of(1))
             raise ValueError(
-                f"a batch of {images} images takes about {needed / 1e9:,.0f} GB, and {free / 1e9:,.1f} GB are free: "
-                f"give a smaller --batch, at most about {max(most, 1)}"
+                f"a batch of {counted(images, 'image')} takes about {needed / 1e9:,.0f} GB, and "
+                f"{free / 1e9:,.1f} GB are free: give a smaller --batch, at most about {max(most, 1)}"
             )
 
     def build_entry(

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._files import write_atomically
+from ..arguments import counted
 from .measures import (
     FeatureSpace,
     cluster_agreement,
@@ -141,7 +142,7 @@ def _compared(first: _Prepared, second: _Prepared, axis: str) -> Row:
     a, b = first.recording, second.recording
     if a.images != b.images or a.grid != b.grid:
         raise ValueError(
-            f"{a.run.name} ({a.images} images, grid {a.grid}) and {b.run.name} ({b.images}, {b.grid}) "
+            f"{a.run.name} ({counted(a.images, 'image')}, grid {a.grid}) and {b.run.name} ({b.images}, {b.grid}) "
             "did not see the same images"
         )
     row = _identity(a.run, b.run)

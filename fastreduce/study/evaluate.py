@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..arguments import counted
 from ..backends import backend
 from ..integrations.timm import is_patched, reduced_counts, reducer_of
 from ..measure import count_gmacs, quartiles, take_turns
@@ -194,7 +195,7 @@ def examine(model: nn.Module, recording: Recording, data: DataSet, *, batch_size
     """
     _check_positive(batch_size=batch_size)
     if recording.images != len(data.val):
-        raise ValueError(f"the recording has {recording.images} images, {data.name} has {len(data.val)}")
+        raise ValueError(f"the recording has {counted(recording.images, 'image')}, {data.name} has {len(data.val)}")
     weight = next(model.parameters())
     return Examination(
         accuracy=_recorded_accuracy(recording),

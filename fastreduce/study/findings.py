@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import counted
 from ..names import FAMILIES, TITLES
 from .comparison import Row, TokenStatistics, chance_iou, correlate
 from .gaps import Gap, common_words, measure_gap
@@ -179,7 +180,7 @@ def _top_k_is_strong(scores: _Scores, rates: Sequence[float]) -> Finding:
 
     verdict: Verdict = "holds" if strong(2) else "undecided" if strong(1) else "does not hold"
     words = ", ".join(f"{rank} ({low} to {high}) at {rate:g}" for rate, (rank, low, high) in ranks.items())
-    words = f"its rank among {len(methods)} methods (and the ranks that are within chance): {words}"
+    words = f"its rank among {counted(len(methods), 'method')} (and the ranks that are within chance): {words}"
     return Finding(claim, verdict, _evidence(words, close if verdict == "undecided" else ()))
 
 
@@ -212,7 +213,8 @@ def _family_beats(scores: _Scores, rates: Sequence[float], claim: str, first: st
         f"{measure_gap(_mean_scores(scores, winners, [rate]), _mean_scores(scores, losers, [rate])).words} at {rate:g}"
         for rate in shared
     )
-    words = f"{gap.words} points on average over {len(winners)} and {len(losers)} methods and all keep rates: {by_rate}"
+    over = f"{len(winners)} and {counted(len(losers), 'method')}"
+    words = f"{gap.words} points on average over {over} and all keep rates: {by_rate}"
     return Finding(claim, _verdict(gap), _evidence(words, [gap]))
 
 
@@ -367,13 +369,13 @@ def _similarities_follow(rows: Sequence[Row]) -> Finding:
     words = ", ".join(f"{name} {value:.2f}" for name, value in strength.items())
     evidence = (
         f"Spearman correlation, mean over rates and blocks: {words}. Procrustes or NMI above IoU by {margins[0]:+.2f} "
-        f"± {errors[0]:.2f} (one standard error over {len(methods)} methods)"
+        f"± {errors[0]:.2f} (one standard error over {counted(len(methods), 'method')})"
     )
     if verdict == "undecided" and all(map(math.isfinite, errors)):
         open_margins = [(m, e) for m, e, sure in zip(margins, errors, beyond, strict=True) if not sure and m]
         needed = max((len(methods) * (2 * error / margin) ** 2 for margin, error in open_margins), default=math.inf)
         least = 2 * max(error for _, error in open_margins) if open_margins else 2 * max(errors)
-        evidence += f". Undecided: {len(methods)} methods decide differences above {least:.2f}"
+        evidence += f". Undecided: {counted(len(methods), 'method')} decide differences above {least:.2f}"
         evidence += f", this one needs {math.ceil(needed)}; more images do not help" if math.isfinite(needed) else ""
     return Finding(claim, verdict, evidence)
 

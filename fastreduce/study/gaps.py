@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import counted
+
 __all__ = ["Gap", "common_words", "measure_gap"]
 
 _DRAWS = 10_000
@@ -62,8 +64,8 @@ def common_words(gaps: Sequence[Gap]) -> str:
         return ""
     images, least = open_gaps[0].images, max(gap.least for gap in open_gaps)
     needed = [gap.images_needed for gap in open_gaps if math.isfinite(gap.images_needed)]
-    far = f"; the largest of these needs {_rounded(min(needed)):,} images" if needed else ""
-    return f"{images:,} images decide differences above {least:.2f} points{far}"
+    far = f"; the largest of these needs {counted(_rounded(min(needed)), 'image', ',')}" if needed else ""
+    return f"{counted(images, 'image', ',')} decide differences above {least:.2f} points{far}"
 
 
 def _rounded(value: float) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .._files import write_atomically
+from ..arguments import counted
 from ..measure import environment
 from ..names import FAMILIES, TITLES
 from .analysis import Study
@@ -55,7 +56,7 @@ def _pictures(study: Study, data: DataSet) -> dict[str, tuple[Figure, str]]:
     """Draw the figures -> figure and caption by file name."""
     baseline, results = study.result(0), study.results
     metric = "mean average precision, %" if data.multi_label else "top-1 accuracy, %"
-    what = f"{data.name}, {study.recordings[0].images} validation images"
+    what = f"{data.name}, {counted(study.recordings[0].images, 'validation image')}"
     pictures = {
         "accuracy-by-keep-rate": (
             accuracy_by_rate(results, baseline, subtitle=what, metric=metric),
@@ -206,7 +207,7 @@ def _speed_tables(study: Study) -> list[Table]:
     return [
         _by_rate(
             speeds,
-            f"Images per second, median of {unreduced.rounds} rounds in turns; "
+            f"Images per second, median of {counted(unreduced.rounds, 'round')} in turns; "
             f"unreduced {unreduced.images_per_second:.0f}",
             digits=0,
         ),
@@ -330,9 +331,10 @@ def _facts(study: Study, recipe: Recipe, data: DataSet, about: Mapping[str, Any]
     options = ", ".join(f"{name} {value}" for name, value in recipe.backbone.options.items())
     further = "".join(f"; {capacity.name} beside it" for capacity in recipe.capacities)
     epochs = recipe.fine_tuning.epochs
-    trained = f"{epochs} epochs each from its backbone" if epochs else "none of them trained after its backbone"
+    fine_tuned = f"{counted(epochs, 'epoch')} each from its backbone"
+    trained = fine_tuned if epochs else "none of them trained after its backbone"
     return [
-        ("data", f"{data.name}: {len(data.train)} training, {len(data.val)} validation images"),
+        ("data", f"{data.name}: {len(data.train)} training, {counted(len(data.val), 'validation image')}"),
         ("backbone", f"{recipe.backbone.name}{f' ({options})' if options else ''}{further}"),
         ("models", f"{len(study.recordings)}, {trained}"),
         ("seconds", ", ".join(f"{name} {value}" for name, value in taken.items())),

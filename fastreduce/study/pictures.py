@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arguments import counted
 from ..draw import fill_merged, grey_dropped
 from ..names import FAMILIES, TITLES
 
@@ -316,7 +317,7 @@ def patterns(
     merging = set(merging)
     for method, own in slots.items():
         if len(own) != len(images):
-            raise ValueError(f"{method} has {len(own)} patterns for {len(images)} images")
+            raise ValueError(f"{method} has {counted(len(own), 'pattern')} for {counted(len(images), 'image')}")
     factor = math.ceil(pixels * grid[0] / images[0].shape[0])
     enlarged = [np.kron(image, np.ones((factor, factor, 1), np.uint8)) for image in images]
     columns = 1 + len(slots)

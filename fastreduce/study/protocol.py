@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..arguments import counted
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -241,7 +243,7 @@ class Backbone:
         """
         if not self.knows(num_classes):
             where = "no weights" if not self.has_weights else "no head"
-            raise ValueError(f"{self.name} cannot teach: it has {where} for {num_classes} classes")
+            raise ValueError(f"{self.name} cannot teach: it has {where} for {counted(num_classes, 'class')}")
         return self.build(num_classes)
 
 

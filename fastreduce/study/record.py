@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .._files import from_json, parse_json, safetensors_header
+from ..arguments import counted
 from ..integrations.timm import Stage, is_patched, record, reduced_counts, reducer_of
 from ..tokens import Tokens
 from .measures import mean_average_precision
@@ -356,7 +357,9 @@ def _stage_columns(stages: Sequence[Stage], widths: Mapping[int, int], patches: 
     columns = {}
     for stage in stages:
         if stage.patch_slot.shape[1] != patches:
-            raise ValueError(f"every image must have the model's {patches} patches, got {stage.patch_slot.shape[1]}")
+            raise ValueError(
+                f"every image must have the model's {counted(patches, 'patch')}, got {stage.patch_slot.shape[1]}"
+            )
         if stage.kept_patches is not None:
             kept = stage.kept_patches.cpu().numpy()
             padding = ((0, 0), (0, widths[stage.block] - kept.shape[1]))

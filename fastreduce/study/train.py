@@ -30,6 +30,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..arguments import counted
 from ._lock import hold
 from .data import DataSet
 from .evaluate import measure_accuracy
@@ -176,7 +177,9 @@ class _Trainer:
         self.protocol, self.data, self.accelerator = protocol, data, accelerator
         together = protocol.batch_size * accelerator.num_processes
         if len(data.train) < together:
-            raise ValueError(f"{data.name} has {len(data.train)} training images, fewer than a batch of {together}")
+            raise ValueError(
+                f"{data.name} has {counted(len(data.train), 'training image')}, fewer than a batch of {together}"
+            )
         _set_seed(protocol.seed)  # the same weights in all processes
         self.model = backbone.build(data.num_classes, protocol.drop_path)
         _check_size(backbone.name, self.model, data)
@@ -220,7 +223,9 @@ class _Trainer:
         observed = self.model if fractions is None else Observed(self.model)
         self.trained, self.stepper, self.loader = accelerator.prepare(observed, self.optimizer, _loader(protocol, data))
         if not len(self.loader):
-            raise ValueError(f"{data.name} has {len(data.train)} training images, which make no batch of {together}")
+            raise ValueError(
+                f"{data.name} has {counted(len(data.train), 'training image')}, too few for a batch of {together}"
+            )
         self.updates = math.ceil(len(self.loader) / protocol.accumulate)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
@@ -426,7 +431,7 @@ def _untrained(data: DataSet, backbone: Backbone, reduction: Reduction | None) -
     """Return the backbone as it is, with the method; ValueError for one with layers that would stay random."""
     if not backbone.knows(data.num_classes):
         raise ValueError(
-            f"without training the backbone needs a head for the {data.num_classes} classes of {data.name}"
+            f"without training the backbone needs a head for the {counted(data.num_classes, 'class')} of {data.name}"
         )
     model = backbone.build(data.num_classes)
     _check_size(backbone.name, model, data)

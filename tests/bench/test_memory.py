@@ -93,7 +93,7 @@ def test_a_batch_takes_no_more_than_the_workspace(name, monkeypatch, capsys):
         (["--primitives", "best"], "unknown primitive 'best'"),
         (["--tokens", "17"], "--tokens wants at least two numbers, ascending, got '17'"),
         (["--tokens", "65,17"], "ascending, got '65,17'"),
-        (["--methods", "topk", "--tokens", "18,65"], "1 tokens more than a square of patches, got 18"),
+        (["--methods", "topk", "--tokens", "18,65"], "a square of patches and 1 token more, got 18"),
     ],
 )
 def test_refuses(arguments, message, capsys):

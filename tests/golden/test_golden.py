@@ -320,7 +320,7 @@ class TestDynamicViTLosses:
     def test_misfits(self):
         decisions = [torch.ones(2, 5)]
         base = torch.zeros(())
-        with pytest.raises(ValueError, match="one entry for each of the 1 stages, got 2"):
+        with pytest.raises(ValueError, match=r"one entry a stage \(1 stage\), got 2"):
             fastreduce.dynamicvit_loss(base, decisions, [0.5, 0.2])
         with pytest.raises(ValueError, match="teacher_logits"):
             fastreduce.dynamicvit_loss(base, decisions, [0.5], logits=torch.ones(2, 3))

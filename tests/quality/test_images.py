@@ -38,14 +38,14 @@ def test_pictures_are_normalised(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "classes", "labels", "words"),
     [
-        (("cat", "dog"), 2, (0, 1), "2 folders in their order"),
-        (("cat", "dog"), 3, (), "2 class folders do not fit a head of 3"),
+        (("cat", "dog"), 2, (0, 1), "2 classes, folders in their order"),
+        (("cat", "dog"), 3, (), "2 class folders for a head of 3 classes"),
         (("cat", "dog"), 0, (), "no head"),
         (("2", "10"), 11, (10, 2), "folder names"),
-        (("2", "10"), 5, (), "do not fit"),
+        (("2", "10"), 5, (), "2 class folders for a head of 5 classes"),
         (("n01440764", "n01484850"), 1000, (0, 2), "ImageNet"),
-        (("n01440764", "n99999999"), 1000, (), "do not fit a head of 1000"),
-        (("n01440764", "n01484850"), 10, (), "do not fit a head of 10"),
+        (("n01440764", "n99999999"), 1000, (), "do not fit a head of 1000 classes"),
+        (("n01440764", "n01484850"), 10, (), "do not fit a head of 10 classes"),
     ],
 )
 def test_class_folders_give_labels_that_fit_the_head(tmp_path, folders, classes, labels, words):

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ...arguments import counted
+
 __all__ = ["feature_size", "forget_grid", "grid_of", "watch_grid"]
 
 
@@ -53,6 +55,6 @@ def grid_of(embedding: Any, patches: int) -> tuple[int, int]:
                 if grid and grid[0] * grid[1] == patches:
                     return grid
     raise ValueError(
-        f"the grid of these {patches} patches is not known, since model.patch_embed was replaced after patching or did "
-        "not make them: call fastreduce.unpatch and fastreduce.patch again"
+        f"the grid of {counted(patches, 'patch')} is not known, since model.patch_embed was replaced after patching or "
+        "did not make them: call fastreduce.unpatch and fastreduce.patch again"
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...arguments import counted
 from ...integrations.timm import patch, reduced_counts
 from ...measure import Clock, cut_to_whole_rounds, quartiles, ratio, seconds_of, take_turns
 from ..accuracy import paired_accuracy
@@ -332,7 +333,7 @@ class Tuner:
     def _fastest(self, name: str, at_least: float | None, at_most_lost: float | None) -> Choice | None:
         """Return the fastest schedule of a method that measures as good as it has to be on the images of the search."""
         budget = 1 - at_least if at_least is not None else 0.05
-        words = f"fidelity {at_least:g}" if at_least is not None else f"{at_most_lost:g} points"
+        words = f"fidelity {at_least:g}" if at_least is not None else counted(at_most_lost or 0, "point", "g")
         for _ in range(_TRIES):
             one = fastest_within(self.fronts[name], loss=budget)
             if not one.at:
