@@ -254,7 +254,7 @@ def print_plan(page: Page, result: Result) -> None:
             codes.setdefault(row["code"], []).append(row["batch"])
     for code, batches in codes.items():
         page.line()
-        page.line(f"The highest keep rate that pays at batch {', '.join(map(str, batches))}:")
+        page.line(f"The line to paste for batch {', '.join(map(str, batches))}:")
         page.line(f"    {code}", "bold", wrap=False)
     page.line()
     for line in _plan_legend(result):
