@@ -93,7 +93,7 @@ def _bare_counts(path):
 
 
 def test_one_round_is_no_plural():
-    """What is counted in a message is counted by ``arguments.counted``, which says ``1 round``."""
+    """Counts in messages come from ``arguments.counted``, which says ``1 round``: none stands bare before a plural."""
     assert [counted(number, "round") for number in (0, 1, 2)] == ["0 rounds", "1 round", "2 rounds"]
     assert [counted(2, thing) for thing in ("patch", "class", "pass")] == ["2 patches", "2 classes", "2 passes"]
     assert (counted(1.0, "point", "g"), counted(0.5, "point", "g")) == ("1 point", "0.5 points")
