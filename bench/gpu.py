@@ -294,7 +294,7 @@ def _parity(item: Item, device: torch.device) -> Iterator[Row]:
 def _repeat(item: Item, device: torch.device) -> Iterator[Row]:
     differing = _bench(item, device).differing("fastreduce", item["calls"])
     words = [
-        f"output {one['output']}: elements that differ: {one['elements']} of {one['of']}, "
+        f"output {one['output']}: {one['elements']} of {one['of']} elements differ, "
         f"in {one['calls']} of {counted(item['calls'] - 1, 'call')}"
         for one in differing
     ]

@@ -40,7 +40,7 @@ def _part_lines(result: dict[str, Any]) -> list[str]:
 def _check_lines(title: str, agree: str, rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     wrong = [row for row in rows if is_wrong(row)]
-    lines = [f"## {title}", "", f"{len(rows) - len(wrong)} of {len(rows)} {agree}."]
+    lines = [f"## {title}", "", f"{agree}: {len(rows) - len(wrong)} of {len(rows)}."]
     return [*lines, *(f"- {place(row)}: {reason_of(row)}" for row in wrong), ""]
 
 
@@ -178,7 +178,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
     ]
     lines = _part_lines(result)
-    lines += _check_lines("Parity", "checks against float64 agree", result["parity"])
-    lines += _check_lines("Repeated calls", "calls gave the same bits every time", result["repeat"])
+    lines += _check_lines("Parity", "Checks that agree with float64", result["parity"])
+    lines += _check_lines("Repeated calls", "Kernels that gave the same bits at every call", result["repeat"])
     lines += _racecheck_lines(result) + _rule_lines(result) + _micro_lines(result) + _model_lines(result)
     return "\n".join([*head, *lines])

@@ -111,4 +111,4 @@ def test_structures_are_told_apart():
 def test_it_is_printed(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["census", "--pattern", "vit_tiny_patch16_2*", "--refused"])
     assert census.main() == 0
-    assert "1 of 1 names (100.0%)" in capsys.readouterr().out
+    assert "1 of 1 name (100.0%)" in capsys.readouterr().out

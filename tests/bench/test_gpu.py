@@ -513,9 +513,9 @@ def test_the_tables_show_every_outcome(session):
     session.save()
     text = markdown(saved(session))
     assert "| kernels | 3 | 4 | 5 |" in text
-    assert "1 of 2 checks" in text
+    assert "Checks that agree with float64: 1 of 2." in text
     assert "**b** forward, s-1-2-float32: off" in text
-    assert "0 of 1 calls gave the same bits" in text
+    assert "Kernels that gave the same bits at every call: 0 of 1." in text
     assert "**c** backward, s-1-2-float32: no result within 1 s" in text
     assert "deit_tiny-50-2-bfloat16: compute-sanitizer is not installed" in text
     assert "| a | forward | deit_small-5-2 | 10.0 | 7 | 0.50 | 2 | 3.0 | 3.00 |  |  |" in text
