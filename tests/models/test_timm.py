@@ -1182,7 +1182,7 @@ class TestPlain:
             PlainModel(tiny.build(), "topq", **SCHEDULE)
         with pytest.raises(TypeError, match="'evit' has no option 'rounds'"):
             PlainModel(tiny.build(), "evit", rounds="exact", **SCHEDULE)
-        with pytest.raises(ValueError, match="2 blocks"):
+        with pytest.raises(ValueError, match=r"block in \(1, 2\), got"):
             FreeSlice(tiny.build(), (8,), (1, 2))
 
     def test_free_slice(self):
