@@ -1,9 +1,9 @@
 """Reduced models under torch.compile: how often they are compiled, and how fast they are then.
 
-``python -m bench.compiled`` prints, for every method compiled whole and block by block, the compilations that the first
-batch takes, a batch of another size, one of a third size, another keep rate and another backend, counted on a model of
-four blocks. Then it times DeiT-S: unreduced ÷ reduced in eager mode, compiled whole and block by block, the plain form
-of the method compiled beside ours, and a compiled training step. ``--counts`` leaves the times out.
+``python -m bench.compiled`` counts the compilations of every method, compiled whole and block by block, on a model of
+four blocks: at the first batch, at a batch of another size and at one of a further size, and after a change of the keep
+rate or the backend. Then it times DeiT-S: unreduced ÷ reduced in eager mode, compiled whole and block by block, the
+plain form of the method compiled beside ours, and a compiled training step. ``--counts`` leaves the times out.
 
 All models of a row take turns, and what is compiled is held against eager mode first.
 """

@@ -3,10 +3,10 @@
 python -m bench.emulate [--all] [--arch sm_80,sm_90] [--primitives ...] [--dtypes ...] [--shapes ...] [--groups ...]
                         [--jobs N] [--counts]
 
-Every primitive, forward and backward, at 50 tokens, on both architectures, with copies as early and products as late as
-may be, and the reverse; then special paths, and integer arguments of 0 and 1. Non-zero exit if anything is wrong.
-Without ``--all`` some dtypes are left out, for continuous integration. ``bench.proof.emulator`` says what is modelled.
-TRITON_CACHE_DIR says where compiled kernels are kept.
+It runs every primitive, forward and backward, at 50 tokens, on both architectures: with copies as early and products
+as late as may be, and the reverse. Then it runs special paths, and integer arguments of 0 and 1. The exit code is not
+zero if anything is wrong. Without ``--all`` some dtypes are left out, for continuous integration.
+``bench.proof.emulator`` says what is modelled. TRITON_CACHE_DIR says where compiled kernels are kept.
 """
 
 from __future__ import annotations

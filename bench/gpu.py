@@ -12,12 +12,12 @@ Its parts, in this order, each with its share of the time; what a part leaves go
 1. Parity in bfloat16 of every kernel, forward and backward, against float64, at DeiT-S's 197 tokens.
 2. The same call 20 times: every result has the same bits, or two programs or warps race.
 3. Every reduced model once, in many processes as the checks before, to fill Triton's cache for what follows.
-4. Kernels at batch 256, ours and PyTorch's, see ``bench.microbenchmark``; whole models, see ``bench.models``: DeiT-S
-   at batch 256 as a CUDA graph, then at 1, 8 and 32; both sides of the rule of ``auto``; DeiT-B.
+4. Kernels at batch 256, ours and PyTorch's (``bench.microbenchmark``). Then whole models (``bench.models``): DeiT-S as
+   a CUDA graph at batch 256, and after it at 1, 8 and 32. Then both sides of the rule of ``auto``, and DeiT-B.
 5. Parity in float32 and float16 and at other shapes; one small launch under ``compute-sanitizer --tool racecheck``.
-6. Other keep rates, eager and training; the plain algorithms and the references; what has to be compiled, last.
+6. Other keep rates, eager and training; the plain algorithms and the references; last, what has to be compiled.
 
-What is wrong in a dtype is not timed in it. Exit code 0 if all kernels agree with float64 and with themselves, else 1.
+What is wrong in a dtype is not timed in it. The exit code is 0 if all kernels agree with float64 and with themselves.
 """
 
 from __future__ import annotations

@@ -2,16 +2,19 @@
 
 python -m bench.memory [--methods topk,...] [--primitives gather_tokens,...] [--tokens 1025,4097] [--json FILE]
 
-Three tables: whole models, one image, at a keep rate of 0.5 and the default blocks; primitives by the reference; and
-what the launchers of their kernels allocate, with CPU tensors and without running a kernel. On CUDA the first two run
-Triton, and the third is left out. Counted is what is alive at once, weights and inputs left out and outputs included:
-on CUDA by torch.cuda.max_memory_allocated, on the CPU from the allocations and releases that torch.profiler records,
-exact where the resident size of a process shows the allocator's habits. Non-zero exit if something grows by more than
-1.25 times as much as the tokens and is not among the known exceptions, or if one of these is not needed any more.
+It prints three tables: whole models, with one image, at a keep rate of 0.5 and the default blocks; primitives by the
+reference; and what the launchers of their kernels allocate, with CPU tensors and without running a kernel. On CUDA
+models and primitives run Triton, and launchers are left out.
 
-K-Medoids and Sinkhorn hold matrices of one image, of tokens against tokens or clusters: those named in ``MATRICES`` are
-taken off the peak, what is beyond them is held to the same growth. A batch takes no more than a workspace: a last
-table has the launchers' peak with 16 images of the most tokens, over the workspace and what 16 images have beyond it.
+It counts what is alive at once, outputs included, weights and inputs left out. On CUDA torch.cuda.max_memory_allocated
+says it. On the CPU it comes from the allocations and releases that torch.profiler records, which is exact; the resident
+size of a process would show the allocator's habits. The exit code is not zero if something grows by more than 1.25
+times as much as the tokens and is not among the known exceptions, or if one of these is not needed any more.
+
+K-Medoids and Sinkhorn hold matrices of one image, of tokens against tokens or clusters. Those named in ``MATRICES`` are
+taken off the peak, and the rest must grow no faster than anything else. A batch takes no more than a workspace. A last
+table shows it: the launchers' peak with 16 images of the most tokens, over the workspace and what these images have
+beyond it.
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def _upright(photo: Image.Image) -> Image.Image:
 def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     """Read a picture, upright, as RGB of 8 bits; of several frames the first.
 
-    16-bit pictures are scaled by their full range. Floats from 0 to 1 are scaled by 255; other floats, and integers of
-    32 bits, by the range of 8 or 16 bits that holds them, else by their own. Transparency is left out.
+    16-bit pictures are scaled by their full range, and floats from 0 to 1 by 255. Other floats, and integers of 32
+    bits, are scaled by the range of 8 or 16 bits that holds them, or by their own if none does. Transparency is left
+    out.
 
     Raises:
         ValueError: no such file, a folder, or a file that cannot be read as an image; the message gives the path.

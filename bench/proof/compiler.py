@@ -79,7 +79,11 @@ class KernelReport:
 
 
 def _occupancy_nvidia(arch: int, num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Count registers by 256 a warp, for four schedulers alike, and 1 KiB of shared memory more a block."""
+    """Return the share of warps on NVIDIA.
+
+    A warp takes registers in steps of 256, and each of four schedulers has as many warps. A block takes 1 KiB of shared
+    memory more than it asks for.
+    """
     warps_by_registers = (65536 // (-(-registers * 32 // 256) * 256)) // 4 * 4
     shared = -(-shared_bytes // 128) * 128 + 1024
     blocks = min(64 // num_warps, 32, warps_by_registers // num_warps, _SHARED_OF_ALL[arch] // shared)
@@ -87,7 +91,10 @@ def _occupancy_nvidia(arch: int, num_warps: int, registers: int, shared_bytes: i
 
 
 def _occupancy_amd(num_warps: int, registers: int, shared_bytes: int) -> float:
-    """Return the share of warps on AMD, where four units of 512 registers a lane and 8 warps share 64 KiB."""
+    """Return the share of warps on AMD.
+
+    Four units share 64 KiB of memory. Each has 512 registers a lane, and 8 warps.
+    """
     warps = 4 * min(8, 512 // (-(-max(registers, 1) // 8) * 8))
     blocks = warps // num_warps
     if shared_bytes:

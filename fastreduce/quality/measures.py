@@ -39,12 +39,14 @@ class Fidelity:
     Attributes:
         values: (images,) float32 on the CPU for each measure that the models have:
 
-            - ``agreement``: 1 where both have the same top-1 class, else 0 (logits that are NaN have none; where the
-              unreduced model's are, it is NaN); ``kl``: Σ p log(p / q) of the softmax of
-              the logits in nats, p the unreduced model's. Both need a head.
-            - ``class_cosine``: cosine of the class tokens; ``pooled_cosine``: of what the head reads.
-            - ``patch_cosine``: cosine of the dense features after ``unmerge``, mean over the patches; a dropped patch
-              has zeros, and counts 0. ``patch_cosine_last``: the same, a dropped patch having its own last token.
+            - ``agreement``: 1 where both have the same top-1 class, else 0. Logits that are NaN have no class; where
+              the unreduced model's are NaN, so is the measure. It needs a head.
+            - ``kl``: Σ p log(p / q) of the softmax of the logits in nats, p the unreduced model's. It needs a head.
+            - ``class_cosine``: cosine of the class tokens.
+            - ``pooled_cosine``: cosine of what the head reads.
+            - ``patch_cosine``: cosine of the dense features after ``unmerge``, mean over the patches. A dropped patch
+              has zeros, and counts 0.
+            - ``patch_cosine_last``: the same, but a dropped patch has its own last token.
         accuracy: before and after, where labels were given, else None.
     """
 

@@ -1,4 +1,4 @@
-"""Row addressing shared by the references: index_select on flattened rows beats gather with an expanded index 6 : 1."""
+"""Row addressing shared by the references: index_select on flattened rows, six times as fast as gather."""
 
 from __future__ import annotations
 

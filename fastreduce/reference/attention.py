@@ -191,10 +191,13 @@ def attention(
 
     q (B, H, M, D), k and v (B, H, N, D), bias (B, N) or None -> (B, H, M, D).
 
-    With an index (B, K) the queries are ``q[b, :, row[b, m]]``, row = [0 .. prefix-1, index + prefix]. With offsets B
-    is 1, the queries of image i are the rows offsets[0][i] .. offsets[0][i + 1], which see the keys of
-    offsets[1][i] .. offsets[1][i + 1]; rows past the end are zeros. With both, the rows of image i are counted from
-    offsets[1][i] of q, as many as offsets[0] says, and the result has ``num_out`` rows.
+    With an index (B, K) the queries are ``q[b, :, row[b, m]]``, row = [0 .. prefix-1, index + prefix].
+
+    With offsets B is 1. The queries of image i are the rows offsets[0][i] .. offsets[0][i + 1]. They see the keys in
+    the rows offsets[1][i] .. offsets[1][i + 1]. Rows past the end are zeros.
+
+    With both, the rows of image i are counted from offsets[1][i] of q, as many as offsets[0] says, and the result has
+    ``num_out`` rows.
     """
     if index is not None:
         q = _chosen(q, index, prefix, offsets, num_out)

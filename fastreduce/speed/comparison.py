@@ -536,9 +536,9 @@ class Comparison:
     def result(self) -> dict[str, Any]:
         """Return everything that was measured and where, ready for JSON.
 
-        Ratios are medians over the rounds of the ratio within a round, above 1 where the method is the faster one; the
-        unreduced model counts with the mean of its two turns. ``drift`` is its time at the end of a round over that at
-        the start.
+        Ratios are medians over the rounds of the ratio within a round: above 1, the method is the faster one. The
+        unreduced model counts with the mean of its turns at the start and at the end of a round. ``drift`` is its time
+        at the end over its time at the start.
 
         Raises:
             ValueError: not one round was finished.
