@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 import fastreduce
 from bench.tables import TABLES
 from fastreduce.arguments import counted
+from fastreduce.cli.app import app
+from fastreduce.cli.study import study
 from fastreduce.reducers import REDUCERS, _options
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +65,29 @@ def test_names_exist(page):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
     for module in re.findall(r"python -m (bench\.\w+)", text):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), f"{page.name} names {module}"
+
+
+def _known_options():
+    """Return the options of every command of ``fastreduce``, by its words."""
+    found = {}
+    for words, commands in (("", typer.main.get_command(app)), ("study ", typer.main.get_command(study))):
+        for name, command in commands.commands.items():
+            found[words + name] = {word for one in command.params for word in (*one.opts, *one.secondary_opts)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_options_that_are_named(page):
+    text, known = page.read_text(), _known_options()
+    for name, rest in re.findall(r"(?:^|`|-m )fastreduce ((?:study )?[a-z]+)\b([^`|\n]*)", text, re.MULTILINE):
+        named = re.findall(r"(?<!\S)--[a-z0-9-]+", rest)
+        assert name in known or not named, f"{page.name} names fastreduce {name}"
+        assert set(named) <= {*known.get(name, ()), "--help"}, f"{page.name}: fastreduce {name}{rest}"
+    for module, rest in re.findall(r"python -m (bench\.\w+)\b([^`|\n]*)", text):
+        source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+        for option in re.findall(r"(?<!\S)--[a-z0-9-]+", rest):
+            keys = (f'"{option}"', f'"{option[2:]}": (')  # bench.models has a table of them
+            assert any(key in source for key in keys), f"{page.name}: {module} {option}"
 
 
 def test_each_method_and_option_is_described():
