@@ -275,8 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = (*columns, "shared", "occupancy", "load", "store", "tensor")
     for primitive in primitives.values():
         if new := run.compile(primitive):
-            counted = _COUNTED if options.counts else ()
-            print(table(new, (*columns, *counted, "gate")), end="\n\n", flush=True)
+            numbers = _COUNTED if options.counts else ()
+            print(table(new, (*columns, *numbers, "gate")), end="\n\n", flush=True)
     if options.options:
         print(table(run.compile_options(), (*columns, "gate")), end="\n\n", flush=True)
     worst = ("kernel", "arch", "compiled", "registers", "spills", "shared", "occupancy", "load", "store")

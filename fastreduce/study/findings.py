@@ -414,11 +414,11 @@ def find(
     floors = Floors.of(recordings) if floors is None else floors
     below = floors.below(recordings)
     failed = {(run.backbone, run.method, run.keep_rate) for run in below}
-    counted = [one for one in recordings if (one.run.backbone, one.run.method, one.run.keep_rate) not in failed]
+    judged = [one for one in recordings if (one.run.backbone, one.run.method, one.run.keep_rate) not in failed]
 
     def held(claim: Callable[[_Scores, list[float], Mapping[str, Sequence[Row]]], Finding]) -> Finding:
         found = []
-        for group, only in ((counted, True), (recordings, False)):
+        for group, only in ((judged, True), (recordings, False)):
             scores = _scores(group)
             rates = sorted({rate for _, rate in scores if rate is not None}, reverse=True)
             across = {axis: rows.get(axis, ()) for axis in ("keep_rate", "backbone", "method")}
