@@ -147,7 +147,7 @@ def _print(page: Page, result: dict[str, Any]) -> None:
     """Say what was written, how it differs and how fast it is."""
     found = result["fidelity"]
     page.line(f"written: {result['file']}, {result['bytes'] / 1e6:,.1f} MB, {result['weights']}", wrap=False)
-    decisions = f"decisions that differ: {found['wrong']:,} of {found['decisions']:,}"
+    decisions = f"{found['wrong']:,} of {counted(found['decisions'], 'decision', ',')} differ"
     decisions = decisions if found["decisions"] else "a soft merge decides nothing"
     page.line(
         f"{found['runtime']} against eager mode, {counted(found['images'], 'view')} of {result['image']}: {decisions}; "
