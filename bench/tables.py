@@ -198,14 +198,16 @@ def study_gaps() -> list[str]:
 
 
 def study_one_epoch() -> list[str]:
-    """Return the accuracy at a keep rate of 0.5 on CIFAR-10, off the shelf and after an epoch, in per cent."""
-    before = {model["method"]: model for model in _read(STUDY)["models"] if model["keep_rate"] in (None, 0.5)}
+    """Return the accuracy at a keep rate of 0.5 on CIFAR-10, off the shelf and after an epoch, and what it loses."""
+    before = {model["method"]: model["accuracy"] for model in _read(STUDY)["models"] if model["keep_rate"] in (None, 0.5)}
     rows = []
     for model in _read(ONE_EPOCH)["models"]:
-        method = model["method"]
-        pair = (before[method]["accuracy"]["top1"], model["accuracy"]["top1"])
-        rows.append(["unreduced" if method == "none" else TITLES[method], *(f"{value:.2f}" for value in pair)])
-    return markdown_table(["method", "off the shelf", "after one epoch"], rows)
+        method, gap = model["method"], model["gap"]
+        title = "unreduced" if model["keep_rate"] is None else TITLES[method]
+        shelf = f"{before[method]['top1']:.2f}" if method in before else ""
+        lost = "" if gap is None else "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**gap)
+        rows.append([title, shelf, f"{model['accuracy']['top1']:.2f}", lost])
+    return markdown_table(["method", "off the shelf", "after one epoch", "against the unreduced model"], rows)
 
 
 def _latest(name: str) -> Any:
