@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import RowTile, row_warps, whole_rows
+from ._launch import Tile, row_warps, whole_rows
 
 # Rows that one program of a backward pass takes in turn: what it adds up for the gradients of weight and bias, written
 # and read once more, is some 6 % of what it moves.
@@ -139,31 +139,21 @@ def norm_rows(
     rows, channels = out.shape[0] * out.shape[1], out.shape[2]
     if out.numel():
         tile = whole_rows(channels)
-        norm_rows_kernel[(cdiv(rows, tile.rows),)](
-            out,
-            weight,
-            bias,
-            normed,
-            statistics,
-            rows,
-            channels,
-            NORM_EPS=norm_eps,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+        norm_rows_kernel[(cdiv(rows, tile["ROWS"]),)](
+            out, weight, bias, normed, statistics, rows, channels, NORM_EPS=norm_eps, **tile
         )
     return out, normed, statistics
 
 
 @functools.cache
-def backward_tile(channels: int) -> RowTile:
+def backward_tile(channels: int) -> Tile:
     """Choose whole rows for a backward pass, 8 channels a thread: 4 side by side wait for memory together.
 
     From 2,048 channels on they would leave a thread too few registers: one.
     """
-    block_c = next_power_of_2(max(1, channels))
+    block_c = next_power_of_2(channels)
     rows = 4 if block_c <= 1024 else 1
-    return RowTile(rows=rows, block_c=block_c, num_warps=rows * row_warps(block_c))
+    return Tile(ROWS=rows, BLOCK_C=block_c, num_warps=rows * row_warps(block_c))
 
 
 def empty_sums(out: torch.Tensor, programs: int, affine: bool) -> torch.Tensor | None:

@@ -8,6 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ._direct import next_power_of_2
+from ._launch import Tile
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Return the next power of two, and at least what tensor cores take."""
+    return max(16, next_power_of_2(head_dim))
+
+
+@functools.cache
+def head_rows(head_dim: int, elements: int) -> Tile:
+    """Return a tile of about so many elements, of rows of a head with all their channels."""
+    block_d = padded_head_dim(head_dim)
+    return Tile(BLOCK_N=max(1, elements // block_d), BLOCK_D=block_d, num_warps=4)
+
 
 def unit_of(*tensors: torch.Tensor) -> int:
     """Return the elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""

@@ -6,7 +6,6 @@ for all.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -15,7 +14,6 @@ import triton.language as tl
 
 from ._attention import (
     LOG2_E,
-    AttentionTile,
     attention_tiles,
     chosen_rows,
     clear_rows,
@@ -25,43 +23,14 @@ from ._attention import (
     load_bias,
     load_columns,
     load_rows,
-    padded_head_dim,
-    settings,
-    strides,
     sum_heads,
 )
 from ._direct import cdiv, direct
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import Tile, in_parts, strides
+from ._rows import head_of, head_rows, padded_head_dim, steps, unit_of
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class ColumnTile:
-    """Rows and columns of one step of a sum over rows."""
-
-    rows: int
-    columns: int
-    num_warps: int
-
-
-@functools.cache
-def mean_tile(head_dim: int, aligned: bool) -> ColumnTile:
-    """Return a tile of 8,192 elements a step: programs are few, so each must keep many loads in flight.
-
-    Of rows that are not aligned a quarter, as 64 addresses a thread would spill.
-    """
-    columns = padded_head_dim(head_dim)
-    return ColumnTile(rows=(8192 if aligned else 2048) // columns, columns=columns, num_warps=4)
-
-
-@functools.cache
-def key_tile(head_dim: int) -> ColumnTile:
-    """Return a tile of 2,048 elements a head: heads follow one another, so that there are many programs."""
-    columns = padded_head_dim(head_dim)
-    return ColumnTile(rows=2048 // columns, columns=columns, num_warps=4)
 
 
 @direct
@@ -441,21 +410,20 @@ def class_kernel(
 
 
 @functools.lru_cache(4096)
-def _forward_options(
+def _forward_tile(
     queries: int, keys: int, head_dim: int, dtype: torch.dtype, unit: int, used: bool, packed: bool
-) -> tuple[AttentionTile, dict[str, int]]:
-    """Return the tile, and what the kernel is compiled by."""
-    tile = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed).forward
-    apart = has_last_step(head_dim, dtype, unit)
-    return tile, {
-        "D": head_dim,
-        "UNIT": unit,
-        "BLOCK_M": tile.own,
-        "LAST_M": (not packed and apart and last_rows(queries, tile.own)) or tile.own,
-        "BLOCK_N": tile.step,
-        "LAST_N": -1 if not apart else tile.step if packed else last_rows(keys, tile.step),
-        "BLOCK_D": padded_head_dim(head_dim),
-    }
+) -> Tile:
+    """Return what the kernel is compiled by."""
+    tile, _, _ = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed)
+    own, step, apart = tile["BLOCK_M"], tile["BLOCK_N"], has_last_step(head_dim, dtype, unit)
+    return Tile(
+        tile,
+        D=head_dim,
+        UNIT=unit,
+        LAST_M=(not packed and apart and last_rows(queries, own)) or own,
+        LAST_N=-1 if not apart else step if packed else last_rows(keys, step),
+        BLOCK_D=padded_head_dim(head_dim),
+    )
 
 
 @in_parts("q", "k", "v", "bias", "index")
@@ -511,19 +479,9 @@ def attention_policy(
     mean = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=q.device)
     if batch:
         unit = unit_of(v)
-        columns = mean_tile(head_dim, unit > 1)
-        mean_values_kernel[(heads, batch)](
-            v,
-            mean,
-            heads,
-            tokens,
-            *v.stride()[:3],
-            D=head_dim,
-            UNIT=unit,
-            BLOCK_N=columns.rows,
-            BLOCK_D=columns.columns,
-            num_warps=columns.num_warps,
-        )
+        # Programs are few, so each must keep many loads in flight; 64 addresses a thread would spill.
+        tile = head_rows(head_dim, 8192 if unit > 1 else 2048)
+        mean_values_kernel[(heads, batch)](v, mean, heads, tokens, *strides(v, 3), D=head_dim, UNIT=unit, **tile)
         nothing = (None,) * 4
         _attend(batch, tokens, q, k, v, policy, *nothing, out, logsumexp, total, mean, scale, eps, 0)
     return out.transpose(1, 2), logsumexp, total, mean
@@ -554,10 +512,8 @@ def _attend(
     if scale < 0.0:
         q, scale = -q, -scale
     used = bias is not None or index is not None
-    tile, options = _forward_options(
-        queries, keys, head_dim, q.dtype, unit_of(q, k, v), used, query_offsets is not None
-    )
-    attention_kernel[(cdiv(most, tile.own), heads, images)](
+    tile = _forward_tile(queries, keys, head_dim, q.dtype, unit_of(q, k, v), used, query_offsets is not None)
+    attention_kernel[(cdiv(most, tile["BLOCK_M"]), heads, images)](
         q,
         k,
         v,
@@ -577,14 +533,13 @@ def _attend(
         queries,
         keys,
         prefix,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *strides(policy),
-        *strides(bias),
-        *strides(index),
-        **options,
-        **settings(tile),
+        *strides(q, 3),
+        *strides(k, 3),
+        *strides(v, 3),
+        *strides(policy, 2),
+        *strides(bias, 2),
+        *strides(index, 2),
+        **tile,
     )
 
 
@@ -612,8 +567,8 @@ def key_scores(
     numbers = (scale * LOG2_E, LOG2_E, heads, queries, keys)
     unit = unit_of(q, k)
     if not received:
-        class_tile = key_tile(head_dim)
-        class_kernel[(cdiv(keys - prefix, class_tile.rows), batch)](
+        tile = head_rows(head_dim, 2048)  # heads follow one another, so that there are many programs
+        class_kernel[(cdiv(keys - prefix, tile["BLOCK_N"]), batch)](
             q,
             k,
             bias,
@@ -621,34 +576,31 @@ def key_scores(
             scores,
             *numbers,
             prefix,
-            *q.stride()[:2],
-            *k.stride()[:3],
-            *strides(bias),
+            *strides(q, 2),
+            *strides(k, 3),
+            *strides(bias, 2),
             D=head_dim,
             UNIT=unit,
-            BLOCK_N=class_tile.rows,
-            BLOCK_D=class_tile.columns,
-            num_warps=class_tile.num_warps,
+            **tile,
         )
         return scores
     parts = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
-    tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None).forward
-    received_kernel[(cdiv(keys, tile.own), heads, batch)](
+    tile, _, _ = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None)
+    tile = Tile(tile, BLOCK_M=tile["BLOCK_N"], BLOCK_N=tile["BLOCK_M"])  # a program has keys, and walks over queries
+    received_kernel[(cdiv(keys, tile["BLOCK_N"]), heads, batch)](
         q,
         k,
         bias,
         logsumexp,
         parts,
         *numbers,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *strides(bias),
+        *strides(q, 3),
+        *strides(k, 3),
+        *strides(bias, 2),
         D=head_dim,
         UNIT=unit,
-        BLOCK_M=tile.step,
-        BLOCK_N=tile.own,
         BLOCK_D=padded_head_dim(head_dim),
-        **settings(tile),
+        **tile,
     )
     sum_heads(parts, scores)
     return scores

@@ -20,16 +20,13 @@ from ._attention import (
     load_bias,
     load_columns,
     load_rows,
-    padded_head_dim,
-    settings,
-    strides,
     sum_heads,
     takes_whole,
     whole_tile,
 )
 from ._direct import cdiv, direct
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import in_parts, strides
+from ._rows import head_of, padded_head_dim, steps, unit_of
 
 
 @triton.jit
@@ -571,16 +568,16 @@ def _backward(
     parts = None if of_keys is None else torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
     numbers = (scale, scale * LOG2_E, LOG2_E, eps, heads, queries, keys, prefix)
     all_strides = (
-        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        *(*strides(policy), *strides(bias), *strides(index), *strides(grad_scores)),
+        *(*strides(grad, 3), *strides(q, 3), *strides(k, 3), *strides(v, 3)),
+        *(*strides(policy, 2), *strides(bias, 2), *strides(index, 2), *strides(grad_scores, 2)),
     )
     unit = unit_of(grad, q, k, v, out)
     used = bias is not None or index is not None or offsets is not None or grad_scores is not None
     shape = {"D": head_dim, "UNIT": unit, "CLASS": kind == "class", "BLOCK_D": padded_head_dim(head_dim)}
-    tiles = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
+    _, queries_tile, keys_tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
     alone = not hidden and grad_scores is None and takes_whole()
     at_once = whole_tile(rows, head_dim, q.dtype, unit > 1, with_options=used) if alone else None
-    whole, tile = at_once is not None, at_once or tiles.grad_queries
+    whole, tile = at_once is not None, at_once or queries_tile
     apart = not whole and has_last_step(head_dim, q.dtype, unit)
     delta = peak = peak_grad = None
     if not whole:
@@ -589,7 +586,7 @@ def _backward(
             peak_grad = torch.empty_like(logsumexp)
             peak = torch.empty(logsumexp.shape, dtype=torch.int32, device=q.device)
     for count, chosen, bounds in launches(images, index, *(offsets or (None, None))):
-        grad_queries_kernel[(cdiv(rows, tile.own), heads, count)](
+        grad_queries_kernel[(cdiv(rows, tile["BLOCK_M"]), heads, count)](
             grad,
             q,
             k,
@@ -612,16 +609,13 @@ def _backward(
             peak_grad,
             *numbers,
             *all_strides,
-            *out.stride()[:3],
-            BLOCK_M=tile.own,
-            BLOCK_N=tile.step,
-            LAST_N=-1 if not apart else last_rows(keys, tile.step) if offsets is None else tile.step,
+            *strides(out, 3),
+            LAST_N=-1 if not apart else last_rows(keys, tile["BLOCK_N"]) if offsets is None else tile["BLOCK_N"],
             **shape,
-            **settings(tile),
+            **tile,
         )
-    tile = tiles.grad_keys
     for count, chosen, bounds in () if whole else launches(images, index, *(offsets or (None, None))):
-        grad_keys_kernel[(cdiv(columns, tile.own), heads, count)](
+        grad_keys_kernel[(cdiv(columns, keys_tile["BLOCK_N"]), heads, count)](
             grad,
             q,
             k,
@@ -642,10 +636,8 @@ def _backward(
             *numbers,
             *all_strides,
             POLICY=hidden,
-            BLOCK_M=tile.step,
-            BLOCK_N=tile.own,
             **shape,
-            **settings(tile),
+            **keys_tile,
         )
     if parts is not None and grad_of_keys is not None:
         sum_heads(parts, grad_of_keys, None if offsets is None else offsets[1])

@@ -5,7 +5,6 @@ With values, of which each is read once beside its key, it is weighted by their 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -13,50 +12,24 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import Tile, in_parts, strides
+from ._rows import head_of, head_rows, steps, unit_of
 
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class KeyTile:
-    """Keys and channels that one program holds at a time."""
-
-    block_n: int
-    block_d: int
-    num_warps: int
+ELEMENTS = 4096  # of keys in a program: a thread has four 16-byte loads of half precision in flight
 
 
 @functools.cache
-def key_tile(head_dim: int) -> KeyTile:
-    """Return a tile of 4,096 elements a program.
-
-    A thread has four 16-byte loads of half precision in flight.
-    """
-    block_d = max(16, next_power_of_2(head_dim))
-    return KeyTile(block_n=max(1, 4096 // block_d), block_d=block_d, num_warps=4)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadTile:
-    """All heads of BLOCK_N keys, and of BLOCK_P partial softmaxes."""
-
-    block_h: int
-    block_n: int
-    block_p: int
-    num_warps: int
-
-
-@functools.cache
-def head_tile(heads: int, parts: int, streams: int = 1) -> HeadTile:
+def head_tile(heads: int, parts: int, streams: int = 1) -> Tile:
     """Return a tile of 2,048 elements a program; heads lie within a thread or a warp, keys across lanes.
 
     Half the keys where lengths are a second stream: with 4 heads and as many keys a few words spilled on sm_80.
     """
     block_h = next_power_of_2(heads)
     block_n = max(32, 2048 // streams // block_h)
-    return HeadTile(block_h, block_n, block_p=min(block_n, next_power_of_2(parts)), num_warps=4)
+    return Tile(BLOCK_H=block_h, BLOCK_N=block_n, BLOCK_P=min(block_n, next_power_of_2(parts)), num_warps=4)
 
 
 @direct
@@ -244,9 +217,9 @@ def class_logits_backward_kernel(
     tl.store(grad_q + row * D + offsets_d, tl.sum(acc, 0).to(grad_q.dtype.element_ty), mask=in_d)
 
 
-def _key_strides(tensor: torch.Tensor, offsets: torch.Tensor | None) -> tuple[int, ...]:
+def _key_strides(tensor: torch.Tensor | None, offsets: torch.Tensor | None) -> tuple[int, ...]:
     """Return the strides of image, head and token; packed images lie in one row."""
-    return (*tensor.stride()[:3],) if offsets is None else (0, *tensor.stride()[1:3])
+    return strides(tensor, 3) if offsets is None else (0, *strides(tensor, 3)[1:])
 
 
 def _forward(
@@ -261,8 +234,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, head_dim = q.shape
     tokens = k.shape[2] if offsets is None else longest
-    tile = key_tile(head_dim)
-    parts = cdiv(tokens, tile.block_n)
+    tile = head_rows(head_dim, ELEMENTS)
+    parts = cdiv(tokens, tile["BLOCK_N"])
     scores = torch.empty(batch, tokens - prefix, dtype=torch.float32, device=k.device)
     logits = torch.empty(batch, heads, tokens, dtype=torch.float32, device=k.device)
     logsumexp = torch.empty(batch, heads, dtype=torch.float32, device=k.device)
@@ -284,31 +257,17 @@ def _forward(
         heads,
         tokens,
         parts,
-        *q.stride()[:2],
+        *strides(q, 2),
         *_key_strides(k, offsets),
-        *((0, 0, 0) if value is None else _key_strides(value, offsets)),
-        *((0, 0) if valid is None else valid.stride()),
+        *_key_strides(value, offsets),
+        *strides(valid, 2),
         D=head_dim,
         UNIT=unit_of(q, k) if value is None else unit_of(q, k, value),
-        BLOCK_N=tile.block_n,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
+        **tile,
     )
-    mean_tile = head_tile(heads, parts, streams=1 if value is None else 2)
-    head_mean_kernel[(max(1, cdiv(tokens - prefix, mean_tile.block_n)), batch)](
-        logits,
-        lengths,
-        softmaxes,
-        scores,
-        logsumexp,
-        heads,
-        tokens,
-        parts,
-        PREFIX=prefix,
-        BLOCK_H=mean_tile.block_h,
-        BLOCK_N=mean_tile.block_n,
-        BLOCK_P=mean_tile.block_p,
-        num_warps=mean_tile.num_warps,
+    tile = head_tile(heads, parts, streams=1 if value is None else 2)
+    head_mean_kernel[(max(1, cdiv(tokens - prefix, tile["BLOCK_N"])), batch)](
+        logits, lengths, softmaxes, scores, logsumexp, heads, tokens, parts, PREFIX=prefix, **tile
     )
     return scores, logits, logsumexp
 
@@ -358,7 +317,6 @@ def cls_scores_backward(
     grad_q = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(batch, tokens, heads, head_dim, dtype=k.dtype, device=k.device)
     if batch:
-        tile = key_tile(head_dim)
         class_logits_backward_kernel[(heads, batch)](
             grad,
             q,
@@ -370,15 +328,13 @@ def cls_scores_backward(
             scale,
             heads,
             tokens,
-            *grad.stride(),
-            *q.stride()[:2],
-            *k.stride()[:3],
+            *strides(grad, 2),
+            *strides(q, 2),
+            *strides(k, 3),
             PREFIX=prefix,
             D=head_dim,
             UNIT=unit_of(q, k),
-            BLOCK_N=tile.block_n,
-            BLOCK_D=tile.block_d,
             BLOCK_S=min(512, next_power_of_2(tokens)),
-            num_warps=tile.num_warps,
+            **head_rows(head_dim, ELEMENTS),
         )
     return grad_q, grad_k.transpose(1, 2)

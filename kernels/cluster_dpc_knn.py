@@ -5,7 +5,6 @@ Images of more than ``most_tokens`` take six: squared lengths, densities, scores
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -13,8 +12,8 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._distances import DistanceTile, squared_distances, squared_lengths
-from ._launch import in_parts
+from ._distances import squared_distances, squared_lengths
+from ._launch import Tile, fitting, in_parts, strides
 from ._order import ordered_bits, packed_keys
 from .select_topk import select_topk
 from .slots import group, group_slots
@@ -24,12 +23,11 @@ MAX_NEAREST = 8
 
 
 @functools.cache
-def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+def distance_tile(channels: int, dtype: torch.dtype) -> Tile:
     """Choose settings, found by compiling, that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens, or 4 warps, spill
-        return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=2)
-    block_c = min(max(next_power_of_2(channels), 16), 64)  # 16: the least that tensor cores take
-    return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
+        return Tile(BLOCK_I=32, BLOCK_J=64, BLOCK_C=16, num_warps=8, num_stages=2)
+    return Tile(BLOCK_I=64, BLOCK_J=64, BLOCK_C=fitting(channels, 64), num_warps=8, num_stages=3)
 
 
 def most_tokens(dtype: torch.dtype) -> int:
@@ -42,16 +40,16 @@ def most_tokens(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> DistanceTile:
+def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> Tile:
     """Return the tile of the one program that has an image to itself; it was found by compiling too.
 
     It takes all registers of a multiprocessor, as two programs of half the warps would, and half the barriers. Rows
     that are not aligned take an address for every element, and with so wide a tile they spill.
     """
     if dtype == torch.float32:  # 2 stages or 64 by 64 tokens spill; 16 warps would load two channels a thread
-        return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=3)
+        return Tile(BLOCK_I=32, BLOCK_J=64, BLOCK_C=16, num_warps=8, num_stages=3)
     tile = distance_tile(channels, dtype)
-    return dataclasses.replace(tile, block_j=128, num_warps=16) if aligned else tile
+    return Tile(tile, BLOCK_J=128, num_warps=16) if aligned else tile
 
 
 @direct
@@ -329,8 +327,7 @@ def cluster_dpc_knn(
         return centers, label, order, offsets
     neighbors = min(neighbors, tokens)
     tile = distance_tile(channels, x.dtype)
-    settings = tile.settings()
-    grid = (cdiv(tokens, tile.block_i), batch)
+    grid = (cdiv(tokens, tile["BLOCK_I"]), batch)
     squares = squared_lengths(x)
     density_kernel[grid](
         x,
@@ -341,15 +338,15 @@ def cluster_dpc_knn(
         tokens,
         channels,
         neighbors,
-        *x.stride()[:2],
-        *((0, 0) if noise is None else noise.stride()),
+        *strides(x, 2),
+        *strides(noise, 2),
         NEAREST=min(next_power_of_2(neighbors), MAX_NEAREST),
-        **settings,
+        **tile,
     )
     if tokens > most_tokens(x.dtype):
-        score_kernel[grid](x, squares, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
+        score_kernel[grid](x, squares, density, farthest, score, tokens, channels, *strides(x, 2), **tile)
         centers = select_topk(score, k)
-        label_kernel[grid](x, squares, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
+        label_kernel[grid](x, squares, centers, label, tokens, channels, k, *strides(x, 2), **tile)
         return centers, label, *group_slots(label, k)
     aligned = all(number % 16 == 0 for number in (x.data_ptr(), *x.stride()[:2]))  # as the JIT sees it
     image = image_tile(channels, x.dtype, aligned)
@@ -366,10 +363,10 @@ def cluster_dpc_knn(
         tokens,
         channels,
         k,
-        *x.stride()[:2],
+        *strides(x, 2),
         BLOCK_N=most_tokens(x.dtype),
-        GROUP_I=8 * image.num_warps,  # 8 pairs a thread
-        GROUP_J=512 // image.num_warps,
-        **image.settings(),
+        GROUP_I=8 * image["num_warps"],  # 8 pairs a thread
+        GROUP_J=512 // image["num_warps"],
+        **image,
     )
     return centers, label, order, offsets

@@ -6,46 +6,35 @@ images at a time: an image of N tokens takes about 4 N^2 bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
-from ._distances import DistanceTile, distances, squared_lengths
-from ._launch import in_parts
+from ._direct import cdiv, direct
+from ._distances import distances, squared_lengths
+from ._launch import Tile, fitting, in_parts, strides
 from ._order import ascending_keys, packed_keys
 from ._workspace import workspace_parts
 
 
 @functools.cache
-def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+def distance_tile(channels: int, dtype: torch.dtype) -> Tile:
     """Choose settings, found by compiling, that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens spill
-        return DistanceTile(block_i=64, block_j=32, block_c=16, num_warps=4, num_stages=2)
-    block_c = min(max(next_power_of_2(channels), 16), 64)
-    return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterTile:
-    """Tokens at a time, and centers against them, of the program that clusters one image."""
-
-    block_n: int
-    block_j: int
-    num_warps: int
+        return Tile(BLOCK_I=64, BLOCK_J=32, BLOCK_C=16, num_warps=4, num_stages=2)
+    return Tile(BLOCK_I=64, BLOCK_J=64, BLOCK_C=fitting(channels, 64), num_warps=8, num_stages=3)
 
 
 @functools.cache
-def cluster_tile(tokens: int) -> ClusterTile:
+def cluster_tile(tokens: int) -> Tile:
     """Return a tile of 8 distances a thread, kept over all centers.
 
     Twice as many spilled, and so did 32 threads for fewer of them, on sm_80 or sm_90.
     """
-    block_n = min(max(next_power_of_2(tokens), 32), 512)
-    return ClusterTile(block_n=block_n, block_j=8, num_warps=block_n // 32)
+    block_n = fitting(tokens, 512, least=32)
+    return Tile(BLOCK_N=block_n, BLOCK_J=8, num_warps=block_n // 32, num_stages=1)  # no load may move before a barrier
 
 
 @triton.jit
@@ -213,7 +202,7 @@ def token_distances(
     """Launch; fills distance (images, N, row_stride), and of these images cost (B, N) and centers (B, k)."""
     tokens, channels = x.shape[1:]
     tile = distance_tile(channels, x.dtype)
-    token_distances_kernel[(cdiv(tokens, tile.block_i), len(images))](
+    token_distances_kernel[(cdiv(tokens, tile["BLOCK_I"]), len(images))](
         x,
         squares,
         weights,
@@ -225,9 +214,9 @@ def token_distances(
         channels,
         centers.shape[1],
         distance.shape[2],
-        *x.stride()[:2],
-        *weights.stride(),
-        **tile.settings(),
+        *strides(x, 2),
+        *strides(weights, 2),
+        **tile,
     )
 
 
@@ -260,10 +249,7 @@ def cluster_k_medoids(x: torch.Tensor, weights: torch.Tensor, k: int, iters: int
             k,
             iters,
             row_stride,
-            ONE_BLOCK=tokens <= tile.block_n,
-            BLOCK_N=tile.block_n,
-            BLOCK_J=tile.block_j,
-            num_warps=tile.num_warps,
-            num_stages=1,  # no load may move before a barrier
+            ONE_BLOCK=tokens <= tile["BLOCK_N"],
+            **tile,
         )
     return centers, label

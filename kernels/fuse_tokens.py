@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import RowTile, in_parts, row_tile, whole_rows
+from ._launch import Tile, in_parts, row_tile, strides, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -23,26 +21,16 @@ from ._norm import (
     normed_like,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class RestTile:
-    """Rows and channels that a program working on the rest holds at a time."""
-
-    rows: int
-    block_c: int
-    num_warps: int
-
-
 # Summing: narrow blocks of channels give a small batch many programs; 64 rows a step are four 16-byte loads a thread.
-SUM_TILE = RestTile(rows=64, block_c=64, num_warps=4)
+SUM_TILE = Tile(SUM_ROWS=64, SUM_BLOCK_C=64, num_warps=4)
 # With a norm one program sums whole rows: 32 elements a thread and step. Beyond this many rows it would keep an image
 # waiting, so the norm takes a launch of its own.
 NORM_WARPS = 8
 NORM_ELEMENTS = 8192
 MOST_SUMMED = 512
 # Sharing out: whole rows in steps of 128 channels, which most widths are a multiple of; the fused row is read once.
-SHARE_TILE = RestTile(rows=16, block_c=128, num_warps=4)
-SHARE_TILE_BIAS = RestTile(rows=8, block_c=128, num_warps=4)  # float32: with 16 rows, triton 3.8 spills on sm_90
+SHARE_TILE = Tile(ROWS=16, BLOCK_C=128, num_warps=4)
+SHARE_TILE_BIAS = Tile(SHARE_TILE, ROWS=8)  # float32: with 16 rows, triton 3.8 spills on sm_90
 
 
 @triton.jit
@@ -448,15 +436,15 @@ def fuse_tokens(
     num_kept = prefix + k
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty(batch, num_kept + 1, channels, dtype=dtype, device=x.device)
-    kept, rest, whole = row_tile(channels), SUM_TILE, whole_rows(channels)
-    together = order.shape[1] - k <= MOST_SUMMED and whole.block_c <= NORM_ELEMENTS // 4
+    tile, whole = Tile(row_tile(channels), **SUM_TILE), whole_rows(channels)
+    together = order.shape[1] - k <= MOST_SUMMED and whole["BLOCK_C"] <= NORM_ELEMENTS // 4
     normed, statistics = normed_like(out) if together and norm_eps is not None else (None, None)
     if normed is not None:
-        kept = RowTile(rows=2 * whole.rows, block_c=whole.block_c, num_warps=NORM_WARPS)
-        rest = RestTile(rows=NORM_ELEMENTS // whole.block_c, block_c=whole.block_c, num_warps=NORM_WARPS)
+        sums = {"SUM_ROWS": NORM_ELEMENTS // whole["BLOCK_C"], "SUM_BLOCK_C": whole["BLOCK_C"]}
+        tile = Tile(whole, ROWS=2 * whole["ROWS"], num_warps=NORM_WARPS, **sums)
     if out.numel():
-        copies = cdiv(num_kept, kept.rows) * cdiv(channels, kept.block_c)
-        fuse_tokens_kernel[(cdiv(channels, rest.block_c) + copies, batch)](
+        copies = cdiv(num_kept, tile["ROWS"]) * cdiv(channels, tile["BLOCK_C"])
+        fuse_tokens_kernel[(cdiv(channels, tile["SUM_BLOCK_C"]) + copies, batch)](
             x,
             order,
             scores,
@@ -470,17 +458,13 @@ def fuse_tokens(
             num_kept,
             tokens,
             channels,
-            *x.stride()[:2],
-            *order.stride(),
-            *scores.stride(),
-            *((0, 0) if residual is None else residual.stride()[:2]),
+            *strides(x, 2),
+            *strides(order, 2),
+            *strides(scores, 2),
+            *strides(residual, 2),
             NORM_EPS=None if normed is None else norm_eps,
             PREFIX=prefix,
-            ROWS=kept.rows,
-            BLOCK_C=kept.block_c,
-            SUM_ROWS=rest.rows,
-            SUM_BLOCK_C=rest.block_c,
-            num_warps=rest.num_warps,
+            **tile,
         )
     if normed is not None and statistics is not None:
         return out, normed, statistics
@@ -504,7 +488,7 @@ def fuse_tokens_backward(
     grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
     if batch and tokens:
         tile = SHARE_TILE_BIAS if bias is not None and x.dtype == torch.float32 else SHARE_TILE
-        programs = cdiv(tokens - num_kept, tile.rows) + cdiv(num_kept, tile.rows)
+        programs = cdiv(tokens - num_kept, tile["ROWS"]) + cdiv(num_kept, tile["ROWS"])
         fuse_tokens_backward_kernel[(programs, batch)](
             grad,
             x,
@@ -516,14 +500,12 @@ def fuse_tokens_backward(
             num_kept,
             tokens,
             channels,
-            *grad.stride()[:2],
-            *x.stride()[:2],
-            *order.stride(),
-            *scores.stride(),
+            *strides(grad, 2),
+            *strides(x, 2),
+            *strides(order, 2),
+            *strides(scores, 2),
             PREFIX=prefix,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **tile,
         )
     return grad_x, grad_scores
 
@@ -552,7 +534,6 @@ def fuse_tokens_norm_backward(
     grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
     grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
-    tile = backward_tile(channels)
     programs = cdiv(num_out, SUMMED_ROWS)
     sums = empty_sums(out, batch * programs, affine)
     if not out.numel():
@@ -575,15 +556,13 @@ def fuse_tokens_norm_backward(
             num_out - 1,
             tokens,
             channels,
-            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
-            *grad_normed.stride()[:2],
-            *x.stride()[:2],
-            *order.stride(),
-            *scores.stride(),
+            *strides(grad_out, 2),
+            *strides(grad_normed, 2),
+            *strides(x, 2),
+            *strides(order, 2),
+            *strides(scores, 2),
             PREFIX=prefix,
             SUMMED=SUMMED_ROWS,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **backward_tile(channels),
         )
     return grad_x, grad_scores, grad_rows, added_up(out, sums)

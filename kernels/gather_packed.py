@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import row_tile
+from ._launch import fitting, row_tile, strides
 
 
 @triton.jit
@@ -170,10 +170,10 @@ def token_offsets(valid: torch.Tensor) -> torch.Tensor:
     batch, tokens = valid.shape
     offsets = torch.empty(batch + 1, dtype=torch.int32, device=valid.device)
     # 16 flags a thread: the one program waits for memory, and needs few rounds.
-    block_n = min(128, max(16, next_power_of_2(tokens)))
+    block_n = fitting(tokens, 128)
     block_b = min(max(1, 4096 // block_n), next_power_of_2(max(1, batch)))
     token_offsets_kernel[(1,)](
-        valid, offsets, batch, tokens, *valid.stride(), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
+        valid, offsets, batch, tokens, *strides(valid, 2), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
     )
     return offsets
 
@@ -193,7 +193,7 @@ def _gather(
     if out.numel() == 0:
         return out
     tile = row_tile(channels)
-    gather_packed_kernel[(cdiv(num_out, tile.rows), cdiv(channels, tile.block_c))](
+    gather_packed_kernel[(cdiv(num_out, tile["ROWS"]), cdiv(channels, tile["BLOCK_C"]))](
         x,
         index,
         residual,
@@ -203,14 +203,12 @@ def _gather(
         num_out,
         channels,
         batch,
-        *x.stride()[:2],
-        *((0, 0) if index is None else index.stride()),
+        *strides(x, 2),
+        *strides(index, 2),
         0 if residual is None else residual.stride(1),
         PREFIX=prefix,
-        ROWS=tile.rows,
-        BLOCK_C=tile.block_c,
         STEPS=batch.bit_length(),
-        num_warps=tile.num_warps,
+        **tile,
     )
     return out
 
@@ -228,7 +226,7 @@ def _scatter(
         return out
     num_out = out.shape[0] * each
     tile = row_tile(channels)
-    scatter_packed_kernel[(cdiv(num_out, tile.rows), cdiv(channels, tile.block_c))](
+    scatter_packed_kernel[(cdiv(num_out, tile["ROWS"]), cdiv(channels, tile["BLOCK_C"]))](
         x,
         index,
         source,
@@ -239,13 +237,11 @@ def _scatter(
         batch,
         each,
         x.stride(1),
-        *((0, 0) if index is None else index.stride()),
+        *strides(index, 2),
         PREFIX=prefix,
-        ROWS=tile.rows,
-        BLOCK_C=tile.block_c,
         STEPS=batch.bit_length(),
         INDEX_STEPS=0 if index is None else index.shape[1].bit_length(),
-        num_warps=tile.num_warps,
+        **tile,
     )
     return out
 

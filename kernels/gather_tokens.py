@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import in_parts, row_tile, whole_rows
+from ._launch import in_parts, row_tile, strides, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -169,7 +169,7 @@ def gather_tokens(
     normed, statistics = (None, None) if norm_eps is None else normed_like(out)
     tile = row_tile(channels) if norm_eps is None else whole_rows(channels)
     if out.numel():
-        gather_tokens_kernel[(cdiv(num_out, tile.rows), batch, cdiv(channels, tile.block_c))](
+        gather_tokens_kernel[(cdiv(num_out, tile["ROWS"]), batch, cdiv(channels, tile["BLOCK_C"]))](
             x,
             index,
             residual,
@@ -180,14 +180,12 @@ def gather_tokens(
             statistics,
             num_out,
             channels,
-            *x.stride()[:2],
-            *index.stride(),
-            *((0, 0) if residual is None else residual.stride()[:2]),
+            *strides(x, 2),
+            *strides(index, 2),
+            *strides(residual, 2),
             NORM_EPS=norm_eps,
             PREFIX=prefix,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **tile,
         )
     return (out,) if normed is None or statistics is None else (out, normed, statistics)
 
@@ -212,7 +210,6 @@ def gather_tokens_norm_backward(
     tokens = offsets.shape[1] - 1
     grad_x = out.new_empty(batch, tokens, channels)
     grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
-    tile = backward_tile(channels)
     programs = cdiv(tokens, SUMMED_ROWS)
     sums = empty_sums(out, batch * programs, affine)
     if grad_x.numel():
@@ -230,11 +227,9 @@ def gather_tokens_norm_backward(
             tokens,
             num_out,
             channels,
-            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
-            *grad_normed.stride()[:2],
+            *strides(grad_out, 2),
+            *strides(grad_normed, 2),
             SUMMED=SUMMED_ROWS,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **backward_tile(channels),
         )
     return grad_x, grad_rows, added_up(out, sums)

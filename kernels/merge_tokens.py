@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts, row_warps
+from ._launch import in_parts, row_warps, strides
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -454,10 +454,10 @@ def _reduce(
             tokens,
             num_out,
             channels,
-            *x.stride()[:2],
-            *((0, 0) if size is None else size.stride()),
-            *((0, 0) if residual is None else residual.stride()[:2]),
-            *((0, 0) if head is None else head.stride()[:2]),
+            *strides(x, 2),
+            *strides(size, 2),
+            *strides(residual, 2),
+            *strides(head, 2),
             EPS=eps,
             NORM_EPS=norm_eps,
             HEAD=rows,
@@ -536,9 +536,9 @@ def _launch_spread(x, order, offsets, size=None, total=None, eps=0.0, partner=No
         tokens,
         num_slots,
         channels,
-        *x.stride()[:2],
-        *((0, 0) if size is None else size.stride()),
-        *((0, 0) if partner is None else partner.stride()[:2]),
+        *strides(x, 2),
+        *strides(size, 2),
+        *strides(partner, 2),
         EPS=eps,
         SLOTS=slots,
         BLOCK_C=block_c,
@@ -633,16 +633,16 @@ def merge_tokens_norm_backward(
             tokens,
             num_slots,
             channels,
-            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
-            *grad_normed.stride()[:2],
-            *((0, 0) if size is None else size.stride()),
-            *((0, 0) if x is None else x.stride()[:2]),
+            *strides(grad_out, 2),
+            *strides(grad_normed, 2),
+            *strides(size, 2),
+            *strides(x, 2),
             EPS=eps,
             HEAD=num_head,
             SUMMED=SUMMED_ROWS,
-            SLOTS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            SLOTS=tile["ROWS"],
+            BLOCK_C=tile["BLOCK_C"],
+            num_warps=tile["num_warps"],
         )
     elif grad_size is not None:
         grad_size.zero_()

@@ -8,7 +8,6 @@ one program for every block of keys.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -16,47 +15,24 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import Tile, in_parts, strides
+from ._rows import head_of, padded_head_dim, steps, unit_of
 
 LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
 MAX_PARTS = 32  # the partial sums of 2,048 tokens are a third of a packed qkv of half precision
 
 
-@dataclasses.dataclass(frozen=True)
-class LogitTile:
-    """Rows that a program owns, rows that it walks over, and channels of one step of a dot product."""
-
-    block_own: int
-    block_other: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
 @functools.cache
-def logit_tile(block_own: int, block_other: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """Choose settings, found by compiling, that never spill for sm_80 and sm_90, head dimensions 16 to 256."""
-    # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all, and 16 at least.
-    block_d = 16 if dtype == torch.float32 else max(next_power_of_2(head_dim), 16)
-    return LogitTile(block_own, block_other, block_d, num_warps=8, num_stages=2)
+def logit_tile(head_dim: int, dtype: torch.dtype, keys: int = 64) -> Tile:
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90, head dimensions 16 to 256.
 
-
-@functools.cache
-def row_tile(keys: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """Return a tile that takes all keys in one step where 64 accumulators a thread hold them.
-
-    Exact dots leave room for 16.
+    All keys are taken in one step where 64 accumulators a thread hold them; exact dots leave room for 16.
     """
     most = 64 if dtype == torch.float32 else 256
-    block_other = max(next_power_of_2(keys), 16) if keys <= most else 64
-    return logit_tile(64, block_other, head_dim, dtype)
-
-
-@functools.cache
-def column_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """Return a tile of 16 partial sums a thread."""
-    return logit_tile(64, 64, head_dim, dtype)
+    block_n = max(next_power_of_2(keys), 16) if keys <= most else 64
+    # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all.
+    block_d = 16 if dtype == torch.float32 else padded_head_dim(head_dim)
+    return Tile(BLOCK_M=64, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -237,8 +213,8 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
     scores = torch.empty(batch, keys, dtype=torch.float32, device=k.device)
     if batch == 0 or queries == 0:
         return scores.zero_()
-    tile = row_tile(keys, head_dim, q.dtype)
-    num_parts = cdiv(queries, tile.block_own)
+    tile = logit_tile(head_dim, q.dtype, keys)
+    num_parts = cdiv(queries, tile["BLOCK_M"])
     with_parts = num_parts <= MAX_PARTS
     width = 16 * cdiv(keys, 16)  # aligned rows: wide loads
     logsumexp = parts = None
@@ -256,24 +232,20 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
         queries,
         keys,
         width,
-        *q.stride()[:3],
-        *k.stride()[:3],
+        *strides(q, 3),
+        *strides(k, 3),
         D=head_dim,
         UNIT=unit_of(q, k),
-        ONE_TILE=with_parts and keys <= tile.block_other,
-        BLOCK_M=tile.block_own,
-        BLOCK_N=tile.block_other,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        ONE_TILE=with_parts and keys <= tile["BLOCK_N"],
+        **tile,
     )
     if with_parts:
         sum_parts_kernel[(cdiv(keys, 64), batch)](
             parts, scores, heads * num_parts, keys, width, BLOCK_P=16, BLOCK_N=64, num_warps=4
         )
         return scores
-    tile = column_tile(head_dim, q.dtype)
-    column_sum_kernel[(cdiv(keys, tile.block_own), batch)](
+    tile = logit_tile(head_dim, q.dtype)
+    column_sum_kernel[(cdiv(keys, tile["BLOCK_N"]), batch)](
         q,
         k,
         logsumexp,
@@ -282,14 +254,10 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
         heads,
         queries,
         keys,
-        *q.stride()[:3],
-        *k.stride()[:3],
+        *strides(q, 3),
+        *strides(k, 3),
         D=head_dim,
         UNIT=unit_of(q, k),
-        BLOCK_N=tile.block_own,
-        BLOCK_M=tile.block_other,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return scores

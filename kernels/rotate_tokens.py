@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -10,31 +9,20 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts, needs_parts
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadTile:
-    """Tokens and heads of one program, and channels of one head."""
-
-    rows: int
-    heads: int
-    block_d: int
-    num_warps: int
-
+from ._launch import Tile, in_parts, needs_parts, strides
 
 ENOUGH_PROGRAMS = 1024  # for any GPU of today; from there on a program takes more heads, and reads the table once
 
 
 @functools.cache
-def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool) -> HeadTile:
+def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool) -> Tile:
     """Return a tile of about 2,048 elements a step; heads that share a table stay together if GPUs are full."""
     block_d = next_power_of_2(channels)
     rows = max(1, 2048 // block_d)
     together = heads
     while together > 1 and images * cdiv(tokens, rows) * cdiv(heads, together) < ENOUGH_PROGRAMS:
         together = cdiv(together, 2)
-    return HeadTile(rows=rows, heads=together if shared else 1, block_d=block_d, num_warps=4)
+    return Tile(ROWS=rows, HEADS=together if shared else 1, BLOCK_D=block_d, num_warps=4)
 
 
 @triton.jit
@@ -154,10 +142,10 @@ def _launch(
         return _launch_in_parts(x, place, cos, sin, prefix, half, backward)
     out = torch.empty(batch, tokens, heads, channels, dtype=x.dtype, device=x.device)
     if out.numel():
-        cos_strides, sin_strides = _strides(cos), _strides(sin)
+        cos_strides, sin_strides = _table_strides(cos), _table_strides(sin)
         shared = cos_strides[1] == 0 and sin_strides[1] == 0
         tile = head_tile(batch, tokens, heads, channels, shared)
-        rotate_tokens_kernel[cdiv(tokens, tile.rows), batch, cdiv(heads, tile.heads)](
+        rotate_tokens_kernel[cdiv(tokens, tile["ROWS"]), batch, cdiv(heads, tile["HEADS"])](
             x,
             cos,
             sin,
@@ -166,17 +154,14 @@ def _launch(
             tokens,
             heads,
             channels,
-            *x.stride()[:3],
+            *strides(x, 3),
             *cos_strides,
             *sin_strides,
-            *((0, 0) if place is None else place.stride()),
+            *strides(place, 2),
             BACKWARD=backward,
             HALF=half,
             PREFIX=prefix,
-            ROWS=tile.rows,
-            HEADS=tile.heads,
-            BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps,
+            **tile,
         )
     return out.transpose(1, 2)
 
@@ -184,12 +169,12 @@ def _launch(
 _launch_in_parts = in_parts("x", "place", "cos", "sin")(_launch)
 
 
-def _strides(table: torch.Tensor) -> tuple[int, int, int]:
+def _table_strides(table: torch.Tensor) -> tuple[int, int, int]:
     """Return the strides over images, heads and places of a table: (P, D), (1 or H, P, D) or (1 or B, 1 or H, P, D)."""
-    strides, sizes = table.stride(), table.shape
-    stride_h = strides[-3] if len(sizes) > 2 and sizes[-3] > 1 else 0
-    stride_b = strides[0] if len(sizes) > 3 and sizes[0] > 1 else 0
-    return stride_b, stride_h, strides[-2]
+    steps, sizes = table.stride(), table.shape
+    stride_h = steps[-3] if len(sizes) > 2 and sizes[-3] > 1 else 0
+    stride_b = steps[0] if len(sizes) > 3 and sizes[0] > 1 else 0
+    return stride_b, stride_h, steps[-2]
 
 
 def rotate_tokens(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from ._direct import direct, next_power_of_2
+from ._direct import direct
+from ._launch import Tile, fitting, strides
 
 # Sums are of integers, the same in any order: a scan of floats can fall by a rounding, and gives tokens of weight 0
 # cdfs of their own. Weights are counted in 2^-61, as their total is at most a little over 1.
@@ -18,24 +18,15 @@ WEIGHT_STEP = tl.constexpr(2.0**-61)
 SMALLEST = tl.constexpr(2.0**-126)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleSettings:
-    """Tokens and sampling points that the one program of an image holds at a time."""
-
-    block_n: int
-    block_k: int
-    num_warps: int
-
-
 @functools.cache
-def sample_settings(tokens: int, budget: int) -> SampleSettings:
-    """Return settings of two a thread, since searches wait for memory.
+def sample_tile(tokens: int, budget: int) -> Tile:
+    """Return tokens and sampling points, two a thread, since searches wait for memory.
 
     512 is the most: 1,024 spilled on sm_80 (Triton 3.9).
     """
-    block_n = min(512, max(32, next_power_of_2(tokens)))
-    block_k = min(512, max(32, next_power_of_2(budget)))
-    return SampleSettings(block_n, block_k, num_warps=max(1, max(block_n, block_k) // 64))
+    block_n, block_k = fitting(tokens, 512, least=32), fitting(budget, 512, least=32)
+    # With one stage no load moves before a barrier.
+    return Tile(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=max(1, max(block_n, block_k) // 64), num_stages=1)
 
 
 @triton.jit
@@ -147,7 +138,6 @@ def sample_tokens(
     valid = torch.empty(batch, prefix + budget, dtype=torch.bool, device=scores.device)
     if batch == 0:
         return index, valid
-    settings = sample_settings(tokens, budget)
     sample_tokens_kernel[(batch,)](
         scores,
         torch.empty(batch, tokens, dtype=torch.float32, device=scores.device),
@@ -158,12 +148,9 @@ def sample_tokens(
         budget,
         budget + 1 if parts is None else parts,
         prefix,
-        *scores.stride(),
-        BLOCK_N=settings.block_n,
-        BLOCK_K=settings.block_k,
+        *strides(scores, 2),
         SCORE_ONE=2.0 ** (61 - tokens.bit_length()),
         SEARCH_STEPS=tokens.bit_length(),
-        num_warps=settings.num_warps,
-        num_stages=1,  # no load may move before a barrier
+        **sample_tile(tokens, budget),
     )
     return index, valid

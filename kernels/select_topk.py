@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -10,32 +9,23 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
+from ._launch import Tile, in_parts, strides
 from ._order import packed_keys
-
-
-@dataclasses.dataclass(frozen=True)
-class SortSettings:
-    """Settings of a sort: one program sorts ``block`` keys of one image."""
-
-    block: int
-    num_warps: int
-
 
 # Triton 3.9: a sort of 8,192 spills on sm_90 and compiles for 9 to 16 s; one of 4,096 does not, and takes 4 to 6 s.
 MAX_SORT = 4096
 # 16 pairs a thread: 72 registers; 32 a thread take 138, and wider rows spilled a few words.
-RANK_BLOCK_I, RANK_BLOCK_J, RANK_WARPS = 32, 64, 4
+RANK_TILE = Tile(BLOCK_I=32, BLOCK_J=64, num_warps=4)
 
 
 @functools.cache
-def sort_settings(tokens: int) -> SortSettings:
-    """Return settings of four keys a thread: at most 64 registers.
+def sort_tile(tokens: int) -> Tile:
+    """Return a tile of four keys a thread: at most 64 registers.
 
     With four times as many a thread, the longest sorts take half a minute to compile.
     """
     block = max(32, next_power_of_2(tokens))
-    return SortSettings(block, num_warps=max(1, block // 128))
+    return Tile(BLOCK=block, num_warps=max(1, block // 128))
 
 
 @direct
@@ -91,19 +81,8 @@ def select_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     if out.numel() == 0:
         return out
     if tokens <= MAX_SORT:
-        settings = sort_settings(tokens)
-        sort_scores_kernel[(batch,)](
-            scores, out, tokens, k, *scores.stride(), BLOCK=settings.block, num_warps=settings.num_warps
-        )
+        sort_scores_kernel[(batch,)](scores, out, tokens, k, *strides(scores, 2), **sort_tile(tokens))
     else:
-        rank_scores_kernel[(cdiv(tokens, RANK_BLOCK_I), batch)](
-            scores,
-            out,
-            tokens,
-            k,
-            *scores.stride(),
-            BLOCK_I=RANK_BLOCK_I,
-            BLOCK_J=RANK_BLOCK_J,
-            num_warps=RANK_WARPS,
-        )
+        grid = (cdiv(tokens, RANK_TILE["BLOCK_I"]), batch)
+        rank_scores_kernel[grid](scores, out, tokens, k, *strides(scores, 2), **RANK_TILE)
     return out

@@ -12,23 +12,22 @@ import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
-from .sinkhorn_merge import MOST_REGISTERS, DotTile, PlanTile, dot, plan_tile, precision_of, similarity_tile
+from ._direct import cdiv, direct
+from ._launch import Tile, fitting, in_parts, strides
+from .sinkhorn_merge import MOST_REGISTERS, dot, plan_tile, precision_of, similarity_tile
 
 CENTER_PARTS = 16  # groups of images whose sums for the centres are added up at the end
 # Short rows in short steps: the gradient of a similarity takes one exponential for every iteration.
-SLOPE_TILE = PlanTile(tokens=32, clusters=64, num_warps=4)
+SLOPE_TILE = Tile(BLOCK_N=32, BLOCK_K=64, num_warps=4)
 
 
 @functools.cache
-def backward_tile(channels: int, small: bool) -> DotTile:
+def backward_tile(channels: int, small: bool) -> Tile:
     """Return the tile of two products in turn.
 
     Anything larger, or 4 warps, spills in part; small where an operand is float32.
     """
-    columns = min(64, max(16, next_power_of_2(channels)))
-    return DotTile(rows=64, columns=min(columns, 32) if small else columns, step=16, num_warps=8, num_stages=2)
+    return Tile(ROWS=64, BLOCK_C=fitting(channels, 32 if small else 64), STEP=16, num_warps=8, num_stages=2)
 
 
 def backward_registers(*dtypes: torch.dtype) -> int | None:
@@ -450,7 +449,7 @@ def sinkhorn_merge_backward(
     grad_similarity = torch.empty_like(similarity)
     exact = x.dtype == torch.float32 or grad.dtype != x.dtype
     tile = similarity_tile(clusters, exact)
-    log_plan_backward_kernel[(cdiv(tokens, tile.rows) * cdiv(padded, tile.columns), batch)](
+    log_plan_backward_kernel[(cdiv(tokens, tile["BLOCK_N"]) * cdiv(padded, tile["BLOCK_K"]), batch)](
         grad,
         x,
         similarity,
@@ -464,16 +463,11 @@ def sinkhorn_merge_backward(
         padded,
         channels,
         iters,
-        *grad.stride()[:2],
-        *x.stride()[:2],
+        *strides(grad, 2),
+        *strides(x, 2),
         PRECISION="ieee",
-        BLOCK_N=tile.rows,
-        BLOCK_K=tile.columns,
-        BLOCK_C=tile.step,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
-    walk = plan_tile(tokens, padded)
     token_terms = torch.empty_like(token_shifts)
     cluster_terms = torch.empty_like(cluster_biases)
     plan_biases_backward_kernel[(batch,)](
@@ -488,13 +482,10 @@ def sinkhorn_merge_backward(
         tokens,
         padded,
         iters,
-        BLOCK_N=walk.tokens,
-        BLOCK_K=walk.clusters,
-        num_warps=walk.num_warps,
-        maxnreg=MOST_REGISTERS,
+        **plan_tile(tokens, padded),
     )
     along = torch.empty_like(inverse_norm)
-    similarity_backward_kernel[(cdiv(tokens, SLOPE_TILE.tokens), batch)](
+    similarity_backward_kernel[(cdiv(tokens, SLOPE_TILE["BLOCK_N"]), batch)](
         similarity,
         token_shifts,
         token_scales,
@@ -507,17 +498,15 @@ def sinkhorn_merge_backward(
         clusters,
         padded,
         iters,
-        BLOCK_N=SLOPE_TILE.tokens,
-        BLOCK_K=SLOPE_TILE.clusters,
-        num_warps=SLOPE_TILE.num_warps,
+        **SLOPE_TILE,
     )
     small = grad.dtype != x.dtype or "ieee" in (precision_of(x.dtype), precision_of(centers.dtype))
     tile = backward_tile(channels, small)
     images_per_part = cdiv(batch, CENTER_PARTS)
     parts = cdiv(batch, images_per_part)
     grad_centers = torch.empty(parts, clusters, channels, dtype=torch.float32, device=x.device)
-    row_blocks = parts * cdiv(clusters, tile.rows) + batch * cdiv(tokens, tile.rows)
-    tokens_and_centers_backward_kernel[(row_blocks * cdiv(channels, tile.columns),)](
+    row_blocks = parts * cdiv(clusters, tile["ROWS"]) + batch * cdiv(tokens, tile["ROWS"])
+    tokens_and_centers_backward_kernel[(row_blocks * cdiv(channels, tile["BLOCK_C"]),)](
         grad,
         x,
         centers,
@@ -539,16 +528,12 @@ def sinkhorn_merge_backward(
         padded,
         channels,
         iters,
-        *grad.stride()[:2],
-        *x.stride()[:2],
+        *strides(grad, 2),
+        *strides(x, 2),
         centers.stride(0),
         PRECISION_X=precision_of(x.dtype),
         PRECISION_CENTERS=precision_of(centers.dtype),
-        ROWS=tile.rows,
-        BLOCK_C=tile.columns,
-        STEP=tile.step,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
         maxnreg=backward_registers(x.dtype, grad.dtype, centers.dtype),
+        **tile,
     )
     return grad_x, grad_centers.sum(0).to(centers.dtype)

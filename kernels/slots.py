@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import in_parts
+from ._launch import in_parts, strides
 
 
 @triton.jit
@@ -60,6 +60,6 @@ def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.T
     if batch:
         grid = (cdiv(max(tokens, num_out + 1), 32), batch)
         group_slots_kernel[grid](
-            slot, order, offsets, tokens, num_out, *slot.stride(), BLOCK_I=32, BLOCK_J=64, num_warps=4
+            slot, order, offsets, tokens, num_out, *strides(slot, 2), BLOCK_I=32, BLOCK_J=64, num_warps=4
         )
     return order, offsets

@@ -6,7 +6,6 @@ backward pass likewise, and the upstream gradient twice per BLOCK_N tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -14,63 +13,37 @@ import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts, row_tile
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeTile:
-    """Tokens, clusters and channels of one step."""
-
-    block_n: int
-    block_k: int
-    block_c: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class GradientTile:
-    """Tokens, clusters and channels of the gradients' tiles; channels or clusters of one step towards them."""
-
-    block_n: int
-    block_k: int
-    block_c: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-def _fits(size: int, high: int) -> int:
-    """Return the least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
-    return min(max(next_power_of_2(size), 16), high)
+from ._direct import cdiv, direct
+from ._launch import Tile, fitting, in_parts, row_tile, strides
 
 
 @functools.cache
-def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
+def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> Tile:
     """Choose the widest tiles that spill nowhere on sm_80 and sm_90, because they read the least.
 
     With half of DeiT's tokens as clusters, half-precision tokens are read once; a tile of 64 would read them twice.
     """
     if dtype == torch.float32:  # exact dots hold their operands in registers
-        return MergeTile(16, _fits(clusters, 64), _fits(channels, 64), num_warps=8, num_stages=2)
+        sizes = {"BLOCK_K": fitting(clusters, 64), "BLOCK_C": fitting(channels, 64)}
+        return Tile(BLOCK_N=16, num_warps=8, num_stages=2, **sizes)
     widest = 128 if channels % 16 == 0 else 64  # where nothing is aligned, every element has a pointer of its own
-    block_k = _fits(clusters, widest)
-    return MergeTile(32, block_k, _fits(channels, widest), num_warps=8 if block_k > 32 else 4, num_stages=2)
+    sizes = {"BLOCK_K": fitting(clusters, widest), "BLOCK_C": fitting(channels, widest)}
+    return Tile(BLOCK_N=32, num_warps=8 if clusters > 32 else 4, num_stages=2, **sizes)
 
 
 @functools.cache
-def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> GradientTile:
+def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> Tile:
     """Return tiles found likewise: wider steps spill, and so do tiles of 128 tokens where ``unit`` is 1.
 
     Twice as many tokens a tile read the upstream gradient half as often.
     """
     if dtype == torch.float32:  # 2 stages spill under Triton 3.6
-        return GradientTile(64, _fits(clusters, 64), _fits(channels, 64), step=16, num_warps=8, num_stages=3)
-    block_k, block_c = _fits(clusters, 128), _fits(channels, 128)
+        sizes = {"BLOCK_K": fitting(clusters, 64), "BLOCK_C": fitting(channels, 64)}
+        return Tile(BLOCK_N=64, STEP=16, num_warps=8, num_stages=3, **sizes)
+    sizes = {"BLOCK_K": fitting(clusters, 128), "BLOCK_C": fitting(channels, 128)}
     if tokens > 64 and channels % 16 == 0 and unit > 1:
-        return GradientTile(128, block_k, block_c, step=32, num_warps=16, num_stages=2)
-    return GradientTile(64, block_k, block_c, step=32, num_warps=8, num_stages=2)
+        return Tile(BLOCK_N=128, STEP=32, num_warps=16, num_stages=2, **sizes)
+    return Tile(BLOCK_N=64, STEP=32, num_warps=8, num_stages=2, **sizes)
 
 
 def logits_unit(logits: torch.Tensor) -> int:
@@ -369,7 +342,7 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
         return out, logsumexp
     tile = forward_tile(clusters, channels, dtype)
     # Channels vary fastest: programs that share logits run side by side, and at least one copies the head.
-    grid = (max(cdiv(channels, tile.block_c), 1), max(cdiv(clusters, tile.block_k), 1), batch)
+    grid = (max(cdiv(channels, tile["BLOCK_C"]), 1), max(cdiv(clusters, tile["BLOCK_K"]), 1), batch)
     soft_merge_kernel[grid](
         logits,
         x,
@@ -380,15 +353,11 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
         clusters,
         channels,
         num_head,
-        *logits.stride(),
-        *x.stride()[:2],
-        *((0, 0) if head is None else head.stride()[:2]),
+        *strides(logits, 3),
+        *strides(x, 2),
+        *strides(head, 2),
         UNIT=logits_unit(logits),
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        BLOCK_C=tile.block_c,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return out, logsumexp
 
@@ -405,9 +374,9 @@ def soft_merge_backward(
     delta = torch.empty_like(logsumexp)
     unit = logits_unit(logits)
     tile = backward_tile(tokens, clusters, channels, out.dtype, unit)
-    programs = cdiv(clusters, tile.block_k) + cdiv(channels, tile.block_c)
+    programs = cdiv(clusters, tile["BLOCK_K"]) + cdiv(channels, tile["BLOCK_C"])
     if batch and programs:
-        block_c = row_tile(max(channels, 1)).block_c
+        block_c = row_tile(channels)["BLOCK_C"]
         rows = 1024 // block_c  # two operands: 2,048 elements each spill where nothing is aligned
         row_delta_kernel[(max(cdiv(clusters, rows), 1), batch)](
             grad,
@@ -416,12 +385,12 @@ def soft_merge_backward(
             clusters,
             channels,
             out.shape[1] - clusters,
-            *grad.stride()[:2],
+            *strides(grad, 2),
             ROWS=rows,
             BLOCK_C=block_c,
             num_warps=4,
         )
-        soft_merge_backward_kernel[(programs, cdiv(tokens, tile.block_n), batch)](
+        soft_merge_backward_kernel[(programs, cdiv(tokens, tile["BLOCK_N"]), batch)](
             grad,
             logits,
             x,
@@ -433,15 +402,10 @@ def soft_merge_backward(
             clusters,
             channels,
             out.shape[1] - clusters,
-            *grad.stride()[:2],
-            *logits.stride(),
-            *x.stride()[:2],
+            *strides(grad, 2),
+            *strides(logits, 3),
+            *strides(x, 2),
             UNIT=unit,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_C=tile.block_c,
-            STEP=tile.step,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile,
         )
     return grad_logits, grad_x
