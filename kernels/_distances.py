@@ -73,8 +73,7 @@ def squared_lengths_kernel(
     rows,  # B * N
     tokens,
     channels,
-    stride_b,
-    stride_n,
+    x_strides,
     RECIPROCAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -82,7 +81,7 @@ def squared_lengths_kernel(
     """Sum the squares of ROWS rows in each program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.arange(0, BLOCK_C)
-    pointers = x + (row // tokens * stride_b + row % tokens * stride_n)[:, None] + offsets_c[None, :]
+    pointers = x + (row // tokens * x_strides[0] + row % tokens * x_strides[1])[:, None] + offsets_c[None, :]
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, channels, BLOCK_C):
         mask = (row < rows)[:, None] & (start + offsets_c < channels)[None, :]
@@ -103,6 +102,6 @@ def squared_lengths(x: torch.Tensor, *, reciprocal: bool = False) -> torch.Tenso
     if lengths.numel():
         tile = row_tile(channels)
         squared_lengths_kernel[(cdiv(batch * tokens, tile["ROWS"]),)](
-            x, lengths, batch * tokens, tokens, channels, *strides(x, 2), RECIPROCAL=reciprocal, **tile
+            x, lengths, batch * tokens, tokens, channels, strides(x, 2), RECIPROCAL=reciprocal, **tile
         )
     return lengths

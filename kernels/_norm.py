@@ -91,17 +91,15 @@ def _norm_gradient(
     offsets_c,
     rows,  # N
     channels,
-    out_stride_b,
-    out_stride_n,
-    normed_stride_b,
-    normed_stride_n,
+    out_strides,
+    normed_strides,
 ):
     """Return the whole gradient of rows of out (ROWS, BLOCK_C), and what they add to weight's and bias's.
 
     Rows that are masked have and add zeros, channels past the last have numbers that mean nothing and add zeros.
     """
     mask = in_rows[:, None] & (offsets_c < channels)[None, :]
-    source = grad_normed + batch * normed_stride_b + row[:, None] * normed_stride_n + offsets_c[None, :]
+    source = grad_normed + batch * normed_strides[0] + row[:, None] * normed_strides[1] + offsets_c[None, :]
     upstream = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     flat = batch * rows + row
     value = tl.load(out + flat[:, None] * channels + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -112,7 +110,7 @@ def _norm_gradient(
     inner = tl.sum(scaled, 1)[:, None] + normal * tl.sum(scaled * normal, 1)[:, None]
     gradient = (scaled - inner / channels) * scale[:, None]
     if grad_out is not None:
-        source = grad_out + batch * out_stride_b + row[:, None] * out_stride_n + offsets_c[None, :]
+        source = grad_out + batch * out_strides[0] + row[:, None] * out_strides[1] + offsets_c[None, :]
         gradient += tl.load(source, mask=mask, other=0.0).to(tl.float32)
     return gradient, upstream * normal, upstream
 

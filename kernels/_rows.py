@@ -39,9 +39,9 @@ def _whole(unit: int, columns: int, strides: tuple[int, ...]) -> bool:
 
 
 @triton.jit
-def head_of(tensor, batch, head, stride_b, stride_h, UNIT: tl.constexpr):
+def head_of(tensor, batch, head, strides, UNIT: tl.constexpr):
     """Return where a head begins: at a multiple of UNIT, strides of 72 channels a head do not tell the compiler."""
-    return tensor + tl.multiple_of(batch * stride_b, UNIT) + tl.multiple_of(head * stride_h, UNIT)
+    return tensor + tl.multiple_of(batch * strides[0], UNIT) + tl.multiple_of(head * strides[1], UNIT)
 
 
 @triton.jit

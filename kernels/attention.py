@@ -40,9 +40,7 @@ def mean_values_kernel(
     mean,  # (B, H, D) float32, contiguous
     heads,
     keys,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    v_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -54,12 +52,12 @@ def mean_values_kernel(
     offsets_n = tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
     in_d = offsets_d < D
-    values = head_of(v, batch, head.to(tl.int64), v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    values = head_of(v, batch, head.to(tl.int64), v_strides, UNIT) + offsets_d[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         rows = start + offsets_n
         mask = (rows < keys)[:, None] & in_d[None, :]
-        acc += tl.load(values + steps(rows, v_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(values + steps(rows, v_strides[2], UNIT), mask=mask, other=0.0).to(tl.float32)
     tl.store(mean + (batch * heads + head) * D + offsets_d, tl.sum(acc, 0) / keys, mask=in_d)
 
 
@@ -75,10 +73,10 @@ def _step(
     bias_row,
     scale_log2,
     log2_e,
-    k_stride_n,
-    v_stride_n,
-    policy_stride_n,
-    bias_stride_n,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
     acc,
     seen_max,
     seen_sum,
@@ -90,17 +88,17 @@ def _step(
 ):
     """Take some more keys into the running softmax; only the last step's keys are masked."""
     in_n = columns < last_n if LAST else None
-    key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
+    key = load_rows(key_rows + steps(columns, k_strides[2], UNIT), in_n, D, BLOCK_D)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee")
     if LAST or bias_row is not None or policy_row is not None:
         logit *= scale_log2
         if bias_row is not None:
-            logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+            logit += load_bias(bias_row, columns, in_n, bias_strides[1], log2_e)[None, :]
         elif LAST:
             logit = tl.where((columns < last_n)[None, :], logit, float("-inf"))
         if policy_row is not None:
             row_max = tl.maximum(row_max, tl.max(logit, 1))
-            visible = load_columns(policy_row, columns, in_n, policy_stride_n)
+            visible = load_columns(policy_row, columns, in_n, policy_strides[1])
             visible = tl.log2(tl.where(visible < 0.0, 0.0, visible))
             own = offsets_m[:, None] == columns[None, :]
             logit = tl.where(own, logit, logit + visible[None, :])
@@ -111,7 +109,7 @@ def _step(
         weight = tl.exp2(logit * scale_log2 - new_max[:, None])
     rescale = tl.exp2(seen_max - new_max)
     seen_sum = seen_sum * rescale + tl.sum(weight, 1)
-    value = load_rows(value_rows + steps(columns, v_stride_n, UNIT), in_n, D, BLOCK_D)
+    value = load_rows(value_rows + steps(columns, v_strides[2], UNIT), in_n, D, BLOCK_D)
     acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
     return acc, new_max, seen_sum, row_max
 
@@ -141,20 +139,12 @@ def _attend_rows(
     heads,
     queries,
     prefix,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    policy_stride_b,
-    policy_stride_n,
-    bias_stride_b,
-    bias_stride_n,
-    index_stride_k,
+    q_strides,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
+    index_strides,
     MAY_SEE_NONE: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
@@ -172,18 +162,18 @@ def _attend_rows(
     in_m = offsets_m < last_m
     in_d = offsets_d < D
     in_md = in_m[:, None] & in_d[None, :]
-    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    query_rows = head_of(q, batch, head, q_strides, UNIT) + offsets_d[None, :]
     rows_q = offsets_m
     if index is not None:
-        rows_q = chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
-    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+        rows_q = chosen_rows(offsets_m - first_m, index, index_strides[1], prefix, in_m, first_n)
+    query = tl.load(query_rows + steps(rows_q, q_strides[2], UNIT), mask=in_md, other=0.0)
+    key_rows = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
+    value_rows = head_of(v, batch, head, v_strides, UNIT) + offsets_d[None, :]
     policy_row, bias_row = policy, bias
     if policy is not None:
-        policy_row = policy + batch * policy_stride_b
+        policy_row = policy + batch * policy_strides[0]
     if bias is not None:
-        bias_row = bias + batch * bias_stride_b
+        bias_row = bias + batch * bias_strides[0]
     seen_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     seen_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -193,14 +183,14 @@ def _attend_rows(
     for start in range(first_n, whole, BLOCK_N):
         acc, seen_max, seen_sum, row_max = _step(
             *(start + tl.arange(0, BLOCK_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
-            *(scale_log2, log2_e, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n),
+            *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
             *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, MASKED),
         )
     if LAST_N > 0:
         # Where the number of keys is the image's own there may be none left, which the masks take care of.
         acc, seen_max, seen_sum, row_max = _step(
             *(whole + tl.arange(0, LAST_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
-            *(scale_log2, log2_e, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n),
+            *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
             *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, True),
         )
 
@@ -243,21 +233,12 @@ def attention_kernel(
     queries,
     keys,
     prefix,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    policy_stride_b,
-    policy_stride_n,
-    bias_stride_b,
-    bias_stride_n,
-    index_stride_b,
-    index_stride_k,
+    q_strides,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
+    index_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -271,7 +252,7 @@ def attention_kernel(
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
     if index is not None:
-        index += batch * index_stride_b
+        index += batch * index_strides[0]
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
@@ -283,17 +264,15 @@ def attention_kernel(
         _attend_rows(
             *(begin + tl.arange(0, LAST_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
             *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
-            *(q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n),
-            *(v_stride_b, v_stride_h, v_stride_n, policy_stride_b, policy_stride_n, bias_stride_b, bias_stride_n),
-            *(index_stride_k, MAY_SEE_NONE, D, UNIT, LAST_M, BLOCK_N, LAST_N, BLOCK_D),
+            *(q_strides, k_strides, v_strides, policy_strides, bias_strides, index_strides),
+            *(MAY_SEE_NONE, D, UNIT, LAST_M, BLOCK_N, LAST_N, BLOCK_D),
         )
     else:
         _attend_rows(
             *(begin + tl.arange(0, BLOCK_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
             *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
-            *(q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n),
-            *(v_stride_b, v_stride_h, v_stride_n, policy_stride_b, policy_stride_n, bias_stride_b, bias_stride_n),
-            *(index_stride_k, MAY_SEE_NONE, D, UNIT, BLOCK_M, BLOCK_N, LAST_N, BLOCK_D),
+            *(q_strides, k_strides, v_strides, policy_strides, bias_strides, index_strides),
+            *(MAY_SEE_NONE, D, UNIT, BLOCK_M, BLOCK_N, LAST_N, BLOCK_D),
         )
     if query_offsets is not None:
         clear_rows(out, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
@@ -312,14 +291,9 @@ def received_kernel(
     heads,
     queries,
     keys,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    bias_stride_b,
-    bias_stride_n,
+    q_strides,
+    k_strides,
+    bias_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -334,19 +308,19 @@ def received_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < keys
     in_d = offsets_d < D
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    key_rows = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
     in_nd = in_n[:, None] & in_d[None, :]
-    key = tl.load(key_rows + steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
+    key = tl.load(key_rows + steps(offsets_n, k_strides[2], UNIT), mask=in_nd, other=0.0)
     if bias is not None:
-        added = load_bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
-    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+        added = load_bias(bias + batch * bias_strides[0], offsets_n, in_n, bias_strides[1], log2_e)
+    query_rows = head_of(q, batch, head, q_strides, UNIT) + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, queries, BLOCK_M):
         rows = start + offsets_m
         in_m = rows < queries
         mask = in_m[:, None] & in_d[None, :]
-        query = tl.load(query_rows + steps(rows, q_stride_m, UNIT), mask=mask, other=0.0)
+        query = tl.load(query_rows + steps(rows, q_strides[2], UNIT), mask=mask, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=float("inf")) * log2_e
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
         if bias is not None:
@@ -370,13 +344,9 @@ def class_kernel(
     queries,
     keys,
     prefix,
-    q_stride_b,
-    q_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    bias_stride_b,
-    bias_stride_n,
+    q_strides,
+    k_strides,
+    bias_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -388,13 +358,13 @@ def class_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < keys
     in_d = offsets_d < D
-    query_row = q + batch * q_stride_b + offsets_d
+    query_row = q + batch * q_strides[0] + offsets_d
     if bias is not None:
-        added = load_bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
+        added = load_bias(bias + batch * bias_strides[0], offsets_n, in_n, bias_strides[1], log2_e)
     acc = tl.zeros((BLOCK_N,), tl.float32)
-    first_head = k + tl.multiple_of(batch * k_stride_b, UNIT)
-    key_rows = first_head + steps(offsets_n, k_stride_n, UNIT) + offsets_d[None, :]
-    next_head = tl.multiple_of(tl.cast(k_stride_h, tl.int64), UNIT)
+    first_head = k + tl.multiple_of(batch * k_strides[0], UNIT)
+    key_rows = first_head + steps(offsets_n, k_strides[2], UNIT) + offsets_d[None, :]
+    next_head = tl.multiple_of(tl.cast(k_strides[1], tl.int64), UNIT)
     for head in range(heads):
         key = tl.load(key_rows, mask=in_n[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
@@ -405,7 +375,7 @@ def class_kernel(
             lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
         acc += tl.exp2(logit - lse)
         key_rows += next_head
-        query_row += q_stride_h
+        query_row += q_strides[1]
     tl.store(scores + batch * (keys - prefix) + offsets_n - prefix, acc / heads, mask=in_n)
 
 
@@ -481,7 +451,7 @@ def attention_policy(
         unit = unit_of(v)
         # Programs are few, so each must keep many loads in flight; 64 addresses a thread would spill.
         tile = head_rows(head_dim, 8192 if unit > 1 else 2048)
-        mean_values_kernel[(heads, batch)](v, mean, heads, tokens, *strides(v, 3), D=head_dim, UNIT=unit, **tile)
+        mean_values_kernel[(heads, batch)](v, mean, heads, tokens, strides(v, 3), D=head_dim, UNIT=unit, **tile)
         nothing = (None,) * 4
         _attend(batch, tokens, q, k, v, policy, *nothing, out, logsumexp, total, mean, scale, eps, 0)
     return out.transpose(1, 2), logsumexp, total, mean
@@ -514,31 +484,11 @@ def _attend(
     used = bias is not None or index is not None
     tile = _forward_tile(queries, keys, head_dim, q.dtype, unit_of(q, k, v), used, query_offsets is not None)
     attention_kernel[(cdiv(most, tile["BLOCK_M"]), heads, images)](
-        q,
-        k,
-        v,
-        policy,
-        bias,
-        index,
-        query_offsets,
-        key_offsets,
-        mean,
-        out,
-        logsumexp,
-        total,
+        *(q, k, v, policy, bias, index, query_offsets, key_offsets, mean, out, logsumexp, total),
         scale * LOG2_E,
         LOG2_E,
-        eps,
-        heads,
-        queries,
-        keys,
-        prefix,
-        *strides(q, 3),
-        *strides(k, 3),
-        *strides(v, 3),
-        *strides(policy, 2),
-        *strides(bias, 2),
-        *strides(index, 2),
+        *(eps, heads, queries, keys, prefix),
+        *(strides(q, 3), strides(k, 3), strides(v, 3), strides(policy, 2), strides(bias, 2), strides(index, 2)),
         **tile,
     )
 
@@ -569,16 +519,9 @@ def key_scores(
     if not received:
         tile = head_rows(head_dim, 2048)  # heads follow one another, so that there are many programs
         class_kernel[(cdiv(keys - prefix, tile["BLOCK_N"]), batch)](
-            q,
-            k,
-            bias,
-            logsumexp,
-            scores,
-            *numbers,
-            prefix,
-            *strides(q, 2),
-            *strides(k, 3),
-            *strides(bias, 2),
+            *(q, k, bias, logsumexp, scores),
+            *(*numbers, prefix),
+            *(strides(q, 2), strides(k, 3), strides(bias, 2)),
             D=head_dim,
             UNIT=unit,
             **tile,
@@ -588,15 +531,9 @@ def key_scores(
     tile, _, _ = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None)
     tile = Tile(tile, BLOCK_M=tile["BLOCK_N"], BLOCK_N=tile["BLOCK_M"])  # a program has keys, and walks over queries
     received_kernel[(cdiv(keys, tile["BLOCK_N"]), heads, batch)](
-        q,
-        k,
-        bias,
-        logsumexp,
-        parts,
-        *numbers,
-        *strides(q, 3),
-        *strides(k, 3),
-        *strides(bias, 2),
+        *(q, k, bias, logsumexp),
+        *(parts, *numbers),
+        *(strides(q, 3), strides(k, 3), strides(bias, 2)),
         D=head_dim,
         UNIT=unit,
         BLOCK_D=padded_head_dim(head_dim),

@@ -47,16 +47,10 @@ def class_logits_kernel(
     heads,
     tokens,
     parts,
-    q_stride_b,
-    q_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
-    valid_stride_b,
-    valid_stride_n,
+    q_strides,
+    k_strides,
+    value_strides,
+    valid_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,17 +66,17 @@ def class_logits_kernel(
     in_d = offsets_d < D
     seen = in_n
     if valid is not None:
-        rows = valid + batch * valid_stride_b + offsets_n.to(tl.int64) * valid_stride_n
+        rows = valid + batch * valid_strides[0] + offsets_n.to(tl.int64) * valid_strides[1]
         seen = in_n & (tl.load(rows, mask=in_n, other=0) != 0)
     first = offsets_n.to(tl.int64)
     if offsets is not None:
         begin = tl.load(offsets + batch)
         seen = in_n & (offsets_n < tl.load(offsets + batch + 1) - begin)
         first += begin
-    query_row = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d
+    query_row = head_of(q, batch, head, q_strides, UNIT) + offsets_d
     query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
-    keys = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
-    keys = keys + steps(first, k_stride_n, UNIT) + offsets_d[None, :]
+    keys = head_of(k, batch, head, k_strides, UNIT)
+    keys = keys + steps(first, k_strides[2], UNIT) + offsets_d[None, :]
     key = tl.load(keys, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     logit = tl.sum(key * query[None, :], 1) * scale
     row = batch * heads + head
@@ -90,8 +84,8 @@ def class_logits_kernel(
         logit = tl.where(seen, logit, float("-inf"))
     tl.store(logits + row * tokens + offsets_n, logit, mask=in_n)
     if value is not None:
-        values = head_of(value, batch, head, value_stride_b, value_stride_h, UNIT)
-        values = values + steps(first, value_stride_n, UNIT) + offsets_d[None, :]
+        values = head_of(value, batch, head, value_strides, UNIT)
+        values = values + steps(first, value_strides[2], UNIT) + offsets_d[None, :]
         vector = tl.load(values, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         tl.store(lengths + row * tokens + offsets_n, tl.sqrt_rn(tl.sum(vector * vector, 1)), mask=in_n)
     logit = tl.where(in_n, logit, float("-inf"))
@@ -163,13 +157,9 @@ def class_logits_backward_kernel(
     scale,
     heads,
     tokens,
-    grad_stride_b,
-    grad_stride_n,
-    q_stride_b,
-    q_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    grad_strides,
+    q_strides,
+    k_strides,
     PREFIX: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
@@ -185,22 +175,22 @@ def class_logits_backward_kernel(
     batch = tl.program_id(1).to(tl.int64)
     row = batch * heads + head
     lse = tl.load(logsumexp + row)
-    upstream = grad + batch * grad_stride_b
+    upstream = grad + batch * grad_strides[0]
     weighted = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(0, tokens, BLOCK_S):
         offsets_n = start + tl.arange(0, BLOCK_S)
         in_n = offsets_n < tokens
         attention = tl.exp(tl.load(logits + row * tokens + offsets_n, mask=in_n, other=float("-inf")) - lse)
         patches = (offsets_n - PREFIX).to(tl.int64)
-        slope = tl.load(upstream + patches * grad_stride_n, mask=in_n & (offsets_n >= PREFIX), other=0.0)
+        slope = tl.load(upstream + patches * grad_strides[1], mask=in_n & (offsets_n >= PREFIX), other=0.0)
         weighted += attention * slope.to(tl.float32)
     mean = tl.sum(weighted, 0)
 
     offsets_d = tl.arange(0, BLOCK_D)
     in_d = offsets_d < D
-    query_row = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d
+    query_row = head_of(q, batch, head, q_strides, UNIT) + offsets_d
     query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
-    keys = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    keys = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, tokens, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
@@ -208,9 +198,9 @@ def class_logits_backward_kernel(
         mask = in_n[:, None] & in_d[None, :]
         attention = tl.exp(tl.load(logits + row * tokens + offsets_n, mask=in_n, other=float("-inf")) - lse)
         patches = (offsets_n - PREFIX).to(tl.int64)
-        slope = tl.load(upstream + patches * grad_stride_n, mask=in_n & (offsets_n >= PREFIX), other=0.0)
+        slope = tl.load(upstream + patches * grad_strides[1], mask=in_n & (offsets_n >= PREFIX), other=0.0)
         grad_logit = attention * (slope.to(tl.float32) - mean) * (scale / heads)
-        key = tl.load(keys + steps(offsets_n, k_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
+        key = tl.load(keys + steps(offsets_n, k_strides[2], UNIT), mask=mask, other=0.0).to(tl.float32)
         acc += grad_logit[:, None] * key
         target = ((batch * tokens + offsets_n[:, None]) * heads + head) * D + offsets_d[None, :]
         tl.store(grad_k + target, (grad_logit[:, None] * query[None, :]).to(grad_k.dtype.element_ty), mask=mask)
@@ -245,22 +235,9 @@ def _forward(
     softmaxes = torch.empty(batch, heads, parts, 2, dtype=torch.float32, device=k.device)
     # Heads vary fastest: in the packed layout neighbouring programs read neighbouring memory.
     class_logits_kernel[(heads, parts, batch)](
-        q,
-        k,
-        value,
-        valid,
-        offsets,
-        logits,
-        lengths,
-        softmaxes,
-        scale,
-        heads,
-        tokens,
-        parts,
-        *strides(q, 2),
-        *_key_strides(k, offsets),
-        *_key_strides(value, offsets),
-        *strides(valid, 2),
+        *(q, k, value, valid, offsets, logits, lengths, softmaxes),
+        *(scale, heads, tokens, parts),
+        *(strides(q, 2), _key_strides(k, offsets), _key_strides(value, offsets), strides(valid, 2)),
         D=head_dim,
         UNIT=unit_of(q, k) if value is None else unit_of(q, k, value),
         **tile,
@@ -318,19 +295,9 @@ def cls_scores_backward(
     grad_k = torch.empty(batch, tokens, heads, head_dim, dtype=k.dtype, device=k.device)
     if batch:
         class_logits_backward_kernel[(heads, batch)](
-            grad,
-            q,
-            k,
-            logits,
-            logsumexp,
-            grad_q,
-            grad_k,
-            scale,
-            heads,
-            tokens,
-            *strides(grad, 2),
-            *strides(q, 2),
-            *strides(k, 3),
+            *(grad, q, k, logits, logsumexp, grad_q, grad_k),
+            *(scale, heads, tokens),
+            *(strides(grad, 2), strides(q, 2), strides(k, 3)),
             PREFIX=prefix,
             D=head_dim,
             UNIT=unit_of(q, k),

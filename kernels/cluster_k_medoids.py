@@ -38,16 +38,16 @@ def cluster_tile(tokens: int) -> Tile:
 
 
 @triton.jit
-def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n):
+def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_strides):
     """Store the costs of tokens i (BLOCK_I,), and the tokens of most weight at their rank among the centers."""
     in_i = i < tokens
-    weights += batch * weights_stride_b
-    total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)
-    keys_i = packed_keys(weights + i.to(tl.int64) * weights_stride_n, i, in_i)
+    weights += batch * weights_strides[0]
+    total *= tl.load(weights + i.to(tl.int64) * weights_strides[1], mask=in_i, other=0.0).to(tl.float32)
+    keys_i = packed_keys(weights + i.to(tl.int64) * weights_strides[1], i, in_i)
     rank = tl.zeros_like(i)
     for start_n in range(0, tokens, 16):
         n = start_n + tl.arange(0, 16)
-        keys_n = packed_keys(weights + n.to(tl.int64) * weights_stride_n, n, n < tokens)
+        keys_n = packed_keys(weights + n.to(tl.int64) * weights_strides[1], n, n < tokens)
         rank += tl.sum((keys_n[None, :] > keys_i[:, None]).to(tl.int32), 1)
     tl.store(centers + batch * clusters + rank, i.to(tl.int64), mask=in_i & (rank < clusters))
     tl.store(cost + batch * tokens + i, total, mask=in_i)
@@ -67,10 +67,8 @@ def token_distances_kernel(
     channels,
     clusters,
     row_stride,
-    x_stride_b,
-    x_stride_n,
-    weights_stride_b,
-    weights_stride_n,
+    x_strides,
+    weights_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -79,10 +77,10 @@ def token_distances_kernel(
     place = tl.program_id(1).to(tl.int64)
     batch = place + first
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
+    image = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
     row_i = tl.minimum(i, tokens - 1)
-    rows_i = image + row_i.to(tl.int64)[:, None] * x_stride_n
+    rows_i = image + row_i.to(tl.int64)[:, None] * x_strides[1]
     squares += batch * tokens
     squares_i = tl.load(squares + row_i)
     out = distance + (place * tokens + i)[:, None] * row_stride
@@ -90,12 +88,12 @@ def token_distances_kernel(
     for start_n in range(0, row_stride, BLOCK_J):
         n = start_n + tl.arange(0, BLOCK_J)
         row_n = tl.minimum(n, tokens - 1)
-        rows_n = image + row_n.to(tl.int64)[:, None] * x_stride_n
+        rows_n = image + row_n.to(tl.int64)[:, None] * x_strides[1]
         squares_n = tl.load(squares + row_n)
         value = distances(rows_i, squares_i, rows_n, squares_n, n < tokens, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
         tl.store(out + n[None, :], value, mask=(i < tokens)[:, None] & (n < row_stride)[None, :])
-    _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
+    _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_strides)
 
 
 @triton.jit
@@ -203,19 +201,9 @@ def token_distances(
     tokens, channels = x.shape[1:]
     tile = distance_tile(channels, x.dtype)
     token_distances_kernel[(cdiv(tokens, tile["BLOCK_I"]), len(images))](
-        x,
-        squares,
-        weights,
-        distance,
-        cost,
-        centers,
-        images.start,
-        tokens,
-        channels,
-        centers.shape[1],
-        distance.shape[2],
-        *strides(x, 2),
-        *strides(weights, 2),
+        *(x, squares, weights, distance, cost, centers),
+        *(images.start, tokens, channels, centers.shape[1], distance.shape[2]),
+        *(strides(x, 2), strides(weights, 2)),
         **tile,
     )
 
@@ -240,14 +228,8 @@ def cluster_k_medoids(x: torch.Tensor, weights: torch.Tensor, k: int, iters: int
     for part in parts:
         token_distances(x, squares, weights, distance, cost, centers, part)
         iterate_clusters_kernel[(len(part),)](
-            distance,
-            cost,
-            centers,
-            label,
-            part.start,
-            tokens,
-            k,
-            iters,
+            *(distance, cost, centers, label),
+            *(part.start, tokens, k, iters),
             row_stride,
             ONE_BLOCK=tokens <= tile["BLOCK_N"],
             **tile,

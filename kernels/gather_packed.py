@@ -34,8 +34,7 @@ def token_offsets_kernel(
     offsets,  # (B + 1,) int32
     batch,
     tokens,
-    valid_stride_b,
-    valid_stride_n,
+    valid_strides,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -45,12 +44,12 @@ def token_offsets_kernel(
     for start_b in range(0, batch, BLOCK_B):
         images = start_b + tl.arange(0, BLOCK_B)
         in_b = images < batch
-        rows = valid + images.to(tl.int64)[:, None] * valid_stride_b
+        rows = valid + images.to(tl.int64)[:, None] * valid_strides[0]
         count = tl.zeros((BLOCK_B,), tl.int32)
         for start_n in range(0, tokens, BLOCK_N):
             columns = start_n + tl.arange(0, BLOCK_N)
             mask = in_b[:, None] & (columns < tokens)[None, :]
-            real = tl.load(rows + columns.to(tl.int64)[None, :] * valid_stride_n, mask=mask, other=0)
+            real = tl.load(rows + columns.to(tl.int64)[None, :] * valid_strides[1], mask=mask, other=0)
             count += tl.sum((real != 0).to(tl.int32), 1)
         tl.store(offsets + 1 + images, total + tl.cumsum(count, 0), mask=in_b)
         total += tl.sum(count, 0)
@@ -68,10 +67,8 @@ def gather_packed_kernel(
     num_out,
     channels,
     batch,
-    x_stride_b,
-    x_stride_t,
-    index_stride_b,
-    index_stride_k,
+    x_strides,
+    index_strides,
     residual_stride_t,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
@@ -88,16 +85,16 @@ def gather_packed_kernel(
     picked = place.to(tl.int64)
     if index is not None:
         is_patch = real & (place >= PREFIX)
-        entry = image.to(tl.int64) * index_stride_b + (place - PREFIX).to(tl.int64) * index_stride_k
+        entry = image.to(tl.int64) * index_strides[0] + (place - PREFIX).to(tl.int64) * index_strides[1]
         chosen = tl.load(index + entry, mask=is_patch, other=0).to(tl.int64)
         picked = tl.where(is_patch, chosen + PREFIX, picked)
     if source is None:
-        begin = image.to(tl.int64) * x_stride_b
+        begin = image.to(tl.int64) * x_strides[0]
     else:
-        begin = tl.load(source + image, mask=real, other=0).to(tl.int64) * x_stride_t
+        begin = tl.load(source + image, mask=real, other=0).to(tl.int64) * x_strides[1]
     in_c = offsets_c < channels
     mask = real[:, None] & in_c[None, :]
-    value = tl.load(x + (begin + picked * x_stride_t)[:, None] + offsets_c[None, :], mask=mask, other=0.0)
+    value = tl.load(x + (begin + picked * x_strides[1])[:, None] + offsets_c[None, :], mask=mask, other=0.0)
     value = value.to(tl.float32)
     if residual is not None:
         added = residual + rows.to(tl.int64)[:, None] * residual_stride_t + offsets_c[None, :]
@@ -119,8 +116,7 @@ def scatter_packed_kernel(
     batch,
     each,
     x_stride_t,
-    index_stride_b,
-    index_stride_k,
+    index_strides,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -143,18 +139,18 @@ def scatter_packed_kernel(
     count = tl.load(target + image + 1, mask=found, other=0) - begin
     if index is not None:
         is_patch = found & (place >= PREFIX)
-        entries = index + image.to(tl.int64) * index_stride_b
+        entries = index + image.to(tl.int64) * index_strides[0]
         first = tl.zeros_like(rows)  # the first index that is not below the place
         end = tl.maximum(count - PREFIX, 0)
         for _ in range(INDEX_STEPS):
             middle = (first + end) // 2
             searching = is_patch & (first < end)
-            entry = tl.load(entries + middle.to(tl.int64) * index_stride_k, mask=searching, other=0).to(tl.int32)
+            entry = tl.load(entries + middle.to(tl.int64) * index_strides[1], mask=searching, other=0).to(tl.int32)
             below = entry < place - PREFIX
             first = tl.where(searching & below, middle + 1, first)
             end = tl.where(searching & ~below, middle, end)
         inside = is_patch & (first < count - PREFIX)
-        entry = tl.load(entries + first.to(tl.int64) * index_stride_k, mask=inside, other=0).to(tl.int32)
+        entry = tl.load(entries + first.to(tl.int64) * index_strides[1], mask=inside, other=0).to(tl.int32)
         found = tl.where(is_patch, inside & (entry == place - PREFIX), found)
         place = tl.where(is_patch, first + PREFIX, place)
     found = found & (place < count)
@@ -173,7 +169,7 @@ def token_offsets(valid: torch.Tensor) -> torch.Tensor:
     block_n = fitting(tokens, 128)
     block_b = min(max(1, 4096 // block_n), next_power_of_2(max(1, batch)))
     token_offsets_kernel[(1,)](
-        valid, offsets, batch, tokens, *strides(valid, 2), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
+        valid, offsets, batch, tokens, strides(valid, 2), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
     )
     return offsets
 
@@ -194,17 +190,9 @@ def _gather(
         return out
     tile = row_tile(channels)
     gather_packed_kernel[(cdiv(num_out, tile["ROWS"]), cdiv(channels, tile["BLOCK_C"]))](
-        x,
-        index,
-        residual,
-        source,
-        target,
-        out,
-        num_out,
-        channels,
-        batch,
-        *strides(x, 2),
-        *strides(index, 2),
+        *(x, index, residual, source, target, out),
+        *(num_out, channels, batch),
+        *(strides(x, 2), strides(index, 2)),
         0 if residual is None else residual.stride(1),
         PREFIX=prefix,
         STEPS=batch.bit_length(),
@@ -227,17 +215,9 @@ def _scatter(
     num_out = out.shape[0] * each
     tile = row_tile(channels)
     scatter_packed_kernel[(cdiv(num_out, tile["ROWS"]), cdiv(channels, tile["BLOCK_C"]))](
-        x,
-        index,
-        source,
-        target,
-        out,
-        num_out,
-        channels,
-        batch,
-        each,
-        x.stride(1),
-        *strides(index, 2),
+        *(x, index, source, target, out),
+        *(num_out, channels, batch, each, x.stride(1)),
+        strides(index, 2),
         PREFIX=prefix,
         STEPS=batch.bit_length(),
         INDEX_STEPS=0 if index is None else index.shape[1].bit_length(),

@@ -86,8 +86,7 @@ def packed_product_kernel(
     inner,
     batch,
     x_stride_t,
-    weight_stride_k,
-    weight_stride_n,
+    weight_strides,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,7 +102,7 @@ def packed_product_kernel(
     real = offsets_m < total
     in_n = offsets_n < columns
     x_tile = x + offsets_m.to(tl.int64)[:, None] * x_stride_t + offsets_k[None, :]
-    weight_tile = weight + offsets_k[:, None] * weight_stride_k + offsets_n.to(tl.int64)[None, :] * weight_stride_n
+    weight_tile = weight + offsets_k[:, None] * weight_strides[0] + offsets_n.to(tl.int64)[None, :] * weight_strides[1]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, tl.where(block_m * BLOCK_M < total, inner, 0), BLOCK_K):
         if EVEN_K:
@@ -115,7 +114,7 @@ def packed_product_kernel(
             factor = tl.load(weight_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(token, factor, acc, input_precision=PRECISION)
         x_tile += BLOCK_K
-        weight_tile += BLOCK_K * weight_stride_k
+        weight_tile += BLOCK_K * weight_strides[0]
     if bias is not None:
         acc += tl.load(bias + offsets_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     value = tl.where(real[:, None], acc, 0.0).to(out.dtype.element_ty)
@@ -191,17 +190,9 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, o
         return out
     tile = product_tile(inner, columns, x.dtype)
     packed_product_kernel[(cdiv(rows, tile["BLOCK_M"]) * cdiv(columns, tile["BLOCK_N"]),)](
-        x,
-        weight,
-        bias,
-        offsets,
-        out,
-        rows,
-        columns,
-        inner,
-        offsets.shape[0] - 1,
-        x.stride(1),
-        *strides(weight, 2),
+        *(x, weight, bias, offsets, out),
+        *(rows, columns, inner, offsets.shape[0] - 1, x.stride(1)),
+        strides(weight, 2),
         PRECISION=_precision(x.dtype),
         EVEN_K=inner % tile["BLOCK_K"] == 0,
         **tile,
@@ -245,16 +236,8 @@ def linear_packed_backward(
     tile = grad_weight_tile(ins, outs, x.dtype)
     column_blocks = (cdiv(ins, tile["BLOCK_N"]) if wanted[1] else 0) + wanted[2]
     packed_weight_kernel[(cdiv(outs, tile["BLOCK_M"]) * column_blocks, parts)](
-        grad,
-        x,
-        offsets,
-        grad_weight,
-        grad_bias,
-        outs,
-        ins,
-        offsets.shape[0] - 1,
-        grad.stride(1),
-        x.stride(1),
+        *(grad, x, offsets, grad_weight, grad_bias),
+        *(outs, ins, offsets.shape[0] - 1, grad.stride(1), x.stride(1)),
         PRECISION=_precision(x.dtype),
         **tile,
     )

@@ -101,9 +101,7 @@ def mean_keys_kernel(
     metric,  # (B, N, D), contiguous
     tokens,
     channels,
-    stride_b,
-    stride_h,
-    stride_n,
+    keys_strides,
     HEADS: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -115,8 +113,8 @@ def mean_keys_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     mask = (row < tokens)[:, None] & (offsets_d < channels)
-    first_head = keys + tl.multiple_of(batch * stride_b, UNIT)
-    mean = _metric(first_head + steps(row, stride_n, UNIT) + offsets_d, mask, stride_h, HEADS, UNIT)
+    first_head = keys + tl.multiple_of(batch * keys_strides[0], UNIT)
+    mean = _metric(first_head + steps(row, keys_strides[2], UNIT) + offsets_d, mask, keys_strides[1], HEADS, UNIT)
     tl.store(metric + steps(batch * tokens + row, channels, UNIT) + offsets_d, mean, mask=mask)
 
 
@@ -130,9 +128,7 @@ def best_match_kernel(
     destination,  # (B, A) int32, likewise
     tokens,
     channels,
-    stride_b,
-    stride_h,
-    stride_n,
+    keys_strides,
     PREFIX: tl.constexpr,
     HEADS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -151,11 +147,11 @@ def best_match_kernel(
     channels = channels // UNIT * UNIT
     position_a = (PREFIX + 1) // 2 + tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     offsets_d = tl.arange(0, BLOCK_D)
-    first_head = keys + tl.multiple_of(batch * stride_b, UNIT)
+    first_head = keys + tl.multiple_of(batch * keys_strides[0], UNIT)
     in_a = (position_a < num_a)[:, None]
-    pointers_a = first_head + steps(2 * position_a, stride_n, UNIT) + offsets_d[None, :]
+    pointers_a = first_head + steps(2 * position_a, keys_strides[2], UNIT) + offsets_d[None, :]
     if ONE_CHUNK:
-        a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
+        a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], keys_strides[1], HEADS, UNIT)
         squares_a = tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
     if squares is not None:
         squares += batch * tokens
@@ -168,11 +164,11 @@ def best_match_kernel(
     for start_b in range(PREFIX // 2, num_b, BLOCK_B):
         position_b = start_b + tl.arange(0, BLOCK_B)
         in_b = (position_b < num_b)[:, None]
-        pointers_b = first_head + steps(2 * position_b + 1, stride_n, UNIT) + offsets_d[None, :]
+        pointers_b = first_head + steps(2 * position_b + 1, keys_strides[2], UNIT) + offsets_d[None, :]
         dots = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         squares_b = tl.zeros((BLOCK_B,), tl.float32)
         if ONE_CHUNK:
-            b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
+            b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], keys_strides[1], HEADS, UNIT)
             squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
         elif squares is not None:
@@ -187,14 +183,14 @@ def best_match_kernel(
             for start_d in range(0, channels, BLOCK_D):
                 in_d = (start_d + offsets_d < channels)[None, :]
                 if kept is None:
-                    a_chunk = _metric(pointers_a + start_d, in_a & in_d, stride_h, HEADS, UNIT)
+                    a_chunk = _metric(pointers_a + start_d, in_a & in_d, keys_strides[1], HEADS, UNIT)
                 else:
                     first = start_b == PREFIX // 2
                     a_chunk = _metric_once(
-                        pointers_a + start_d, kept_a + start_d, in_a & in_d, first, stride_h, HEADS, UNIT
+                        pointers_a + start_d, kept_a + start_d, in_a & in_d, first, keys_strides[1], HEADS, UNIT
                     )
                 squares_a += tl.sum(a_chunk.to(tl.float32) * a_chunk.to(tl.float32), 1)
-                b = _metric(pointers_b + start_d, in_b & in_d, stride_h, HEADS, UNIT)
+                b = _metric(pointers_b + start_d, in_b & in_d, keys_strides[1], HEADS, UNIT)
                 squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
                 dots = tl.dot(a_chunk, tl.trans(b), dots, input_precision="ieee")
             if kept is not None:
@@ -316,7 +312,7 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
             metric,
             tokens,
             channels,
-            *strides(keys, 3),
+            strides(keys, 3),
             HEADS=heads,
             UNIT=unit_of(keys),
             ROWS=rows,
@@ -347,13 +343,9 @@ def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
     squares = squared_lengths(keys.squeeze(1)) if heads == 1 and not one_chunk else None
     best_match_kernel[(cdiv(searching, tile["BLOCK_A"]), batch)](
         keys,
-        keys.new_empty(batch, num_a, channels) if keeps else None,
-        squares,
-        best,
-        destination,
-        tokens,
-        channels,
-        *strides(keys, 3),
+        *(keys.new_empty(batch, num_a, channels) if keeps else None, squares, best, destination),
+        *(tokens, channels),
+        strides(keys, 3),
         PREFIX=prefix,
         HEADS=heads,
         UNIT=unit,
@@ -383,13 +375,8 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tenso
     groups_too = tokens <= MAX_GROUPED
     num_warps = 8
     assign_slots_kernel[(batch,)](
-        best,
-        destination,
-        slot,
-        order if groups_too else None,
-        offsets if groups_too else None,
-        tokens,
-        r,
+        *(best, destination, slot, order if groups_too else None, offsets if groups_too else None),
+        *(tokens, r),
         PREFIX=prefix,
         ONE_BLOCK=num_a <= block,
         BLOCK=block,

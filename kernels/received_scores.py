@@ -71,12 +71,8 @@ def row_softmax_kernel(
     queries,
     keys,
     width,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    q_strides,
+    k_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -93,16 +89,16 @@ def row_softmax_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_m = offsets_m < queries
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
-    q_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT)
-    q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
+    q_rows = head_of(q, batch, head, q_strides, UNIT)
+    q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_strides[2], UNIT)
     query = tl.load(q_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
-    k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
+    k_rows = head_of(k, batch, head, k_strides, UNIT)
     if parts is not None:
         received = parts + (row * tl.num_programs(0) + part) * width
     if ONE_TILE:
         offsets_n = tl.arange(0, BLOCK_N)
         in_n = offsets_n < keys
-        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
+        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
         logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
         logits = tl.where(in_n[None, :], logits, float("-inf"))
         maximum = tl.max(logits, 1)
@@ -115,7 +111,7 @@ def row_softmax_kernel(
         running_sum = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, keys, BLOCK_N):
             offsets_n = start + tl.arange(0, BLOCK_N)
-            rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
+            rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
             logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
             logits = tl.where((offsets_n < keys)[None, :], logits, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -129,7 +125,7 @@ def row_softmax_kernel(
             lse = tl.where(in_m, lse, float("inf"))
             for start in range(0, keys, BLOCK_N):
                 offsets_n = start + tl.arange(0, BLOCK_N)
-                rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
+                rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
                 logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
                 tl.store(received + offsets_n, tl.sum(tl.exp(logits - lse[:, None]), 0), mask=offsets_n < width)
 
@@ -168,12 +164,8 @@ def column_sum_kernel(
     heads,
     queries,
     keys,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    q_strides,
+    k_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -184,18 +176,18 @@ def column_sum_kernel(
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
-    row_n = steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
-    k_rows = k + tl.multiple_of(batch * k_stride_b, UNIT) + row_n
-    q_head = q + tl.multiple_of(batch * q_stride_b, UNIT)
+    row_n = steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
+    k_rows = k + tl.multiple_of(batch * k_strides[0], UNIT) + row_n
+    q_head = q + tl.multiple_of(batch * q_strides[0], UNIT)
     lse_head = logsumexp + batch * heads * queries
     received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    next_key = tl.multiple_of(tl.cast(k_stride_h, tl.int64), UNIT)
-    next_query = tl.multiple_of(tl.cast(q_stride_h, tl.int64), UNIT)
+    next_key = tl.multiple_of(tl.cast(k_strides[1], tl.int64), UNIT)
+    next_query = tl.multiple_of(tl.cast(q_strides[1], tl.int64), UNIT)
     for _ in range(heads):
         key = tl.load(k_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
         for start in range(0, queries, BLOCK_M):
             offsets_m = start + tl.arange(0, BLOCK_M)
-            rows = q_head + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
+            rows = q_head + steps(tl.minimum(offsets_m, queries - 1), q_strides[2], UNIT)
             lse = tl.load(lse_head + offsets_m, mask=offsets_m < queries, other=float("inf"))
             logits = _dots(k_rows, key, rows, D, BLOCK_N, BLOCK_M, BLOCK_D) * scale
             received += tl.exp(logits - lse[None, :])
@@ -224,16 +216,9 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
         logsumexp = torch.empty(batch, heads, queries, dtype=torch.float32, device=k.device)
     # Blocks of queries vary fastest: neighbouring programs read the same keys.
     row_softmax_kernel[(num_parts, heads, batch)](
-        q,
-        k,
-        logsumexp,
-        parts,
-        scale,
-        queries,
-        keys,
-        width,
-        *strides(q, 3),
-        *strides(k, 3),
+        *(q, k, logsumexp),
+        *(parts, scale, queries, keys, width),
+        *(strides(q, 3), strides(k, 3)),
         D=head_dim,
         UNIT=unit_of(q, k),
         ONE_TILE=with_parts and keys <= tile["BLOCK_N"],
@@ -246,16 +231,9 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
         return scores
     tile = logit_tile(head_dim, q.dtype)
     column_sum_kernel[(cdiv(keys, tile["BLOCK_N"]), batch)](
-        q,
-        k,
-        logsumexp,
-        scores,
-        scale,
-        heads,
-        queries,
-        keys,
-        *strides(q, 3),
-        *strides(k, 3),
+        *(q, k, logsumexp, scores),
+        *(scale, heads, queries, keys),
+        *(strides(q, 3), strides(k, 3)),
         D=head_dim,
         UNIT=unit_of(q, k),
         **tile,

@@ -49,17 +49,10 @@ def rotate_tokens_kernel(
     tokens,
     heads,
     channels,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    cos_stride_b,
-    cos_stride_h,
-    cos_stride_p,
-    sin_stride_b,
-    sin_stride_h,
-    sin_stride_p,
-    place_stride_b,
-    place_stride_n,
+    x_strides,
+    cos_strides,
+    sin_strides,
+    place_strides,
     BACKWARD: tl.constexpr,
     HALF: tl.constexpr,
     PREFIX: tl.constexpr,
@@ -76,14 +69,14 @@ def rotate_tokens_kernel(
     is_patch = in_tokens & (n >= PREFIX)
     seat = n - PREFIX
     if place is not None:
-        seat = tl.load(place + batch * place_stride_b + seat * place_stride_n, mask=is_patch, other=-1)
+        seat = tl.load(place + batch * place_strides[0] + seat * place_strides[1], mask=is_patch, other=-1)
     turns = is_patch & (seat >= 0)
     seat = tl.where(turns, seat, 0).to(tl.int64)
-    x += batch * x_stride_b + first_head * x_stride_h
+    x += batch * x_strides[0] + first_head * x_strides[1]
     out += (batch * tokens * heads + first_head) * channels
-    row_cos = batch * cos_stride_b + first_head * cos_stride_h + seat * cos_stride_p
-    row_sin = batch * sin_stride_b + first_head * sin_stride_h + seat * sin_stride_p
-    row = n.to(tl.int64) * x_stride_n
+    row_cos = batch * cos_strides[0] + first_head * cos_strides[1] + seat * cos_strides[2]
+    row_sin = batch * sin_strides[0] + first_head * sin_strides[1] + seat * sin_strides[2]
+    row = n.to(tl.int64) * x_strides[2]
     target = n.to(tl.int64) * heads * channels
     if HALF:
         half = channels // 2
@@ -107,7 +100,7 @@ def rotate_tokens_kernel(
             place_low = out + target[:, None] + low[None, :]
             tl.store(place_low, out_low.to(out.dtype.element_ty), mask=mask)
             tl.store(place_low + half, out_high.to(out.dtype.element_ty), mask=mask)
-            x += x_stride_h
+            x += x_strides[1]
             out += channels
     else:
         channel = tl.arange(0, BLOCK_D)
@@ -123,7 +116,7 @@ def rotate_tokens_kernel(
             else:
                 rotated = value * cosine + _turned(value, ROWS, BLOCK_D) * sine
             tl.store(out + target[:, None] + channel[None, :], rotated.to(out.dtype.element_ty), mask=mask)
-            x += x_stride_h
+            x += x_strides[1]
             out += channels
 
 
@@ -146,18 +139,9 @@ def _launch(
         shared = cos_strides[1] == 0 and sin_strides[1] == 0
         tile = head_tile(batch, tokens, heads, channels, shared)
         rotate_tokens_kernel[cdiv(tokens, tile["ROWS"]), batch, cdiv(heads, tile["HEADS"])](
-            x,
-            cos,
-            sin,
-            place,
-            out,
-            tokens,
-            heads,
-            channels,
-            *strides(x, 3),
-            *cos_strides,
-            *sin_strides,
-            *strides(place, 2),
+            *(x, cos, sin, place, out),
+            *(tokens, heads, channels),
+            *(strides(x, 3), cos_strides, sin_strides, strides(place, 2)),
             BACKWARD=backward,
             HALF=half,
             PREFIX=prefix,

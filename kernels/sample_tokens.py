@@ -48,8 +48,7 @@ def sample_tokens_kernel(
     budget,
     parts,
     prefix,
-    scores_stride_b,
-    scores_stride_n,
+    scores_strides,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCORE_ONE: tl.constexpr,
@@ -57,7 +56,7 @@ def sample_tokens_kernel(
 ):
     """Sample one image in each program; what one phase stores the next one loads, behind a barrier."""
     batch = tl.program_id(0).to(tl.int64)
-    scores += batch * scores_stride_b
+    scores += batch * scores_strides[0]
     cdf += batch * tokens
     kept += batch * tokens
     index += batch * budget
@@ -65,19 +64,19 @@ def sample_tokens_kernel(
 
     highest = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, tokens, BLOCK_N):
-        highest = tl.maximum(highest, _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_stride_n))
+        highest = tl.maximum(highest, _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_strides[1]))
     # The power of two below the highest score: dividing by it is exact, and leaves at most 2.
     exponent = tl.max(highest, 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent.to(tl.float32, bitcast=True), SMALLEST)
     partial = tl.zeros((BLOCK_N,), tl.int64)
     for start in range(0, tokens, BLOCK_N):
-        score = _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_stride_n)
+        score = _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_strides[1])
         partial += (tl.div_rn(score, unit) * SCORE_ONE).to(tl.int64)
     total = tl.sum(partial, 0).to(tl.float32) * (1.0 / SCORE_ONE) * unit + 1e-6
     reached = tl.zeros((), tl.int64)
     for start in range(0, tokens, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
-        weight = tl.div_rn(_scores(scores, offsets_n, tokens, scores_stride_n), total)
+        weight = tl.div_rn(_scores(scores, offsets_n, tokens, scores_strides[1]), total)
         share = (weight * WEIGHT_ONE).to(tl.int64)
         value = (reached + tl.cumsum(share, 0)).to(tl.float32) * WEIGHT_STEP
         reached += tl.sum(share, 0)
@@ -139,16 +138,10 @@ def sample_tokens(
     if batch == 0:
         return index, valid
     sample_tokens_kernel[(batch,)](
-        scores,
-        torch.empty(batch, tokens, dtype=torch.float32, device=scores.device),
-        torch.empty(batch, tokens, dtype=torch.int8, device=scores.device),
-        index,
-        valid,
-        tokens,
-        budget,
-        budget + 1 if parts is None else parts,
-        prefix,
-        *strides(scores, 2),
+        *(scores, torch.empty(batch, tokens, dtype=torch.float32, device=scores.device)),
+        *(torch.empty(batch, tokens, dtype=torch.int8, device=scores.device), index, valid),
+        *(tokens, budget, budget + 1 if parts is None else parts, prefix),
+        strides(scores, 2),
         SCORE_ONE=2.0 ** (61 - tokens.bit_length()),
         SEARCH_STEPS=tokens.bit_length(),
         **sample_tile(tokens, budget),

@@ -35,14 +35,13 @@ def sort_scores_kernel(
     out,  # (B, K) int64, contiguous
     tokens,
     keep,
-    scores_stride_b,
-    scores_stride_n,
+    scores_strides,
     BLOCK: tl.constexpr,
 ):
     """Sort one image in each program."""
     batch = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
-    row = scores + batch * scores_stride_b + offsets.to(tl.int64) * scores_stride_n
+    row = scores + batch * scores_strides[0] + offsets.to(tl.int64) * scores_strides[1]
     keys = tl.sort(packed_keys(row, offsets, offsets < tokens), descending=True)
     tl.store(out + batch * keep + offsets, 0x7FFFFFFF - (keys & 0xFFFFFFFF), mask=offsets < keep)
 
@@ -54,20 +53,19 @@ def rank_scores_kernel(
     out,  # (B, K) int64, contiguous
     tokens,
     keep,
-    scores_stride_b,
-    scores_stride_n,
+    scores_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """Count for BLOCK_I tokens of one image, in each program, how many come before each of them."""
     batch = tl.program_id(1).to(tl.int64)
-    base = scores + batch * scores_stride_b
+    base = scores + batch * scores_strides[0]
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    keys_i = packed_keys(base + i.to(tl.int64) * scores_stride_n, i, i < tokens)
+    keys_i = packed_keys(base + i.to(tl.int64) * scores_strides[1], i, i < tokens)
     before = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
     for start in range(0, tokens, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        keys_j = packed_keys(base + j.to(tl.int64) * scores_stride_n, j, j < tokens)
+        keys_j = packed_keys(base + j.to(tl.int64) * scores_strides[1], j, j < tokens)
         before += (keys_j[None, :] > keys_i[:, None]).to(tl.int32)
     rank = tl.sum(before, 1)
     tl.store(out + batch * keep + rank, i.to(tl.int64), mask=(i < tokens) & (rank < keep))
@@ -81,8 +79,8 @@ def select_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     if out.numel() == 0:
         return out
     if tokens <= MAX_SORT:
-        sort_scores_kernel[(batch,)](scores, out, tokens, k, *strides(scores, 2), **sort_tile(tokens))
+        sort_scores_kernel[(batch,)](scores, out, tokens, k, strides(scores, 2), **sort_tile(tokens))
     else:
         grid = (cdiv(tokens, RANK_TILE["BLOCK_I"]), batch)
-        rank_scores_kernel[grid](scores, out, tokens, k, *strides(scores, 2), **RANK_TILE)
+        rank_scores_kernel[grid](scores, out, tokens, k, strides(scores, 2), **RANK_TILE)
     return out

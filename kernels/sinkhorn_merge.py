@@ -75,8 +75,7 @@ def similarity_kernel(
     clusters,
     padded,
     channels,
-    x_stride_b,
-    x_stride_n,
+    x_strides,
     centers_stride_k,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,7 +98,7 @@ def similarity_kernel(
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
     row_n = tl.minimum(offsets_n, tokens - 1).to(tl.int64)
     row_k = tl.minimum(offsets_k, clusters - 1).to(tl.int64)
-    pointers_x = x + batch * x_stride_b + row_n[:, None] * x_stride_n + offsets_c[None, :]
+    pointers_x = x + batch * x_strides[0] + row_n[:, None] * x_strides[1] + offsets_c[None, :]
     pointers_centers = centers + row_k[:, None] * centers_stride_k + offsets_c[None, :]
     dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -215,10 +214,8 @@ def plan_sums_kernel(
     channels,
     num_head,
     iters,
-    x_stride_b,
-    x_stride_n,
-    head_stride_b,
-    head_stride_n,
+    x_strides,
+    head_strides,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -236,10 +233,10 @@ def plan_sums_kernel(
     out += batch * (num_head + clusters) * channels
     if head is not None:
         copied = tl.where(k_block == 0, num_head, 0)
-        _copy_rows(head + batch * head_stride_b + offsets_c, out + offsets_c, copied, head_stride_n, channels, in_c)
+        _copy_rows(head + batch * head_strides[0] + offsets_c, out + offsets_c, copied, head_strides[1], channels, in_c)
     last = batch * iters + iters - 1
     cluster_bias = tl.load(cluster_biases + (last + batch + 1) * padded + offsets_k, mask=in_k, other=0.0)
-    x += batch * x_stride_b
+    x += batch * x_strides[0]
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, tokens, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
@@ -255,7 +252,7 @@ def plan_sums_kernel(
         scale *= tl.load(inverse_norm + rows, mask=in_n, other=0.0)
         weight = tl.exp(score + cluster_bias[None, :] - shift[:, None]) * scale[:, None]
         token = tl.load(
-            x + offsets_n.to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :],
+            x + offsets_n.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :],
             mask=in_n[:, None] & in_c[None, :],
             other=0.0,
         )
@@ -309,59 +306,22 @@ def _forward(
     part_sum = torch.empty_like(part_max)
     for some in images:
         similarity_kernel[(parts * cdiv(padded, tile["BLOCK_K"]), len(some))](
-            x,
-            centers,
-            similarity,
-            inverse_norm,
-            part_max,
-            part_sum,
-            1.0 / eps,
-            some.start,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            *strides(x, 2),
-            centers.stride(0),
+            *(x, centers, similarity, inverse_norm, part_max, part_sum),
+            *(1.0 / eps, some.start, tokens, clusters, padded, channels),
+            *(strides(x, 2), centers.stride(0)),
             PRECISION="ieee",
             maxnreg=MOST_REGISTERS if exact else None,
             **tile,
         )
         plan_biases_kernel[(len(some),)](
-            similarity,
-            part_max,
-            part_sum,
-            token_bias,
-            token_shifts,
-            token_scales,
-            cluster_biases,
-            cluster_scales,
-            some.start,
-            tokens,
-            clusters,
-            padded,
-            parts,
-            iters,
+            *(similarity, part_max, part_sum, token_bias, token_shifts, token_scales, cluster_biases, cluster_scales),
+            *(some.start, tokens, clusters, padded, parts, iters),
             **plan_tile(tokens, padded),
         )
         plan_sums_kernel[(cdiv(clusters, last["BLOCK_K"]) * cdiv(channels, last["BLOCK_C"]), len(some))](
-            x,
-            similarity,
-            inverse_norm,
-            token_shifts,
-            token_scales,
-            cluster_biases,
-            head,
-            merged,
-            some.start,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            num_head,
-            iters,
-            *strides(x, 2),
-            *strides(head, 2),
+            *(x, similarity, inverse_norm, token_shifts, token_scales, cluster_biases, head, merged),
+            *(some.start, tokens, clusters, padded, channels, num_head, iters),
+            *(strides(x, 2), strides(head, 2)),
             PRECISION=precision,
             **last,
         )

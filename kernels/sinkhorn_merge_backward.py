@@ -54,10 +54,8 @@ def log_plan_backward_kernel(
     padded,
     channels,
     iters,
-    grad_stride_b,
-    grad_stride_k,
-    x_stride_b,
-    x_stride_n,
+    grad_strides,
+    x_strides,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,8 +69,8 @@ def log_plan_backward_kernel(
     offsets_c = tl.arange(0, BLOCK_C)
     row_n = tl.minimum(offsets_n, tokens - 1).to(tl.int64)
     row_k = tl.minimum(offsets_k, clusters - 1).to(tl.int64)
-    pointers_x = x + batch * x_stride_b + row_n[:, None] * x_stride_n + offsets_c[None, :]
-    pointers_grad = grad + batch * grad_stride_b + row_k[:, None] * grad_stride_k + offsets_c[None, :]
+    pointers_x = x + batch * x_strides[0] + row_n[:, None] * x_strides[1] + offsets_c[None, :]
+    pointers_grad = grad + batch * grad_strides[0] + row_k[:, None] * grad_strides[1] + offsets_c[None, :]
     dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, channels, BLOCK_C):
         in_c = (start + offsets_c < channels)[None, :]
@@ -224,10 +222,8 @@ def _grad_tokens(
     padded,
     channels,
     iters,
-    grad_stride_b,
-    grad_stride_k,
-    x_stride_b,
-    x_stride_n,
+    grad_strides,
+    x_strides,
     centers_stride_k,
     batch,
     n_block,
@@ -245,7 +241,7 @@ def _grad_tokens(
     last = batch * iters + iters - 1
     shift = tl.load(token_shifts + last * tokens + offsets_n, mask=in_n, other=0.0)
     scale = tl.load(token_scales + last * tokens + offsets_n, mask=in_n, other=0.0)
-    grad += batch * grad_stride_b
+    grad += batch * grad_strides[0]
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, padded, BLOCK_K):
         offsets_k = start + tl.arange(0, BLOCK_K)
@@ -260,10 +256,10 @@ def _grad_tokens(
         row_k = offsets_k.to(tl.int64)[:, None]
         center = tl.load(centers + row_k * centers_stride_k + offsets_c[None, :], mask=mask, other=0.0)
         acc = dot(slope, center, acc, PRECISION)
-        merged = tl.load(grad + row_k * grad_stride_k + offsets_c[None, :], mask=mask, other=0.0)
+        merged = tl.load(grad + row_k * grad_strides[1] + offsets_c[None, :], mask=mask, other=0.0)
         acc = dot(plan, merged, acc, PRECISION)
     mask = in_n[:, None] & in_c[None, :]
-    sources = x + batch * x_stride_b + offsets_n.to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :]
+    sources = x + batch * x_strides[0] + offsets_n.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :]
     inverse = tl.load(inverse_norm + rows, mask=in_n, other=0.0)
     # A norm that was clamped is a constant.
     radial = tl.where(inverse < 0.999999e12, tl.load(along + rows, mask=in_n, other=0.0), 0.0) * inverse
@@ -286,8 +282,7 @@ def _grad_centers(
     clusters,
     padded,
     channels,
-    x_stride_b,
-    x_stride_n,
+    x_strides,
     k_block,
     c_block,
     PRECISION: tl.constexpr,
@@ -313,7 +308,7 @@ def _grad_centers(
             )
             inverse = tl.load(inverse_norm + rows, mask=in_n, other=0.0)
             token = tl.load(
-                x + batch * x_stride_b + offsets_n.to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :],
+                x + batch * x_strides[0] + offsets_n.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :],
                 mask=in_n[:, None] & in_c[None, :],
                 other=0.0,
             )
@@ -347,10 +342,8 @@ def tokens_and_centers_backward_kernel(
     padded,
     channels,
     iters,
-    grad_stride_b,
-    grad_stride_k,
-    x_stride_b,
-    x_stride_n,
+    grad_strides,
+    x_strides,
     centers_stride_k,
     PRECISION_X: tl.constexpr,
     PRECISION_CENTERS: tl.constexpr,
@@ -368,59 +361,17 @@ def tokens_and_centers_backward_kernel(
         part = program // k_blocks
         first = part * images_per_part
         _grad_centers(
-            x,
-            grad_similarity,
-            inverse_norm,
-            grad_centers,
-            inverse_eps,
-            first,
-            tl.minimum(first + images_per_part, images),
-            part,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            x_stride_b,
-            x_stride_n,
-            program % k_blocks,
-            c_block,
-            PRECISION_CENTERS,
-            ROWS,
-            BLOCK_C,
-            STEP,
+            *(x, grad_similarity, inverse_norm, grad_centers, inverse_eps, first),
+            *(tl.minimum(first + images_per_part, images), part, tokens, clusters, padded, channels, x_strides),
+            *(program % k_blocks, c_block, PRECISION_CENTERS, ROWS, BLOCK_C, STEP),
         )
     else:
         program -= parts * k_blocks
         _grad_tokens(
-            grad,
-            x,
-            centers,
-            similarity,
-            grad_similarity,
-            inverse_norm,
-            token_shifts,
-            token_scales,
-            cluster_biases,
-            along,
-            grad_x,
-            inverse_eps,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            iters,
-            grad_stride_b,
-            grad_stride_k,
-            x_stride_b,
-            x_stride_n,
-            centers_stride_k,
-            (program // n_blocks).to(tl.int64),
-            program % n_blocks,
-            c_block,
-            PRECISION_X,
-            ROWS,
-            BLOCK_C,
-            STEP,
+            *(grad, x, centers, similarity, grad_similarity, inverse_norm, token_shifts, token_scales, cluster_biases),
+            *(along, grad_x, inverse_eps, tokens, clusters, padded, channels, iters, grad_strides, x_strides),
+            *(centers_stride_k, (program // n_blocks).to(tl.int64), program % n_blocks, c_block, PRECISION_X, ROWS),
+            *(BLOCK_C, STEP),
         )
 
 
@@ -450,54 +401,24 @@ def sinkhorn_merge_backward(
     exact = x.dtype == torch.float32 or grad.dtype != x.dtype
     tile = similarity_tile(clusters, exact)
     log_plan_backward_kernel[(cdiv(tokens, tile["BLOCK_N"]) * cdiv(padded, tile["BLOCK_K"]), batch)](
-        grad,
-        x,
-        similarity,
-        inverse_norm,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        grad_similarity,
-        tokens,
-        clusters,
-        padded,
-        channels,
-        iters,
-        *strides(grad, 2),
-        *strides(x, 2),
+        *(grad, x, similarity, inverse_norm, token_shifts, token_scales, cluster_biases, grad_similarity),
+        *(tokens, clusters, padded, channels, iters),
+        *(strides(grad, 2), strides(x, 2)),
         PRECISION="ieee",
         **tile,
     )
     token_terms = torch.empty_like(token_shifts)
     cluster_terms = torch.empty_like(cluster_biases)
     plan_biases_backward_kernel[(batch,)](
-        similarity,
-        grad_similarity,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        cluster_scales,
-        token_terms,
+        *(similarity, grad_similarity, token_shifts, token_scales, cluster_biases, cluster_scales, token_terms),
         cluster_terms,
-        tokens,
-        padded,
-        iters,
+        *(tokens, padded, iters),
         **plan_tile(tokens, padded),
     )
     along = torch.empty_like(inverse_norm)
     similarity_backward_kernel[(cdiv(tokens, SLOPE_TILE["BLOCK_N"]), batch)](
-        similarity,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        token_terms,
-        cluster_terms,
-        grad_similarity,
-        along,
-        tokens,
-        clusters,
-        padded,
-        iters,
+        *(similarity, token_shifts, token_scales, cluster_biases, token_terms, cluster_terms, grad_similarity, along),
+        *(tokens, clusters, padded, iters),
         **SLOPE_TILE,
     )
     small = grad.dtype != x.dtype or "ieee" in (precision_of(x.dtype), precision_of(centers.dtype))
@@ -507,30 +428,10 @@ def sinkhorn_merge_backward(
     grad_centers = torch.empty(parts, clusters, channels, dtype=torch.float32, device=x.device)
     row_blocks = parts * cdiv(clusters, tile["ROWS"]) + batch * cdiv(tokens, tile["ROWS"])
     tokens_and_centers_backward_kernel[(row_blocks * cdiv(channels, tile["BLOCK_C"]),)](
-        grad,
-        x,
-        centers,
-        similarity,
-        grad_similarity,
-        inverse_norm,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        along,
-        grad_x,
-        grad_centers,
-        1.0 / eps,
-        batch,
-        images_per_part,
-        parts,
-        tokens,
-        clusters,
-        padded,
-        channels,
-        iters,
-        *strides(grad, 2),
-        *strides(x, 2),
-        centers.stride(0),
+        *(grad, x, centers, similarity, grad_similarity, inverse_norm, token_shifts, token_scales, cluster_biases),
+        *(along, grad_x, grad_centers),
+        *(1.0 / eps, batch, images_per_part, parts, tokens, clusters, padded, channels, iters),
+        *(strides(grad, 2), strides(x, 2), centers.stride(0)),
         PRECISION_X=precision_of(x.dtype),
         PRECISION_CENTERS=precision_of(centers.dtype),
         maxnreg=backward_registers(x.dtype, grad.dtype, centers.dtype),
