@@ -28,7 +28,7 @@ HALF_TILES = {
 }
 # At 128 channels a few words would spill, of an index or scores with a bias on sm_80.
 SHORT_GRAD_QUERIES = _tile(64, 16, 8)
-# Else the assembler spills a few words where a few registers less let one more program run.
+# By itself the assembler spills a few words to fit one more program on a multiprocessor.
 ALL_REGISTERS = {"maxnreg": 255}
 # Rows that are not aligned to 16 bytes take an address for every element, and with twice as many a few words spill;
 # of float32 at 128 channels with any option too.

@@ -98,7 +98,8 @@ class _Direct:
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
         active = driver.active
         if active is not self.driver:
-            self.driver, self.kept, self.on_nvidia = active, {}, active.get_current_target().backend == "cuda"
+            self.on_nvidia, self.kept = active.get_current_target().backend == "cuda", {}
+            self.driver = active  # last, as another thread may read on
         if not self.on_nvidia:
             options.pop("maxnreg", None)  # AMD's compiler has no such setting
         if is_replaced():

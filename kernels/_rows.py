@@ -11,6 +11,8 @@ import triton.language as tl
 from ._direct import next_power_of_2
 from ._launch import Tile
 
+LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
+
 
 def padded_head_dim(head_dim: int) -> int:
     """Return the next power of two, and at least what tensor cores take."""

@@ -27,10 +27,9 @@ from ._attention import (
 )
 from ._direct import cdiv, direct
 from ._launch import Tile, in_parts, strides
-from ._rows import head_of, head_rows, padded_head_dim, steps, unit_of
+from ._rows import LOWEST, head_of, head_rows, padded_head_dim, steps, unit_of
 
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
 
 
 @direct

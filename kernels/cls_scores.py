@@ -13,10 +13,7 @@ import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
 from ._launch import Tile, in_parts, strides
-from ._rows import head_of, head_rows, steps, unit_of
-
-LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
-
+from ._rows import LOWEST, head_of, head_rows, steps, unit_of
 
 ELEMENTS = 4096  # of keys in a program: a thread has four 16-byte loads of half precision in flight
 

@@ -16,9 +16,8 @@ import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
 from ._launch import Tile, in_parts, strides
-from ._rows import head_of, padded_head_dim, steps, unit_of
+from ._rows import LOWEST, head_of, padded_head_dim, steps, unit_of
 
-LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
 MAX_PARTS = 32  # the partial sums of 2,048 tokens are a third of a packed qkv of half precision
 
 
