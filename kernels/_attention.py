@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -10,83 +9,63 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, is_compiled, next_power_of_2
-from ._launch import parts_of_images
+from ._launch import Tile, parts_of_images
+from ._rows import padded_head_dim
 
 LOG2_E = 1.4426950408889634
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionTile:
-    """Rows that a program owns, rows of the other side at a time, warps, and whether registers are given out freely.
-
-    Else the assembler spills a few words where a few registers less let one more program run.
-    """
-
-    own: int
-    step: int
-    num_warps: int
-    all_registers: bool = False
+def _tile(queries: int, keys: int, num_warps: int, **registers: int) -> Tile:
+    return Tile(BLOCK_M=queries, BLOCK_N=keys, num_warps=num_warps, num_stages=2, **registers)
 
 
-@dataclasses.dataclass(frozen=True)
-class AttentionTiles:
-    """The three passes: over the keys for the result, over the keys for q, over the queries for k and v."""
-
-    forward: AttentionTile
-    grad_queries: AttentionTile
-    grad_keys: AttentionTile
-
-
+# The three passes: over the keys for the result, over the keys for q, over the queries for k and v.
 # By the padded head dimension, found by compiling: nothing spills for sm_80 and sm_90, whatever the options.
 HALF_TILES = {
-    64: AttentionTiles(AttentionTile(64, 64, 4), AttentionTile(64, 32, 4), AttentionTile(64, 32, 4)),
-    128: AttentionTiles(AttentionTile(128, 32, 8), AttentionTile(64, 32, 8), AttentionTile(64, 32, 8)),
-    256: AttentionTiles(AttentionTile(64, 32, 8), AttentionTile(32, 32, 8), AttentionTile(32, 64, 8)),
+    64: (_tile(64, 64, 4), _tile(64, 32, 4), _tile(32, 64, 4)),
+    128: (_tile(128, 32, 8), _tile(64, 32, 8), _tile(32, 64, 8)),
+    256: (_tile(64, 32, 8), _tile(32, 32, 8), _tile(64, 32, 8)),
 }
 # At 128 channels a few words would spill, of an index or scores with a bias on sm_80.
-SHORT_GRAD_QUERIES = AttentionTile(64, 16, 8)
+SHORT_GRAD_QUERIES = _tile(64, 16, 8)
+# By itself the assembler spills a few words to fit one more program on a multiprocessor.
+ALL_REGISTERS = {"maxnreg": 255}
 # Rows that are not aligned to 16 bytes take an address for every element, and with twice as many a few words spill;
 # of float32 at 128 channels with any option too.
-SMALL_HALF = AttentionTile(16, 16, 4, all_registers=True)
-SMALL_FLOAT = AttentionTile(16, 16, 8, all_registers=True)
+SMALL_HALF = _tile(16, 16, 4, **ALL_REGISTERS)
+SMALL_FLOAT = _tile(16, 16, 8, **ALL_REGISTERS)
 # Exact dots hold their operands in registers, dots of two gradients the most.
 FLOAT_TILES = {
-    64: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), AttentionTile(32, 16, 8)),
-    128: AttentionTiles(AttentionTile(32, 16, 8), AttentionTile(32, 16, 8), SMALL_FLOAT),
-    256: AttentionTiles(SMALL_FLOAT, SMALL_FLOAT, SMALL_FLOAT),
+    64: (_tile(32, 16, 8), _tile(32, 16, 8), _tile(16, 32, 8)),
+    128: (_tile(32, 16, 8), _tile(32, 16, 8), SMALL_FLOAT),
+    256: (SMALL_FLOAT, SMALL_FLOAT, SMALL_FLOAT),
 }
-FLOAT_WITH_OPTIONS = AttentionTile(32, 16, 8, all_registers=True)
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Return the next power of two, and at least what tensor cores take."""
-    return max(16, next_power_of_2(head_dim))
+FLOAT_WITH_OPTIONS = _tile(32, 16, 8, **ALL_REGISTERS)
 
 
 @functools.cache
-def attention_tiles(head_dim: int, dtype: torch.dtype, aligned: bool, *, with_options: bool = False) -> AttentionTiles:
-    """Return the tiles of a head dimension up to 256.
+def attention_tiles(
+    head_dim: int, dtype: torch.dtype, aligned: bool, *, with_options: bool = False
+) -> tuple[Tile, Tile, Tile]:
+    """Return the tiles of the three passes, for a head dimension up to 256.
 
     ``with_options``: keys have a bias, queries an index, images offsets, or scores a gradient.
     """
     width = max(64, padded_head_dim(head_dim))
     if aligned and dtype != torch.float32:
-        tiles = HALF_TILES[width]
-        return dataclasses.replace(tiles, grad_queries=SHORT_GRAD_QUERIES) if width == 128 and with_options else tiles
+        forward, grad_queries, grad_keys = HALF_TILES[width]
+        return forward, SHORT_GRAD_QUERIES if width == 128 and with_options else grad_queries, grad_keys
     if dtype != torch.float32:
-        return AttentionTiles(SMALL_HALF, SMALL_HALF, SMALL_HALF)
+        return SMALL_HALF, SMALL_HALF, SMALL_HALF
     if aligned and not with_options:
         return FLOAT_TILES[width]
     tile = FLOAT_WITH_OPTIONS if aligned and width == 64 else SMALL_FLOAT
     # 16 rows of 32 channels are 16 bytes for each of 128 threads.
-    grad_keys = dataclasses.replace(SMALL_FLOAT, num_warps=4) if head_dim <= 32 else SMALL_FLOAT
-    return AttentionTiles(tile, tile, grad_keys)
+    return tile, tile, Tile(SMALL_FLOAT, num_warps=4) if head_dim <= 32 else SMALL_FLOAT
 
 
 @functools.cache
-def whole_tile(
-    queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, with_options: bool
-) -> AttentionTile | None:
+def whole_tile(queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, with_options: bool) -> Tile | None:
     """Return the tile of a program that has all queries of a head, None where two passes take their place.
 
     Such a program makes five products for the gradients.
@@ -97,7 +76,7 @@ def whole_tile(
     own, width = max(64, next_power_of_2(queries)), padded_head_dim(head_dim)
     if not aligned or dtype == torch.float32 or width != head_dim or own * max(64, width) > 16384:
         return None
-    return AttentionTile(own, 16 if own == 256 and with_options else 32, max(4, own // 32))
+    return _tile(own, 16 if own == 256 and with_options else 32, max(4, own // 32))
 
 
 def takes_whole() -> bool:
@@ -106,14 +85,6 @@ def takes_whole() -> bool:
         return True
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch // 10 == 9
-
-
-def settings(tile: AttentionTile) -> dict[str, int]:
-    settings = {"num_warps": tile.num_warps, "num_stages": 2}
-    compiles = tile.all_registers and is_compiled(sum_heads_kernel)
-    if compiles and triton.runtime.driver.active.get_current_target().backend == "cuda":
-        settings["maxnreg"] = 255
-    return settings
 
 
 def last_rows(rows: int, step: int) -> int:
@@ -228,11 +199,6 @@ def launches(
         )
         for part in parts
     ]
-
-
-def strides(tensor: torch.Tensor | None) -> tuple[int, ...]:
-    """Return two strides, 0 for a tensor that is not there."""
-    return (0, 0) if tensor is None else tensor.stride()
 
 
 def sum_heads(parts: torch.Tensor, summed: torch.Tensor, offsets: torch.Tensor | None = None) -> None:

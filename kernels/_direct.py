@@ -84,6 +84,7 @@ class _Direct:
         self.kernel = kernel
         self.signature = inspect.signature(kernel.fn)
         self.driver: Any = None
+        self.on_nvidia = False
         self.kept: dict[Any, tuple[Any, ...]] = {}
         self.places: dict[tuple[type, ...], tuple[int, ...]] = {}  # of the tensors, by the arguments' types
         self.__name__, self.__doc__ = kernel.fn.__name__, kernel.fn.__doc__
@@ -95,11 +96,14 @@ class _Direct:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **options: Any) -> Any:
-        if is_replaced():
-            return self.kernel.run(*args, grid=grid, warmup=False, **options)
         active = driver.active
         if active is not self.driver:
-            self.driver, self.kept = active, {}
+            self.on_nvidia, self.kept = active.get_current_target().backend == "cuda", {}
+            self.driver = active  # last, as another thread may read on
+        if not self.on_nvidia:
+            options.pop("maxnreg", None)  # AMD's compiler has no such setting
+        if is_replaced():
+            return self.kernel.run(*args, grid=grid, warmup=False, **options)
         if _records and is_recorded():
             with torch._C.DisableTorchFunction():  # what a launch asks of its tensors is no part of the record
                 return self._run(grid, args, options, _records[threading.get_ident()])
@@ -137,8 +141,7 @@ class _Direct:
     def _first_launch(self, key: Any, grid: tuple[int, ...], args: Any, options: Any) -> Any:
         compiled = self.kernel.run(*args, grid=grid, warmup=False, **options)
         # An AMD kernel is specialised by the sizes of tensors too. In a harness that compiles only there is no kernel.
-        kept = isinstance(compiled, CompiledKernel) and self.driver.get_current_target().backend == "cuda"
-        if kept and not is_watched((self.kernel,)):
+        if isinstance(compiled, CompiledKernel) and self.on_nvidia and not is_watched((self.kernel,)):
             named = {name: value for name, value in options.items() if name in self.signature.parameters}
             bound = self.signature.bind(*args, **named)
             bound.apply_defaults()

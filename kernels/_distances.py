@@ -8,35 +8,12 @@ loads or sums it, never both; ``bench.compile_report`` fails where a kernel does
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import row_tile
-
-
-@dataclasses.dataclass(frozen=True)
-class DistanceTile:
-    """Tokens, other tokens (or centres) and channels of one step."""
-
-    block_i: int
-    block_j: int
-    block_c: int
-    num_warps: int
-    num_stages: int
-
-    def settings(self) -> dict[str, int]:
-        """Return them by the names of a launch."""
-        return {
-            "BLOCK_I": self.block_i,
-            "BLOCK_J": self.block_j,
-            "BLOCK_C": self.block_c,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+from ._launch import row_tile, strides
 
 
 @triton.jit
@@ -96,8 +73,7 @@ def squared_lengths_kernel(
     rows,  # B * N
     tokens,
     channels,
-    stride_b,
-    stride_n,
+    x_strides,
     RECIPROCAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -105,7 +81,7 @@ def squared_lengths_kernel(
     """Sum the squares of ROWS rows in each program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.arange(0, BLOCK_C)
-    pointers = x + (row // tokens * stride_b + row % tokens * stride_n)[:, None] + offsets_c[None, :]
+    pointers = x + (row // tokens * x_strides[0] + row % tokens * x_strides[1])[:, None] + offsets_c[None, :]
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, channels, BLOCK_C):
         mask = (row < rows)[:, None] & (start + offsets_c < channels)[None, :]
@@ -125,16 +101,7 @@ def squared_lengths(x: torch.Tensor, *, reciprocal: bool = False) -> torch.Tenso
     lengths = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)
     if lengths.numel():
         tile = row_tile(channels)
-        squared_lengths_kernel[(cdiv(batch * tokens, tile.rows),)](
-            x,
-            lengths,
-            batch * tokens,
-            tokens,
-            channels,
-            *x.stride()[:2],
-            RECIPROCAL=reciprocal,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+        squared_lengths_kernel[(cdiv(batch * tokens, tile["ROWS"]),)](
+            x, lengths, batch * tokens, tokens, channels, strides(x, 2), RECIPROCAL=reciprocal, **tile
         )
     return lengths

@@ -7,11 +7,10 @@ all that PyTorch allocates do, and a view such as ``x[1:]`` wherever an image is
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -20,30 +19,43 @@ from ._direct import next_power_of_2
 Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
-@dataclasses.dataclass(frozen=True)
-class RowTile:
-    """Rows and channels of one program of a row-streaming kernel."""
+class Tile(dict[str, int]):
+    """A tile that a program works on, and its warps and stages, named as in a launch: ``kernel[grid](..., **tile)``.
 
-    rows: int
-    block_c: int
-    num_warps: int
+    It cannot be changed, since it is kept for all launches of a shape; ``Tile(tile, num_warps=8)`` is another one.
+    """
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a tile cannot be changed, because other launches use it; Tile(tile, NAME=...) makes another")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+
+def strides(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
+    """Return the strides of the first axes, 0 for a tensor that is not there."""
+    return (0,) * axes if tensor is None else tensor.stride()[:axes]
+
+
+def fitting(size: int, most: int, least: int = 16) -> int:
+    """Return the least power of two that holds ``size``, or a bound; tensor cores take 16 or more."""
+    return min(max(next_power_of_2(size), least), most)
 
 
 @functools.cache
-def row_tile(channels: int) -> RowTile:
-    """Return a tile of about 2,048 elements.
+def row_tile(channels: int) -> Tile:
+    """Return rows and channels of a row-streaming kernel, about 2,048 elements.
 
     At 4 warps a thread has two 16-byte loads of half precision.
     """
-    block_c = min(next_power_of_2(max(1, channels)), 1024)
-    return RowTile(rows=max(1, 2048 // block_c), block_c=block_c, num_warps=4)
+    block_c = fitting(channels, 1024, least=1)
+    return Tile(ROWS=2048 // block_c, BLOCK_C=block_c, num_warps=4)
 
 
 @functools.cache
-def whole_rows(channels: int) -> RowTile:
+def whole_rows(channels: int) -> Tile:
     """Return a tile that holds all channels of its rows, else like row_tile's. From 2,048 channels on, warps grow."""
-    block_c = next_power_of_2(max(1, channels))
-    return RowTile(rows=max(1, 2048 // block_c), block_c=block_c, num_warps=min(32, max(4, block_c // 512)))
+    block_c = next_power_of_2(channels)
+    return Tile(ROWS=max(1, 2048 // block_c), BLOCK_C=block_c, num_warps=min(32, max(4, block_c // 512)))
 
 
 def row_warps(block_c: int) -> int:

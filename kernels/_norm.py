@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import RowTile, row_warps, whole_rows
+from ._launch import Tile, row_warps, whole_rows
 
 # Rows that one program of a backward pass takes in turn: what it adds up for the gradients of weight and bias, written
 # and read once more, is some 6 % of what it moves.
@@ -91,17 +91,15 @@ def _norm_gradient(
     offsets_c,
     rows,  # N
     channels,
-    out_stride_b,
-    out_stride_n,
-    normed_stride_b,
-    normed_stride_n,
+    out_strides,
+    normed_strides,
 ):
     """Return the whole gradient of rows of out (ROWS, BLOCK_C), and what they add to weight's and bias's.
 
     Rows that are masked have and add zeros, channels past the last have numbers that mean nothing and add zeros.
     """
     mask = in_rows[:, None] & (offsets_c < channels)[None, :]
-    source = grad_normed + batch * normed_stride_b + row[:, None] * normed_stride_n + offsets_c[None, :]
+    source = grad_normed + batch * normed_strides[0] + row[:, None] * normed_strides[1] + offsets_c[None, :]
     upstream = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     flat = batch * rows + row
     value = tl.load(out + flat[:, None] * channels + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -112,7 +110,7 @@ def _norm_gradient(
     inner = tl.sum(scaled, 1)[:, None] + normal * tl.sum(scaled * normal, 1)[:, None]
     gradient = (scaled - inner / channels) * scale[:, None]
     if grad_out is not None:
-        source = grad_out + batch * out_stride_b + row[:, None] * out_stride_n + offsets_c[None, :]
+        source = grad_out + batch * out_strides[0] + row[:, None] * out_strides[1] + offsets_c[None, :]
         gradient += tl.load(source, mask=mask, other=0.0).to(tl.float32)
     return gradient, upstream * normal, upstream
 
@@ -139,31 +137,21 @@ def norm_rows(
     rows, channels = out.shape[0] * out.shape[1], out.shape[2]
     if out.numel():
         tile = whole_rows(channels)
-        norm_rows_kernel[(cdiv(rows, tile.rows),)](
-            out,
-            weight,
-            bias,
-            normed,
-            statistics,
-            rows,
-            channels,
-            NORM_EPS=norm_eps,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+        norm_rows_kernel[(cdiv(rows, tile["ROWS"]),)](
+            out, weight, bias, normed, statistics, rows, channels, NORM_EPS=norm_eps, **tile
         )
     return out, normed, statistics
 
 
 @functools.cache
-def backward_tile(channels: int) -> RowTile:
+def backward_tile(channels: int) -> Tile:
     """Choose whole rows for a backward pass, 8 channels a thread: 4 side by side wait for memory together.
 
     From 2,048 channels on they would leave a thread too few registers: one.
     """
-    block_c = next_power_of_2(max(1, channels))
+    block_c = next_power_of_2(channels)
     rows = 4 if block_c <= 1024 else 1
-    return RowTile(rows=rows, block_c=block_c, num_warps=rows * row_warps(block_c))
+    return Tile(ROWS=rows, BLOCK_C=block_c, num_warps=rows * row_warps(block_c))
 
 
 def empty_sums(out: torch.Tensor, programs: int, affine: bool) -> torch.Tensor | None:

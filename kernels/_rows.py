@@ -8,6 +8,23 @@ import torch
 import triton
 import triton.language as tl
 
+from ._direct import next_power_of_2
+from ._launch import Tile
+
+LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Return the next power of two, and at least what tensor cores take."""
+    return max(16, next_power_of_2(head_dim))
+
+
+@functools.cache
+def head_rows(head_dim: int, elements: int) -> Tile:
+    """Return a tile of about so many elements, of rows of a head with all their channels."""
+    block_d = padded_head_dim(head_dim)
+    return Tile(BLOCK_N=max(1, elements // block_d), BLOCK_D=block_d, num_warps=4)
+
 
 def unit_of(*tensors: torch.Tensor) -> int:
     """Return the elements in 16 bytes if every row of every tensor begins and ends at a multiple of them, else 1."""
@@ -24,9 +41,9 @@ def _whole(unit: int, columns: int, strides: tuple[int, ...]) -> bool:
 
 
 @triton.jit
-def head_of(tensor, batch, head, stride_b, stride_h, UNIT: tl.constexpr):
+def head_of(tensor, batch, head, strides, UNIT: tl.constexpr):
     """Return where a head begins: at a multiple of UNIT, strides of 72 channels a head do not tell the compiler."""
-    return tensor + tl.multiple_of(batch * stride_b, UNIT) + tl.multiple_of(head * stride_h, UNIT)
+    return tensor + tl.multiple_of(batch * strides[0], UNIT) + tl.multiple_of(head * strides[1], UNIT)
 
 
 @triton.jit

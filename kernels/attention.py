@@ -6,7 +6,6 @@ for all.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -15,7 +14,6 @@ import triton.language as tl
 
 from ._attention import (
     LOG2_E,
-    AttentionTile,
     attention_tiles,
     chosen_rows,
     clear_rows,
@@ -25,43 +23,13 @@ from ._attention import (
     load_bias,
     load_columns,
     load_rows,
-    padded_head_dim,
-    settings,
-    strides,
     sum_heads,
 )
 from ._direct import cdiv, direct
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import Tile, in_parts, strides
+from ._rows import LOWEST, head_of, head_rows, padded_head_dim, steps, unit_of
 
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class ColumnTile:
-    """Rows and columns of one step of a sum over rows."""
-
-    rows: int
-    columns: int
-    num_warps: int
-
-
-@functools.cache
-def mean_tile(head_dim: int, aligned: bool) -> ColumnTile:
-    """Return a tile of 8,192 elements a step: programs are few, so each must keep many loads in flight.
-
-    Of rows that are not aligned a quarter, as 64 addresses a thread would spill.
-    """
-    columns = padded_head_dim(head_dim)
-    return ColumnTile(rows=(8192 if aligned else 2048) // columns, columns=columns, num_warps=4)
-
-
-@functools.cache
-def key_tile(head_dim: int) -> ColumnTile:
-    """Return a tile of 2,048 elements a head: heads follow one another, so that there are many programs."""
-    columns = padded_head_dim(head_dim)
-    return ColumnTile(rows=2048 // columns, columns=columns, num_warps=4)
 
 
 @direct
@@ -71,9 +39,7 @@ def mean_values_kernel(
     mean,  # (B, H, D) float32, contiguous
     heads,
     keys,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
+    v_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,12 +51,12 @@ def mean_values_kernel(
     offsets_n = tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
     in_d = offsets_d < D
-    values = head_of(v, batch, head.to(tl.int64), v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    values = head_of(v, batch, head.to(tl.int64), v_strides, UNIT) + offsets_d[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         rows = start + offsets_n
         mask = (rows < keys)[:, None] & in_d[None, :]
-        acc += tl.load(values + steps(rows, v_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(values + steps(rows, v_strides[2], UNIT), mask=mask, other=0.0).to(tl.float32)
     tl.store(mean + (batch * heads + head) * D + offsets_d, tl.sum(acc, 0) / keys, mask=in_d)
 
 
@@ -106,10 +72,10 @@ def _step(
     bias_row,
     scale_log2,
     log2_e,
-    k_stride_n,
-    v_stride_n,
-    policy_stride_n,
-    bias_stride_n,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
     acc,
     seen_max,
     seen_sum,
@@ -121,17 +87,17 @@ def _step(
 ):
     """Take some more keys into the running softmax; only the last step's keys are masked."""
     in_n = columns < last_n if LAST else None
-    key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
+    key = load_rows(key_rows + steps(columns, k_strides[2], UNIT), in_n, D, BLOCK_D)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee")
     if LAST or bias_row is not None or policy_row is not None:
         logit *= scale_log2
         if bias_row is not None:
-            logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
+            logit += load_bias(bias_row, columns, in_n, bias_strides[1], log2_e)[None, :]
         elif LAST:
             logit = tl.where((columns < last_n)[None, :], logit, float("-inf"))
         if policy_row is not None:
             row_max = tl.maximum(row_max, tl.max(logit, 1))
-            visible = load_columns(policy_row, columns, in_n, policy_stride_n)
+            visible = load_columns(policy_row, columns, in_n, policy_strides[1])
             visible = tl.log2(tl.where(visible < 0.0, 0.0, visible))
             own = offsets_m[:, None] == columns[None, :]
             logit = tl.where(own, logit, logit + visible[None, :])
@@ -142,7 +108,7 @@ def _step(
         weight = tl.exp2(logit * scale_log2 - new_max[:, None])
     rescale = tl.exp2(seen_max - new_max)
     seen_sum = seen_sum * rescale + tl.sum(weight, 1)
-    value = load_rows(value_rows + steps(columns, v_stride_n, UNIT), in_n, D, BLOCK_D)
+    value = load_rows(value_rows + steps(columns, v_strides[2], UNIT), in_n, D, BLOCK_D)
     acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
     return acc, new_max, seen_sum, row_max
 
@@ -172,20 +138,12 @@ def _attend_rows(
     heads,
     queries,
     prefix,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    policy_stride_b,
-    policy_stride_n,
-    bias_stride_b,
-    bias_stride_n,
-    index_stride_k,
+    q_strides,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
+    index_strides,
     MAY_SEE_NONE: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
@@ -203,18 +161,18 @@ def _attend_rows(
     in_m = offsets_m < last_m
     in_d = offsets_d < D
     in_md = in_m[:, None] & in_d[None, :]
-    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+    query_rows = head_of(q, batch, head, q_strides, UNIT) + offsets_d[None, :]
     rows_q = offsets_m
     if index is not None:
-        rows_q = chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
-    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+        rows_q = chosen_rows(offsets_m - first_m, index, index_strides[1], prefix, in_m, first_n)
+    query = tl.load(query_rows + steps(rows_q, q_strides[2], UNIT), mask=in_md, other=0.0)
+    key_rows = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
+    value_rows = head_of(v, batch, head, v_strides, UNIT) + offsets_d[None, :]
     policy_row, bias_row = policy, bias
     if policy is not None:
-        policy_row = policy + batch * policy_stride_b
+        policy_row = policy + batch * policy_strides[0]
     if bias is not None:
-        bias_row = bias + batch * bias_stride_b
+        bias_row = bias + batch * bias_strides[0]
     seen_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
     seen_sum = tl.zeros((BLOCK_M,), tl.float32)
     row_max = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -224,14 +182,14 @@ def _attend_rows(
     for start in range(first_n, whole, BLOCK_N):
         acc, seen_max, seen_sum, row_max = _step(
             *(start + tl.arange(0, BLOCK_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
-            *(scale_log2, log2_e, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n),
+            *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
             *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, MASKED),
         )
     if LAST_N > 0:
         # Where the number of keys is the image's own there may be none left, which the masks take care of.
         acc, seen_max, seen_sum, row_max = _step(
             *(whole + tl.arange(0, LAST_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
-            *(scale_log2, log2_e, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n),
+            *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
             *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, True),
         )
 
@@ -274,21 +232,12 @@ def attention_kernel(
     queries,
     keys,
     prefix,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    policy_stride_b,
-    policy_stride_n,
-    bias_stride_b,
-    bias_stride_n,
-    index_stride_b,
-    index_stride_k,
+    q_strides,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
+    index_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -302,7 +251,7 @@ def attention_kernel(
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
     if index is not None:
-        index += batch * index_stride_b
+        index += batch * index_strides[0]
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
@@ -314,17 +263,15 @@ def attention_kernel(
         _attend_rows(
             *(begin + tl.arange(0, LAST_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
             *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
-            *(q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n),
-            *(v_stride_b, v_stride_h, v_stride_n, policy_stride_b, policy_stride_n, bias_stride_b, bias_stride_n),
-            *(index_stride_k, MAY_SEE_NONE, D, UNIT, LAST_M, BLOCK_N, LAST_N, BLOCK_D),
+            *(q_strides, k_strides, v_strides, policy_strides, bias_strides, index_strides),
+            *(MAY_SEE_NONE, D, UNIT, LAST_M, BLOCK_N, LAST_N, BLOCK_D),
         )
     else:
         _attend_rows(
             *(begin + tl.arange(0, BLOCK_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
             *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
-            *(q_stride_b, q_stride_h, q_stride_m, k_stride_b, k_stride_h, k_stride_n),
-            *(v_stride_b, v_stride_h, v_stride_n, policy_stride_b, policy_stride_n, bias_stride_b, bias_stride_n),
-            *(index_stride_k, MAY_SEE_NONE, D, UNIT, BLOCK_M, BLOCK_N, LAST_N, BLOCK_D),
+            *(q_strides, k_strides, v_strides, policy_strides, bias_strides, index_strides),
+            *(MAY_SEE_NONE, D, UNIT, BLOCK_M, BLOCK_N, LAST_N, BLOCK_D),
         )
     if query_offsets is not None:
         clear_rows(out, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
@@ -343,14 +290,9 @@ def received_kernel(
     heads,
     queries,
     keys,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    bias_stride_b,
-    bias_stride_n,
+    q_strides,
+    k_strides,
+    bias_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -365,19 +307,19 @@ def received_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < keys
     in_d = offsets_d < D
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    key_rows = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
     in_nd = in_n[:, None] & in_d[None, :]
-    key = tl.load(key_rows + steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
+    key = tl.load(key_rows + steps(offsets_n, k_strides[2], UNIT), mask=in_nd, other=0.0)
     if bias is not None:
-        added = load_bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
-    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
+        added = load_bias(bias + batch * bias_strides[0], offsets_n, in_n, bias_strides[1], log2_e)
+    query_rows = head_of(q, batch, head, q_strides, UNIT) + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, queries, BLOCK_M):
         rows = start + offsets_m
         in_m = rows < queries
         mask = in_m[:, None] & in_d[None, :]
-        query = tl.load(query_rows + steps(rows, q_stride_m, UNIT), mask=mask, other=0.0)
+        query = tl.load(query_rows + steps(rows, q_strides[2], UNIT), mask=mask, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=float("inf")) * log2_e
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
         if bias is not None:
@@ -401,13 +343,9 @@ def class_kernel(
     queries,
     keys,
     prefix,
-    q_stride_b,
-    q_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    bias_stride_b,
-    bias_stride_n,
+    q_strides,
+    k_strides,
+    bias_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -419,13 +357,13 @@ def class_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_n = offsets_n < keys
     in_d = offsets_d < D
-    query_row = q + batch * q_stride_b + offsets_d
+    query_row = q + batch * q_strides[0] + offsets_d
     if bias is not None:
-        added = load_bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
+        added = load_bias(bias + batch * bias_strides[0], offsets_n, in_n, bias_strides[1], log2_e)
     acc = tl.zeros((BLOCK_N,), tl.float32)
-    first_head = k + tl.multiple_of(batch * k_stride_b, UNIT)
-    key_rows = first_head + steps(offsets_n, k_stride_n, UNIT) + offsets_d[None, :]
-    next_head = tl.multiple_of(tl.cast(k_stride_h, tl.int64), UNIT)
+    first_head = k + tl.multiple_of(batch * k_strides[0], UNIT)
+    key_rows = first_head + steps(offsets_n, k_strides[2], UNIT) + offsets_d[None, :]
+    next_head = tl.multiple_of(tl.cast(k_strides[1], tl.int64), UNIT)
     for head in range(heads):
         key = tl.load(key_rows, mask=in_n[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
@@ -436,26 +374,25 @@ def class_kernel(
             lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
         acc += tl.exp2(logit - lse)
         key_rows += next_head
-        query_row += q_stride_h
+        query_row += q_strides[1]
     tl.store(scores + batch * (keys - prefix) + offsets_n - prefix, acc / heads, mask=in_n)
 
 
 @functools.lru_cache(4096)
-def _forward_options(
+def _forward_tile(
     queries: int, keys: int, head_dim: int, dtype: torch.dtype, unit: int, used: bool, packed: bool
-) -> tuple[AttentionTile, dict[str, int]]:
-    """Return the tile, and what the kernel is compiled by."""
-    tile = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed).forward
-    apart = has_last_step(head_dim, dtype, unit)
-    return tile, {
-        "D": head_dim,
-        "UNIT": unit,
-        "BLOCK_M": tile.own,
-        "LAST_M": (not packed and apart and last_rows(queries, tile.own)) or tile.own,
-        "BLOCK_N": tile.step,
-        "LAST_N": -1 if not apart else tile.step if packed else last_rows(keys, tile.step),
-        "BLOCK_D": padded_head_dim(head_dim),
-    }
+) -> Tile:
+    """Return what the kernel is compiled by."""
+    tile, _, _ = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed)
+    own, step, apart = tile["BLOCK_M"], tile["BLOCK_N"], has_last_step(head_dim, dtype, unit)
+    return Tile(
+        tile,
+        D=head_dim,
+        UNIT=unit,
+        LAST_M=(not packed and apart and last_rows(queries, own)) or own,
+        LAST_N=-1 if not apart else step if packed else last_rows(keys, step),
+        BLOCK_D=padded_head_dim(head_dim),
+    )
 
 
 @in_parts("q", "k", "v", "bias", "index")
@@ -511,19 +448,9 @@ def attention_policy(
     mean = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=q.device)
     if batch:
         unit = unit_of(v)
-        columns = mean_tile(head_dim, unit > 1)
-        mean_values_kernel[(heads, batch)](
-            v,
-            mean,
-            heads,
-            tokens,
-            *v.stride()[:3],
-            D=head_dim,
-            UNIT=unit,
-            BLOCK_N=columns.rows,
-            BLOCK_D=columns.columns,
-            num_warps=columns.num_warps,
-        )
+        # Programs are few, so each must keep many loads in flight; 64 addresses a thread would spill.
+        tile = head_rows(head_dim, 8192 if unit > 1 else 2048)
+        mean_values_kernel[(heads, batch)](v, mean, heads, tokens, strides(v, 3), D=head_dim, UNIT=unit, **tile)
         nothing = (None,) * 4
         _attend(batch, tokens, q, k, v, policy, *nothing, out, logsumexp, total, mean, scale, eps, 0)
     return out.transpose(1, 2), logsumexp, total, mean
@@ -554,37 +481,14 @@ def _attend(
     if scale < 0.0:
         q, scale = -q, -scale
     used = bias is not None or index is not None
-    tile, options = _forward_options(
-        queries, keys, head_dim, q.dtype, unit_of(q, k, v), used, query_offsets is not None
-    )
-    attention_kernel[(cdiv(most, tile.own), heads, images)](
-        q,
-        k,
-        v,
-        policy,
-        bias,
-        index,
-        query_offsets,
-        key_offsets,
-        mean,
-        out,
-        logsumexp,
-        total,
+    tile = _forward_tile(queries, keys, head_dim, q.dtype, unit_of(q, k, v), used, query_offsets is not None)
+    attention_kernel[(cdiv(most, tile["BLOCK_M"]), heads, images)](
+        *(q, k, v, policy, bias, index, query_offsets, key_offsets, mean, out, logsumexp, total),
         scale * LOG2_E,
         LOG2_E,
-        eps,
-        heads,
-        queries,
-        keys,
-        prefix,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *strides(policy),
-        *strides(bias),
-        *strides(index),
-        **options,
-        **settings(tile),
+        *(eps, heads, queries, keys, prefix),
+        *(strides(q, 3), strides(k, 3), strides(v, 3), strides(policy, 2), strides(bias, 2), strides(index, 2)),
+        **tile,
     )
 
 
@@ -612,43 +516,27 @@ def key_scores(
     numbers = (scale * LOG2_E, LOG2_E, heads, queries, keys)
     unit = unit_of(q, k)
     if not received:
-        class_tile = key_tile(head_dim)
-        class_kernel[(cdiv(keys - prefix, class_tile.rows), batch)](
-            q,
-            k,
-            bias,
-            logsumexp,
-            scores,
-            *numbers,
-            prefix,
-            *q.stride()[:2],
-            *k.stride()[:3],
-            *strides(bias),
+        tile = head_rows(head_dim, 2048)  # heads follow one another, so that there are many programs
+        class_kernel[(cdiv(keys - prefix, tile["BLOCK_N"]), batch)](
+            *(q, k, bias, logsumexp, scores),
+            *(*numbers, prefix),
+            *(strides(q, 2), strides(k, 3), strides(bias, 2)),
             D=head_dim,
             UNIT=unit,
-            BLOCK_N=class_tile.rows,
-            BLOCK_D=class_tile.columns,
-            num_warps=class_tile.num_warps,
+            **tile,
         )
         return scores
     parts = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
-    tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None).forward
-    received_kernel[(cdiv(keys, tile.own), heads, batch)](
-        q,
-        k,
-        bias,
-        logsumexp,
-        parts,
-        *numbers,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *strides(bias),
+    tile, _, _ = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None)
+    tile = Tile(tile, BLOCK_M=tile["BLOCK_N"], BLOCK_N=tile["BLOCK_M"])  # a program has keys, and walks over queries
+    received_kernel[(cdiv(keys, tile["BLOCK_N"]), heads, batch)](
+        *(q, k, bias, logsumexp),
+        *(parts, *numbers),
+        *(strides(q, 3), strides(k, 3), strides(bias, 2)),
         D=head_dim,
         UNIT=unit,
-        BLOCK_M=tile.step,
-        BLOCK_N=tile.own,
         BLOCK_D=padded_head_dim(head_dim),
-        **settings(tile),
+        **tile,
     )
     sum_heads(parts, scores)
     return scores

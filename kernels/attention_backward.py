@@ -20,16 +20,13 @@ from ._attention import (
     load_bias,
     load_columns,
     load_rows,
-    padded_head_dim,
-    settings,
-    strides,
     sum_heads,
     takes_whole,
     whole_tile,
 )
 from ._direct import cdiv, direct
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import in_parts, strides
+from ._rows import head_of, padded_head_dim, steps, unit_of
 
 
 @triton.jit
@@ -68,9 +65,9 @@ def _weigh(
     log2_e,
     heads,
     prefix,
-    k_stride_n,
-    bias_stride_n,
-    scores_stride_n,
+    k_strides,
+    bias_strides,
+    scores_strides,
     CLASS: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
@@ -79,9 +76,9 @@ def _weigh(
 ):
     """Sum the scores' gradient under the attention to some more keys."""
     in_n = columns < last_n if LAST else None
-    key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
-    logit = _logits(query, key, columns, in_n, bias_row, bias_stride_n, scale_log2, log2_e, LAST)
-    of_scores = _upstream_of_scores(score_row, columns, columns < last_n, scores_stride_n, prefix, heads, CLASS)
+    key = load_rows(key_rows + steps(columns, k_strides[2], UNIT), in_n, D, BLOCK_D)
+    logit = _logits(query, key, columns, in_n, bias_row, bias_strides[1], scale_log2, log2_e, LAST)
+    of_scores = _upstream_of_scores(score_row, columns, columns < last_n, scores_strides[1], prefix, heads, CLASS)
     return tl.sum(tl.exp2(logit - lse[:, None]) * of_scores[None, :], 1)
 
 
@@ -116,11 +113,11 @@ def _step(
     log2_e,
     heads,
     prefix,
-    k_stride_n,
-    v_stride_n,
-    policy_stride_n,
-    bias_stride_n,
-    scores_stride_n,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
+    scores_strides,
     acc,
     row_max,
     row_peak,
@@ -132,22 +129,22 @@ def _step(
 ):
     """Add what some more keys give to the queries' gradient, and if asked for write theirs."""
     in_n = columns < last_n if LAST else None
-    key = load_rows(key_rows + steps(columns, k_stride_n, UNIT), in_n, D, BLOCK_D)
-    value = load_rows(value_rows + steps(columns, v_stride_n, UNIT), in_n, D, BLOCK_D)
-    logit = _logits(query, key, columns, in_n, bias_row, bias_stride_n, scale_log2, log2_e, LAST)
+    key = load_rows(key_rows + steps(columns, k_strides[2], UNIT), in_n, D, BLOCK_D)
+    value = load_rows(value_rows + steps(columns, v_strides[2], UNIT), in_n, D, BLOCK_D)
+    logit = _logits(query, key, columns, in_n, bias_row, bias_strides[1], scale_log2, log2_e, LAST)
     weight = tl.exp2(logit - lse[:, None])
     if grad_keys is not None:  # at once: fewer registers live on
         _give(grad_values, upstream, weight, 1.0, columns, last_n, heads, D, BLOCK_D)
     slope = tl.dot(upstream, tl.trans(value), input_precision="ieee") - offset[:, None]
     if score_row is not None:
-        of_scores = _upstream_of_scores(score_row, columns, columns < last_n, scores_stride_n, prefix, heads, CLASS)
+        of_scores = _upstream_of_scores(score_row, columns, columns < last_n, scores_strides[1], prefix, heads, CLASS)
         slope += tl.where(offsets_m[:, None] == 0, of_scores[None, :], 0.0) if CLASS else of_scores[None, :]
     if policy_row is not None:
         # The first key that reaches a row's largest logit.
         tile_max, tile_peak = tl.max(logit, 1, return_indices=True, return_indices_tie_break_left=True)
         row_peak = tl.where(tile_max > row_max, tl.min(columns, 0) + tile_peak, row_peak)
         row_max = tl.maximum(row_max, tile_max)
-        visible = load_columns(policy_row, columns, in_n, policy_stride_n)
+        visible = load_columns(policy_row, columns, in_n, policy_strides[1])
         own = offsets_m[:, None] == columns[None, :]
         weight = tl.where(own, weight, weight * visible[None, :])
     grad_logit = weight * slope
@@ -191,29 +188,15 @@ def grad_queries_kernel(
     queries,
     keys,
     prefix,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_m,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    policy_stride_b,
-    policy_stride_n,
-    bias_stride_b,
-    bias_stride_n,
-    index_stride_b,
-    index_stride_k,
-    scores_stride_b,
-    scores_stride_n,
-    out_stride_b,
-    out_stride_h,
-    out_stride_m,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
+    index_strides,
+    scores_strides,
+    out_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     CLASS: tl.constexpr,
@@ -232,7 +215,7 @@ def grad_queries_kernel(
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
     if index is not None:
-        index += batch * index_stride_b
+        index += batch * index_strides[0]
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
@@ -246,25 +229,25 @@ def grad_queries_kernel(
     in_md = in_m[:, None] & in_d[None, :]
     rows_q = offsets_m
     if index is not None:
-        rows_q = chosen_rows(offsets_m - first_m, index, index_stride_k, prefix, in_m, first_n)
-    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
-    query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-    grad_rows = head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
-    upstream = tl.load(grad_rows + steps(offsets_m, grad_stride_m, UNIT), mask=in_md, other=0.0)
-    out_rows = head_of(out, batch, head, out_stride_b, out_stride_h, UNIT) + offsets_d[None, :]
-    result = tl.load(out_rows + steps(offsets_m, out_stride_m, UNIT), mask=in_md, other=0.0).to(tl.float32)
+        rows_q = chosen_rows(offsets_m - first_m, index, index_strides[1], prefix, in_m, first_n)
+    query_rows = head_of(q, batch, head, q_strides, UNIT) + offsets_d[None, :]
+    query = tl.load(query_rows + steps(rows_q, q_strides[2], UNIT), mask=in_md, other=0.0)
+    grad_rows = head_of(grad, batch, head, grad_strides, UNIT) + offsets_d[None, :]
+    upstream = tl.load(grad_rows + steps(offsets_m, grad_strides[2], UNIT), mask=in_md, other=0.0)
+    out_rows = head_of(out, batch, head, out_strides, UNIT) + offsets_d[None, :]
+    result = tl.load(out_rows + steps(offsets_m, out_strides[2], UNIT), mask=in_md, other=0.0).to(tl.float32)
     row = (batch * heads + head) * queries + offsets_m
     lse = tl.load(logsumexp + row, mask=in_m, other=float("inf")) * log2_e
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # no key: weights of zero
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
+    key_rows = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
+    value_rows = head_of(v, batch, head, v_strides, UNIT) + offsets_d[None, :]
     policy_row, bias_row, score_row, grad_keys, grad_values, of_keys = policy, bias, grad_scores, grad_k, grad_v, parts
     if policy is not None:
-        policy_row = policy + batch * policy_stride_b
+        policy_row = policy + batch * policy_strides[0]
     if bias is not None:
-        bias_row = bias + batch * bias_stride_b
+        bias_row = bias + batch * bias_strides[0]
     if grad_scores is not None:
-        score_row = grad_scores + batch * scores_stride_b
+        score_row = grad_scores + batch * scores_strides[0]
     if grad_k is not None:
         first = (batch * keys * heads + head) * D
         grad_keys, grad_values = grad_k + first, grad_v + first
@@ -279,12 +262,12 @@ def grad_queries_kernel(
         for start in range(first_n, tl.where(tl.program_id(0) == 0, whole, 0) if CLASS else whole, BLOCK_N):
             weighted += _weigh(
                 *(start + tl.arange(0, BLOCK_N), last_n, query, lse, key_rows, bias_row, score_row, scale_log2, log2_e),
-                *(heads, prefix, k_stride_n, bias_stride_n, scores_stride_n, CLASS, D, UNIT, BLOCK_D, MASKED),
+                *(heads, prefix, k_strides, bias_strides, scores_strides, CLASS, D, UNIT, BLOCK_D, MASKED),
             )
         if LAST_N > 0:
             weighted += _weigh(
                 *(whole + tl.arange(0, LAST_N), last_n, query, lse, key_rows, bias_row, score_row, scale_log2, log2_e),
-                *(heads, prefix, k_stride_n, bias_stride_n, scores_stride_n, CLASS, D, UNIT, BLOCK_D, True),
+                *(heads, prefix, k_strides, bias_strides, scores_strides, CLASS, D, UNIT, BLOCK_D, True),
             )
         offset += tl.where(offsets_m == 0, weighted, 0.0) if CLASS else weighted
 
@@ -295,14 +278,14 @@ def grad_queries_kernel(
         acc, row_max, row_peak = _step(
             *(start + tl.arange(0, BLOCK_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
             *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
-            *(prefix, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n, scores_stride_n),
+            *(prefix, k_strides, v_strides, policy_strides, bias_strides, scores_strides),
             *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, MASKED),
         )
     if LAST_N > 0:
         acc, row_max, row_peak = _step(
             *(whole + tl.arange(0, LAST_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
             *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
-            *(prefix, k_stride_n, v_stride_n, policy_stride_n, bias_stride_n, scores_stride_n),
+            *(prefix, k_strides, v_strides, policy_strides, bias_strides, scores_strides),
             *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, True),
         )
 
@@ -314,7 +297,7 @@ def grad_queries_kernel(
         slope_of_max = (tl.sum(upstream.to(tl.float32) * average[None, :], 1) - offset) * (eps / denominator)
         tl.store(peak + row, row_peak, mask=in_m)
         tl.store(peak_grad + row, slope_of_max, mask=in_m)
-        key = tl.load(key_rows + steps(row_peak, k_stride_n, UNIT), mask=in_md, other=0.0).to(tl.float32)
+        key = tl.load(key_rows + steps(row_peak, k_strides[2], UNIT), mask=in_md, other=0.0).to(tl.float32)
         acc += slope_of_max[:, None] * key
     targets = grad_q + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
     tl.store(targets, (acc * scale).to(grad_q.dtype.element_ty), mask=in_md)
@@ -354,26 +337,14 @@ def grad_keys_kernel(
     queries,
     keys,
     prefix,
-    grad_stride_b,
-    grad_stride_h,
-    grad_stride_m,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    policy_stride_b,
-    policy_stride_n,
-    bias_stride_b,
-    bias_stride_n,
-    index_stride_b,
-    index_stride_k,
-    scores_stride_b,
-    scores_stride_n,
+    grad_strides,
+    q_strides,
+    k_strides,
+    v_strides,
+    policy_strides,
+    bias_strides,
+    index_strides,
+    scores_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     POLICY: tl.constexpr,
@@ -391,7 +362,7 @@ def grad_keys_kernel(
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
     if index is not None:
-        index += batch * index_stride_b
+        index += batch * index_strides[0]
     if query_offsets is not None:
         first_m, last_m = tl.load(query_offsets + batch), tl.load(query_offsets + batch + 1)
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
@@ -403,22 +374,22 @@ def grad_keys_kernel(
     in_n = offsets_n < last_n
     in_d = offsets_d < D
     in_nd = in_n[:, None] & in_d[None, :]
-    key_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
-    key = tl.load(key_rows + steps(offsets_n, k_stride_n, UNIT), mask=in_nd, other=0.0)
-    value_rows = head_of(v, batch, head, v_stride_b, v_stride_h, UNIT) + offsets_d[None, :]
-    value = tl.load(value_rows + steps(offsets_n, v_stride_n, UNIT), mask=in_nd, other=0.0)
+    key_rows = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
+    key = tl.load(key_rows + steps(offsets_n, k_strides[2], UNIT), mask=in_nd, other=0.0)
+    value_rows = head_of(v, batch, head, v_strides, UNIT) + offsets_d[None, :]
+    value = tl.load(value_rows + steps(offsets_n, v_strides[2], UNIT), mask=in_nd, other=0.0)
     if POLICY:
-        sources = policy + batch * policy_stride_b + offsets_n.to(tl.int64) * policy_stride_n
+        sources = policy + batch * policy_strides[0] + offsets_n.to(tl.int64) * policy_strides[1]
         visible = tl.load(sources, mask=in_n, other=0.0).to(tl.float32)
     if bias is not None:
-        added = load_bias(bias + batch * bias_stride_b, offsets_n, in_n, bias_stride_n, log2_e)
+        added = load_bias(bias + batch * bias_strides[0], offsets_n, in_n, bias_strides[1], log2_e)
     if grad_scores is not None:
-        score_row = grad_scores + batch * scores_stride_b
-        of_scores = _upstream_of_scores(score_row, offsets_n, in_n, scores_stride_n, prefix, heads, CLASS)[:, None]
+        score_row = grad_scores + batch * scores_strides[0]
+        of_scores = _upstream_of_scores(score_row, offsets_n, in_n, scores_strides[1], prefix, heads, CLASS)[:, None]
     if parts is not None:
         acc_part = tl.zeros((BLOCK_N,), tl.float32)
-    query_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d[None, :]
-    grad_rows = head_of(grad, batch, head, grad_stride_b, grad_stride_h, UNIT) + offsets_d[None, :]
+    query_rows = head_of(q, batch, head, q_strides, UNIT) + offsets_d[None, :]
+    grad_rows = head_of(grad, batch, head, grad_strides, UNIT) + offsets_d[None, :]
     first_row = (batch * heads + head) * queries
     acc_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_value = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -428,9 +399,9 @@ def grad_keys_kernel(
         in_md = in_m[:, None] & in_d[None, :]
         rows_q = rows
         if index is not None:
-            rows_q = chosen_rows(rows - first_m, index, index_stride_k, prefix, in_m, first_n)
-        query = tl.load(query_rows + steps(rows_q, q_stride_m, UNIT), mask=in_md, other=0.0)
-        upstream = tl.load(grad_rows + steps(rows, grad_stride_m, UNIT), mask=in_md, other=0.0)
+            rows_q = chosen_rows(rows - first_m, index, index_strides[1], prefix, in_m, first_n)
+        query = tl.load(query_rows + steps(rows_q, q_strides[2], UNIT), mask=in_md, other=0.0)
+        upstream = tl.load(grad_rows + steps(rows, grad_strides[2], UNIT), mask=in_md, other=0.0)
         lse = tl.load(logsumexp + first_row + rows, mask=in_m, other=0.0) * log2_e
         offset = tl.load(delta + first_row + rows, mask=in_m, other=0.0)
         logit = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
@@ -571,16 +542,16 @@ def _backward(
     parts = None if of_keys is None else torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
     numbers = (scale, scale * LOG2_E, LOG2_E, eps, heads, queries, keys, prefix)
     all_strides = (
-        *(*grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        *(*strides(policy), *strides(bias), *strides(index), *strides(grad_scores)),
+        *(strides(grad, 3), strides(q, 3), strides(k, 3), strides(v, 3)),
+        *(strides(policy, 2), strides(bias, 2), strides(index, 2), strides(grad_scores, 2)),
     )
     unit = unit_of(grad, q, k, v, out)
     used = bias is not None or index is not None or offsets is not None or grad_scores is not None
     shape = {"D": head_dim, "UNIT": unit, "CLASS": kind == "class", "BLOCK_D": padded_head_dim(head_dim)}
-    tiles = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
+    _, queries_tile, keys_tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
     alone = not hidden and grad_scores is None and takes_whole()
     at_once = whole_tile(rows, head_dim, q.dtype, unit > 1, with_options=used) if alone else None
-    whole, tile = at_once is not None, at_once or tiles.grad_queries
+    whole, tile = at_once is not None, at_once or queries_tile
     apart = not whole and has_last_step(head_dim, q.dtype, unit)
     delta = peak = peak_grad = None
     if not whole:
@@ -589,63 +560,24 @@ def _backward(
             peak_grad = torch.empty_like(logsumexp)
             peak = torch.empty(logsumexp.shape, dtype=torch.int32, device=q.device)
     for count, chosen, bounds in launches(images, index, *(offsets or (None, None))):
-        grad_queries_kernel[(cdiv(rows, tile.own), heads, count)](
-            grad,
-            q,
-            k,
-            v,
-            policy,
-            bias,
-            chosen,
-            *bounds,
-            grad_scores,
-            out,
-            logsumexp,
-            total,
-            mean,
-            grad_q,
-            grad_k if whole else None,
-            grad_v if whole else None,
-            parts if whole else None,
-            delta,
-            peak,
-            peak_grad,
+        grad_queries_kernel[(cdiv(rows, tile["BLOCK_M"]), heads, count)](
+            *(grad, q, k, v, policy, bias, chosen, *bounds, grad_scores, out, logsumexp, total, mean, grad_q),
+            *(grad_k if whole else None, grad_v if whole else None, parts if whole else None, delta, peak, peak_grad),
             *numbers,
-            *all_strides,
-            *out.stride()[:3],
-            BLOCK_M=tile.own,
-            BLOCK_N=tile.step,
-            LAST_N=-1 if not apart else last_rows(keys, tile.step) if offsets is None else tile.step,
+            *(*all_strides, strides(out, 3)),
+            LAST_N=-1 if not apart else last_rows(keys, tile["BLOCK_N"]) if offsets is None else tile["BLOCK_N"],
             **shape,
-            **settings(tile),
+            **tile,
         )
-    tile = tiles.grad_keys
     for count, chosen, bounds in () if whole else launches(images, index, *(offsets or (None, None))):
-        grad_keys_kernel[(cdiv(columns, tile.own), heads, count)](
-            grad,
-            q,
-            k,
-            v,
-            policy,
-            bias,
-            chosen,
-            *bounds,
-            grad_scores,
-            logsumexp,
-            total,
-            delta,
-            peak,
-            peak_grad,
-            grad_k,
-            grad_v,
-            parts,
-            *numbers,
+        grad_keys_kernel[(cdiv(columns, keys_tile["BLOCK_N"]), heads, count)](
+            *(grad, q, k, v, policy, bias, chosen, *bounds, grad_scores, logsumexp, total, delta, peak, peak_grad),
+            *(grad_k, grad_v),
+            *(parts, *numbers),
             *all_strides,
             POLICY=hidden,
-            BLOCK_M=tile.step,
-            BLOCK_N=tile.own,
             **shape,
-            **settings(tile),
+            **keys_tile,
         )
     if parts is not None and grad_of_keys is not None:
         sum_heads(parts, grad_of_keys, None if offsets is None else offsets[1])

@@ -5,7 +5,6 @@ With values, of which each is read once beside its key, it is weighted by their 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -13,50 +12,21 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import Tile, in_parts, strides
+from ._rows import LOWEST, head_of, head_rows, steps, unit_of
 
-LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyTile:
-    """Keys and channels that one program holds at a time."""
-
-    block_n: int
-    block_d: int
-    num_warps: int
+ELEMENTS = 4096  # of keys in a program: a thread has four 16-byte loads of half precision in flight
 
 
 @functools.cache
-def key_tile(head_dim: int) -> KeyTile:
-    """Return a tile of 4,096 elements a program.
-
-    A thread has four 16-byte loads of half precision in flight.
-    """
-    block_d = max(16, next_power_of_2(head_dim))
-    return KeyTile(block_n=max(1, 4096 // block_d), block_d=block_d, num_warps=4)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadTile:
-    """All heads of BLOCK_N keys, and of BLOCK_P partial softmaxes."""
-
-    block_h: int
-    block_n: int
-    block_p: int
-    num_warps: int
-
-
-@functools.cache
-def head_tile(heads: int, parts: int, streams: int = 1) -> HeadTile:
+def head_tile(heads: int, parts: int, streams: int = 1) -> Tile:
     """Return a tile of 2,048 elements a program; heads lie within a thread or a warp, keys across lanes.
 
     Half the keys where lengths are a second stream: with 4 heads and as many keys a few words spilled on sm_80.
     """
     block_h = next_power_of_2(heads)
     block_n = max(32, 2048 // streams // block_h)
-    return HeadTile(block_h, block_n, block_p=min(block_n, next_power_of_2(parts)), num_warps=4)
+    return Tile(BLOCK_H=block_h, BLOCK_N=block_n, BLOCK_P=min(block_n, next_power_of_2(parts)), num_warps=4)
 
 
 @direct
@@ -74,16 +44,10 @@ def class_logits_kernel(
     heads,
     tokens,
     parts,
-    q_stride_b,
-    q_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    value_stride_b,
-    value_stride_h,
-    value_stride_n,
-    valid_stride_b,
-    valid_stride_n,
+    q_strides,
+    k_strides,
+    value_strides,
+    valid_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,17 +63,17 @@ def class_logits_kernel(
     in_d = offsets_d < D
     seen = in_n
     if valid is not None:
-        rows = valid + batch * valid_stride_b + offsets_n.to(tl.int64) * valid_stride_n
+        rows = valid + batch * valid_strides[0] + offsets_n.to(tl.int64) * valid_strides[1]
         seen = in_n & (tl.load(rows, mask=in_n, other=0) != 0)
     first = offsets_n.to(tl.int64)
     if offsets is not None:
         begin = tl.load(offsets + batch)
         seen = in_n & (offsets_n < tl.load(offsets + batch + 1) - begin)
         first += begin
-    query_row = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d
+    query_row = head_of(q, batch, head, q_strides, UNIT) + offsets_d
     query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
-    keys = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
-    keys = keys + steps(first, k_stride_n, UNIT) + offsets_d[None, :]
+    keys = head_of(k, batch, head, k_strides, UNIT)
+    keys = keys + steps(first, k_strides[2], UNIT) + offsets_d[None, :]
     key = tl.load(keys, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
     logit = tl.sum(key * query[None, :], 1) * scale
     row = batch * heads + head
@@ -117,8 +81,8 @@ def class_logits_kernel(
         logit = tl.where(seen, logit, float("-inf"))
     tl.store(logits + row * tokens + offsets_n, logit, mask=in_n)
     if value is not None:
-        values = head_of(value, batch, head, value_stride_b, value_stride_h, UNIT)
-        values = values + steps(first, value_stride_n, UNIT) + offsets_d[None, :]
+        values = head_of(value, batch, head, value_strides, UNIT)
+        values = values + steps(first, value_strides[2], UNIT) + offsets_d[None, :]
         vector = tl.load(values, mask=seen[:, None] & in_d[None, :], other=0.0).to(tl.float32)
         tl.store(lengths + row * tokens + offsets_n, tl.sqrt_rn(tl.sum(vector * vector, 1)), mask=in_n)
     logit = tl.where(in_n, logit, float("-inf"))
@@ -190,13 +154,9 @@ def class_logits_backward_kernel(
     scale,
     heads,
     tokens,
-    grad_stride_b,
-    grad_stride_n,
-    q_stride_b,
-    q_stride_h,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    grad_strides,
+    q_strides,
+    k_strides,
     PREFIX: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
@@ -212,22 +172,22 @@ def class_logits_backward_kernel(
     batch = tl.program_id(1).to(tl.int64)
     row = batch * heads + head
     lse = tl.load(logsumexp + row)
-    upstream = grad + batch * grad_stride_b
+    upstream = grad + batch * grad_strides[0]
     weighted = tl.zeros((BLOCK_S,), tl.float32)
     for start in range(0, tokens, BLOCK_S):
         offsets_n = start + tl.arange(0, BLOCK_S)
         in_n = offsets_n < tokens
         attention = tl.exp(tl.load(logits + row * tokens + offsets_n, mask=in_n, other=float("-inf")) - lse)
         patches = (offsets_n - PREFIX).to(tl.int64)
-        slope = tl.load(upstream + patches * grad_stride_n, mask=in_n & (offsets_n >= PREFIX), other=0.0)
+        slope = tl.load(upstream + patches * grad_strides[1], mask=in_n & (offsets_n >= PREFIX), other=0.0)
         weighted += attention * slope.to(tl.float32)
     mean = tl.sum(weighted, 0)
 
     offsets_d = tl.arange(0, BLOCK_D)
     in_d = offsets_d < D
-    query_row = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT) + offsets_d
+    query_row = head_of(q, batch, head, q_strides, UNIT) + offsets_d
     query = tl.load(query_row, mask=in_d, other=0.0).to(tl.float32)
-    keys = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT) + offsets_d[None, :]
+    keys = head_of(k, batch, head, k_strides, UNIT) + offsets_d[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, tokens, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
@@ -235,18 +195,18 @@ def class_logits_backward_kernel(
         mask = in_n[:, None] & in_d[None, :]
         attention = tl.exp(tl.load(logits + row * tokens + offsets_n, mask=in_n, other=float("-inf")) - lse)
         patches = (offsets_n - PREFIX).to(tl.int64)
-        slope = tl.load(upstream + patches * grad_stride_n, mask=in_n & (offsets_n >= PREFIX), other=0.0)
+        slope = tl.load(upstream + patches * grad_strides[1], mask=in_n & (offsets_n >= PREFIX), other=0.0)
         grad_logit = attention * (slope.to(tl.float32) - mean) * (scale / heads)
-        key = tl.load(keys + steps(offsets_n, k_stride_n, UNIT), mask=mask, other=0.0).to(tl.float32)
+        key = tl.load(keys + steps(offsets_n, k_strides[2], UNIT), mask=mask, other=0.0).to(tl.float32)
         acc += grad_logit[:, None] * key
         target = ((batch * tokens + offsets_n[:, None]) * heads + head) * D + offsets_d[None, :]
         tl.store(grad_k + target, (grad_logit[:, None] * query[None, :]).to(grad_k.dtype.element_ty), mask=mask)
     tl.store(grad_q + row * D + offsets_d, tl.sum(acc, 0).to(grad_q.dtype.element_ty), mask=in_d)
 
 
-def _key_strides(tensor: torch.Tensor, offsets: torch.Tensor | None) -> tuple[int, ...]:
+def _key_strides(tensor: torch.Tensor | None, offsets: torch.Tensor | None) -> tuple[int, ...]:
     """Return the strides of image, head and token; packed images lie in one row."""
-    return (*tensor.stride()[:3],) if offsets is None else (0, *tensor.stride()[1:3])
+    return strides(tensor, 3) if offsets is None else (0, *strides(tensor, 3)[1:])
 
 
 def _forward(
@@ -261,8 +221,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, heads, head_dim = q.shape
     tokens = k.shape[2] if offsets is None else longest
-    tile = key_tile(head_dim)
-    parts = cdiv(tokens, tile.block_n)
+    tile = head_rows(head_dim, ELEMENTS)
+    parts = cdiv(tokens, tile["BLOCK_N"])
     scores = torch.empty(batch, tokens - prefix, dtype=torch.float32, device=k.device)
     logits = torch.empty(batch, heads, tokens, dtype=torch.float32, device=k.device)
     logsumexp = torch.empty(batch, heads, dtype=torch.float32, device=k.device)
@@ -272,43 +232,16 @@ def _forward(
     softmaxes = torch.empty(batch, heads, parts, 2, dtype=torch.float32, device=k.device)
     # Heads vary fastest: in the packed layout neighbouring programs read neighbouring memory.
     class_logits_kernel[(heads, parts, batch)](
-        q,
-        k,
-        value,
-        valid,
-        offsets,
-        logits,
-        lengths,
-        softmaxes,
-        scale,
-        heads,
-        tokens,
-        parts,
-        *q.stride()[:2],
-        *_key_strides(k, offsets),
-        *((0, 0, 0) if value is None else _key_strides(value, offsets)),
-        *((0, 0) if valid is None else valid.stride()),
+        *(q, k, value, valid, offsets, logits, lengths, softmaxes),
+        *(scale, heads, tokens, parts),
+        *(strides(q, 2), _key_strides(k, offsets), _key_strides(value, offsets), strides(valid, 2)),
         D=head_dim,
         UNIT=unit_of(q, k) if value is None else unit_of(q, k, value),
-        BLOCK_N=tile.block_n,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
+        **tile,
     )
-    mean_tile = head_tile(heads, parts, streams=1 if value is None else 2)
-    head_mean_kernel[(max(1, cdiv(tokens - prefix, mean_tile.block_n)), batch)](
-        logits,
-        lengths,
-        softmaxes,
-        scores,
-        logsumexp,
-        heads,
-        tokens,
-        parts,
-        PREFIX=prefix,
-        BLOCK_H=mean_tile.block_h,
-        BLOCK_N=mean_tile.block_n,
-        BLOCK_P=mean_tile.block_p,
-        num_warps=mean_tile.num_warps,
+    tile = head_tile(heads, parts, streams=1 if value is None else 2)
+    head_mean_kernel[(max(1, cdiv(tokens - prefix, tile["BLOCK_N"])), batch)](
+        logits, lengths, softmaxes, scores, logsumexp, heads, tokens, parts, PREFIX=prefix, **tile
     )
     return scores, logits, logsumexp
 
@@ -358,27 +291,14 @@ def cls_scores_backward(
     grad_q = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(batch, tokens, heads, head_dim, dtype=k.dtype, device=k.device)
     if batch:
-        tile = key_tile(head_dim)
         class_logits_backward_kernel[(heads, batch)](
-            grad,
-            q,
-            k,
-            logits,
-            logsumexp,
-            grad_q,
-            grad_k,
-            scale,
-            heads,
-            tokens,
-            *grad.stride(),
-            *q.stride()[:2],
-            *k.stride()[:3],
+            *(grad, q, k, logits, logsumexp, grad_q, grad_k),
+            *(scale, heads, tokens),
+            *(strides(grad, 2), strides(q, 2), strides(k, 3)),
             PREFIX=prefix,
             D=head_dim,
             UNIT=unit_of(q, k),
-            BLOCK_N=tile.block_n,
-            BLOCK_D=tile.block_d,
             BLOCK_S=min(512, next_power_of_2(tokens)),
-            num_warps=tile.num_warps,
+            **head_rows(head_dim, ELEMENTS),
         )
     return grad_q, grad_k.transpose(1, 2)

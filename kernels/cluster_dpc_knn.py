@@ -5,7 +5,6 @@ Images of more than ``most_tokens`` take six: squared lengths, densities, scores
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -13,8 +12,8 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._distances import DistanceTile, squared_distances, squared_lengths
-from ._launch import in_parts
+from ._distances import squared_distances, squared_lengths
+from ._launch import Tile, fitting, in_parts, strides
 from ._order import ordered_bits, packed_keys
 from .select_topk import select_topk
 from .slots import group, group_slots
@@ -24,12 +23,11 @@ MAX_NEAREST = 8
 
 
 @functools.cache
-def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+def distance_tile(channels: int, dtype: torch.dtype) -> Tile:
     """Choose settings, found by compiling, that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens, or 4 warps, spill
-        return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=2)
-    block_c = min(max(next_power_of_2(channels), 16), 64)  # 16: the least that tensor cores take
-    return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
+        return Tile(BLOCK_I=32, BLOCK_J=64, BLOCK_C=16, num_warps=8, num_stages=2)
+    return Tile(BLOCK_I=64, BLOCK_J=64, BLOCK_C=fitting(channels, 64), num_warps=8, num_stages=3)
 
 
 def most_tokens(dtype: torch.dtype) -> int:
@@ -42,16 +40,16 @@ def most_tokens(dtype: torch.dtype) -> int:
 
 
 @functools.cache
-def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> DistanceTile:
+def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> Tile:
     """Return the tile of the one program that has an image to itself; it was found by compiling too.
 
     It takes all registers of a multiprocessor, as two programs of half the warps would, and half the barriers. Rows
     that are not aligned take an address for every element, and with so wide a tile they spill.
     """
     if dtype == torch.float32:  # 2 stages or 64 by 64 tokens spill; 16 warps would load two channels a thread
-        return DistanceTile(block_i=32, block_j=64, block_c=16, num_warps=8, num_stages=3)
+        return Tile(BLOCK_I=32, BLOCK_J=64, BLOCK_C=16, num_warps=8, num_stages=3)
     tile = distance_tile(channels, dtype)
-    return dataclasses.replace(tile, block_j=128, num_warps=16) if aligned else tile
+    return Tile(tile, BLOCK_J=128, num_warps=16) if aligned else tile
 
 
 @direct
@@ -65,10 +63,8 @@ def density_kernel(
     tokens,
     channels,
     neighbors,  # 1 .. N
-    stride_b,
-    stride_n,
-    noise_stride_b,
-    noise_stride_n,
+    x_strides,
+    noise_strides,
     NEAREST: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -77,11 +73,11 @@ def density_kernel(
     """Take the smallest distances of BLOCK_I tokens from tile after tile, in each program."""
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
     # Rows past the end repeat the last one: a mask of their own costs registers.
     row_i = tl.minimum(i, tokens - 1)
-    pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
+    pointers_i = rows + row_i.to(tl.int64)[:, None] * x_strides[1]
     squares_i = tl.load(squares + row_i)
     beyond = 0x7FFFFFFFFFFFFFFF
     place = tl.arange(0, NEAREST).to(tl.int64)
@@ -98,7 +94,7 @@ def density_kernel(
             j = start_j + tl.arange(0, BLOCK_J)
             in_j = (j < tokens)[None, :]
             row_j = tl.minimum(j, tokens - 1)
-            pointers_j = rows + row_j.to(tl.int64)[:, None] * stride_n
+            pointers_j = rows + row_j.to(tl.int64)[:, None] * x_strides[1]
             squares_j = squares + row_j
             squared = squared_distances(
                 pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C
@@ -119,7 +115,7 @@ def density_kernel(
 
     value = tl.exp(-total / neighbors / channels)
     if noise is not None:
-        pointers = noise + batch * noise_stride_b + i * noise_stride_n
+        pointers = noise + batch * noise_strides[0] + i * noise_strides[1]
         value += tl.load(pointers, mask=i < tokens, other=0.0).to(tl.float32)
     tl.store(density + batch * tokens + i, value, mask=i < tokens)
     tl.store(farthest + batch * tokens + i, farthest_bits.to(tl.float32, bitcast=True), mask=i < tokens)
@@ -135,7 +131,7 @@ def _scores(
     start_i,
     tokens,
     channels,
-    stride_n,
+    x_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -143,7 +139,7 @@ def _scores(
     """Return density times the distance to the nearest denser token; the image's largest distance if there is none."""
     i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
-    pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
+    pointers_i = rows + row_i.to(tl.int64)[:, None] * x_strides[1]
     squares_i = tl.load(squares + row_i)
     density_i = tl.load(density + row_i)
 
@@ -152,7 +148,7 @@ def _scores(
     for start_j in range(0, tokens, BLOCK_J):
         column = start_j + tl.arange(0, BLOCK_J)
         j = tl.minimum(column, tokens - 1)
-        pointers_j = rows + j.to(tl.int64)[:, None] * stride_n
+        pointers_j = rows + j.to(tl.int64)[:, None] * x_strides[1]
         squares_j = squares + j
         squared = squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         # Columns past the end are denser than none: the last token's dot may round otherwise when it is repeated.
@@ -175,21 +171,20 @@ def score_kernel(
     score,  # (B, N) float32
     tokens,
     channels,
-    stride_b,
-    stride_n,
+    x_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Score BLOCK_I tokens of one image in each program."""
     batch = tl.program_id(1).to(tl.int64)
-    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
     density += batch * tokens
     farthest += batch * tokens
     score += batch * tokens
     start_i = tl.program_id(0) * BLOCK_I
-    _scores(rows, squares, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+    _scores(rows, squares, density, farthest, score, start_i, tokens, channels, x_strides, BLOCK_I, BLOCK_J, BLOCK_C)
 
 
 @triton.jit
@@ -202,7 +197,7 @@ def _labels(
     tokens,
     channels,
     num_centers,
-    stride_n,
+    x_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -210,7 +205,7 @@ def _labels(
     """Return the nearest centre of BLOCK_I tokens, the first if tied; a centre's is itself."""
     i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
-    pointers_i = rows + row_i.to(tl.int64)[:, None] * stride_n
+    pointers_i = rows + row_i.to(tl.int64)[:, None] * x_strides[1]
     squares_i = tl.load(squares + row_i)
 
     nearest = tl.full((BLOCK_I,), float("inf"), tl.float32)
@@ -218,7 +213,7 @@ def _labels(
     for start_j in range(0, num_centers, BLOCK_J):
         j = start_j + tl.arange(0, BLOCK_J)
         center = tl.load(centers + tl.minimum(j, num_centers - 1))
-        pointers_j = rows + center[:, None] * stride_n
+        pointers_j = rows + center[:, None] * x_strides[1]
         squares_j = squares + center
         squared = squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         squared = tl.where(squared == squared, squared, -1.0)  # as torch orders NaN: before every number
@@ -242,20 +237,19 @@ def label_kernel(
     tokens,
     channels,
     num_centers,
-    stride_b,
-    stride_n,
+    x_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Compare BLOCK_I tokens with every centre, in each program."""
     batch = tl.program_id(1).to(tl.int64)
-    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
     centers += batch * num_centers
     label += batch * tokens
     start_i = tl.program_id(0) * BLOCK_I
-    _labels(rows, squares, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+    _labels(rows, squares, centers, label, start_i, tokens, channels, num_centers, x_strides, BLOCK_I, BLOCK_J, BLOCK_C)
 
 
 @direct
@@ -273,8 +267,7 @@ def cluster_kernel(
     tokens,
     channels,
     num_centers,
-    stride_b,
-    stride_n,
+    x_strides,
     BLOCK_N: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -287,7 +280,7 @@ def cluster_kernel(
     Each step loads, behind a barrier, what other threads stored.
     """
     batch = tl.program_id(0).to(tl.int64)
-    rows = x + batch * stride_b + tl.arange(0, BLOCK_C)[None, :]
+    rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
     density += batch * tokens
     farthest += batch * tokens
@@ -297,7 +290,9 @@ def cluster_kernel(
     order += batch * tokens
     offsets += batch * (num_centers + 1)
     for start_i in range(0, tokens, BLOCK_I):
-        _scores(rows, squares, density, farthest, score, start_i, tokens, channels, stride_n, BLOCK_I, BLOCK_J, BLOCK_C)
+        _scores(
+            rows, squares, density, farthest, score, start_i, tokens, channels, x_strides, BLOCK_I, BLOCK_J, BLOCK_C
+        )
     tl.debug_barrier()
     n = tl.arange(0, BLOCK_N)
     keys = tl.sort(packed_keys(score + n, n, n < tokens), descending=True)
@@ -305,7 +300,7 @@ def cluster_kernel(
     tl.debug_barrier()
     for start_i in range(0, tokens, BLOCK_I):
         _labels(
-            rows, squares, centers, label, start_i, tokens, channels, num_centers, stride_n, BLOCK_I, BLOCK_J, BLOCK_C
+            rows, squares, centers, label, start_i, tokens, channels, num_centers, x_strides, BLOCK_I, BLOCK_J, BLOCK_C
         )
     tl.debug_barrier()
     for start_i in range(0, tokens + 1, GROUP_I):
@@ -329,47 +324,30 @@ def cluster_dpc_knn(
         return centers, label, order, offsets
     neighbors = min(neighbors, tokens)
     tile = distance_tile(channels, x.dtype)
-    settings = tile.settings()
-    grid = (cdiv(tokens, tile.block_i), batch)
+    grid = (cdiv(tokens, tile["BLOCK_I"]), batch)
     squares = squared_lengths(x)
     density_kernel[grid](
-        x,
-        squares,
-        noise,
-        density,
-        farthest,
-        tokens,
-        channels,
-        neighbors,
-        *x.stride()[:2],
-        *((0, 0) if noise is None else noise.stride()),
+        *(x, squares, noise, density, farthest),
+        *(tokens, channels, neighbors),
+        *(strides(x, 2), strides(noise, 2)),
         NEAREST=min(next_power_of_2(neighbors), MAX_NEAREST),
-        **settings,
+        **tile,
     )
     if tokens > most_tokens(x.dtype):
-        score_kernel[grid](x, squares, density, farthest, score, tokens, channels, *x.stride()[:2], **settings)
+        score_kernel[grid](x, squares, density, farthest, score, tokens, channels, strides(x, 2), **tile)
         centers = select_topk(score, k)
-        label_kernel[grid](x, squares, centers, label, tokens, channels, k, *x.stride()[:2], **settings)
+        label_kernel[grid](x, squares, centers, label, tokens, channels, k, strides(x, 2), **tile)
         return centers, label, *group_slots(label, k)
     aligned = all(number % 16 == 0 for number in (x.data_ptr(), *x.stride()[:2]))  # as the JIT sees it
     image = image_tile(channels, x.dtype, aligned)
     cluster_kernel[(batch,)](
-        x,
-        squares,
-        density,
-        farthest,
-        score,
-        centers,
-        label,
-        order,
-        offsets,
-        tokens,
-        channels,
+        *(x, squares, density, farthest, score, centers, label, order, offsets),
+        *(tokens, channels),
         k,
-        *x.stride()[:2],
+        strides(x, 2),
         BLOCK_N=most_tokens(x.dtype),
-        GROUP_I=8 * image.num_warps,  # 8 pairs a thread
-        GROUP_J=512 // image.num_warps,
-        **image.settings(),
+        GROUP_I=8 * image["num_warps"],  # 8 pairs a thread
+        GROUP_J=512 // image["num_warps"],
+        **image,
     )
     return centers, label, order, offsets

@@ -6,59 +6,48 @@ images at a time: an image of N tokens takes about 4 N^2 bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
-from ._distances import DistanceTile, distances, squared_lengths
-from ._launch import in_parts
+from ._direct import cdiv, direct
+from ._distances import distances, squared_lengths
+from ._launch import Tile, fitting, in_parts, strides
 from ._order import ascending_keys, packed_keys
 from ._workspace import workspace_parts
 
 
 @functools.cache
-def distance_tile(channels: int, dtype: torch.dtype) -> DistanceTile:
+def distance_tile(channels: int, dtype: torch.dtype) -> Tile:
     """Choose settings, found by compiling, that never spill for sm_80 and sm_90, channels aligned or not."""
     if dtype == torch.float32:  # exact dots hold their operands in registers: 64 by 64 tokens spill
-        return DistanceTile(block_i=64, block_j=32, block_c=16, num_warps=4, num_stages=2)
-    block_c = min(max(next_power_of_2(channels), 16), 64)
-    return DistanceTile(block_i=64, block_j=64, block_c=block_c, num_warps=8, num_stages=3)
-
-
-@dataclasses.dataclass(frozen=True)
-class ClusterTile:
-    """Tokens at a time, and centers against them, of the program that clusters one image."""
-
-    block_n: int
-    block_j: int
-    num_warps: int
+        return Tile(BLOCK_I=64, BLOCK_J=32, BLOCK_C=16, num_warps=4, num_stages=2)
+    return Tile(BLOCK_I=64, BLOCK_J=64, BLOCK_C=fitting(channels, 64), num_warps=8, num_stages=3)
 
 
 @functools.cache
-def cluster_tile(tokens: int) -> ClusterTile:
+def cluster_tile(tokens: int) -> Tile:
     """Return a tile of 8 distances a thread, kept over all centers.
 
     Twice as many spilled, and so did 32 threads for fewer of them, on sm_80 or sm_90.
     """
-    block_n = min(max(next_power_of_2(tokens), 32), 512)
-    return ClusterTile(block_n=block_n, block_j=8, num_warps=block_n // 32)
+    block_n = fitting(tokens, 512, least=32)
+    return Tile(BLOCK_N=block_n, BLOCK_J=8, num_warps=block_n // 32, num_stages=1)  # no load may move before a barrier
 
 
 @triton.jit
-def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n):
+def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_strides):
     """Store the costs of tokens i (BLOCK_I,), and the tokens of most weight at their rank among the centers."""
     in_i = i < tokens
-    weights += batch * weights_stride_b
-    total *= tl.load(weights + i.to(tl.int64) * weights_stride_n, mask=in_i, other=0.0).to(tl.float32)
-    keys_i = packed_keys(weights + i.to(tl.int64) * weights_stride_n, i, in_i)
+    weights += batch * weights_strides[0]
+    total *= tl.load(weights + i.to(tl.int64) * weights_strides[1], mask=in_i, other=0.0).to(tl.float32)
+    keys_i = packed_keys(weights + i.to(tl.int64) * weights_strides[1], i, in_i)
     rank = tl.zeros_like(i)
     for start_n in range(0, tokens, 16):
         n = start_n + tl.arange(0, 16)
-        keys_n = packed_keys(weights + n.to(tl.int64) * weights_stride_n, n, n < tokens)
+        keys_n = packed_keys(weights + n.to(tl.int64) * weights_strides[1], n, n < tokens)
         rank += tl.sum((keys_n[None, :] > keys_i[:, None]).to(tl.int32), 1)
     tl.store(centers + batch * clusters + rank, i.to(tl.int64), mask=in_i & (rank < clusters))
     tl.store(cost + batch * tokens + i, total, mask=in_i)
@@ -78,10 +67,8 @@ def token_distances_kernel(
     channels,
     clusters,
     row_stride,
-    x_stride_b,
-    x_stride_n,
-    weights_stride_b,
-    weights_stride_n,
+    x_strides,
+    weights_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -90,10 +77,10 @@ def token_distances_kernel(
     place = tl.program_id(1).to(tl.int64)
     batch = place + first
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    image = x + batch * x_stride_b + tl.arange(0, BLOCK_C)[None, :]
+    image = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
     row_i = tl.minimum(i, tokens - 1)
-    rows_i = image + row_i.to(tl.int64)[:, None] * x_stride_n
+    rows_i = image + row_i.to(tl.int64)[:, None] * x_strides[1]
     squares += batch * tokens
     squares_i = tl.load(squares + row_i)
     out = distance + (place * tokens + i)[:, None] * row_stride
@@ -101,12 +88,12 @@ def token_distances_kernel(
     for start_n in range(0, row_stride, BLOCK_J):
         n = start_n + tl.arange(0, BLOCK_J)
         row_n = tl.minimum(n, tokens - 1)
-        rows_n = image + row_n.to(tl.int64)[:, None] * x_stride_n
+        rows_n = image + row_n.to(tl.int64)[:, None] * x_strides[1]
         squares_n = tl.load(squares + row_n)
         value = distances(rows_i, squares_i, rows_n, squares_n, n < tokens, channels, BLOCK_I, BLOCK_J, BLOCK_C)
         total += tl.sum(tl.where((n < tokens)[None, :], value, 0.0), 1)
         tl.store(out + n[None, :], value, mask=(i < tokens)[:, None] & (n < row_stride)[None, :])
-    _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_stride_b, weights_stride_n)
+    _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_strides)
 
 
 @triton.jit
@@ -213,21 +200,11 @@ def token_distances(
     """Launch; fills distance (images, N, row_stride), and of these images cost (B, N) and centers (B, k)."""
     tokens, channels = x.shape[1:]
     tile = distance_tile(channels, x.dtype)
-    token_distances_kernel[(cdiv(tokens, tile.block_i), len(images))](
-        x,
-        squares,
-        weights,
-        distance,
-        cost,
-        centers,
-        images.start,
-        tokens,
-        channels,
-        centers.shape[1],
-        distance.shape[2],
-        *x.stride()[:2],
-        *weights.stride(),
-        **tile.settings(),
+    token_distances_kernel[(cdiv(tokens, tile["BLOCK_I"]), len(images))](
+        *(x, squares, weights, distance, cost, centers),
+        *(images.start, tokens, channels, centers.shape[1], distance.shape[2]),
+        *(strides(x, 2), strides(weights, 2)),
+        **tile,
     )
 
 
@@ -251,19 +228,10 @@ def cluster_k_medoids(x: torch.Tensor, weights: torch.Tensor, k: int, iters: int
     for part in parts:
         token_distances(x, squares, weights, distance, cost, centers, part)
         iterate_clusters_kernel[(len(part),)](
-            distance,
-            cost,
-            centers,
-            label,
-            part.start,
-            tokens,
-            k,
-            iters,
+            *(distance, cost, centers, label),
+            *(part.start, tokens, k, iters),
             row_stride,
-            ONE_BLOCK=tokens <= tile.block_n,
-            BLOCK_N=tile.block_n,
-            BLOCK_J=tile.block_j,
-            num_warps=tile.num_warps,
-            num_stages=1,  # no load may move before a barrier
+            ONE_BLOCK=tokens <= tile["BLOCK_N"],
+            **tile,
         )
     return centers, label

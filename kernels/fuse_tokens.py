@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import RowTile, in_parts, row_tile, whole_rows
+from ._launch import Tile, in_parts, row_tile, strides, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -23,26 +21,16 @@ from ._norm import (
     normed_like,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class RestTile:
-    """Rows and channels that a program working on the rest holds at a time."""
-
-    rows: int
-    block_c: int
-    num_warps: int
-
-
 # Summing: narrow blocks of channels give a small batch many programs; 64 rows a step are four 16-byte loads a thread.
-SUM_TILE = RestTile(rows=64, block_c=64, num_warps=4)
+SUM_TILE = Tile(SUM_ROWS=64, SUM_BLOCK_C=64, num_warps=4)
 # With a norm one program sums whole rows: 32 elements a thread and step. Beyond this many rows it would keep an image
 # waiting, so the norm takes a launch of its own.
 NORM_WARPS = 8
 NORM_ELEMENTS = 8192
 MOST_SUMMED = 512
 # Sharing out: whole rows in steps of 128 channels, which most widths are a multiple of; the fused row is read once.
-SHARE_TILE = RestTile(rows=16, block_c=128, num_warps=4)
-SHARE_TILE_BIAS = RestTile(rows=8, block_c=128, num_warps=4)  # float32: with 16 rows, triton 3.8 spills on sm_90
+SHARE_TILE = Tile(ROWS=16, BLOCK_C=128, num_warps=4)
+SHARE_TILE_BIAS = Tile(SHARE_TILE, ROWS=8)  # float32: with 16 rows, triton 3.8 spills on sm_90
 
 
 @triton.jit
@@ -53,9 +41,9 @@ def _copy_kept(
     out,
     num_kept,
     channels,
-    x_stride_n,
-    order_stride_n,
-    residual_stride_n,
+    x_strides,
+    order_strides,
+    residual_strides,
     weight,
     bias,
     normed,
@@ -71,12 +59,12 @@ def _copy_kept(
     offsets_c = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows = rows < num_kept
     is_patch = in_rows & (rows >= PREFIX)
-    picked = tl.load(order + (rows - PREFIX).to(tl.int64) * order_stride_n, mask=is_patch, other=0)
+    picked = tl.load(order + (rows - PREFIX).to(tl.int64) * order_strides[1], mask=is_patch, other=0)
     source = tl.where(is_patch, picked.to(tl.int64) + PREFIX, rows.to(tl.int64))
     mask = in_rows[:, None] & (offsets_c < channels)[None, :]
-    value = tl.load(x + source[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + source[:, None] * x_strides[1] + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
-        targets = rows.to(tl.int64)[:, None] * residual_stride_n + offsets_c[None, :]
+        targets = rows.to(tl.int64)[:, None] * residual_strides[1] + offsets_c[None, :]
         value += tl.load(residual + targets, mask=mask, other=0.0).to(tl.float32)
     stored = value.to(out.dtype.element_ty)
     tl.store(out + rows[:, None] * channels + offsets_c[None, :], stored, mask=mask)
@@ -96,10 +84,10 @@ def _sum_rest(
     num_kept,
     tokens,
     channels,
-    x_stride_n,
-    order_stride_n,
-    scores_stride_n,
-    residual_stride_n,
+    x_strides,
+    order_strides,
+    scores_strides,
+    residual_strides,
     weight,
     bias,
     normed,
@@ -117,10 +105,10 @@ def _sum_rest(
     for start in range(num_kept - PREFIX, tokens - PREFIX, ROWS):
         positions = start + tl.arange(0, ROWS)
         in_rest = positions < tokens - PREFIX
-        picked = tl.load(order + positions.to(tl.int64) * order_stride_n, mask=in_rest, other=0).to(tl.int64)
-        score = tl.load(scores + picked * scores_stride_n, mask=in_rest, other=0.0).to(tl.float32)
+        picked = tl.load(order + positions.to(tl.int64) * order_strides[1], mask=in_rest, other=0).to(tl.int64)
+        score = tl.load(scores + picked * scores_strides[1], mask=in_rest, other=0.0).to(tl.float32)
         rows = tl.load(
-            x + (picked + PREFIX)[:, None] * x_stride_n + offsets_c[None, :],
+            x + (picked + PREFIX)[:, None] * x_strides[1] + offsets_c[None, :],
             mask=in_rest[:, None] & in_channels[None, :],
             other=0.0,
         )
@@ -132,7 +120,7 @@ def _sum_rest(
         fused += (tl.sum(score_sum, 0) - 1.0) * once
     last = tl.cast(num_kept, tl.int64)
     if residual is not None:
-        fused += tl.load(residual + last * residual_stride_n + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
+        fused += tl.load(residual + last * residual_strides[1] + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
     stored = fused.to(out.dtype.element_ty)
     tl.store(out + last * channels + offsets_c, stored, mask=in_channels)
     if normed is not None:
@@ -157,14 +145,10 @@ def fuse_tokens_kernel(
     num_kept,  # PREFIX + k
     tokens,
     channels,
-    x_stride_b,
-    x_stride_n,
-    order_stride_b,
-    order_stride_n,
-    scores_stride_b,
-    scores_stride_n,
-    residual_stride_b,
-    residual_stride_n,
+    x_strides,
+    order_strides,
+    scores_strides,
+    residual_strides,
     NORM_EPS: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
@@ -177,11 +161,11 @@ def fuse_tokens_kernel(
     The sums come first because they take longest.
     """
     batch = tl.program_id(1).to(tl.int64)
-    x += batch * x_stride_b
-    order += batch * order_stride_b
+    x += batch * x_strides[0]
+    order += batch * order_strides[0]
     out += batch * (num_kept + 1) * channels
     if residual is not None:
-        residual += batch * residual_stride_b
+        residual += batch * residual_strides[0]
     if normed is not None:
         normed += batch * (num_kept + 1) * channels
         statistics += batch * (num_kept + 1) * 2
@@ -189,51 +173,16 @@ def fuse_tokens_kernel(
     program = tl.program_id(0)
     if program < sums:
         _sum_rest(
-            x,
-            order,
-            scores + batch * scores_stride_b,
-            residual,
-            residual_bias,
-            out,
-            num_kept,
-            tokens,
-            channels,
-            x_stride_n,
-            order_stride_n,
-            scores_stride_n,
-            residual_stride_n,
-            weight,
-            bias,
-            normed,
-            statistics,
-            program,
-            NORM_EPS,
-            PREFIX,
-            SUM_ROWS,
-            SUM_BLOCK_C,
+            *(x, order, scores + batch * scores_strides[0], residual, residual_bias, out, num_kept, tokens, channels),
+            *(x_strides, order_strides, scores_strides, residual_strides, weight, bias, normed, statistics, program),
+            *(NORM_EPS, PREFIX, SUM_ROWS, SUM_BLOCK_C),
         )
     else:
         channel_blocks = tl.cdiv(channels, BLOCK_C)
         _copy_kept(
-            x,
-            order,
-            residual,
-            out,
-            num_kept,
-            channels,
-            x_stride_n,
-            order_stride_n,
-            residual_stride_n,
-            weight,
-            bias,
-            normed,
-            statistics,
-            (program - sums) // channel_blocks,
-            (program - sums) % channel_blocks,
-            NORM_EPS,
-            PREFIX,
-            ROWS,
-            BLOCK_C,
+            *(x, order, residual, out, num_kept, channels, x_strides, order_strides, residual_strides, weight, bias),
+            *(normed, statistics, (program - sums) // channel_blocks, (program - sums) % channel_blocks, NORM_EPS),
+            *(PREFIX, ROWS, BLOCK_C),
         )
 
 
@@ -250,14 +199,10 @@ def fuse_tokens_backward_kernel(
     num_kept,  # PREFIX + k
     tokens,
     channels,
-    grad_stride_b,
-    grad_stride_n,
-    x_stride_b,
-    x_stride_n,
-    order_stride_b,
-    order_stride_n,
-    scores_stride_b,
-    scores_stride_n,
+    grad_strides,
+    x_strides,
+    order_strides,
+    scores_strides,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -274,23 +219,23 @@ def fuse_tokens_backward_kernel(
     in_rows = positions < tl.where(is_rest, tokens, num_kept)
     is_patch = in_rows & (positions >= PREFIX)
     patches = (positions - PREFIX).to(tl.int64)
-    picked = tl.load(order + batch * order_stride_b + patches * order_stride_n, mask=is_patch, other=0).to(tl.int64)
+    picked = tl.load(order + batch * order_strides[0] + patches * order_strides[1], mask=is_patch, other=0).to(tl.int64)
     rows = tl.where(is_patch, picked + PREFIX, positions.to(tl.int64))
-    grad += batch * grad_stride_b
-    x += batch * x_stride_b
+    grad += batch * grad_strides[0]
+    x += batch * x_strides[0]
     grad_x += batch * tokens * channels
     dot = tl.zeros((ROWS,), tl.float32)
     if is_rest:
-        scores += batch * scores_stride_b
-        weight = tl.load(scores + picked * scores_stride_n, mask=in_rows, other=0.0).to(tl.float32)
-        grad_fused = grad + tl.cast(num_kept, tl.int64) * grad_stride_n
+        scores += batch * scores_strides[0]
+        weight = tl.load(scores + picked * scores_strides[1], mask=in_rows, other=0.0).to(tl.float32)
+        grad_fused = grad + tl.cast(num_kept, tl.int64) * grad_strides[1]
         acc = tl.zeros((ROWS, BLOCK_C), tl.float32)
         for start in range(0, channels, BLOCK_C):
             offsets_c = start + tl.arange(0, BLOCK_C)
             in_channels = offsets_c < channels
             mask = in_rows[:, None] & in_channels[None, :]
             fused = tl.load(grad_fused + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
-            token = tl.load(x + rows[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
+            token = tl.load(x + rows[:, None] * x_strides[1] + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
             if bias is not None:
                 token += tl.load(bias + offsets_c, mask=in_channels, other=0.0).to(tl.float32)[None, :]
             acc += token * fused[None, :]
@@ -301,7 +246,7 @@ def fuse_tokens_backward_kernel(
         for start in range(0, channels, BLOCK_C):
             offsets_c = start + tl.arange(0, BLOCK_C)
             mask = in_rows[:, None] & (offsets_c < channels)[None, :]
-            sources = positions.to(tl.int64)[:, None] * grad_stride_n + offsets_c[None, :]
+            sources = positions.to(tl.int64)[:, None] * grad_strides[1] + offsets_c[None, :]
             value = tl.load(grad + sources, mask=mask, other=0.0).to(grad_x.dtype.element_ty)
             tl.store(grad_x + rows[:, None] * channels + offsets_c[None, :], value, mask=mask)
     target = grad_scores + batch * (tokens - PREFIX) + picked
@@ -327,16 +272,11 @@ def fuse_tokens_norm_backward_kernel(
     num_kept,  # PREFIX + k
     tokens,
     channels,
-    out_stride_b,
-    out_stride_n,
-    normed_stride_b,
-    normed_stride_n,
-    x_stride_b,
-    x_stride_n,
-    order_stride_b,
-    order_stride_n,
-    scores_stride_b,
-    scores_stride_n,
+    out_strides,
+    normed_strides,
+    x_strides,
+    order_strides,
+    scores_strides,
     PREFIX: tl.constexpr,
     SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -346,28 +286,15 @@ def fuse_tokens_norm_backward_kernel(
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
-    order += batch * order_stride_b
+    order += batch * order_strides[0]
     grad_x += batch * tokens * channels
     grad_scores += batch * (tokens - PREFIX)
     factor = _vector(weight, offsets_c, channels, 1.0, BLOCK_C)
     rest_blocks = tl.cdiv(tokens - num_kept, SUMMED)
     if tl.program_id(0) < rest_blocks:
         fused, _weight_part, _bias_part = _norm_gradient(
-            grad_out,
-            grad_normed,
-            out,
-            statistics,
-            factor,
-            batch,
-            num_kept + tl.zeros((1,), tl.int64),
-            tl.full((1,), True, tl.int1),
-            offsets_c,
-            num_kept + 1,
-            channels,
-            out_stride_b,
-            out_stride_n,
-            normed_stride_b,
-            normed_stride_n,
+            *(grad_out, grad_normed, out, statistics, factor, batch, num_kept + tl.zeros((1,), tl.int64)),
+            *(tl.full((1,), True, tl.int1), offsets_c, num_kept + 1, channels, out_strides, normed_strides),
         )
         once = _vector(residual_bias, offsets_c, channels, 0.0, BLOCK_C)
         first = num_kept + tl.program_id(0) * SUMMED
@@ -376,9 +303,9 @@ def fuse_tokens_norm_backward_kernel(
             in_rest = positions < tokens
             mask = in_rest[:, None] & in_channels[None, :]
             patches = (positions - PREFIX).to(tl.int64)
-            picked = tl.load(order + patches * order_stride_n, mask=in_rest, other=0).to(tl.int64)
-            score = tl.load(scores + batch * scores_stride_b + picked * scores_stride_n, mask=in_rest, other=0.0)
-            source = x + batch * x_stride_b + (picked + PREFIX)[:, None] * x_stride_n + offsets_c[None, :]
+            picked = tl.load(order + patches * order_strides[1], mask=in_rest, other=0).to(tl.int64)
+            score = tl.load(scores + batch * scores_strides[0] + picked * scores_strides[1], mask=in_rest, other=0.0)
+            source = x + batch * x_strides[0] + (picked + PREFIX)[:, None] * x_strides[1] + offsets_c[None, :]
             token = tl.load(source, mask=mask, other=0.0).to(tl.float32) + once[None, :]
             dot = tl.sum(token * fused, 1)
             tl.store(grad_scores + picked, dot.to(grad_scores.dtype.element_ty), mask=in_rest)
@@ -394,23 +321,10 @@ def fuse_tokens_norm_backward_kernel(
             in_rows = positions <= num_kept
             is_kept = positions < num_kept
             is_patch = is_kept & (positions >= PREFIX)
-            picked = tl.load(order + (positions - PREFIX) * order_stride_n, mask=is_patch, other=0).to(tl.int64)
+            picked = tl.load(order + (positions - PREFIX) * order_strides[1], mask=is_patch, other=0).to(tl.int64)
             gradient, weight_part, bias_part = _norm_gradient(
-                grad_out,
-                grad_normed,
-                out,
-                statistics,
-                factor,
-                batch,
-                positions,
-                in_rows,
-                offsets_c,
-                num_kept + 1,
-                channels,
-                out_stride_b,
-                out_stride_n,
-                normed_stride_b,
-                normed_stride_n,
+                *(grad_out, grad_normed, out, statistics, factor, batch, positions, in_rows, offsets_c, num_kept + 1),
+                *(channels, out_strides, normed_strides),
             )
             weight_sum += weight_part
             bias_sum += bias_part
@@ -448,39 +362,22 @@ def fuse_tokens(
     num_kept = prefix + k
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = torch.empty(batch, num_kept + 1, channels, dtype=dtype, device=x.device)
-    kept, rest, whole = row_tile(channels), SUM_TILE, whole_rows(channels)
-    together = order.shape[1] - k <= MOST_SUMMED and whole.block_c <= NORM_ELEMENTS // 4
+    tile, whole = Tile(row_tile(channels), **SUM_TILE), whole_rows(channels)
+    together = order.shape[1] - k <= MOST_SUMMED and whole["BLOCK_C"] <= NORM_ELEMENTS // 4
     normed, statistics = normed_like(out) if together and norm_eps is not None else (None, None)
     if normed is not None:
-        kept = RowTile(rows=2 * whole.rows, block_c=whole.block_c, num_warps=NORM_WARPS)
-        rest = RestTile(rows=NORM_ELEMENTS // whole.block_c, block_c=whole.block_c, num_warps=NORM_WARPS)
+        sums = {"SUM_ROWS": NORM_ELEMENTS // whole["BLOCK_C"], "SUM_BLOCK_C": whole["BLOCK_C"]}
+        tile = Tile(whole, ROWS=2 * whole["ROWS"], num_warps=NORM_WARPS, **sums)
     if out.numel():
-        copies = cdiv(num_kept, kept.rows) * cdiv(channels, kept.block_c)
-        fuse_tokens_kernel[(cdiv(channels, rest.block_c) + copies, batch)](
-            x,
-            order,
-            scores,
-            residual,
-            residual_bias,
-            out,
-            None if normed is None else weight,
-            None if normed is None else bias,
-            normed,
-            statistics,
-            num_kept,
-            tokens,
-            channels,
-            *x.stride()[:2],
-            *order.stride(),
-            *scores.stride(),
-            *((0, 0) if residual is None else residual.stride()[:2]),
+        copies = cdiv(num_kept, tile["ROWS"]) * cdiv(channels, tile["BLOCK_C"])
+        fuse_tokens_kernel[(cdiv(channels, tile["SUM_BLOCK_C"]) + copies, batch)](
+            *(x, order, scores, residual, residual_bias, out, None if normed is None else weight),
+            *(None if normed is None else bias, normed, statistics),
+            *(num_kept, tokens, channels),
+            *(strides(x, 2), strides(order, 2), strides(scores, 2), strides(residual, 2)),
             NORM_EPS=None if normed is None else norm_eps,
             PREFIX=prefix,
-            ROWS=kept.rows,
-            BLOCK_C=kept.block_c,
-            SUM_ROWS=rest.rows,
-            SUM_BLOCK_C=rest.block_c,
-            num_warps=rest.num_warps,
+            **tile,
         )
     if normed is not None and statistics is not None:
         return out, normed, statistics
@@ -504,26 +401,13 @@ def fuse_tokens_backward(
     grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
     if batch and tokens:
         tile = SHARE_TILE_BIAS if bias is not None and x.dtype == torch.float32 else SHARE_TILE
-        programs = cdiv(tokens - num_kept, tile.rows) + cdiv(num_kept, tile.rows)
+        programs = cdiv(tokens - num_kept, tile["ROWS"]) + cdiv(num_kept, tile["ROWS"])
         fuse_tokens_backward_kernel[(programs, batch)](
-            grad,
-            x,
-            order,
-            scores,
-            bias,
-            grad_x,
-            grad_scores,
-            num_kept,
-            tokens,
-            channels,
-            *grad.stride()[:2],
-            *x.stride()[:2],
-            *order.stride(),
-            *scores.stride(),
+            *(grad, x, order, scores, bias, grad_x, grad_scores),
+            *(num_kept, tokens, channels),
+            *(strides(grad, 2), strides(x, 2), strides(order, 2), strides(scores, 2)),
             PREFIX=prefix,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **tile,
         )
     return grad_x, grad_scores
 
@@ -552,38 +436,18 @@ def fuse_tokens_norm_backward(
     grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
     grad_scores = torch.empty(batch, tokens - prefix, dtype=scores.dtype, device=x.device)
     grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
-    tile = backward_tile(channels)
     programs = cdiv(num_out, SUMMED_ROWS)
     sums = empty_sums(out, batch * programs, affine)
     if not out.numel():
         grad_scores.zero_()
     else:
         fuse_tokens_norm_backward_kernel[(cdiv(tokens - num_out + 1, SUMMED_ROWS) + programs, batch)](
-            grad_out,
-            grad_normed,
-            out,
-            statistics,
-            weight,
-            x,
-            order,
-            scores,
-            residual_bias,
-            grad_x,
-            grad_scores,
-            grad_rows if rows else None,
-            sums,
-            num_out - 1,
-            tokens,
-            channels,
-            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
-            *grad_normed.stride()[:2],
-            *x.stride()[:2],
-            *order.stride(),
-            *scores.stride(),
+            *(grad_out, grad_normed, out, statistics, weight, x, order, scores, residual_bias, grad_x, grad_scores),
+            *(grad_rows if rows else None, sums),
+            *(num_out - 1, tokens, channels),
+            *(strides(grad_out, 2), strides(grad_normed, 2), strides(x, 2), strides(order, 2), strides(scores, 2)),
             PREFIX=prefix,
             SUMMED=SUMMED_ROWS,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **backward_tile(channels),
         )
     return grad_x, grad_scores, grad_rows, added_up(out, sums)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import row_tile
+from ._launch import fitting, row_tile, strides
 
 
 @triton.jit
@@ -34,8 +34,7 @@ def token_offsets_kernel(
     offsets,  # (B + 1,) int32
     batch,
     tokens,
-    valid_stride_b,
-    valid_stride_n,
+    valid_strides,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -45,12 +44,12 @@ def token_offsets_kernel(
     for start_b in range(0, batch, BLOCK_B):
         images = start_b + tl.arange(0, BLOCK_B)
         in_b = images < batch
-        rows = valid + images.to(tl.int64)[:, None] * valid_stride_b
+        rows = valid + images.to(tl.int64)[:, None] * valid_strides[0]
         count = tl.zeros((BLOCK_B,), tl.int32)
         for start_n in range(0, tokens, BLOCK_N):
             columns = start_n + tl.arange(0, BLOCK_N)
             mask = in_b[:, None] & (columns < tokens)[None, :]
-            real = tl.load(rows + columns.to(tl.int64)[None, :] * valid_stride_n, mask=mask, other=0)
+            real = tl.load(rows + columns.to(tl.int64)[None, :] * valid_strides[1], mask=mask, other=0)
             count += tl.sum((real != 0).to(tl.int32), 1)
         tl.store(offsets + 1 + images, total + tl.cumsum(count, 0), mask=in_b)
         total += tl.sum(count, 0)
@@ -68,10 +67,8 @@ def gather_packed_kernel(
     num_out,
     channels,
     batch,
-    x_stride_b,
-    x_stride_t,
-    index_stride_b,
-    index_stride_k,
+    x_strides,
+    index_strides,
     residual_stride_t,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
@@ -88,16 +85,16 @@ def gather_packed_kernel(
     picked = place.to(tl.int64)
     if index is not None:
         is_patch = real & (place >= PREFIX)
-        entry = image.to(tl.int64) * index_stride_b + (place - PREFIX).to(tl.int64) * index_stride_k
+        entry = image.to(tl.int64) * index_strides[0] + (place - PREFIX).to(tl.int64) * index_strides[1]
         chosen = tl.load(index + entry, mask=is_patch, other=0).to(tl.int64)
         picked = tl.where(is_patch, chosen + PREFIX, picked)
     if source is None:
-        begin = image.to(tl.int64) * x_stride_b
+        begin = image.to(tl.int64) * x_strides[0]
     else:
-        begin = tl.load(source + image, mask=real, other=0).to(tl.int64) * x_stride_t
+        begin = tl.load(source + image, mask=real, other=0).to(tl.int64) * x_strides[1]
     in_c = offsets_c < channels
     mask = real[:, None] & in_c[None, :]
-    value = tl.load(x + (begin + picked * x_stride_t)[:, None] + offsets_c[None, :], mask=mask, other=0.0)
+    value = tl.load(x + (begin + picked * x_strides[1])[:, None] + offsets_c[None, :], mask=mask, other=0.0)
     value = value.to(tl.float32)
     if residual is not None:
         added = residual + rows.to(tl.int64)[:, None] * residual_stride_t + offsets_c[None, :]
@@ -119,8 +116,7 @@ def scatter_packed_kernel(
     batch,
     each,
     x_stride_t,
-    index_stride_b,
-    index_stride_k,
+    index_strides,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -143,18 +139,18 @@ def scatter_packed_kernel(
     count = tl.load(target + image + 1, mask=found, other=0) - begin
     if index is not None:
         is_patch = found & (place >= PREFIX)
-        entries = index + image.to(tl.int64) * index_stride_b
+        entries = index + image.to(tl.int64) * index_strides[0]
         first = tl.zeros_like(rows)  # the first index that is not below the place
         end = tl.maximum(count - PREFIX, 0)
         for _ in range(INDEX_STEPS):
             middle = (first + end) // 2
             searching = is_patch & (first < end)
-            entry = tl.load(entries + middle.to(tl.int64) * index_stride_k, mask=searching, other=0).to(tl.int32)
+            entry = tl.load(entries + middle.to(tl.int64) * index_strides[1], mask=searching, other=0).to(tl.int32)
             below = entry < place - PREFIX
             first = tl.where(searching & below, middle + 1, first)
             end = tl.where(searching & ~below, middle, end)
         inside = is_patch & (first < count - PREFIX)
-        entry = tl.load(entries + first.to(tl.int64) * index_stride_k, mask=inside, other=0).to(tl.int32)
+        entry = tl.load(entries + first.to(tl.int64) * index_strides[1], mask=inside, other=0).to(tl.int32)
         found = tl.where(is_patch, inside & (entry == place - PREFIX), found)
         place = tl.where(is_patch, first + PREFIX, place)
     found = found & (place < count)
@@ -170,10 +166,10 @@ def token_offsets(valid: torch.Tensor) -> torch.Tensor:
     batch, tokens = valid.shape
     offsets = torch.empty(batch + 1, dtype=torch.int32, device=valid.device)
     # 16 flags a thread: the one program waits for memory, and needs few rounds.
-    block_n = min(128, max(16, next_power_of_2(tokens)))
+    block_n = fitting(tokens, 128)
     block_b = min(max(1, 4096 // block_n), next_power_of_2(max(1, batch)))
     token_offsets_kernel[(1,)](
-        valid, offsets, batch, tokens, *valid.stride(), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
+        valid, offsets, batch, tokens, strides(valid, 2), BLOCK_B=block_b, BLOCK_N=block_n, num_warps=8
     )
     return offsets
 
@@ -193,24 +189,14 @@ def _gather(
     if out.numel() == 0:
         return out
     tile = row_tile(channels)
-    gather_packed_kernel[(cdiv(num_out, tile.rows), cdiv(channels, tile.block_c))](
-        x,
-        index,
-        residual,
-        source,
-        target,
-        out,
-        num_out,
-        channels,
-        batch,
-        *x.stride()[:2],
-        *((0, 0) if index is None else index.stride()),
+    gather_packed_kernel[(cdiv(num_out, tile["ROWS"]), cdiv(channels, tile["BLOCK_C"]))](
+        *(x, index, residual, source, target, out),
+        *(num_out, channels, batch),
+        *(strides(x, 2), strides(index, 2)),
         0 if residual is None else residual.stride(1),
         PREFIX=prefix,
-        ROWS=tile.rows,
-        BLOCK_C=tile.block_c,
         STEPS=batch.bit_length(),
-        num_warps=tile.num_warps,
+        **tile,
     )
     return out
 
@@ -228,24 +214,14 @@ def _scatter(
         return out
     num_out = out.shape[0] * each
     tile = row_tile(channels)
-    scatter_packed_kernel[(cdiv(num_out, tile.rows), cdiv(channels, tile.block_c))](
-        x,
-        index,
-        source,
-        target,
-        out,
-        num_out,
-        channels,
-        batch,
-        each,
-        x.stride(1),
-        *((0, 0) if index is None else index.stride()),
+    scatter_packed_kernel[(cdiv(num_out, tile["ROWS"]), cdiv(channels, tile["BLOCK_C"]))](
+        *(x, index, source, target, out),
+        *(num_out, channels, batch, each, x.stride(1)),
+        strides(index, 2),
         PREFIX=prefix,
-        ROWS=tile.rows,
-        BLOCK_C=tile.block_c,
         STEPS=batch.bit_length(),
         INDEX_STEPS=0 if index is None else index.shape[1].bit_length(),
-        num_warps=tile.num_warps,
+        **tile,
     )
     return out
 

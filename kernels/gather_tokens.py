@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import in_parts, row_tile, whole_rows
+from ._launch import in_parts, row_tile, strides, whole_rows
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -34,12 +34,9 @@ def gather_tokens_kernel(
     statistics,  # (B, PREFIX + K, 2) float32 or None
     num_out,
     channels,
-    x_stride_b,
-    x_stride_n,
-    index_stride_b,
-    index_stride_k,
-    residual_stride_b,
-    residual_stride_n,
+    x_strides,
+    index_strides,
+    residual_strides,
     NORM_EPS: tl.constexpr,
     PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
@@ -51,15 +48,18 @@ def gather_tokens_kernel(
     offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows = rows < num_out
     is_patch = in_rows & (rows >= PREFIX)
-    picked = tl.load(index + batch * index_stride_b + (rows - PREFIX) * index_stride_k, mask=is_patch, other=0)
+    picked = tl.load(index + batch * index_strides[0] + (rows - PREFIX) * index_strides[1], mask=is_patch, other=0)
     source = tl.where(is_patch, picked.to(tl.int64) + PREFIX, rows.to(tl.int64))
     mask = in_rows[:, None] & (offsets_c < channels)[None, :]
     value = tl.load(
-        x + batch * x_stride_b + source[:, None] * x_stride_n + offsets_c[None, :], mask=mask, other=0.0
+        x + batch * x_strides[0] + source[:, None] * x_strides[1] + offsets_c[None, :], mask=mask, other=0.0
     ).to(tl.float32)
     if residual is not None:
         value += tl.load(
-            residual + batch * residual_stride_b + rows.to(tl.int64)[:, None] * residual_stride_n + offsets_c[None, :],
+            residual
+            + batch * residual_strides[0]
+            + rows.to(tl.int64)[:, None] * residual_strides[1]
+            + offsets_c[None, :],
             mask=mask,
             other=0.0,
         ).to(tl.float32)
@@ -86,10 +86,8 @@ def gather_tokens_norm_backward_kernel(
     tokens,
     num_out,
     channels,
-    out_stride_b,
-    out_stride_n,
-    normed_stride_b,
-    normed_stride_n,
+    out_strides,
+    normed_strides,
     SUMMED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -118,21 +116,8 @@ def gather_tokens_norm_backward_kernel(
             active = step < count
             row = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
             gradient, weight_part, bias_part = _norm_gradient(
-                grad_out,
-                grad_normed,
-                out,
-                statistics,
-                factor,
-                batch,
-                row,
-                active,
-                offsets_c,
-                num_out,
-                channels,
-                out_stride_b,
-                out_stride_n,
-                normed_stride_b,
-                normed_stride_n,
+                *(grad_out, grad_normed, out, statistics, factor, batch, row, active, offsets_c, num_out, channels),
+                *(out_strides, normed_strides),
             )
             acc += gradient
             weight_sum += weight_part
@@ -169,25 +154,13 @@ def gather_tokens(
     normed, statistics = (None, None) if norm_eps is None else normed_like(out)
     tile = row_tile(channels) if norm_eps is None else whole_rows(channels)
     if out.numel():
-        gather_tokens_kernel[(cdiv(num_out, tile.rows), batch, cdiv(channels, tile.block_c))](
-            x,
-            index,
-            residual,
-            out,
-            weight,
-            bias,
-            normed,
-            statistics,
-            num_out,
-            channels,
-            *x.stride()[:2],
-            *index.stride(),
-            *((0, 0) if residual is None else residual.stride()[:2]),
+        gather_tokens_kernel[(cdiv(num_out, tile["ROWS"]), batch, cdiv(channels, tile["BLOCK_C"]))](
+            *(x, index, residual, out, weight, bias, normed, statistics),
+            *(num_out, channels),
+            *(strides(x, 2), strides(index, 2), strides(residual, 2)),
             NORM_EPS=norm_eps,
             PREFIX=prefix,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **tile,
         )
     return (out,) if normed is None or statistics is None else (out, normed, statistics)
 
@@ -212,29 +185,15 @@ def gather_tokens_norm_backward(
     tokens = offsets.shape[1] - 1
     grad_x = out.new_empty(batch, tokens, channels)
     grad_rows = out.new_empty(batch, num_out if rows else 0, channels)
-    tile = backward_tile(channels)
     programs = cdiv(tokens, SUMMED_ROWS)
     sums = empty_sums(out, batch * programs, affine)
     if grad_x.numel():
         gather_tokens_norm_backward_kernel[(programs, batch)](
-            grad_out,
-            grad_normed,
-            out,
-            statistics,
-            weight,
-            order,
-            offsets,
-            grad_x,
-            grad_rows if rows else None,
+            *(grad_out, grad_normed, out, statistics, weight, order, offsets, grad_x, grad_rows if rows else None),
             sums,
-            tokens,
-            num_out,
-            channels,
-            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
-            *grad_normed.stride()[:2],
+            *(tokens, num_out, channels),
+            *(strides(grad_out, 2), strides(grad_normed, 2)),
             SUMMED=SUMMED_ROWS,
-            ROWS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            **backward_tile(channels),
         )
     return grad_x, grad_rows, added_up(out, sums)

@@ -5,7 +5,6 @@ Forward and the gradient of the rows are one kernel; the gradient of the weight 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -13,23 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct
+from ._launch import Tile, fitting, strides
 
 
-@dataclasses.dataclass(frozen=True)
-class ProductTile:
-    """Rows and columns of the result of one program, and what it sums over at a time."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-def _fits(size: int, high: int) -> int:
-    """Return the least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
-    return min(max(next_power_of_2(size), 16), high)
+def _tile(rows: int, columns: int, step: int, num_warps: int, num_stages: int) -> Tile:
+    return Tile(BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=step, num_warps=num_warps, num_stages=num_stages)
 
 
 def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
@@ -42,27 +30,27 @@ def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def product_tile(inner: int, columns: int, dtype: torch.dtype) -> ProductTile:
+def product_tile(inner: int, columns: int, dtype: torch.dtype) -> Tile:
     """Choose tiles that spill nowhere on sm_80 and sm_90; wide ones read the least, and keep three stages in flight."""
     if _wide(inner, columns, dtype):
-        return ProductTile(128, _fits(columns, 128), _fits(inner, 64), num_warps=8, num_stages=3)
+        return _tile(128, fitting(columns, 128), fitting(inner, 64), num_warps=8, num_stages=3)
     deep = 32 if inner % 32 == 0 or dtype.itemsize == 2 else 16  # addresses of an uneven float32 step fill registers
-    return ProductTile(64, _fits(columns, 64), _fits(inner, deep), num_warps=8, num_stages=2)
+    return _tile(64, fitting(columns, 64), fitting(inner, deep), num_warps=8, num_stages=2)
 
 
 @functools.cache
-def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> ProductTile:
+def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> Tile:
     """Return the tile of the weight's gradient, which sums over rows."""
     if _wide(ins, outs, dtype):
-        return ProductTile(_fits(outs, 128), _fits(ins, 128), 64, num_warps=8, num_stages=3)
+        return _tile(fitting(outs, 128), fitting(ins, 128), 64, num_warps=8, num_stages=3)
     stages = 2 if dtype == torch.float32 else 3  # 2 of half precision are held to 80 registers on sm_80, and spill
-    return ProductTile(_fits(outs, 64), _fits(ins, 64), 32, num_warps=8, num_stages=stages)
+    return _tile(fitting(outs, 64), fitting(ins, 64), 32, num_warps=8, num_stages=stages)
 
 
 def grad_weight_parts(ins: int, outs: int, rows: int, dtype: torch.dtype) -> int:
     """Return how many programs share a tile's sum: two a multiprocessor of a large GPU, each with 512 rows or more."""
     tile = grad_weight_tile(ins, outs, dtype)
-    tiles = cdiv(outs, tile.block_m) * cdiv(ins, tile.block_n)
+    tiles = cdiv(outs, tile["BLOCK_M"]) * cdiv(ins, tile["BLOCK_N"])
     return max(1, min(cdiv(264, tiles), rows // 512))
 
 
@@ -98,8 +86,7 @@ def packed_product_kernel(
     inner,
     batch,
     x_stride_t,
-    weight_stride_k,
-    weight_stride_n,
+    weight_strides,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -115,7 +102,7 @@ def packed_product_kernel(
     real = offsets_m < total
     in_n = offsets_n < columns
     x_tile = x + offsets_m.to(tl.int64)[:, None] * x_stride_t + offsets_k[None, :]
-    weight_tile = weight + offsets_k[:, None] * weight_stride_k + offsets_n.to(tl.int64)[None, :] * weight_stride_n
+    weight_tile = weight + offsets_k[:, None] * weight_strides[0] + offsets_n.to(tl.int64)[None, :] * weight_strides[1]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, tl.where(block_m * BLOCK_M < total, inner, 0), BLOCK_K):
         if EVEN_K:
@@ -127,7 +114,7 @@ def packed_product_kernel(
             factor = tl.load(weight_tile, mask=in_k[:, None] & in_n[None, :], other=0.0)
         acc = tl.dot(token, factor, acc, input_precision=PRECISION)
         x_tile += BLOCK_K
-        weight_tile += BLOCK_K * weight_stride_k
+        weight_tile += BLOCK_K * weight_strides[0]
     if bias is not None:
         acc += tl.load(bias + offsets_n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     value = tl.where(real[:, None], acc, 0.0).to(out.dtype.element_ty)
@@ -202,25 +189,13 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, o
     if out.numel() == 0:
         return out
     tile = product_tile(inner, columns, x.dtype)
-    packed_product_kernel[(cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n),)](
-        x,
-        weight,
-        bias,
-        offsets,
-        out,
-        rows,
-        columns,
-        inner,
-        offsets.shape[0] - 1,
-        x.stride(1),
-        *weight.stride(),
+    packed_product_kernel[(cdiv(rows, tile["BLOCK_M"]) * cdiv(columns, tile["BLOCK_N"]),)](
+        *(x, weight, bias, offsets, out),
+        *(rows, columns, inner, offsets.shape[0] - 1, x.stride(1)),
+        strides(weight, 2),
         PRECISION=_precision(x.dtype),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        EVEN_K=inner % tile.block_k == 0,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        EVEN_K=inner % tile["BLOCK_K"] == 0,
+        **tile,
     )
     return out
 
@@ -259,23 +234,11 @@ def linear_packed_backward(
     grad_weight = torch.empty(parts, outs, ins, dtype=dtype, device=x.device) if wanted[1] else None
     grad_bias = torch.empty(parts, outs, dtype=dtype, device=x.device) if wanted[2] else None
     tile = grad_weight_tile(ins, outs, x.dtype)
-    column_blocks = (cdiv(ins, tile.block_n) if wanted[1] else 0) + wanted[2]
-    packed_weight_kernel[(cdiv(outs, tile.block_m) * column_blocks, parts)](
-        grad,
-        x,
-        offsets,
-        grad_weight,
-        grad_bias,
-        outs,
-        ins,
-        offsets.shape[0] - 1,
-        grad.stride(1),
-        x.stride(1),
+    column_blocks = (cdiv(ins, tile["BLOCK_N"]) if wanted[1] else 0) + wanted[2]
+    packed_weight_kernel[(cdiv(outs, tile["BLOCK_M"]) * column_blocks, parts)](
+        *(grad, x, offsets, grad_weight, grad_bias),
+        *(outs, ins, offsets.shape[0] - 1, grad.stride(1), x.stride(1)),
         PRECISION=_precision(x.dtype),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return grad_x, _summed(grad_weight, weight), _summed(grad_bias, weight)

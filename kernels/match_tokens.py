@@ -6,18 +6,17 @@ launch of its own before, if their even tokens take more than MAX_SWEEPS tiles.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
+from ._direct import cdiv, direct
 from ._distances import squared_lengths
-from ._launch import in_parts, row_tile
+from ._launch import Tile, fitting, in_parts, row_tile, strides
 from ._order import unsigned_bits
-from ._rows import steps, unit_of
+from ._rows import padded_head_dim, steps, unit_of
 from .slots import group, group_slots
 
 # Up to 512 tokens the keys stay in registers, each against 16 candidates; more are read again in every round.
@@ -32,39 +31,29 @@ MAX_SWEEPS = 2
 MAX_HEADS_FLOAT32 = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class MatchTile:
-    """Even tokens, odd tokens and channels of one step of the similarity."""
-
-    block_a: int
-    block_b: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
 @functools.cache
-def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1, *, aligned: bool = True) -> MatchTile:
+def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1, *, aligned: bool = True) -> Tile:
     """Choose settings, found by compiling, that never spill for sm_80 and sm_90; several heads' where rows are aligned.
 
     ``searching``: even tokens that look for a partner. Those of an image at 224 pixels are one tile, so that every key
     is read once; more are in tiles of 256, so that the odd ones are read by few.
     """
     one_tile = searching <= 128
-    block_d = max(next_power_of_2(channels), 16)  # the least that tensor cores take
+    block_d = padded_head_dim(channels)
     if dtype == torch.float32:  # exact dots hold their operands in registers: with 32 channels they spill
         if heads > 1:
             if one_tile:
-                return MatchTile(block_a=128, block_b=128, block_d=16, num_warps=8, num_stages=1)
+                return Tile(BLOCK_A=128, BLOCK_B=128, BLOCK_D=16, num_warps=8, num_stages=1)
             # 8 warps and 64 odd tokens spill with some numbers of heads.
-            return MatchTile(block_a=256, block_b=32, block_d=16, num_warps=16, num_stages=1)
+            return Tile(BLOCK_A=256, BLOCK_B=32, BLOCK_D=16, num_warps=16, num_stages=1)
         # Addresses of every element do not fit into the 128 registers that the smaller tile is held to.
-        return MatchTile(64 if aligned else 128, block_b=64, block_d=16, num_warps=8, num_stages=1)
+        return Tile(BLOCK_A=64 if aligned else 128, BLOCK_B=64, BLOCK_D=16, num_warps=8, num_stages=1)
     if heads > 1:
         block_b = 64 if one_tile or block_d <= 64 else 32
-        return MatchTile(128 if one_tile else 256, block_b, block_d, num_warps=8, num_stages=3)
+        block_a = 128 if one_tile else 256
+        return Tile(BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8, num_stages=3)
     # 4 warps take up to 255 registers and spill in part; 8 take at most 128.
-    return MatchTile(block_a=64, block_b=64, block_d=min(block_d, 64), num_warps=8, num_stages=3)
+    return Tile(BLOCK_A=64, BLOCK_B=64, BLOCK_D=min(block_d, 64), num_warps=8, num_stages=3)
 
 
 def averages_while_loading(
@@ -77,7 +66,7 @@ def averages_while_loading(
     """
     tile = match_tile(searching, channels, dtype, heads)
     fits = heads <= MAX_HEADS_FLOAT32 if dtype == torch.float32 else channels <= 128
-    return heads > 1 and aligned and fits and cdiv(searching, tile.block_a) <= MAX_SWEEPS
+    return heads > 1 and aligned and fits and cdiv(searching, tile["BLOCK_A"]) <= MAX_SWEEPS
 
 
 @triton.jit
@@ -112,9 +101,7 @@ def mean_keys_kernel(
     metric,  # (B, N, D), contiguous
     tokens,
     channels,
-    stride_b,
-    stride_h,
-    stride_n,
+    keys_strides,
     HEADS: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -126,8 +113,8 @@ def mean_keys_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     mask = (row < tokens)[:, None] & (offsets_d < channels)
-    first_head = keys + tl.multiple_of(batch * stride_b, UNIT)
-    mean = _metric(first_head + steps(row, stride_n, UNIT) + offsets_d, mask, stride_h, HEADS, UNIT)
+    first_head = keys + tl.multiple_of(batch * keys_strides[0], UNIT)
+    mean = _metric(first_head + steps(row, keys_strides[2], UNIT) + offsets_d, mask, keys_strides[1], HEADS, UNIT)
     tl.store(metric + steps(batch * tokens + row, channels, UNIT) + offsets_d, mean, mask=mask)
 
 
@@ -141,9 +128,7 @@ def best_match_kernel(
     destination,  # (B, A) int32, likewise
     tokens,
     channels,
-    stride_b,
-    stride_h,
-    stride_n,
+    keys_strides,
     PREFIX: tl.constexpr,
     HEADS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -162,11 +147,11 @@ def best_match_kernel(
     channels = channels // UNIT * UNIT
     position_a = (PREFIX + 1) // 2 + tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     offsets_d = tl.arange(0, BLOCK_D)
-    first_head = keys + tl.multiple_of(batch * stride_b, UNIT)
+    first_head = keys + tl.multiple_of(batch * keys_strides[0], UNIT)
     in_a = (position_a < num_a)[:, None]
-    pointers_a = first_head + steps(2 * position_a, stride_n, UNIT) + offsets_d[None, :]
+    pointers_a = first_head + steps(2 * position_a, keys_strides[2], UNIT) + offsets_d[None, :]
     if ONE_CHUNK:
-        a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
+        a = _metric(pointers_a, in_a & (offsets_d < channels)[None, :], keys_strides[1], HEADS, UNIT)
         squares_a = tl.sum(a.to(tl.float32) * a.to(tl.float32), 1)
     if squares is not None:
         squares += batch * tokens
@@ -179,11 +164,11 @@ def best_match_kernel(
     for start_b in range(PREFIX // 2, num_b, BLOCK_B):
         position_b = start_b + tl.arange(0, BLOCK_B)
         in_b = (position_b < num_b)[:, None]
-        pointers_b = first_head + steps(2 * position_b + 1, stride_n, UNIT) + offsets_d[None, :]
+        pointers_b = first_head + steps(2 * position_b + 1, keys_strides[2], UNIT) + offsets_d[None, :]
         dots = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         squares_b = tl.zeros((BLOCK_B,), tl.float32)
         if ONE_CHUNK:
-            b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], stride_h, HEADS, UNIT)
+            b = _metric(pointers_b, in_b & (offsets_d < channels)[None, :], keys_strides[1], HEADS, UNIT)
             squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
             dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
         elif squares is not None:
@@ -198,14 +183,14 @@ def best_match_kernel(
             for start_d in range(0, channels, BLOCK_D):
                 in_d = (start_d + offsets_d < channels)[None, :]
                 if kept is None:
-                    a_chunk = _metric(pointers_a + start_d, in_a & in_d, stride_h, HEADS, UNIT)
+                    a_chunk = _metric(pointers_a + start_d, in_a & in_d, keys_strides[1], HEADS, UNIT)
                 else:
                     first = start_b == PREFIX // 2
                     a_chunk = _metric_once(
-                        pointers_a + start_d, kept_a + start_d, in_a & in_d, first, stride_h, HEADS, UNIT
+                        pointers_a + start_d, kept_a + start_d, in_a & in_d, first, keys_strides[1], HEADS, UNIT
                     )
                 squares_a += tl.sum(a_chunk.to(tl.float32) * a_chunk.to(tl.float32), 1)
-                b = _metric(pointers_b + start_d, in_b & in_d, stride_h, HEADS, UNIT)
+                b = _metric(pointers_b + start_d, in_b & in_d, keys_strides[1], HEADS, UNIT)
                 squares_b += tl.sum(b.to(tl.float32) * b.to(tl.float32), 1)
                 dots = tl.dot(a_chunk, tl.trans(b), dots, input_precision="ieee")
             if kept is not None:
@@ -319,20 +304,20 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
     batch, heads, tokens, channels = keys.shape
     metric = torch.empty(batch, tokens, channels, dtype=keys.dtype, device=keys.device)
     if metric.numel():
-        tile = row_tile(channels)
-        rows = 1024 // tile.block_c  # 2,048 elements of float32 and of many heads spill
-        grid = (cdiv(tokens, rows), cdiv(channels, tile.block_c), batch)
+        block_d = row_tile(channels)["BLOCK_C"]
+        rows = 1024 // block_d  # 2,048 elements of float32 and of many heads spill
+        grid = (cdiv(tokens, rows), cdiv(channels, block_d), batch)
         mean_keys_kernel[grid](
             keys,
             metric,
             tokens,
             channels,
-            *keys.stride()[:3],
+            strides(keys, 3),
             HEADS=heads,
             UNIT=unit_of(keys),
             ROWS=rows,
-            BLOCK_D=tile.block_c,
-            num_warps=tile.num_warps,
+            BLOCK_D=block_d,
+            num_warps=4,
         )
     return metric
 
@@ -353,27 +338,19 @@ def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
         keys, heads = mean_keys(keys).unsqueeze(1), 1
     unit = unit_of(keys)
     tile = match_tile(searching, channels, keys.dtype, heads, aligned=unit > 1)
-    one_chunk, one_step = channels <= tile.block_d, num_b - prefix // 2 <= tile.block_b
+    one_chunk, one_step = channels <= tile["BLOCK_D"], num_b - prefix // 2 <= tile["BLOCK_B"]
     keeps = heads > 1 and not one_chunk and not one_step
     squares = squared_lengths(keys.squeeze(1)) if heads == 1 and not one_chunk else None
-    best_match_kernel[(cdiv(searching, tile.block_a), batch)](
+    best_match_kernel[(cdiv(searching, tile["BLOCK_A"]), batch)](
         keys,
-        keys.new_empty(batch, num_a, channels) if keeps else None,
-        squares,
-        best,
-        destination,
-        tokens,
-        channels,
-        *keys.stride()[:3],
+        *(keys.new_empty(batch, num_a, channels) if keeps else None, squares, best, destination),
+        *(tokens, channels),
+        strides(keys, 3),
         PREFIX=prefix,
         HEADS=heads,
         UNIT=unit,
         ONE_CHUNK=one_chunk,
-        BLOCK_A=tile.block_a,
-        BLOCK_B=tile.block_b,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return best, destination
 
@@ -394,17 +371,12 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tenso
     if batch == 0:
         return slot, order, offsets
     best, destination = best_matches(metric if metric.ndim == 4 else metric.unsqueeze(1), prefix)
-    block = min(max(next_power_of_2(num_a), 32), MAX_KEYS)
+    block = fitting(num_a, MAX_KEYS, least=32)
     groups_too = tokens <= MAX_GROUPED
     num_warps = 8
     assign_slots_kernel[(batch,)](
-        best,
-        destination,
-        slot,
-        order if groups_too else None,
-        offsets if groups_too else None,
-        tokens,
-        r,
+        *(best, destination, slot, order if groups_too else None, offsets if groups_too else None),
+        *(tokens, r),
         PREFIX=prefix,
         ONE_BLOCK=num_a <= block,
         BLOCK=block,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts, row_warps
+from ._launch import in_parts, row_warps, strides
 from ._norm import (
     SUMMED_ROWS,
     _norm_gradient,
@@ -51,14 +51,10 @@ def reduce_slots_kernel(
     tokens,
     num_out,
     channels,
-    x_stride_b,
-    x_stride_n,
-    size_stride_b,
-    size_stride_n,
-    residual_stride_b,
-    residual_stride_m,
-    head_stride_b,
-    head_stride_p,
+    x_strides,
+    size_strides,
+    residual_strides,
+    head_strides,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
     HEAD: tl.constexpr,
@@ -76,7 +72,7 @@ def reduce_slots_kernel(
             row = m.to(tl.int64) - tl.cdiv(num_out, SLOTS) * SLOTS
             in_rows = row < HEAD
             mask = in_rows[:, None] & in_channels[None, :]
-            source = head + batch * head_stride_b + row[:, None] * head_stride_p + offsets_c[None, :]
+            source = head + batch * head_strides[0] + row[:, None] * head_strides[1] + offsets_c[None, :]
             copied = tl.load(source, mask=mask, other=0.0).to(out.dtype.element_ty)
             row += batch * (HEAD + num_out)
             tl.store(out + row[:, None] * channels + offsets_c[None, :], copied, mask=mask)
@@ -98,11 +94,13 @@ def reduce_slots_kernel(
     for step in range(tl.max(count, 0)):
         active = step < count
         n = tl.load(order + batch * tokens + start + step, mask=active, other=0).to(tl.int64)
-        source = x + batch * x_stride_b + n[:, None] * x_stride_n + offsets_c[None, :]
+        source = x + batch * x_strides[0] + n[:, None] * x_strides[1] + offsets_c[None, :]
         row = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
         size_n = active.to(tl.float32)
         if size is not None:
-            size_n = tl.load(size + batch * size_stride_b + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+            size_n = tl.load(size + batch * size_strides[0] + n * size_strides[1], mask=active, other=0.0).to(
+                tl.float32
+            )
         if log_weight is not None:
             score = tl.sum(row * direction[None, :], 1) + constant
             new_shift = tl.where(active, tl.maximum(shift, score - MAX_LOG_SIZE), shift)
@@ -119,7 +117,7 @@ def reduce_slots_kernel(
             for step in range(tl.max(count, 0)):
                 active = step < count
                 n = tl.load(order + batch * tokens + start + step, mask=active, other=0).to(tl.int64)
-                source = x + batch * x_stride_b + n[:, None] * x_stride_n + offsets_c[None, :]
+                source = x + batch * x_strides[0] + n[:, None] * x_strides[1] + offsets_c[None, :]
                 row = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0).to(tl.float32)
                 score = tl.sum(row * direction[None, :], 1) + constant
                 tl.store(learned + batch * tokens + n, tl.exp(score - shift), mask=active)
@@ -127,7 +125,7 @@ def reduce_slots_kernel(
         acc = acc / tl.maximum(size_sum + EPS if EPS > 0.0 else size_sum, 1e-30)[:, None]
         tl.store(total + batch * num_out + m, size_sum, mask=in_slots)
     if residual is not None:
-        source = residual + batch * residual_stride_b + m.to(tl.int64)[:, None] * residual_stride_m
+        source = residual + batch * residual_strides[0] + m.to(tl.int64)[:, None] * residual_strides[1]
         acc += tl.load(source + offsets_c[None, :], mask=mask, other=0.0).to(tl.float32)
     stored = acc.to(out.dtype.element_ty)
     row = batch * (HEAD + num_out) + HEAD + m
@@ -184,10 +182,8 @@ def _spread(
     num_slots,
     channels,
     offsets_c,
-    size_stride_b,
-    size_stride_n,
-    partner_stride_b,
-    partner_stride_n,
+    size_strides,
+    partner_strides,
     EPS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
@@ -200,11 +196,11 @@ def _spread(
     offsets += batch * (num_slots + 1)
     out += batch * tokens * channels
     if partner is not None:
-        partner += batch * partner_stride_b
+        partner += batch * partner_strides[0]
         dots += batch * tokens
         grad_size += batch * tokens
     if size is not None:
-        size += batch * size_stride_b
+        size += batch * size_strides[0]
     start = tl.load(offsets + m, mask=in_slots, other=0)
     count = tl.load(offsets + m + 1, mask=in_slots, other=0) - start
     most = tl.max(count, 0)
@@ -217,11 +213,11 @@ def _spread(
         for step in range(most):
             active = step < count
             n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
-            source = partner + n[:, None] * partner_stride_n + offsets_c[None, :]
+            source = partner + n[:, None] * partner_strides[1] + offsets_c[None, :]
             own = tl.load(source, mask=active[:, None] & in_channels[None, :], other=0.0)
             dot = tl.sum(own.to(tl.float32) * row.to(tl.float32), 1)
             tl.store(dots + n, dot, mask=active)
-            weighted += dot * tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+            weighted += dot * tl.load(size + n * size_strides[1], mask=active, other=0.0).to(tl.float32)
         mean = weighted * share
         tl.debug_barrier()  # one thread stored the dots that all of them load
     for step in range(most):
@@ -231,7 +227,7 @@ def _spread(
         if total is not None:
             size_n = tl.full((SLOTS,), 1.0, tl.float32)
             if size is not None:
-                size_n = tl.load(size + n * size_stride_n, mask=active, other=0.0).to(tl.float32)
+                size_n = tl.load(size + n * size_strides[1], mask=active, other=0.0).to(tl.float32)
             result = row.to(tl.float32) * (share * size_n)[:, None]
             if partner is not None:
                 gradient = (tl.load(dots + n, mask=active, other=0.0) - mean) * share
@@ -259,12 +255,9 @@ def spread_slots_kernel(
     tokens,
     num_slots,
     channels,
-    x_stride_b,
-    x_stride_m,
-    size_stride_b,
-    size_stride_n,
-    partner_stride_b,
-    partner_stride_n,
+    x_strides,
+    size_strides,
+    partner_strides,
     EPS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -275,33 +268,12 @@ def spread_slots_kernel(
     in_slots = m < num_slots
     offsets_c = tl.arange(0, BLOCK_C)
     _drop(order, offsets, out, grad_size, batch, tokens, num_slots, channels, offsets_c, SLOTS, BLOCK_C)
-    source = x + batch * x_stride_b + m.to(tl.int64)[:, None] * x_stride_m + offsets_c[None, :]
+    source = x + batch * x_strides[0] + m.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :]
     row = tl.load(source, mask=in_slots[:, None] & (offsets_c < channels)[None, :], other=0.0)
     _spread(
-        row,
-        m,
-        in_slots,
-        order,
-        offsets,
-        size,
-        total,
-        partner,
-        log_weight,
-        _vector(log_weight, offsets_c, channels, 0.0, BLOCK_C),
-        out,
-        dots,
-        grad_size,
-        batch,
-        tokens,
-        num_slots,
-        channels,
-        offsets_c,
-        size_stride_b,
-        size_stride_n,
-        partner_stride_b,
-        partner_stride_n,
-        EPS,
-        SLOTS,
+        *(row, m, in_slots, order, offsets, size, total, partner, log_weight),
+        *(_vector(log_weight, offsets_c, channels, 0.0, BLOCK_C), out, dots, grad_size, batch, tokens, num_slots),
+        *(channels, offsets_c, size_strides, partner_strides, EPS, SLOTS),
     )
 
 
@@ -328,14 +300,10 @@ def merge_tokens_norm_backward_kernel(
     tokens,
     num_slots,
     channels,
-    out_stride_b,
-    out_stride_n,
-    normed_stride_b,
-    normed_stride_n,
-    size_stride_b,
-    size_stride_n,
-    partner_stride_b,
-    partner_stride_n,
+    out_strides,
+    normed_strides,
+    size_strides,
+    partner_strides,
     EPS: tl.constexpr,
     HEAD: tl.constexpr,
     SUMMED: tl.constexpr,
@@ -357,21 +325,8 @@ def merge_tokens_norm_backward_kernel(
         row = (begin + tl.arange(0, SLOTS)).to(tl.int64)
         in_rows = row < HEAD + num_slots
         gradient, weight_part, bias_part = _norm_gradient(
-            grad_out,
-            grad_normed,
-            merged,
-            statistics,
-            factor,
-            batch,
-            row,
-            in_rows,
-            offsets_c,
-            HEAD + num_slots,
-            channels,
-            out_stride_b,
-            out_stride_n,
-            normed_stride_b,
-            normed_stride_n,
+            *(grad_out, grad_normed, merged, statistics, factor, batch, row, in_rows, offsets_c, HEAD + num_slots),
+            *(channels, out_strides, normed_strides),
         )
         weight_sum += weight_part
         bias_sum += bias_part
@@ -386,30 +341,8 @@ def merge_tokens_norm_backward_kernel(
             mask = in_slots[:, None] & in_channels[None, :]
             tl.store(target, gradient.to(grad_rows.dtype.element_ty), mask=mask)
         _spread(
-            gradient,
-            m,
-            in_slots,
-            order,
-            offsets,
-            size,
-            total,
-            partner,
-            log_weight,
-            direction,
-            grad_x,
-            dots,
-            grad_size,
-            batch,
-            tokens,
-            num_slots,
-            channels,
-            offsets_c,
-            size_stride_b,
-            size_stride_n,
-            partner_stride_b,
-            partner_stride_n,
-            EPS,
-            SLOTS,
+            *(gradient, m, in_slots, order, offsets, size, total, partner, log_weight, direction, grad_x, dots),
+            *(grad_size, batch, tokens, num_slots, channels, offsets_c, size_strides, partner_strides, EPS, SLOTS),
         )
     if sums is not None:
         program = batch * tl.num_programs(0) + tl.program_id(0)
@@ -437,27 +370,10 @@ def _reduce(
         block_c = next_power_of_2(channels)
         slots = _side_by_side(block_c, log_size[0], weight, bias)
         reduce_slots_kernel[(cdiv(num_out, slots) + cdiv(rows, slots), batch)](
-            x,
-            size,
-            residual,
-            head,
-            *log_size,
-            order,
-            offsets,
-            out,
-            total,
-            learned,
-            weight,
-            bias,
-            normed,
+            *(x, size, residual, head, *log_size, order, offsets, out, total, learned, weight, bias, normed),
             statistics,
-            tokens,
-            num_out,
-            channels,
-            *x.stride()[:2],
-            *((0, 0) if size is None else size.stride()),
-            *((0, 0) if residual is None else residual.stride()[:2]),
-            *((0, 0) if head is None else head.stride()[:2]),
+            *(tokens, num_out, channels),
+            *(strides(x, 2), strides(size, 2), strides(residual, 2), strides(head, 2)),
             EPS=eps,
             NORM_EPS=norm_eps,
             HEAD=rows,
@@ -523,22 +439,9 @@ def _launch_spread(x, order, offsets, size=None, total=None, eps=0.0, partner=No
     block_c = next_power_of_2(channels)
     slots = _side_by_side(block_c, log_weight)
     spread_slots_kernel[(cdiv(num_slots, slots), batch)](
-        x,
-        order,
-        offsets,
-        size,
-        total,
-        partner,
-        log_weight,
-        out,
-        dots,
-        grad_size,
-        tokens,
-        num_slots,
-        channels,
-        *x.stride()[:2],
-        *((0, 0) if size is None else size.stride()),
-        *((0, 0) if partner is None else partner.stride()[:2]),
+        *(x, order, offsets, size, total, partner, log_weight, out, dots, grad_size),
+        *(tokens, num_slots, channels),
+        *(strides(x, 2), strides(size, 2), strides(partner, 2)),
         EPS=eps,
         SLOTS=slots,
         BLOCK_C=block_c,
@@ -613,36 +516,16 @@ def merge_tokens_norm_backward(
     sums = empty_sums(merged, batch * programs, affine)
     if merged.numel():
         merge_tokens_norm_backward_kernel[(programs, batch)](
-            grad_out,
-            grad_normed,
-            merged,
-            statistics,
-            weight,
-            order,
-            offsets,
-            size,
-            total,
-            x,
-            log_weight,
-            grad_x,
-            dots,
-            grad_size,
-            grad_rows if rows else None,
-            grad_head if head else None,
-            sums,
-            tokens,
-            num_slots,
-            channels,
-            *((0, 0) if grad_out is None else grad_out.stride()[:2]),
-            *grad_normed.stride()[:2],
-            *((0, 0) if size is None else size.stride()),
-            *((0, 0) if x is None else x.stride()[:2]),
+            *(grad_out, grad_normed, merged, statistics, weight, order, offsets, size, total, x, log_weight, grad_x),
+            *(dots, grad_size, grad_rows if rows else None, grad_head if head else None, sums),
+            *(tokens, num_slots, channels),
+            *(strides(grad_out, 2), strides(grad_normed, 2), strides(size, 2), strides(x, 2)),
             EPS=eps,
             HEAD=num_head,
             SUMMED=SUMMED_ROWS,
-            SLOTS=tile.rows,
-            BLOCK_C=tile.block_c,
-            num_warps=tile.num_warps,
+            SLOTS=tile["ROWS"],
+            BLOCK_C=tile["BLOCK_C"],
+            num_warps=tile["num_warps"],
         )
     elif grad_size is not None:
         grad_size.zero_()

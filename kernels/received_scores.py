@@ -8,7 +8,6 @@ one program for every block of keys.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -16,47 +15,23 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
-from ._rows import head_of, steps, unit_of
+from ._launch import Tile, in_parts, strides
+from ._rows import LOWEST, head_of, padded_head_dim, steps, unit_of
 
-LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
 MAX_PARTS = 32  # the partial sums of 2,048 tokens are a third of a packed qkv of half precision
 
 
-@dataclasses.dataclass(frozen=True)
-class LogitTile:
-    """Rows that a program owns, rows that it walks over, and channels of one step of a dot product."""
-
-    block_own: int
-    block_other: int
-    block_d: int
-    num_warps: int
-    num_stages: int
-
-
 @functools.cache
-def logit_tile(block_own: int, block_other: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """Choose settings, found by compiling, that never spill for sm_80 and sm_90, head dimensions 16 to 256."""
-    # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all, and 16 at least.
-    block_d = 16 if dtype == torch.float32 else max(next_power_of_2(head_dim), 16)
-    return LogitTile(block_own, block_other, block_d, num_warps=8, num_stages=2)
+def logit_tile(head_dim: int, dtype: torch.dtype, keys: int = 64) -> Tile:
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90, head dimensions 16 to 256.
 
-
-@functools.cache
-def row_tile(keys: int, head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """Return a tile that takes all keys in one step where 64 accumulators a thread hold them.
-
-    Exact dots leave room for 16.
+    All keys are taken in one step where 64 accumulators a thread hold them; exact dots leave room for 16.
     """
     most = 64 if dtype == torch.float32 else 256
-    block_other = max(next_power_of_2(keys), 16) if keys <= most else 64
-    return logit_tile(64, block_other, head_dim, dtype)
-
-
-@functools.cache
-def column_tile(head_dim: int, dtype: torch.dtype) -> LogitTile:
-    """Return a tile of 16 partial sums a thread."""
-    return logit_tile(64, 64, head_dim, dtype)
+    block_n = max(next_power_of_2(keys), 16) if keys <= most else 64
+    # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all.
+    block_d = 16 if dtype == torch.float32 else padded_head_dim(head_dim)
+    return Tile(BLOCK_M=64, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -95,12 +70,8 @@ def row_softmax_kernel(
     queries,
     keys,
     width,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    q_strides,
+    k_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -117,16 +88,16 @@ def row_softmax_kernel(
     offsets_d = tl.arange(0, BLOCK_D)
     in_m = offsets_m < queries
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
-    q_rows = head_of(q, batch, head, q_stride_b, q_stride_h, UNIT)
-    q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
+    q_rows = head_of(q, batch, head, q_strides, UNIT)
+    q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_strides[2], UNIT)
     query = tl.load(q_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
-    k_rows = head_of(k, batch, head, k_stride_b, k_stride_h, UNIT)
+    k_rows = head_of(k, batch, head, k_strides, UNIT)
     if parts is not None:
         received = parts + (row * tl.num_programs(0) + part) * width
     if ONE_TILE:
         offsets_n = tl.arange(0, BLOCK_N)
         in_n = offsets_n < keys
-        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
+        rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
         logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
         logits = tl.where(in_n[None, :], logits, float("-inf"))
         maximum = tl.max(logits, 1)
@@ -139,7 +110,7 @@ def row_softmax_kernel(
         running_sum = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, keys, BLOCK_N):
             offsets_n = start + tl.arange(0, BLOCK_N)
-            rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
+            rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
             logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
             logits = tl.where((offsets_n < keys)[None, :], logits, float("-inf"))
             new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -153,7 +124,7 @@ def row_softmax_kernel(
             lse = tl.where(in_m, lse, float("inf"))
             for start in range(0, keys, BLOCK_N):
                 offsets_n = start + tl.arange(0, BLOCK_N)
-                rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
+                rows = k_rows + steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
                 logits = _dots(q_rows, query, rows, D, BLOCK_M, BLOCK_N, BLOCK_D) * scale
                 tl.store(received + offsets_n, tl.sum(tl.exp(logits - lse[:, None]), 0), mask=offsets_n < width)
 
@@ -192,12 +163,8 @@ def column_sum_kernel(
     heads,
     queries,
     keys,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
+    q_strides,
+    k_strides,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -208,18 +175,18 @@ def column_sum_kernel(
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
-    row_n = steps(tl.minimum(offsets_n, keys - 1), k_stride_n, UNIT)
-    k_rows = k + tl.multiple_of(batch * k_stride_b, UNIT) + row_n
-    q_head = q + tl.multiple_of(batch * q_stride_b, UNIT)
+    row_n = steps(tl.minimum(offsets_n, keys - 1), k_strides[2], UNIT)
+    k_rows = k + tl.multiple_of(batch * k_strides[0], UNIT) + row_n
+    q_head = q + tl.multiple_of(batch * q_strides[0], UNIT)
     lse_head = logsumexp + batch * heads * queries
     received = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    next_key = tl.multiple_of(tl.cast(k_stride_h, tl.int64), UNIT)
-    next_query = tl.multiple_of(tl.cast(q_stride_h, tl.int64), UNIT)
+    next_key = tl.multiple_of(tl.cast(k_strides[1], tl.int64), UNIT)
+    next_query = tl.multiple_of(tl.cast(q_strides[1], tl.int64), UNIT)
     for _ in range(heads):
         key = tl.load(k_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
         for start in range(0, queries, BLOCK_M):
             offsets_m = start + tl.arange(0, BLOCK_M)
-            rows = q_head + steps(tl.minimum(offsets_m, queries - 1), q_stride_m, UNIT)
+            rows = q_head + steps(tl.minimum(offsets_m, queries - 1), q_strides[2], UNIT)
             lse = tl.load(lse_head + offsets_m, mask=offsets_m < queries, other=float("inf"))
             logits = _dots(k_rows, key, rows, D, BLOCK_N, BLOCK_M, BLOCK_D) * scale
             received += tl.exp(logits - lse[None, :])
@@ -237,8 +204,8 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
     scores = torch.empty(batch, keys, dtype=torch.float32, device=k.device)
     if batch == 0 or queries == 0:
         return scores.zero_()
-    tile = row_tile(keys, head_dim, q.dtype)
-    num_parts = cdiv(queries, tile.block_own)
+    tile = logit_tile(head_dim, q.dtype, keys)
+    num_parts = cdiv(queries, tile["BLOCK_M"])
     with_parts = num_parts <= MAX_PARTS
     width = 16 * cdiv(keys, 16)  # aligned rows: wide loads
     logsumexp = parts = None
@@ -248,48 +215,26 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
         logsumexp = torch.empty(batch, heads, queries, dtype=torch.float32, device=k.device)
     # Blocks of queries vary fastest: neighbouring programs read the same keys.
     row_softmax_kernel[(num_parts, heads, batch)](
-        q,
-        k,
-        logsumexp,
-        parts,
-        scale,
-        queries,
-        keys,
-        width,
-        *q.stride()[:3],
-        *k.stride()[:3],
+        *(q, k, logsumexp),
+        *(parts, scale, queries, keys, width),
+        *(strides(q, 3), strides(k, 3)),
         D=head_dim,
         UNIT=unit_of(q, k),
-        ONE_TILE=with_parts and keys <= tile.block_other,
-        BLOCK_M=tile.block_own,
-        BLOCK_N=tile.block_other,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        ONE_TILE=with_parts and keys <= tile["BLOCK_N"],
+        **tile,
     )
     if with_parts:
         sum_parts_kernel[(cdiv(keys, 64), batch)](
             parts, scores, heads * num_parts, keys, width, BLOCK_P=16, BLOCK_N=64, num_warps=4
         )
         return scores
-    tile = column_tile(head_dim, q.dtype)
-    column_sum_kernel[(cdiv(keys, tile.block_own), batch)](
-        q,
-        k,
-        logsumexp,
-        scores,
-        scale,
-        heads,
-        queries,
-        keys,
-        *q.stride()[:3],
-        *k.stride()[:3],
+    tile = logit_tile(head_dim, q.dtype)
+    column_sum_kernel[(cdiv(keys, tile["BLOCK_N"]), batch)](
+        *(q, k, logsumexp, scores),
+        *(scale, heads, queries, keys),
+        *(strides(q, 3), strides(k, 3)),
         D=head_dim,
         UNIT=unit_of(q, k),
-        BLOCK_N=tile.block_own,
-        BLOCK_M=tile.block_other,
-        BLOCK_D=tile.block_d,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return scores

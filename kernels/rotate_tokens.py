@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -10,31 +9,20 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts, needs_parts
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadTile:
-    """Tokens and heads of one program, and channels of one head."""
-
-    rows: int
-    heads: int
-    block_d: int
-    num_warps: int
-
+from ._launch import Tile, in_parts, needs_parts, strides
 
 ENOUGH_PROGRAMS = 1024  # for any GPU of today; from there on a program takes more heads, and reads the table once
 
 
 @functools.cache
-def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool) -> HeadTile:
+def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool) -> Tile:
     """Return a tile of about 2,048 elements a step; heads that share a table stay together if GPUs are full."""
     block_d = next_power_of_2(channels)
     rows = max(1, 2048 // block_d)
     together = heads
     while together > 1 and images * cdiv(tokens, rows) * cdiv(heads, together) < ENOUGH_PROGRAMS:
         together = cdiv(together, 2)
-    return HeadTile(rows=rows, heads=together if shared else 1, block_d=block_d, num_warps=4)
+    return Tile(ROWS=rows, HEADS=together if shared else 1, BLOCK_D=block_d, num_warps=4)
 
 
 @triton.jit
@@ -61,17 +49,10 @@ def rotate_tokens_kernel(
     tokens,
     heads,
     channels,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    cos_stride_b,
-    cos_stride_h,
-    cos_stride_p,
-    sin_stride_b,
-    sin_stride_h,
-    sin_stride_p,
-    place_stride_b,
-    place_stride_n,
+    x_strides,
+    cos_strides,
+    sin_strides,
+    place_strides,
     BACKWARD: tl.constexpr,
     HALF: tl.constexpr,
     PREFIX: tl.constexpr,
@@ -88,14 +69,14 @@ def rotate_tokens_kernel(
     is_patch = in_tokens & (n >= PREFIX)
     seat = n - PREFIX
     if place is not None:
-        seat = tl.load(place + batch * place_stride_b + seat * place_stride_n, mask=is_patch, other=-1)
+        seat = tl.load(place + batch * place_strides[0] + seat * place_strides[1], mask=is_patch, other=-1)
     turns = is_patch & (seat >= 0)
     seat = tl.where(turns, seat, 0).to(tl.int64)
-    x += batch * x_stride_b + first_head * x_stride_h
+    x += batch * x_strides[0] + first_head * x_strides[1]
     out += (batch * tokens * heads + first_head) * channels
-    row_cos = batch * cos_stride_b + first_head * cos_stride_h + seat * cos_stride_p
-    row_sin = batch * sin_stride_b + first_head * sin_stride_h + seat * sin_stride_p
-    row = n.to(tl.int64) * x_stride_n
+    row_cos = batch * cos_strides[0] + first_head * cos_strides[1] + seat * cos_strides[2]
+    row_sin = batch * sin_strides[0] + first_head * sin_strides[1] + seat * sin_strides[2]
+    row = n.to(tl.int64) * x_strides[2]
     target = n.to(tl.int64) * heads * channels
     if HALF:
         half = channels // 2
@@ -119,7 +100,7 @@ def rotate_tokens_kernel(
             place_low = out + target[:, None] + low[None, :]
             tl.store(place_low, out_low.to(out.dtype.element_ty), mask=mask)
             tl.store(place_low + half, out_high.to(out.dtype.element_ty), mask=mask)
-            x += x_stride_h
+            x += x_strides[1]
             out += channels
     else:
         channel = tl.arange(0, BLOCK_D)
@@ -135,7 +116,7 @@ def rotate_tokens_kernel(
             else:
                 rotated = value * cosine + _turned(value, ROWS, BLOCK_D) * sine
             tl.store(out + target[:, None] + channel[None, :], rotated.to(out.dtype.element_ty), mask=mask)
-            x += x_stride_h
+            x += x_strides[1]
             out += channels
 
 
@@ -154,29 +135,17 @@ def _launch(
         return _launch_in_parts(x, place, cos, sin, prefix, half, backward)
     out = torch.empty(batch, tokens, heads, channels, dtype=x.dtype, device=x.device)
     if out.numel():
-        cos_strides, sin_strides = _strides(cos), _strides(sin)
+        cos_strides, sin_strides = _table_strides(cos), _table_strides(sin)
         shared = cos_strides[1] == 0 and sin_strides[1] == 0
         tile = head_tile(batch, tokens, heads, channels, shared)
-        rotate_tokens_kernel[cdiv(tokens, tile.rows), batch, cdiv(heads, tile.heads)](
-            x,
-            cos,
-            sin,
-            place,
-            out,
-            tokens,
-            heads,
-            channels,
-            *x.stride()[:3],
-            *cos_strides,
-            *sin_strides,
-            *((0, 0) if place is None else place.stride()),
+        rotate_tokens_kernel[cdiv(tokens, tile["ROWS"]), batch, cdiv(heads, tile["HEADS"])](
+            *(x, cos, sin, place, out),
+            *(tokens, heads, channels),
+            *(strides(x, 3), cos_strides, sin_strides, strides(place, 2)),
             BACKWARD=backward,
             HALF=half,
             PREFIX=prefix,
-            ROWS=tile.rows,
-            HEADS=tile.heads,
-            BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps,
+            **tile,
         )
     return out.transpose(1, 2)
 
@@ -184,12 +153,12 @@ def _launch(
 _launch_in_parts = in_parts("x", "place", "cos", "sin")(_launch)
 
 
-def _strides(table: torch.Tensor) -> tuple[int, int, int]:
+def _table_strides(table: torch.Tensor) -> tuple[int, int, int]:
     """Return the strides over images, heads and places of a table: (P, D), (1 or H, P, D) or (1 or B, 1 or H, P, D)."""
-    strides, sizes = table.stride(), table.shape
-    stride_h = strides[-3] if len(sizes) > 2 and sizes[-3] > 1 else 0
-    stride_b = strides[0] if len(sizes) > 3 and sizes[0] > 1 else 0
-    return stride_b, stride_h, strides[-2]
+    steps, sizes = table.stride(), table.shape
+    stride_h = steps[-3] if len(sizes) > 2 and sizes[-3] > 1 else 0
+    stride_b = steps[0] if len(sizes) > 3 and sizes[0] > 1 else 0
+    return stride_b, stride_h, steps[-2]
 
 
 def rotate_tokens(

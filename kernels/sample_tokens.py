@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 import triton
 import triton.language as tl
 
-from ._direct import direct, next_power_of_2
+from ._direct import direct
+from ._launch import Tile, fitting, strides
 
 # Sums are of integers, the same in any order: a scan of floats can fall by a rounding, and gives tokens of weight 0
 # cdfs of their own. Weights are counted in 2^-61, as their total is at most a little over 1.
@@ -18,24 +18,15 @@ WEIGHT_STEP = tl.constexpr(2.0**-61)
 SMALLEST = tl.constexpr(2.0**-126)
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleSettings:
-    """Tokens and sampling points that the one program of an image holds at a time."""
-
-    block_n: int
-    block_k: int
-    num_warps: int
-
-
 @functools.cache
-def sample_settings(tokens: int, budget: int) -> SampleSettings:
-    """Return settings of two a thread, since searches wait for memory.
+def sample_tile(tokens: int, budget: int) -> Tile:
+    """Return tokens and sampling points, two a thread, since searches wait for memory.
 
     512 is the most: 1,024 spilled on sm_80 (Triton 3.9).
     """
-    block_n = min(512, max(32, next_power_of_2(tokens)))
-    block_k = min(512, max(32, next_power_of_2(budget)))
-    return SampleSettings(block_n, block_k, num_warps=max(1, max(block_n, block_k) // 64))
+    block_n, block_k = fitting(tokens, 512, least=32), fitting(budget, 512, least=32)
+    # With one stage no load moves before a barrier.
+    return Tile(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=max(1, max(block_n, block_k) // 64), num_stages=1)
 
 
 @triton.jit
@@ -57,8 +48,7 @@ def sample_tokens_kernel(
     budget,
     parts,
     prefix,
-    scores_stride_b,
-    scores_stride_n,
+    scores_strides,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCORE_ONE: tl.constexpr,
@@ -66,7 +56,7 @@ def sample_tokens_kernel(
 ):
     """Sample one image in each program; what one phase stores the next one loads, behind a barrier."""
     batch = tl.program_id(0).to(tl.int64)
-    scores += batch * scores_stride_b
+    scores += batch * scores_strides[0]
     cdf += batch * tokens
     kept += batch * tokens
     index += batch * budget
@@ -74,19 +64,19 @@ def sample_tokens_kernel(
 
     highest = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, tokens, BLOCK_N):
-        highest = tl.maximum(highest, _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_stride_n))
+        highest = tl.maximum(highest, _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_strides[1]))
     # The power of two below the highest score: dividing by it is exact, and leaves at most 2.
     exponent = tl.max(highest, 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent.to(tl.float32, bitcast=True), SMALLEST)
     partial = tl.zeros((BLOCK_N,), tl.int64)
     for start in range(0, tokens, BLOCK_N):
-        score = _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_stride_n)
+        score = _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_strides[1])
         partial += (tl.div_rn(score, unit) * SCORE_ONE).to(tl.int64)
     total = tl.sum(partial, 0).to(tl.float32) * (1.0 / SCORE_ONE) * unit + 1e-6
     reached = tl.zeros((), tl.int64)
     for start in range(0, tokens, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
-        weight = tl.div_rn(_scores(scores, offsets_n, tokens, scores_stride_n), total)
+        weight = tl.div_rn(_scores(scores, offsets_n, tokens, scores_strides[1]), total)
         share = (weight * WEIGHT_ONE).to(tl.int64)
         value = (reached + tl.cumsum(share, 0)).to(tl.float32) * WEIGHT_STEP
         reached += tl.sum(share, 0)
@@ -147,23 +137,13 @@ def sample_tokens(
     valid = torch.empty(batch, prefix + budget, dtype=torch.bool, device=scores.device)
     if batch == 0:
         return index, valid
-    settings = sample_settings(tokens, budget)
     sample_tokens_kernel[(batch,)](
-        scores,
-        torch.empty(batch, tokens, dtype=torch.float32, device=scores.device),
-        torch.empty(batch, tokens, dtype=torch.int8, device=scores.device),
-        index,
-        valid,
-        tokens,
-        budget,
-        budget + 1 if parts is None else parts,
-        prefix,
-        *scores.stride(),
-        BLOCK_N=settings.block_n,
-        BLOCK_K=settings.block_k,
+        *(scores, torch.empty(batch, tokens, dtype=torch.float32, device=scores.device)),
+        *(torch.empty(batch, tokens, dtype=torch.int8, device=scores.device), index, valid),
+        *(tokens, budget, budget + 1 if parts is None else parts, prefix),
+        strides(scores, 2),
         SCORE_ONE=2.0 ** (61 - tokens.bit_length()),
         SEARCH_STEPS=tokens.bit_length(),
-        num_warps=settings.num_warps,
-        num_stages=1,  # no load may move before a barrier
+        **sample_tile(tokens, budget),
     )
     return index, valid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -10,32 +9,23 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
+from ._launch import Tile, in_parts, strides
 from ._order import packed_keys
-
-
-@dataclasses.dataclass(frozen=True)
-class SortSettings:
-    """Settings of a sort: one program sorts ``block`` keys of one image."""
-
-    block: int
-    num_warps: int
-
 
 # Triton 3.9: a sort of 8,192 spills on sm_90 and compiles for 9 to 16 s; one of 4,096 does not, and takes 4 to 6 s.
 MAX_SORT = 4096
 # 16 pairs a thread: 72 registers; 32 a thread take 138, and wider rows spilled a few words.
-RANK_BLOCK_I, RANK_BLOCK_J, RANK_WARPS = 32, 64, 4
+RANK_TILE = Tile(BLOCK_I=32, BLOCK_J=64, num_warps=4)
 
 
 @functools.cache
-def sort_settings(tokens: int) -> SortSettings:
-    """Return settings of four keys a thread: at most 64 registers.
+def sort_tile(tokens: int) -> Tile:
+    """Return a tile of four keys a thread: at most 64 registers.
 
     With four times as many a thread, the longest sorts take half a minute to compile.
     """
     block = max(32, next_power_of_2(tokens))
-    return SortSettings(block, num_warps=max(1, block // 128))
+    return Tile(BLOCK=block, num_warps=max(1, block // 128))
 
 
 @direct
@@ -45,14 +35,13 @@ def sort_scores_kernel(
     out,  # (B, K) int64, contiguous
     tokens,
     keep,
-    scores_stride_b,
-    scores_stride_n,
+    scores_strides,
     BLOCK: tl.constexpr,
 ):
     """Sort one image in each program."""
     batch = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
-    row = scores + batch * scores_stride_b + offsets.to(tl.int64) * scores_stride_n
+    row = scores + batch * scores_strides[0] + offsets.to(tl.int64) * scores_strides[1]
     keys = tl.sort(packed_keys(row, offsets, offsets < tokens), descending=True)
     tl.store(out + batch * keep + offsets, 0x7FFFFFFF - (keys & 0xFFFFFFFF), mask=offsets < keep)
 
@@ -64,20 +53,19 @@ def rank_scores_kernel(
     out,  # (B, K) int64, contiguous
     tokens,
     keep,
-    scores_stride_b,
-    scores_stride_n,
+    scores_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """Count for BLOCK_I tokens of one image, in each program, how many come before each of them."""
     batch = tl.program_id(1).to(tl.int64)
-    base = scores + batch * scores_stride_b
+    base = scores + batch * scores_strides[0]
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    keys_i = packed_keys(base + i.to(tl.int64) * scores_stride_n, i, i < tokens)
+    keys_i = packed_keys(base + i.to(tl.int64) * scores_strides[1], i, i < tokens)
     before = tl.zeros((BLOCK_I, BLOCK_J), tl.int32)
     for start in range(0, tokens, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
-        keys_j = packed_keys(base + j.to(tl.int64) * scores_stride_n, j, j < tokens)
+        keys_j = packed_keys(base + j.to(tl.int64) * scores_strides[1], j, j < tokens)
         before += (keys_j[None, :] > keys_i[:, None]).to(tl.int32)
     rank = tl.sum(before, 1)
     tl.store(out + batch * keep + rank, i.to(tl.int64), mask=(i < tokens) & (rank < keep))
@@ -91,19 +79,8 @@ def select_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
     if out.numel() == 0:
         return out
     if tokens <= MAX_SORT:
-        settings = sort_settings(tokens)
-        sort_scores_kernel[(batch,)](
-            scores, out, tokens, k, *scores.stride(), BLOCK=settings.block, num_warps=settings.num_warps
-        )
+        sort_scores_kernel[(batch,)](scores, out, tokens, k, strides(scores, 2), **sort_tile(tokens))
     else:
-        rank_scores_kernel[(cdiv(tokens, RANK_BLOCK_I), batch)](
-            scores,
-            out,
-            tokens,
-            k,
-            *scores.stride(),
-            BLOCK_I=RANK_BLOCK_I,
-            BLOCK_J=RANK_BLOCK_J,
-            num_warps=RANK_WARPS,
-        )
+        grid = (cdiv(tokens, RANK_TILE["BLOCK_I"]), batch)
+        rank_scores_kernel[grid](scores, out, tokens, k, strides(scores, 2), **RANK_TILE)
     return out

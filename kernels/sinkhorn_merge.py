@@ -12,7 +12,6 @@ sum: it is ``exp(similarity + cluster_bias - shift) * scale`` with each row's ma
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -21,7 +20,7 @@ import triton.language as tl
 
 from ._direct import cdiv, direct, next_power_of_2
 from ._distances import squared_lengths
-from ._launch import in_parts
+from ._launch import Tile, fitting, in_parts, strides
 from ._workspace import workspace_parts
 
 LOWEST = tl.constexpr(-3.0e38)  # where a row of -inf needs a finite maximum
@@ -29,50 +28,28 @@ PADDING = 16
 MOST_REGISTERS = 255  # said outright, because the assembler spills a few to fit one more program on a multiprocessor
 
 
-@dataclasses.dataclass(frozen=True)
-class DotTile:
-    """One program's share of a matrix product: its rows, its columns, and the step of the sum."""
-
-    rows: int
-    columns: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanTile:
-    """Tokens and clusters that a program walking over the plan holds at a time."""
-
-    tokens: int
-    clusters: int
-    num_warps: int
-
-
 @functools.cache
-def similarity_tile(clusters: int, exact: bool) -> DotTile:
+def similarity_tile(clusters: int, exact: bool) -> Tile:
     """Choose settings, found by compiling as the next two, that never spill for sm_80 and sm_90."""
-    columns = min(64, max(16, next_power_of_2(clusters)))
     if exact:  # exact float32 dots hold their operands in registers
-        return DotTile(rows=64, columns=min(columns, 32), step=16, num_warps=4, num_stages=2)
-    return DotTile(rows=64, columns=columns, step=64, num_warps=8, num_stages=3)
+        return Tile(BLOCK_N=64, BLOCK_K=fitting(clusters, 32), BLOCK_C=16, num_warps=4, num_stages=2)
+    return Tile(BLOCK_N=64, BLOCK_K=fitting(clusters, 64), BLOCK_C=64, num_warps=8, num_stages=3)
 
 
 @functools.cache
-def sums_tile(channels: int, exact: bool) -> DotTile:
+def sums_tile(channels: int, exact: bool) -> Tile:
     """Choose tiles wide in the channels, because the programs of every block of channels make the plan anew."""
-    columns = min(128, max(16, next_power_of_2(channels)))
     if exact:
-        return DotTile(rows=64, columns=min(columns, 64), step=16, num_warps=8, num_stages=2)
-    return DotTile(rows=64, columns=columns, step=32, num_warps=8, num_stages=2)
+        return Tile(BLOCK_K=64, BLOCK_C=fitting(channels, 64), BLOCK_N=16, num_warps=8, num_stages=2)
+    return Tile(BLOCK_K=64, BLOCK_C=fitting(channels, 128), BLOCK_N=32, num_warps=8, num_stages=2)
 
 
 @functools.cache
-def plan_tile(tokens: int, padded: int) -> PlanTile:
+def plan_tile(tokens: int, padded: int) -> Tile:
     """Choose whole rows, 16 numbers a thread for the similarities and as many for the sums over tokens."""
-    clusters = next_power_of_2(padded)
-    rows = max(1, min(4096 // clusters, next_power_of_2(tokens)))
-    return PlanTile(tokens=rows, clusters=clusters, num_warps=8)
+    block_k = next_power_of_2(padded)
+    block_n = max(1, min(4096 // block_k, next_power_of_2(tokens)))
+    return Tile(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8, maxnreg=MOST_REGISTERS)
 
 
 @triton.jit
@@ -98,8 +75,7 @@ def similarity_kernel(
     clusters,
     padded,
     channels,
-    x_stride_b,
-    x_stride_n,
+    x_strides,
     centers_stride_k,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,7 +98,7 @@ def similarity_kernel(
     # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
     row_n = tl.minimum(offsets_n, tokens - 1).to(tl.int64)
     row_k = tl.minimum(offsets_k, clusters - 1).to(tl.int64)
-    pointers_x = x + batch * x_stride_b + row_n[:, None] * x_stride_n + offsets_c[None, :]
+    pointers_x = x + batch * x_strides[0] + row_n[:, None] * x_strides[1] + offsets_c[None, :]
     pointers_centers = centers + row_k[:, None] * centers_stride_k + offsets_c[None, :]
     dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -238,10 +214,8 @@ def plan_sums_kernel(
     channels,
     num_head,
     iters,
-    x_stride_b,
-    x_stride_n,
-    head_stride_b,
-    head_stride_n,
+    x_strides,
+    head_strides,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -259,10 +233,10 @@ def plan_sums_kernel(
     out += batch * (num_head + clusters) * channels
     if head is not None:
         copied = tl.where(k_block == 0, num_head, 0)
-        _copy_rows(head + batch * head_stride_b + offsets_c, out + offsets_c, copied, head_stride_n, channels, in_c)
+        _copy_rows(head + batch * head_strides[0] + offsets_c, out + offsets_c, copied, head_strides[1], channels, in_c)
     last = batch * iters + iters - 1
     cluster_bias = tl.load(cluster_biases + (last + batch + 1) * padded + offsets_k, mask=in_k, other=0.0)
-    x += batch * x_stride_b
+    x += batch * x_strides[0]
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
     for start in range(0, tokens, BLOCK_N):
         offsets_n = start + tl.arange(0, BLOCK_N)
@@ -278,7 +252,7 @@ def plan_sums_kernel(
         scale *= tl.load(inverse_norm + rows, mask=in_n, other=0.0)
         weight = tl.exp(score + cluster_bias[None, :] - shift[:, None]) * scale[:, None]
         token = tl.load(
-            x + offsets_n.to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :],
+            x + offsets_n.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :],
             mask=in_n[:, None] & in_c[None, :],
             other=0.0,
         )
@@ -312,8 +286,8 @@ def _forward(
     dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
     numbers = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
     exact = x.dtype == torch.float32 or centers.dtype != x.dtype
-    tile, walk = similarity_tile(clusters, exact), plan_tile(tokens, padded)
-    parts = cdiv(tokens, tile.rows)
+    tile = similarity_tile(clusters, exact)
+    parts = cdiv(tokens, tile["BLOCK_N"])
     images = [range(batch)] if keep or not batch else workspace_parts(batch, 4 * (tokens + 2 * parts) * padded)
     merged = torch.empty(batch, num_head + clusters, channels, dtype=dtype, device=x.device)
     similarity = numbers(len(images[0]), tokens, padded)
@@ -331,73 +305,25 @@ def _forward(
     part_max = numbers(len(images[0]), parts, padded)
     part_sum = torch.empty_like(part_max)
     for some in images:
-        similarity_kernel[(parts * cdiv(padded, tile.columns), len(some))](
-            x,
-            centers,
-            similarity,
-            inverse_norm,
-            part_max,
-            part_sum,
-            1.0 / eps,
-            some.start,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            *x.stride()[:2],
-            centers.stride(0),
+        similarity_kernel[(parts * cdiv(padded, tile["BLOCK_K"]), len(some))](
+            *(x, centers, similarity, inverse_norm, part_max, part_sum),
+            *(1.0 / eps, some.start, tokens, clusters, padded, channels),
+            *(strides(x, 2), centers.stride(0)),
             PRECISION="ieee",
-            BLOCK_N=tile.rows,
-            BLOCK_K=tile.columns,
-            BLOCK_C=tile.step,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
             maxnreg=MOST_REGISTERS if exact else None,
+            **tile,
         )
         plan_biases_kernel[(len(some),)](
-            similarity,
-            part_max,
-            part_sum,
-            token_bias,
-            token_shifts,
-            token_scales,
-            cluster_biases,
-            cluster_scales,
-            some.start,
-            tokens,
-            clusters,
-            padded,
-            parts,
-            iters,
-            BLOCK_N=walk.tokens,
-            BLOCK_K=walk.clusters,
-            num_warps=walk.num_warps,
-            maxnreg=MOST_REGISTERS,
+            *(similarity, part_max, part_sum, token_bias, token_shifts, token_scales, cluster_biases, cluster_scales),
+            *(some.start, tokens, clusters, padded, parts, iters),
+            **plan_tile(tokens, padded),
         )
-        plan_sums_kernel[(cdiv(clusters, last.rows) * cdiv(channels, last.columns), len(some))](
-            x,
-            similarity,
-            inverse_norm,
-            token_shifts,
-            token_scales,
-            cluster_biases,
-            head,
-            merged,
-            some.start,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            num_head,
-            iters,
-            *x.stride()[:2],
-            *((0, 0) if head is None else head.stride()[:2]),
+        plan_sums_kernel[(cdiv(clusters, last["BLOCK_K"]) * cdiv(channels, last["BLOCK_C"]), len(some))](
+            *(x, similarity, inverse_norm, token_shifts, token_scales, cluster_biases, head, merged),
+            *(some.start, tokens, clusters, padded, channels, num_head, iters),
+            *(strides(x, 2), strides(head, 2)),
             PRECISION=precision,
-            BLOCK_K=last.rows,
-            BLOCK_C=last.columns,
-            BLOCK_N=last.step,
-            num_warps=last.num_warps,
-            num_stages=last.num_stages,
+            **last,
         )
     return merged, similarity, token_bias, *saved
 

@@ -12,23 +12,22 @@ import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts
-from .sinkhorn_merge import MOST_REGISTERS, DotTile, PlanTile, dot, plan_tile, precision_of, similarity_tile
+from ._direct import cdiv, direct
+from ._launch import Tile, fitting, in_parts, strides
+from .sinkhorn_merge import MOST_REGISTERS, dot, plan_tile, precision_of, similarity_tile
 
 CENTER_PARTS = 16  # groups of images whose sums for the centres are added up at the end
 # Short rows in short steps: the gradient of a similarity takes one exponential for every iteration.
-SLOPE_TILE = PlanTile(tokens=32, clusters=64, num_warps=4)
+SLOPE_TILE = Tile(BLOCK_N=32, BLOCK_K=64, num_warps=4)
 
 
 @functools.cache
-def backward_tile(channels: int, small: bool) -> DotTile:
+def backward_tile(channels: int, small: bool) -> Tile:
     """Return the tile of two products in turn.
 
     Anything larger, or 4 warps, spills in part; small where an operand is float32.
     """
-    columns = min(64, max(16, next_power_of_2(channels)))
-    return DotTile(rows=64, columns=min(columns, 32) if small else columns, step=16, num_warps=8, num_stages=2)
+    return Tile(ROWS=64, BLOCK_C=fitting(channels, 32 if small else 64), STEP=16, num_warps=8, num_stages=2)
 
 
 def backward_registers(*dtypes: torch.dtype) -> int | None:
@@ -55,10 +54,8 @@ def log_plan_backward_kernel(
     padded,
     channels,
     iters,
-    grad_stride_b,
-    grad_stride_k,
-    x_stride_b,
-    x_stride_n,
+    grad_strides,
+    x_strides,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,8 +69,8 @@ def log_plan_backward_kernel(
     offsets_c = tl.arange(0, BLOCK_C)
     row_n = tl.minimum(offsets_n, tokens - 1).to(tl.int64)
     row_k = tl.minimum(offsets_k, clusters - 1).to(tl.int64)
-    pointers_x = x + batch * x_stride_b + row_n[:, None] * x_stride_n + offsets_c[None, :]
-    pointers_grad = grad + batch * grad_stride_b + row_k[:, None] * grad_stride_k + offsets_c[None, :]
+    pointers_x = x + batch * x_strides[0] + row_n[:, None] * x_strides[1] + offsets_c[None, :]
+    pointers_grad = grad + batch * grad_strides[0] + row_k[:, None] * grad_strides[1] + offsets_c[None, :]
     dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for start in range(0, channels, BLOCK_C):
         in_c = (start + offsets_c < channels)[None, :]
@@ -225,10 +222,8 @@ def _grad_tokens(
     padded,
     channels,
     iters,
-    grad_stride_b,
-    grad_stride_k,
-    x_stride_b,
-    x_stride_n,
+    grad_strides,
+    x_strides,
     centers_stride_k,
     batch,
     n_block,
@@ -246,7 +241,7 @@ def _grad_tokens(
     last = batch * iters + iters - 1
     shift = tl.load(token_shifts + last * tokens + offsets_n, mask=in_n, other=0.0)
     scale = tl.load(token_scales + last * tokens + offsets_n, mask=in_n, other=0.0)
-    grad += batch * grad_stride_b
+    grad += batch * grad_strides[0]
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for start in range(0, padded, BLOCK_K):
         offsets_k = start + tl.arange(0, BLOCK_K)
@@ -261,10 +256,10 @@ def _grad_tokens(
         row_k = offsets_k.to(tl.int64)[:, None]
         center = tl.load(centers + row_k * centers_stride_k + offsets_c[None, :], mask=mask, other=0.0)
         acc = dot(slope, center, acc, PRECISION)
-        merged = tl.load(grad + row_k * grad_stride_k + offsets_c[None, :], mask=mask, other=0.0)
+        merged = tl.load(grad + row_k * grad_strides[1] + offsets_c[None, :], mask=mask, other=0.0)
         acc = dot(plan, merged, acc, PRECISION)
     mask = in_n[:, None] & in_c[None, :]
-    sources = x + batch * x_stride_b + offsets_n.to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :]
+    sources = x + batch * x_strides[0] + offsets_n.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :]
     inverse = tl.load(inverse_norm + rows, mask=in_n, other=0.0)
     # A norm that was clamped is a constant.
     radial = tl.where(inverse < 0.999999e12, tl.load(along + rows, mask=in_n, other=0.0), 0.0) * inverse
@@ -287,8 +282,7 @@ def _grad_centers(
     clusters,
     padded,
     channels,
-    x_stride_b,
-    x_stride_n,
+    x_strides,
     k_block,
     c_block,
     PRECISION: tl.constexpr,
@@ -314,7 +308,7 @@ def _grad_centers(
             )
             inverse = tl.load(inverse_norm + rows, mask=in_n, other=0.0)
             token = tl.load(
-                x + batch * x_stride_b + offsets_n.to(tl.int64)[:, None] * x_stride_n + offsets_c[None, :],
+                x + batch * x_strides[0] + offsets_n.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :],
                 mask=in_n[:, None] & in_c[None, :],
                 other=0.0,
             )
@@ -348,10 +342,8 @@ def tokens_and_centers_backward_kernel(
     padded,
     channels,
     iters,
-    grad_stride_b,
-    grad_stride_k,
-    x_stride_b,
-    x_stride_n,
+    grad_strides,
+    x_strides,
     centers_stride_k,
     PRECISION_X: tl.constexpr,
     PRECISION_CENTERS: tl.constexpr,
@@ -369,59 +361,17 @@ def tokens_and_centers_backward_kernel(
         part = program // k_blocks
         first = part * images_per_part
         _grad_centers(
-            x,
-            grad_similarity,
-            inverse_norm,
-            grad_centers,
-            inverse_eps,
-            first,
-            tl.minimum(first + images_per_part, images),
-            part,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            x_stride_b,
-            x_stride_n,
-            program % k_blocks,
-            c_block,
-            PRECISION_CENTERS,
-            ROWS,
-            BLOCK_C,
-            STEP,
+            *(x, grad_similarity, inverse_norm, grad_centers, inverse_eps, first),
+            *(tl.minimum(first + images_per_part, images), part, tokens, clusters, padded, channels, x_strides),
+            *(program % k_blocks, c_block, PRECISION_CENTERS, ROWS, BLOCK_C, STEP),
         )
     else:
         program -= parts * k_blocks
         _grad_tokens(
-            grad,
-            x,
-            centers,
-            similarity,
-            grad_similarity,
-            inverse_norm,
-            token_shifts,
-            token_scales,
-            cluster_biases,
-            along,
-            grad_x,
-            inverse_eps,
-            tokens,
-            clusters,
-            padded,
-            channels,
-            iters,
-            grad_stride_b,
-            grad_stride_k,
-            x_stride_b,
-            x_stride_n,
-            centers_stride_k,
-            (program // n_blocks).to(tl.int64),
-            program % n_blocks,
-            c_block,
-            PRECISION_X,
-            ROWS,
-            BLOCK_C,
-            STEP,
+            *(grad, x, centers, similarity, grad_similarity, inverse_norm, token_shifts, token_scales, cluster_biases),
+            *(along, grad_x, inverse_eps, tokens, clusters, padded, channels, iters, grad_strides, x_strides),
+            *(centers_stride_k, (program // n_blocks).to(tl.int64), program % n_blocks, c_block, PRECISION_X, ROWS),
+            *(BLOCK_C, STEP),
         )
 
 
@@ -450,105 +400,41 @@ def sinkhorn_merge_backward(
     grad_similarity = torch.empty_like(similarity)
     exact = x.dtype == torch.float32 or grad.dtype != x.dtype
     tile = similarity_tile(clusters, exact)
-    log_plan_backward_kernel[(cdiv(tokens, tile.rows) * cdiv(padded, tile.columns), batch)](
-        grad,
-        x,
-        similarity,
-        inverse_norm,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        grad_similarity,
-        tokens,
-        clusters,
-        padded,
-        channels,
-        iters,
-        *grad.stride()[:2],
-        *x.stride()[:2],
+    log_plan_backward_kernel[(cdiv(tokens, tile["BLOCK_N"]) * cdiv(padded, tile["BLOCK_K"]), batch)](
+        *(grad, x, similarity, inverse_norm, token_shifts, token_scales, cluster_biases, grad_similarity),
+        *(tokens, clusters, padded, channels, iters),
+        *(strides(grad, 2), strides(x, 2)),
         PRECISION="ieee",
-        BLOCK_N=tile.rows,
-        BLOCK_K=tile.columns,
-        BLOCK_C=tile.step,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
-    walk = plan_tile(tokens, padded)
     token_terms = torch.empty_like(token_shifts)
     cluster_terms = torch.empty_like(cluster_biases)
     plan_biases_backward_kernel[(batch,)](
-        similarity,
-        grad_similarity,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        cluster_scales,
-        token_terms,
+        *(similarity, grad_similarity, token_shifts, token_scales, cluster_biases, cluster_scales, token_terms),
         cluster_terms,
-        tokens,
-        padded,
-        iters,
-        BLOCK_N=walk.tokens,
-        BLOCK_K=walk.clusters,
-        num_warps=walk.num_warps,
-        maxnreg=MOST_REGISTERS,
+        *(tokens, padded, iters),
+        **plan_tile(tokens, padded),
     )
     along = torch.empty_like(inverse_norm)
-    similarity_backward_kernel[(cdiv(tokens, SLOPE_TILE.tokens), batch)](
-        similarity,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        token_terms,
-        cluster_terms,
-        grad_similarity,
-        along,
-        tokens,
-        clusters,
-        padded,
-        iters,
-        BLOCK_N=SLOPE_TILE.tokens,
-        BLOCK_K=SLOPE_TILE.clusters,
-        num_warps=SLOPE_TILE.num_warps,
+    similarity_backward_kernel[(cdiv(tokens, SLOPE_TILE["BLOCK_N"]), batch)](
+        *(similarity, token_shifts, token_scales, cluster_biases, token_terms, cluster_terms, grad_similarity, along),
+        *(tokens, clusters, padded, iters),
+        **SLOPE_TILE,
     )
     small = grad.dtype != x.dtype or "ieee" in (precision_of(x.dtype), precision_of(centers.dtype))
     tile = backward_tile(channels, small)
     images_per_part = cdiv(batch, CENTER_PARTS)
     parts = cdiv(batch, images_per_part)
     grad_centers = torch.empty(parts, clusters, channels, dtype=torch.float32, device=x.device)
-    row_blocks = parts * cdiv(clusters, tile.rows) + batch * cdiv(tokens, tile.rows)
-    tokens_and_centers_backward_kernel[(row_blocks * cdiv(channels, tile.columns),)](
-        grad,
-        x,
-        centers,
-        similarity,
-        grad_similarity,
-        inverse_norm,
-        token_shifts,
-        token_scales,
-        cluster_biases,
-        along,
-        grad_x,
-        grad_centers,
-        1.0 / eps,
-        batch,
-        images_per_part,
-        parts,
-        tokens,
-        clusters,
-        padded,
-        channels,
-        iters,
-        *grad.stride()[:2],
-        *x.stride()[:2],
-        centers.stride(0),
+    row_blocks = parts * cdiv(clusters, tile["ROWS"]) + batch * cdiv(tokens, tile["ROWS"])
+    tokens_and_centers_backward_kernel[(row_blocks * cdiv(channels, tile["BLOCK_C"]),)](
+        *(grad, x, centers, similarity, grad_similarity, inverse_norm, token_shifts, token_scales, cluster_biases),
+        *(along, grad_x, grad_centers),
+        *(1.0 / eps, batch, images_per_part, parts, tokens, clusters, padded, channels, iters),
+        *(strides(grad, 2), strides(x, 2), centers.stride(0)),
         PRECISION_X=precision_of(x.dtype),
         PRECISION_CENTERS=precision_of(centers.dtype),
-        ROWS=tile.rows,
-        BLOCK_C=tile.columns,
-        STEP=tile.step,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
         maxnreg=backward_registers(x.dtype, grad.dtype, centers.dtype),
+        **tile,
     )
     return grad_x, grad_centers.sum(0).to(centers.dtype)

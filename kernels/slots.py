@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._direct import cdiv, direct
-from ._launch import in_parts
+from ._launch import in_parts, strides
 
 
 @triton.jit
@@ -38,17 +38,16 @@ def group_slots_kernel(
     offsets,  # (B, M + 1) int32
     tokens,
     num_out,
-    slot_stride_b,
-    slot_stride_n,
+    slot_strides,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
     """Rank BLOCK_I tokens of one image in each program."""
     batch = tl.program_id(1).to(tl.int64)
-    slot += batch * slot_stride_b
+    slot += batch * slot_strides[0]
     order += batch * tokens
     offsets += batch * (num_out + 1)
-    group(slot, order, offsets, tl.program_id(0) * BLOCK_I, tokens, num_out, slot_stride_n, BLOCK_I, BLOCK_J)
+    group(slot, order, offsets, tl.program_id(0) * BLOCK_I, tokens, num_out, slot_strides[1], BLOCK_I, BLOCK_J)
 
 
 @in_parts("slot")
@@ -60,6 +59,6 @@ def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.T
     if batch:
         grid = (cdiv(max(tokens, num_out + 1), 32), batch)
         group_slots_kernel[grid](
-            slot, order, offsets, tokens, num_out, *slot.stride(), BLOCK_I=32, BLOCK_J=64, num_warps=4
+            slot, order, offsets, tokens, num_out, strides(slot, 2), BLOCK_I=32, BLOCK_J=64, num_warps=4
         )
     return order, offsets

@@ -6,7 +6,6 @@ backward pass likewise, and the upstream gradient twice per BLOCK_N tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -14,63 +13,37 @@ import torch
 import triton
 import triton.language as tl
 
-from ._direct import cdiv, direct, next_power_of_2
-from ._launch import in_parts, row_tile
-
-
-@dataclasses.dataclass(frozen=True)
-class MergeTile:
-    """Tokens, clusters and channels of one step."""
-
-    block_n: int
-    block_k: int
-    block_c: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class GradientTile:
-    """Tokens, clusters and channels of the gradients' tiles; channels or clusters of one step towards them."""
-
-    block_n: int
-    block_k: int
-    block_c: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-def _fits(size: int, high: int) -> int:
-    """Return the least power of two that holds ``size``, between 16, the least that tensor cores take, and ``high``."""
-    return min(max(next_power_of_2(size), 16), high)
+from ._direct import cdiv, direct
+from ._launch import Tile, fitting, in_parts, row_tile, strides
 
 
 @functools.cache
-def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> MergeTile:
+def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> Tile:
     """Choose the widest tiles that spill nowhere on sm_80 and sm_90, because they read the least.
 
     With half of DeiT's tokens as clusters, half-precision tokens are read once; a tile of 64 would read them twice.
     """
     if dtype == torch.float32:  # exact dots hold their operands in registers
-        return MergeTile(16, _fits(clusters, 64), _fits(channels, 64), num_warps=8, num_stages=2)
+        sizes = {"BLOCK_K": fitting(clusters, 64), "BLOCK_C": fitting(channels, 64)}
+        return Tile(BLOCK_N=16, num_warps=8, num_stages=2, **sizes)
     widest = 128 if channels % 16 == 0 else 64  # where nothing is aligned, every element has a pointer of its own
-    block_k = _fits(clusters, widest)
-    return MergeTile(32, block_k, _fits(channels, widest), num_warps=8 if block_k > 32 else 4, num_stages=2)
+    sizes = {"BLOCK_K": fitting(clusters, widest), "BLOCK_C": fitting(channels, widest)}
+    return Tile(BLOCK_N=32, num_warps=8 if clusters > 32 else 4, num_stages=2, **sizes)
 
 
 @functools.cache
-def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> GradientTile:
+def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> Tile:
     """Return tiles found likewise: wider steps spill, and so do tiles of 128 tokens where ``unit`` is 1.
 
     Twice as many tokens a tile read the upstream gradient half as often.
     """
     if dtype == torch.float32:  # 2 stages spill under Triton 3.6
-        return GradientTile(64, _fits(clusters, 64), _fits(channels, 64), step=16, num_warps=8, num_stages=3)
-    block_k, block_c = _fits(clusters, 128), _fits(channels, 128)
+        sizes = {"BLOCK_K": fitting(clusters, 64), "BLOCK_C": fitting(channels, 64)}
+        return Tile(BLOCK_N=64, STEP=16, num_warps=8, num_stages=3, **sizes)
+    sizes = {"BLOCK_K": fitting(clusters, 128), "BLOCK_C": fitting(channels, 128)}
     if tokens > 64 and channels % 16 == 0 and unit > 1:
-        return GradientTile(128, block_k, block_c, step=32, num_warps=16, num_stages=2)
-    return GradientTile(64, block_k, block_c, step=32, num_warps=8, num_stages=2)
+        return Tile(BLOCK_N=128, STEP=32, num_warps=16, num_stages=2, **sizes)
+    return Tile(BLOCK_N=64, STEP=32, num_warps=8, num_stages=2, **sizes)
 
 
 def logits_unit(logits: torch.Tensor) -> int:
@@ -93,13 +66,9 @@ def soft_merge_kernel(
     clusters,
     channels,
     num_head,
-    logits_stride_b,
-    logits_stride_n,
-    logits_stride_k,
-    x_stride_b,
-    x_stride_n,
-    head_stride_b,
-    head_stride_n,
+    logits_strides,
+    x_strides,
+    head_strides,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,8 +76,8 @@ def soft_merge_kernel(
 ):
     """Sum all tokens into BLOCK_K clusters of BLOCK_C channels in each program, after its share of the head's rows."""
     clusters = clusters // UNIT * UNIT
-    logits_stride_b = logits_stride_b // UNIT * UNIT
-    logits_stride_n = logits_stride_n // UNIT * UNIT
+    logits_stride_b = logits_strides[0] // UNIT * UNIT
+    logits_stride_n = logits_strides[1] // UNIT * UNIT
     batch = tl.program_id(2).to(tl.int64)
     offsets_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     offsets_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -117,12 +86,12 @@ def soft_merge_kernel(
     out += batch * (num_head + clusters) * channels
     if head is not None:
         for row in range(tl.program_id(1), num_head, tl.num_programs(1)):
-            source = head + batch * head_stride_b + tl.cast(row, tl.int64) * head_stride_n + offsets_c
+            source = head + batch * head_strides[0] + tl.cast(row, tl.int64) * head_strides[1] + offsets_c
             value = tl.load(source, mask=in_c, other=0.0).to(tl.float32)
             tl.store(out + row * channels + offsets_c, value.to(out.dtype.element_ty), mask=in_c)
 
-    x += batch * x_stride_b
-    logits += batch * logits_stride_b + offsets_k.to(tl.int64)[:, None] * logits_stride_k
+    x += batch * x_strides[0]
+    logits += batch * logits_stride_b + offsets_k.to(tl.int64)[:, None] * logits_strides[2]
     running_max = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     running_sum = tl.zeros((BLOCK_K,), tl.float32)
     acc = tl.zeros((BLOCK_K, BLOCK_C), tl.float32)
@@ -134,7 +103,7 @@ def soft_merge_kernel(
             logits + rows[None, :] * logits_stride_n, mask=in_k[:, None] & in_n[None, :], other=float("-inf")
         ).to(tl.float32)
         token = tl.load(
-            x + rows[:, None] * x_stride_n + offsets_c[None, :], mask=in_n[:, None] & in_c[None, :], other=0.0
+            x + rows[:, None] * x_strides[1] + offsets_c[None, :], mask=in_n[:, None] & in_c[None, :], other=0.0
         )
         new_max = tl.maximum(running_max, tl.max(logit, 1))
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # -inf - -inf is NaN
@@ -162,8 +131,7 @@ def row_delta_kernel(
     clusters,
     channels,
     num_head,
-    grad_stride_b,
-    grad_stride_n,
+    grad_strides,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -173,7 +141,7 @@ def row_delta_kernel(
     in_k = offsets_k < clusters
     rows = (num_head + offsets_k).to(tl.int64)[:, None]
     offsets_c = tl.arange(0, BLOCK_C)
-    upstream_rows = grad + batch * grad_stride_b + rows * grad_stride_n + offsets_c[None, :]
+    upstream_rows = grad + batch * grad_strides[0] + rows * grad_strides[1] + offsets_c[None, :]
     merged_rows = out + (batch * (num_head + clusters) + rows) * channels + offsets_c[None, :]
     value = tl.zeros((ROWS,), tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -290,13 +258,9 @@ def soft_merge_backward_kernel(
     clusters,
     channels,
     num_head,
-    grad_stride_b,
-    grad_stride_n,
-    logits_stride_b,
-    logits_stride_n,
-    logits_stride_k,
-    x_stride_b,
-    x_stride_n,
+    grad_strides,
+    logits_strides,
+    x_strides,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -305,53 +269,26 @@ def soft_merge_backward_kernel(
 ):
     """Compute a tile of the logits' gradient in each of the first programs, of the tokens' gradient in the others."""
     clusters = clusters // UNIT * UNIT
-    logits_stride_b = logits_stride_b // UNIT * UNIT
-    logits_stride_n = logits_stride_n // UNIT * UNIT
+    logits_stride_b = logits_strides[0] // UNIT * UNIT
+    logits_stride_n = logits_strides[1] // UNIT * UNIT
     program = tl.program_id(0)
     block_n = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    grad += batch * grad_stride_b + tl.cast(num_head, tl.int64) * grad_stride_n
+    grad += batch * grad_strides[0] + tl.cast(num_head, tl.int64) * grad_strides[1]
     logits += batch * logits_stride_b
     logsumexp += batch * clusters
     delta += batch * clusters
     blocks_k = tl.cdiv(clusters, BLOCK_K)
     if program < blocks_k:
         _grad_logits(
-            grad,
-            logits,
-            x + batch * x_stride_b,
-            logsumexp,
-            delta,
-            grad_logits + batch * tokens * clusters,
-            tokens,
-            clusters,
-            channels,
-            grad_stride_n,
-            logits_stride_n,
-            logits_stride_k,
-            x_stride_n,
-            block_n,
-            program,
-            BLOCK_N,
-            BLOCK_K,
-            STEP,
+            *(grad, logits, x + batch * x_strides[0], logsumexp, delta, grad_logits + batch * tokens * clusters),
+            *(tokens, clusters, channels, grad_strides[1], logits_stride_n, logits_strides[2], x_strides[1], block_n),
+            *(program, BLOCK_N, BLOCK_K, STEP),
         )
     else:
         _grad_x(
-            grad,
-            logits,
-            logsumexp,
-            grad_x + batch * tokens * channels,
-            tokens,
-            clusters,
-            channels,
-            grad_stride_n,
-            logits_stride_n,
-            logits_stride_k,
-            block_n,
-            program - blocks_k,
-            BLOCK_N,
-            BLOCK_C,
+            *(grad, logits, logsumexp, grad_x + batch * tokens * channels, tokens, clusters, channels),
+            *(grad_strides[1], logits_stride_n, logits_strides[2], block_n, program - blocks_k, BLOCK_N, BLOCK_C),
             STEP,
         )
 
@@ -369,26 +306,13 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
         return out, logsumexp
     tile = forward_tile(clusters, channels, dtype)
     # Channels vary fastest: programs that share logits run side by side, and at least one copies the head.
-    grid = (max(cdiv(channels, tile.block_c), 1), max(cdiv(clusters, tile.block_k), 1), batch)
+    grid = (max(cdiv(channels, tile["BLOCK_C"]), 1), max(cdiv(clusters, tile["BLOCK_K"]), 1), batch)
     soft_merge_kernel[grid](
-        logits,
-        x,
-        head,
-        out,
-        logsumexp,
-        tokens,
-        clusters,
-        channels,
-        num_head,
-        *logits.stride(),
-        *x.stride()[:2],
-        *((0, 0) if head is None else head.stride()[:2]),
+        *(logits, x, head, out, logsumexp),
+        *(tokens, clusters, channels, num_head),
+        *(strides(logits, 3), strides(x, 2), strides(head, 2)),
         UNIT=logits_unit(logits),
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        BLOCK_C=tile.block_c,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile,
     )
     return out, logsumexp
 
@@ -405,43 +329,25 @@ def soft_merge_backward(
     delta = torch.empty_like(logsumexp)
     unit = logits_unit(logits)
     tile = backward_tile(tokens, clusters, channels, out.dtype, unit)
-    programs = cdiv(clusters, tile.block_k) + cdiv(channels, tile.block_c)
+    programs = cdiv(clusters, tile["BLOCK_K"]) + cdiv(channels, tile["BLOCK_C"])
     if batch and programs:
-        block_c = row_tile(max(channels, 1)).block_c
+        block_c = row_tile(channels)["BLOCK_C"]
         rows = 1024 // block_c  # two operands: 2,048 elements each spill where nothing is aligned
         row_delta_kernel[(max(cdiv(clusters, rows), 1), batch)](
-            grad,
-            out,
-            delta,
-            clusters,
-            channels,
+            *(grad, out, delta),
+            *(clusters, channels),
             out.shape[1] - clusters,
-            *grad.stride()[:2],
+            strides(grad, 2),
             ROWS=rows,
             BLOCK_C=block_c,
             num_warps=4,
         )
-        soft_merge_backward_kernel[(programs, cdiv(tokens, tile.block_n), batch)](
-            grad,
-            logits,
-            x,
-            logsumexp,
-            delta,
-            grad_logits,
-            grad_x,
-            tokens,
-            clusters,
-            channels,
+        soft_merge_backward_kernel[(programs, cdiv(tokens, tile["BLOCK_N"]), batch)](
+            *(grad, logits, x, logsumexp, delta, grad_logits, grad_x),
+            *(tokens, clusters, channels),
             out.shape[1] - clusters,
-            *grad.stride()[:2],
-            *logits.stride(),
-            *x.stride()[:2],
+            *(strides(grad, 2), strides(logits, 3), strides(x, 2)),
             UNIT=unit,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_C=tile.block_c,
-            STEP=tile.step,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile,
         )
     return grad_logits, grad_x

@@ -51,8 +51,8 @@ def _tiled(inputs: Inputs) -> int:
     batch, tokens, channels = x.shape
     first = kernels.distance_tile(channels, x.dtype)
     then = kernels.image_tile(channels, x.dtype) if tokens <= kernels.most_tokens(x.dtype) else first
-    rows = swept(tokens, tokens, first.block_i, first.block_j)
-    rows += sum(swept(tokens, others, then.block_i, then.block_j) for others in (tokens, k))
+    rows = swept(tokens, tokens, first["BLOCK_I"], first["BLOCK_J"])
+    rows += sum(swept(tokens, others, then["BLOCK_I"], then["BLOCK_J"]) for others in (tokens, k))
     return batch * (rows * channels * x.element_size() + 8 * (k + tokens))
 
 

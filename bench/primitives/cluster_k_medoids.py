@@ -74,7 +74,7 @@ def _tiled(inputs: Inputs) -> int:
     x, weights, k, iters = inputs.values()
     batch, tokens, channels = x.shape
     tile = distance_tile(channels, x.dtype)
-    rows = swept(tokens, tokens, tile.block_i, tile.block_j) * channels * x.element_size()
+    rows = swept(tokens, tokens, tile["BLOCK_I"], tile["BLOCK_J"]) * channels * x.element_size()
     labellings = 4 * tokens * (tokens + (iters + 1) * k)
     return batch * (rows + labellings + 8 * (k + tokens)) + nbytes(weights)
 

@@ -62,7 +62,7 @@ def _tiled(inputs: Inputs) -> int:
 
     x, (outs, ins) = inputs["x"], inputs["weight"].shape
     tile, size = product_tile(ins, outs, x.dtype), x.element_size()
-    read = _product(_real(inputs), ins, outs, tile.block_m, tile.block_n, size)
+    read = _product(_real(inputs), ins, outs, tile["BLOCK_M"], tile["BLOCK_N"], size)
     return read + x.shape[1] * outs * size
 
 
@@ -72,9 +72,9 @@ def _backward_tiled(inputs: Inputs) -> int:
     x, (outs, ins) = inputs["x"], inputs["weight"].shape
     real, rows, size = _real(inputs), x.shape[1], x.element_size()
     tile = product_tile(outs, ins, x.dtype)
-    grad_x = _product(real, outs, ins, tile.block_m, tile.block_n, size) + rows * ins * size
+    grad_x = _product(real, outs, ins, tile["BLOCK_M"], tile["BLOCK_N"], size) + rows * ins * size
     tile = grad_weight_tile(ins, outs, x.dtype)
-    read = size * real * (outs * math.ceil(ins / tile.block_n) + ins * math.ceil(outs / tile.block_m))
+    read = size * real * (outs * math.ceil(ins / tile["BLOCK_N"]) + ins * math.ceil(outs / tile["BLOCK_M"]))
     parts = grad_weight_parts(ins, outs, rows, x.dtype)
     return grad_x + read + parts * (outs * ins + outs) * (size if parts == 1 else 4)
 

@@ -59,8 +59,8 @@ def _tiled(inputs: Inputs) -> int:
     searching = even.shape[-2]
     together = averages_while_loading(searching, channels, keys.dtype, heads)
     tile = match_tile(searching, channels, keys.dtype, heads if together else 1)
-    sweeps = math.ceil(searching / tile.block_a)
-    again = math.ceil(odd.shape[-2] / tile.block_b) - 1 if channels > tile.block_d else 0
+    sweeps = math.ceil(searching / tile["BLOCK_A"])
+    again = math.ceil(odd.shape[-2] / tile["BLOCK_B"]) - 1 if channels > tile["BLOCK_D"] else 0
     slots = batch * tokens * torch.int64.itemsize
     if together:
         return sweeps * nbytes(odd) + nbytes(even) + (1 + again) * nbytes(even[:, 0]) * (again > 0) + slots

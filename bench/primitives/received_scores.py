@@ -35,13 +35,13 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
     return nbytes(*inputs.values(), *outputs)
 
 
-def _sweep(own: Tensor, other: Tensor, tile: Any, dots: int = 1) -> int:
+def _sweep(own: Tensor, other: Tensor, blocks: tuple[int, int], block_d: int, dots: int = 1) -> int:
     """Count rows in tiles of their own, each of which walks over all the others, for ``dots`` products with them.
 
     If one step of a product takes all channels, the own rows are read once; else at every step.
     """
-    tiles, steps = math.ceil(own.shape[2] / tile.block_own), math.ceil(other.shape[2] / tile.block_other)
-    if own.shape[3] <= tile.block_d:
+    tiles, steps = math.ceil(own.shape[2] / blocks[0]), math.ceil(other.shape[2] / blocks[1])
+    if own.shape[3] <= block_d:
         return nbytes(own) + dots * tiles * nbytes(other)
     return dots * steps * nbytes(own) + dots * tiles * nbytes(other)
 
@@ -51,15 +51,16 @@ def _tiled(inputs: Inputs) -> int:
 
     Above MAX_PARTS blocks of queries a second sweep counts Q once a tile of keys.
     """
-    from fastreduce.kernels.received_scores import MAX_PARTS, column_tile, row_tile
+    from fastreduce.kernels.received_scores import MAX_PARTS, logit_tile
 
     q, k = inputs["q"], inputs["k"]
     batch, _, keys, head_dim = k.shape
-    tile = row_tile(keys, head_dim, q.dtype)
+    tile = logit_tile(head_dim, q.dtype, keys)
+    block_m, block_n, block_d = (tile[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_D"))
     scores = batch * keys * torch.float32.itemsize
-    if math.ceil(q.shape[2] / tile.block_own) <= MAX_PARTS:
-        return _sweep(q, k, tile, dots=1 if keys <= tile.block_other else 2) + scores
-    return _sweep(q, k, tile) + _sweep(k, q, column_tile(head_dim, q.dtype)) + scores
+    if math.ceil(q.shape[2] / block_m) <= MAX_PARTS:
+        return _sweep(q, k, (block_m, block_n), block_d, dots=1 if keys <= block_n else 2) + scores
+    return _sweep(q, k, (block_m, block_n), block_d) + _sweep(k, q, (block_m, block_m), block_d) + scores
 
 
 def _call(**arguments: Any) -> Outputs:

@@ -51,7 +51,7 @@ def _tiled(inputs: Inputs) -> int:
 
     x, place, cos = inputs["x"], inputs["place"], inputs["cos"]
     batch, heads, tokens, channels = x.shape
-    groups = math.ceil(heads / head_tile(batch, tokens, heads, channels, True).heads)
+    groups = math.ceil(heads / head_tile(batch, tokens, heads, channels, True)["HEADS"])
     rows = 2 * place.numel() * cos.shape[-1] * cos.element_size()
     return groups * (rows + nbytes(place)) + 2 * nbytes(x)
 

@@ -34,10 +34,10 @@ def _floor(inputs: Inputs, outputs: Outputs) -> int:
 
 def _tiled(inputs: Inputs) -> int:
     """Count (1 + ceil(N / BLOCK_I)) * N scores where ranks are counted, N where one program sorts, and k indices."""
-    from fastreduce.kernels.select_topk import MAX_SORT, RANK_BLOCK_I
+    from fastreduce.kernels.select_topk import MAX_SORT, RANK_TILE
 
     batch, tokens = inputs["scores"].shape
-    sweeps = 1 if tokens <= MAX_SORT else 1 + math.ceil(tokens / RANK_BLOCK_I)
+    sweeps = 1 if tokens <= MAX_SORT else 1 + math.ceil(tokens / RANK_TILE["BLOCK_I"])
     return sweeps * nbytes(inputs["scores"]) + batch * inputs["k"] * torch.int64.itemsize
 
 

@@ -59,10 +59,10 @@ def _tiled(inputs: Inputs) -> int:
     (batch, tokens, channels), clusters = x.shape, len(centers)
     padded, exact = kernels.padded_clusters(clusters), x.dtype == torch.float32
     first, second = kernels.similarity_tile(clusters, exact), kernels.sums_tile(channels, exact)
-    sweeps = math.ceil(padded / first.columns) + math.ceil(clusters / second.rows)
-    passes = 1 + iters + math.ceil(channels / second.columns)
+    sweeps = math.ceil(padded / first["BLOCK_K"]) + math.ceil(clusters / second["BLOCK_K"])
+    passes = 1 + iters + math.ceil(channels / second["BLOCK_C"])
     merged = centers  # as many bytes an image
-    an_image = math.ceil(tokens / first.rows) * nbytes(centers) + nbytes(merged)
+    an_image = math.ceil(tokens / first["BLOCK_N"]) * nbytes(centers) + nbytes(merged)
     numbers = passes * tokens * padded + tokens + clusters
     return sweeps * nbytes(x) + 2 * nbytes(head) + batch * (an_image + 4 * numbers)
 
@@ -79,11 +79,11 @@ def _backward_tiled(inputs: Inputs) -> int:
     (batch, tokens, channels), clusters = x.shape, len(centers)
     padded, exact = kernels.padded_clusters(clusters), x.dtype == torch.float32
     first, last = kernels.similarity_tile(clusters, exact), backward.backward_tile(channels, exact)
-    sweeps = math.ceil(padded / first.columns) + 1 + math.ceil(clusters / last.rows)
-    passes = 6 + iters + 3 * math.ceil(channels / last.columns)
+    sweeps = math.ceil(padded / first["BLOCK_K"]) + 1 + math.ceil(clusters / last["ROWS"])
+    passes = 6 + iters + 3 * math.ceil(channels / last["BLOCK_C"])
     upstream = centers  # as many bytes an image
-    an_image = math.ceil(tokens / first.rows) * nbytes(upstream)
-    an_image += math.ceil(tokens / last.rows) * nbytes(upstream, centers)
+    an_image = math.ceil(tokens / first["BLOCK_N"]) * nbytes(upstream)
+    an_image += math.ceil(tokens / last["ROWS"]) * nbytes(upstream, centers)
     parts = math.ceil(batch / math.ceil(batch / backward.CENTER_PARTS))
     sums = 4 * parts * centers.numel()  # torch adds them up, and its traffic is not the tiles'
     return (sweeps + 1) * nbytes(x) + batch * (an_image + 4 * passes * tokens * padded) + sums

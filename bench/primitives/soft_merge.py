@@ -42,8 +42,8 @@ def _tiled(inputs: Inputs) -> int:
     batch, _, clusters = logits.shape
     tile = forward_tile(clusters, x.shape[2], x.dtype)
     rows = (head.shape[1] + clusters) * x.shape[2] * x.element_size() + clusters * torch.float32.itemsize
-    read = nbytes(head) + nbytes(x) * math.ceil(clusters / tile.block_k)
-    return read + nbytes(logits) * math.ceil(x.shape[2] / tile.block_c) + batch * rows
+    read = nbytes(head) + nbytes(x) * math.ceil(clusters / tile["BLOCK_K"])
+    return read + nbytes(logits) * math.ceil(x.shape[2] / tile["BLOCK_C"]) + batch * rows
 
 
 def _backward_tiled(inputs: Inputs) -> int:
@@ -59,8 +59,8 @@ def _backward_tiled(inputs: Inputs) -> int:
     tile = backward_tile(tokens, clusters, x.shape[2], x.dtype, logits_unit(logits))
     rows = batch * clusters * x.shape[2] * x.element_size()
     numbers = batch * clusters * torch.float32.itemsize
-    tiles_n, tiles_c = math.ceil(tokens / tile.block_n), math.ceil(x.shape[2] / tile.block_c)
-    read = 2 * rows + 2 * tiles_n * rows + nbytes(x) * math.ceil(clusters / tile.block_k) + nbytes(logits)
+    tiles_n, tiles_c = math.ceil(tokens / tile["BLOCK_N"]), math.ceil(x.shape[2] / tile["BLOCK_C"])
+    read = 2 * rows + 2 * tiles_n * rows + nbytes(x) * math.ceil(clusters / tile["BLOCK_K"]) + nbytes(logits)
     return read + nbytes(logits) * tiles_c + numbers + tiles_n * (2 + tiles_c) * numbers + nbytes(logits, x)
 
 

@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from ..backends import INTERPRETING
 from ._flops import count_by_reference
 
-__all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", "register", "wants_gradient"]
+__all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", "wants_gradient"]
 
 _library = torch.library.Library("fastreduce", "FRAGMENT")
 # What a call may be made of to be launched directly: subclasses of tensors and symbolic sizes go to the dispatcher.
@@ -33,29 +33,16 @@ _transforming = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 
 
-def register(
-    schema: str,
-    *,
+def _define(
+    name: str,
     triton: str | Callable[..., Any],
     reference: Callable[..., Any],
     fake: Callable[..., Any],
-    dense: str = "",
-    skip: str = "",
+    dense: str,
+    skip: str,
 ) -> Callable[..., Any]:
-    """Define ``fastreduce::<schema>`` and return the function that calls it.
-
-    In eager mode, where nothing records operators, the function launches the kernels itself.
-
-    Args:
-        schema: the operator's schema, without namespace.
-        triton: the launcher, as ``"module.function"`` of ``fastreduce.kernels``, or a function that calls it; imported
-            at the first call, so that triton stays optional. It takes the operator's arguments.
-        reference: the same result in PyTorch.
-        fake: shapes and dtypes of the result.
-        dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
-        skip: names of the arguments that are for the reference alone.
-    """
-    name = schema.split("(", 1)[0]
+    """Define ``fastreduce::<name>`` and return the function that calls it."""
+    schema = name + torch.library.infer_schema(fake, mutates_args=())
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.fastreduce, name).default
     names = [argument.name for argument in overload._schema.arguments]
@@ -88,11 +75,13 @@ def operator(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function that says by its signature what an operator takes, and by its result the shapes and dtypes.
 
-    The schema is the signature's: ``Tensor``, ``Tensor | None``, ``int``, ``float``, ``float | None``, ``bool``, and a
-    result of ``Tensor``, ``list[Tensor]`` or a tuple of tensors.
+    The schema is the signature's: ``Tensor``, ``Tensor | None``, ``int``, ``float``, ``float | None``, ``bool``,
+    ``str``, and a result of ``Tensor``, ``list[Tensor]`` or a tuple of tensors. In eager mode, where nothing records
+    operators, the function that takes its place launches the kernels itself.
 
     Args:
-        triton: the launcher, as for :func:`register`.
+        triton: the launcher, as ``"module.function"`` of ``fastreduce.kernels``, or a function that calls it; imported
+            at the first call, so that triton stays optional. It takes the operator's arguments.
         reference: the same result in PyTorch.
         name: of the operator; the launcher's if there is none.
         dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
@@ -100,9 +89,7 @@ def operator(
     """
 
     def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
-        own = name or str(triton).rpartition(".")[2]
-        schema = own + torch.library.infer_schema(fake, mutates_args=())
-        return register(schema, triton=triton, reference=reference, fake=fake, dense=dense, skip=skip)
+        return _define(name or str(triton).rpartition(".")[2], triton, reference, fake, dense, skip)
 
     return declare
 

@@ -25,7 +25,7 @@ from ._check import (
     check_shape,
     shape_of,
 )
-from ._library import dense_rows, differentiates_again, gradients_again, register, wants_gradient
+from ._library import dense_rows, differentiates_again, gradients_again, operator, wants_gradient
 
 __all__ = ["attention", "attention_packed", "attention_policy"]
 
@@ -65,7 +65,8 @@ def _reference_forward(
     return _sequence_first(out), logsumexp
 
 
-def _fake_forward(
+@operator("attention.attention", _reference_forward, dense="q k v")
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -155,7 +156,8 @@ def _reference_backward(
     return _sequence_first(grads[0]), _sequence_first(grads[1]), _sequence_first(grads[2]), grad_bias
 
 
-def _fake_backward(
+@operator(_triton_backward, _reference_backward, name="attention_backward")
+def backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -186,7 +188,8 @@ def _reference_policy(
     return _sequence_first(out), sums[0], sums[1], sums[2]
 
 
-def _fake_policy(
+@operator("attention.attention_policy", _reference_policy, dense="q k v")
+def _policy_forward(
     q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = q.new_empty(q.shape[:3], dtype=reference.accumulator(q.dtype))
@@ -212,7 +215,8 @@ def _reference_policy_backward(
     return _sequence_first(grads[0]), _sequence_first(grads[1]), _sequence_first(grads[2]), grad_policy
 
 
-def _fake_policy_backward(
+@operator("attention_backward.attention_policy_backward", _reference_policy_backward, dense="grad q k v")
+def _policy_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -226,42 +230,6 @@ def _fake_policy_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_like(q), _empty_like(k), _empty_like(v), policy.new_empty(policy.shape)
-
-
-_OPTIONS = (
-    "Tensor? bias=None, Tensor? index=None, int prefix=0, Tensor? query_offsets=None, Tensor? key_offsets=None,"
-    " SymInt longest_queries=0, SymInt longest_keys=0"
-)
-forward = register(
-    f"attention(Tensor q, Tensor k, Tensor v, float scale, {_OPTIONS}, SymInt num_out=0) -> (Tensor, Tensor)",
-    triton="attention.attention",
-    dense="q k v",
-    reference=_reference_forward,
-    fake=_fake_forward,
-)
-backward = register(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, float scale,"
-    f' {_OPTIONS}, Tensor? grad_scores=None, str kind="", bool with_bias=True) -> (Tensor, Tensor, Tensor, Tensor)',
-    triton=_triton_backward,
-    reference=_reference_backward,
-    fake=_fake_backward,
-)
-_policy_forward = register(
-    "attention_policy(Tensor q, Tensor k, Tensor v, Tensor policy, float scale, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    triton="attention.attention_policy",
-    dense="q k v",
-    reference=_reference_policy,
-    fake=_fake_policy,
-)
-_policy_backward = register(
-    "attention_policy_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor policy, Tensor out, Tensor logsumexp,"
-    " Tensor total, Tensor mean, float scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    triton="attention_backward.attention_policy_backward",
-    dense="grad q k v",
-    reference=_reference_policy_backward,
-    fake=_fake_policy_backward,
-)
 
 
 class Attention(torch.autograd.Function):

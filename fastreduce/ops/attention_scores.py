@@ -13,25 +13,17 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_scale, shape_of
-from ._library import differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 from .attention import backward, check_head_dim, check_of_keys, check_qkv, forward
 
 __all__ = ["attention_cls_scores", "attention_received_scores"]
 
 
-def _fake_scores(
+@operator("attention.key_scores", reference.key_scores, name="attention_scores", dense="q k")
+def _scores(
     q: Tensor, k: Tensor, logsumexp: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> Tensor:
     return logsumexp.new_empty(k.shape[0], k.shape[2] - (prefix if kind == "class" else 0))
-
-
-_scores = register(
-    "attention_scores(Tensor q, Tensor k, Tensor logsumexp, str kind, Tensor? bias, int prefix, float scale) -> Tensor",
-    triton="attention.key_scores",
-    dense="q k",
-    reference=reference.key_scores,
-    fake=_fake_scores,
-)
 
 
 def _by_reference(

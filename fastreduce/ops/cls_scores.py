@@ -14,13 +14,14 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_bool, check_count, check_floating, check_same, check_scale, check_shape, shape_of
-from ._library import differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 from .gather_packed import check_offsets
 
 __all__ = ["cls_scores", "cls_value_scores", "cls_value_scores_packed"]
 
 
-def _fake_forward(
+@operator("cls_scores.cls_scores", reference.cls_scores_with_sums, dense="q k")
+def _forward(
     q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, tokens, _ = k.shape
@@ -36,7 +37,8 @@ def _reference_backward(
     return grad_q, grad_k.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _fake_backward(
+@operator("cls_scores.cls_scores_backward", _reference_backward, dense="q k")
+def _backward(
     grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, head_dim = k.shape
@@ -44,46 +46,16 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-def _fake_value_packed(
+@operator("cls_scores.cls_value_scores_packed", reference.cls_value_scores_packed, dense="q k value")
+def _value_packed(
     q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
 ) -> Tensor:
     return k.new_empty(q.shape[0], longest - prefix, dtype=reference.accumulator(k.dtype))
 
 
-def _fake_value_forward(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
+@operator("cls_scores.cls_value_scores", reference.cls_value_scores, dense="q k value")
+def _value_forward(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
     return k.new_empty(k.shape[0], k.shape[2] - prefix, dtype=reference.accumulator(k.dtype))
-
-
-_forward = register(
-    "cls_scores(Tensor q, Tensor k, int prefix, float scale, Tensor? valid=None) -> (Tensor, Tensor, Tensor)",
-    triton="cls_scores.cls_scores",
-    dense="q k",
-    reference=reference.cls_scores_with_sums,
-    fake=_fake_forward,
-)
-_backward = register(
-    "cls_scores_backward(Tensor grad, Tensor q, Tensor k, Tensor logits, Tensor logsumexp, int prefix, float scale)"
-    " -> (Tensor, Tensor)",
-    triton="cls_scores.cls_scores_backward",
-    dense="q k",
-    reference=_reference_backward,
-    fake=_fake_backward,
-)
-_value_forward = register(
-    "cls_value_scores(Tensor q, Tensor k, Tensor value, Tensor? valid, int prefix, float scale) -> Tensor",
-    triton="cls_scores.cls_value_scores",
-    dense="q k value",
-    reference=reference.cls_value_scores,
-    fake=_fake_value_forward,
-)
-_value_packed = register(
-    "cls_value_scores_packed(Tensor q, Tensor k, Tensor value, Tensor offsets, SymInt longest, int prefix, float scale)"
-    " -> Tensor",
-    triton="cls_scores.cls_value_scores_packed",
-    dense="q k value",
-    reference=reference.cls_value_scores_packed,
-    fake=_fake_value_packed,
-)
 
 
 class ClsScores(torch.autograd.Function):

@@ -10,27 +10,19 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_floating, check_same, check_scale, check_shape, shape_of
-from ._library import differentiates_again, gradients_again, register, wants_gradient
+from ._library import differentiates_again, gradients_again, operator, wants_gradient
 
 __all__ = ["received_scores"]
 
 
-def _fake_forward(q: Tensor, k: Tensor, scale: float) -> Tensor:
+@operator("received_scores.received_scores", reference.received_scores, dense="q k")
+def _forward(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return k.new_empty(k.shape[0], k.shape[2], dtype=reference.accumulator(k.dtype))
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     grad_q, grad_k = reference.received_scores_backward(grad, q, k, scale)
     return grad_q.transpose(1, 2).contiguous().transpose(1, 2), grad_k.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-_forward = register(
-    "received_scores(Tensor q, Tensor k, float scale) -> Tensor",
-    triton="received_scores.received_scores",
-    dense="q k",
-    reference=reference.received_scores,
-    fake=_fake_forward,
-)
 
 
 class ReceivedScores(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import Resolved, resolve
 from ._check import check_count, check_floating, check_index, check_pair, check_same, check_shape, shape_of
-from ._library import differentiates_again, register, wants_gradient
+from ._library import differentiates_again, operator, wants_gradient
 
 __all__ = ["rotate_tokens"]
 
@@ -23,29 +23,27 @@ def _like(x: Tensor) -> Tensor:
     return x.new_empty(batch, tokens, heads, channels).transpose(1, 2)
 
 
-def _fake(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool) -> Tensor:
-    return _like(x)
-
-
 def _laid_out(x: Tensor) -> Tensor:
     """Return x (B, H, N, D) with the strides that the kernel gives its result."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-_forward = register(
-    "rotate_tokens(Tensor x, Tensor cos, Tensor sin, Tensor? place, int prefix, bool half) -> Tensor",
-    triton="rotate_tokens.rotate_tokens",
+@operator(
+    "rotate_tokens.rotate_tokens",
+    lambda *arguments: _laid_out(reference.rotate_tokens(*arguments)),
     dense="x cos sin",
-    reference=lambda *arguments: _laid_out(reference.rotate_tokens(*arguments)),
-    fake=_fake,
 )
-_backward = register(
-    "rotate_tokens_backward(Tensor grad, Tensor cos, Tensor sin, Tensor? place, int prefix, bool half) -> Tensor",
-    triton="rotate_tokens.rotate_tokens_backward",
+def _forward(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool) -> Tensor:
+    return _like(x)
+
+
+@operator(
+    "rotate_tokens.rotate_tokens_backward",
+    lambda *arguments: _laid_out(reference.rotate_tokens_backward(*arguments)),
     dense="grad cos sin",
-    reference=lambda *arguments: _laid_out(reference.rotate_tokens_backward(*arguments)),
-    fake=_fake,
 )
+def _backward(grad: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool) -> Tensor:
+    return _like(grad)
 
 
 class RotateTokens(torch.autograd.Function):

@@ -157,7 +157,7 @@ def test_the_last_step_is_as_narrow_as_what_is_left(rows, step, last):
 def test_where_one_program_takes_all_queries():
     def own(queries, head_dim=64, dtype=torch.float16, aligned=True):
         tile = whole_tile(queries, head_dim, dtype, aligned, with_options=False)
-        return None if tile is None else tile.own
+        return None if tile is None else tile["BLOCK_M"]
 
     assert [own(queries) for queries in (1, 64, 65, 197, 256, 257)] == [64, 64, 128, 256, 256, None]
     assert [own(queries, head_dim=128) for queries in (100, 197)] == [128, None]  # accumulators that warps hold

@@ -6,8 +6,10 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from bench.proof import idle
+from bench.proof.compiler import compiled_for
 from fastreduce import ops
-from fastreduce.kernels import _direct, gather_tokens
+from fastreduce.kernels import _direct, gather_tokens, select_topk
+from fastreduce.kernels._launch import Tile, row_tile
 from fastreduce.ops import unchecked
 from tests.compiled.launches import noting
 from tests.helpers.operators import CASES, as_arguments
@@ -44,7 +46,7 @@ def gather(x=X, index=INDEX, **options):
 def test_the_second_launch_passes_what_the_first_did(launches, by_triton):
     kernel = gather_tokens.gather_tokens_kernel
     out = torch.empty(2, 5, 16)
-    strides = (*X.stride()[:2], *INDEX.stride(), 0, 0)
+    strides = X.stride()[:2], INDEX.stride(), (0, 0)
     for _ in range(3):
         kernel[(1, 2)](
             X, INDEX, None, out, None, None, None, None, 5, 16, *strides,
@@ -156,3 +158,20 @@ def test_arithmetic_is_triton_s(a, b):
 
     assert _direct.cdiv(a, b) == triton.cdiv(a, b)
     assert _direct.next_power_of_2(max(1, a)) == triton.next_power_of_2(max(1, a))
+
+
+def test_a_tile_cannot_be_changed():
+    tile = row_tile(384)
+    with pytest.raises(TypeError, match="other launches use it"):
+        tile["ROWS"] = 1
+    assert Tile(tile, num_warps=8) == {**tile, "num_warps": 8}
+    assert row_tile(384)["num_warps"] == 4
+
+
+@pytest.mark.parametrize(("target", "passed"), [(90, True), ("gfx942", False)])
+def test_registers_are_limited_on_nvidia_only(monkeypatch, target, passed):
+    seen = []
+    with compiled_for(target), monkeypatch.context() as replaced:
+        replaced.setattr(JITFunction, "run", lambda self, *args, **options: seen.append("maxnreg" in options))
+        select_topk.sort_scores_kernel[(1,)](X[0], X[0], 9, 3, (16, 1), BLOCK=32, num_warps=1, maxnreg=255)
+    assert seen == [passed]

@@ -28,7 +28,7 @@ def reports_for(arch, metric, *, r=None, prefix=1, separately=False):
 
 def lengths(dim, dtype):
     """Return width of the loads of squared lengths, which channels in chunks take."""
-    return {4} if dim > kernels.match_tile(1000, dim, dtype).block_d else set()
+    return {4} if dim > kernels.match_tile(1000, dim, dtype)["BLOCK_D"] else set()
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -375,7 +375,7 @@ def test_what_pytorch_computes_is_not_repeated(launches, launcher):
 def test_a_kernel_s_argument_that_nobody_knows_is_not_repeated(launches):
     def launcher(x):
         out = torch.empty(2, 3, dtype=torch.int64)
-        select_topk.sort_scores_kernel[(2,)](KEPT, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        select_topk.sort_scores_kernel[(2,)](KEPT, out, 9, 3, (9, 1), BLOCK=32, num_warps=1)
         return out
 
     kept = repeated_of(launcher)
@@ -391,7 +391,7 @@ def test_a_view_of_an_input_is_found_by_its_offset(launches):
         space = torch.empty(3, 40)
         first, _, last = space
         for scores in (x[1], y.narrow(0, 1, 1).squeeze(0), first, last[5:]):
-            select_topk.sort_scores_kernel[(2,)](scores, out[1:], 9, 3, 9, 1, BLOCK=32, num_warps=1)
+            select_topk.sort_scores_kernel[(2,)](scores, out[1:], 9, 3, (9, 1), BLOCK=32, num_warps=1)
         return out
 
     kept = repeated_of(launcher)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fastreduce import ops
 from fastreduce.kernels import cls_scores as kernels
+from fastreduce.kernels._launch import Tile
 from tests.helpers.budget import assert_within_budget
 from tests.helpers.inputs import DTYPES, seeded, tokens
 
@@ -197,8 +198,8 @@ def test_partial_softmaxes_are_joined_in_several_steps(monkeypatch):
     q, k = packed(2, 3, 70, 16, torch.float32)
     k[:, :, 40:] *= 3.0  # the maximum rises on the way
     whole = kernels.cls_scores(q, k, 1, 1.0)
-    monkeypatch.setattr(kernels, "key_tile", lambda head_dim: kernels.KeyTile(block_n=8, block_d=16, num_warps=4))
-    monkeypatch.setattr(kernels, "head_tile", lambda *_, **__: kernels.HeadTile(4, 16, block_p=2, num_warps=4))
+    monkeypatch.setattr(kernels, "ELEMENTS", 8 * 16)
+    monkeypatch.setattr(kernels, "head_tile", lambda *_, **__: Tile(BLOCK_H=4, BLOCK_N=16, BLOCK_P=2))
     for ours, expected in zip(kernels.cls_scores(q, k, 1, 1.0), whole, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
 

@@ -10,6 +10,7 @@ from fastreduce import ops
 from fastreduce.kernels import _workspace
 from fastreduce.kernels import cluster_k_medoids as kernels
 from fastreduce.kernels._distances import squared_lengths
+from fastreduce.kernels._launch import Tile
 from tests.helpers.budget import EPS, assert_within_budget
 from tests.helpers.inputs import DTYPES, seeded, tokens
 
@@ -66,12 +67,12 @@ def test_empty_batch():
 
 
 def test_more_tokens_than_one_block(monkeypatch):
-    monkeypatch.setattr(kernels, "cluster_tile", lambda num_tokens: kernels.ClusterTile(16, 4, 4))
+    monkeypatch.setattr(kernels, "cluster_tile", lambda num_tokens: Tile(BLOCK_N=16, BLOCK_J=4))
     check(on_a_line(1, 53, 4), dyadic(1, 53), 19)
 
 
 def test_a_longer_sequence():
-    assert kernels.cluster_tile(600).block_n < 600
+    assert kernels.cluster_tile(600)["BLOCK_N"] < 600
     check(on_a_line(1, 600, 4, dtype=torch.float16), dyadic(1, 600, high=400), 40, iters=1)
 
 

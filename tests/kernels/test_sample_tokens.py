@@ -5,6 +5,7 @@ import torch
 
 from fastreduce import ops
 from fastreduce.kernels import sample_tokens as kernels
+from fastreduce.kernels._launch import Tile
 from tests.helpers.inputs import DTYPES, seeded
 
 NAN, INF = float("nan"), float("inf")
@@ -68,7 +69,7 @@ def test_several_blocks(block_n, block_k, monkeypatch):
     whole = torch.rand(2, 150, generator=seeded())
     whole[1, 60:] = 0.0
     expected = kernels.sample_tokens(whole, 90, 3)
-    monkeypatch.setattr(kernels, "sample_settings", lambda *_: kernels.SampleSettings(block_n, block_k, 1))
+    monkeypatch.setattr(kernels, "sample_tile", lambda *_: Tile(BLOCK_N=block_n, BLOCK_K=block_k))
     check(whole, 90, 3)
     for ours, other in zip(kernels.sample_tokens(whole, 90, 3), expected, strict=True):
         assert torch.equal(ours, other)

@@ -54,7 +54,7 @@ def test_any_strides(route):
 
 def test_several_blocks_of_ranks(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_SORT", 0)
-    scores = torch.randint(0, 25, (1, 2 * kernels.RANK_BLOCK_J + 3), generator=seeded()).float()
+    scores = torch.randint(0, 25, (1, 2 * kernels.RANK_TILE["BLOCK_J"] + 3), generator=seeded()).float()
     check(scores, 77)
     check(scores, scores.shape[1])
 
@@ -62,8 +62,8 @@ def test_several_blocks_of_ranks(monkeypatch):
 def test_a_large_sort_and_the_route_beyond_it():
     scores = torch.randint(0, 200, (1, 1500), generator=seeded()).float()
     check(scores, 700)
-    assert kernels.sort_settings(kernels.MAX_SORT).block == kernels.MAX_SORT
-    assert kernels.sort_settings(kernels.MAX_SORT).num_warps <= 32
+    assert kernels.sort_tile(kernels.MAX_SORT)["BLOCK"] == kernels.MAX_SORT
+    assert kernels.sort_tile(kernels.MAX_SORT)["num_warps"] <= 32
 
 
 def test_the_route_beyond_the_largest_sort(monkeypatch):

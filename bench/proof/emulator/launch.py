@@ -30,11 +30,18 @@ def _kernel(compiled: Any, arch: int) -> Kernel:
     return _kernels[key]
 
 
-def _bits(value: Any, kind: str, memory: GlobalMemory) -> int:
-    """Return the bits of an argument of a launch, by its type in the compiled kernel's signature."""
-    if kind.startswith("*"):
-        return 0 if value is None else memory.address(value)
-    return float_bits(value) if kind in ("fp32", "f32") else int(value)
+def _bits(value: Any, kind: Any, memory: GlobalMemory) -> Iterator[int]:
+    """Yield the bits of an argument of a launch, by its type in the compiled kernel's signature; constants have none.
+
+    A tuple has a type for each of its entries.
+    """
+    if isinstance(kind, tuple):
+        for one, of_one in zip(value, kind, strict=True):
+            yield from _bits(one, of_one, memory)
+    elif kind.startswith("*"):
+        yield 0 if value is None else memory.address(value)
+    elif kind != "constexpr":
+        yield float_bits(value) if kind in ("fp32", "f32") else int(value)
 
 
 @dataclasses.dataclass
@@ -56,9 +63,9 @@ class Emulation:
 
     def launch(self, compiled: Any, names: list[str], bound: dict[str, Any], grid: tuple[int, int, int]) -> None:
         """Run a compiled kernel on the tensors among its arguments."""
-        kinds = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
+        kinds = compiled.src.signature
         memory = GlobalMemory([value for value in bound.values() if isinstance(value, torch.Tensor)])
-        arguments = [_bits(bound[name], kinds[name], memory) for name in names if name in kinds]
+        arguments = [bits for name in names if name in kinds for bits in _bits(bound.get(name), kinds[name], memory)]
         kernel = _kernel(compiled, self.arch)
         visits: list[tuple[int, int]] | None = None if self.watch is None else []
         found = kernel.launch(grid, arguments, memory, self.schedule, visits)
