@@ -40,6 +40,7 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     dense: str = "",
+    whole: str = "",
     skip: str = "",
 ) -> Callable[..., Any]:
     """Define ``fastreduce::<schema>`` and return the function that calls it.
@@ -53,14 +54,17 @@ def register(
         reference: the same result in PyTorch.
         fake: shapes and dtypes of the result.
         dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
+        whole: the same for arguments that it wants contiguous.
         skip: names of the arguments that are for the reference alone.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.fastreduce, name).default
     names = [argument.name for argument in overload._schema.arguments]
-    dense_places, skipped = ([names.index(one) for one in words.split()] for words in (dense, skip))
-    launch = _on_its_device(_launcher(triton, dense_places, sorted(skipped, reverse=True)))
+    dense_places, whole_places, skipped = (list(map(names.index, words.split())) for words in (dense, whole, skip))
+    layouts: _Layouts = {place: dense_rows for place in dense_places}
+    layouts.update({place: Tensor.contiguous for place in whole_places})
+    launch = _on_its_device(_launcher(triton, layouts, sorted(skipped, reverse=True)))
 
     def on_cpu(*args: Any) -> Any:
         return launch(*args) if INTERPRETING else reference(*args)
@@ -84,6 +88,7 @@ def operator(
     *,
     name: str = "",
     dense: str = "",
+    whole: str = "",
     skip: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function that says by its signature what an operator takes, and by its result the shapes and dtypes.
@@ -96,13 +101,15 @@ def operator(
         reference: the same result in PyTorch.
         name: of the operator; the launcher's if there is none.
         dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
+        whole: the same for arguments that it wants contiguous.
         skip: names of the arguments that are for the reference alone.
     """
 
     def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
         own = name or str(triton).rpartition(".")[2]
         schema = own + torch.library.infer_schema(fake, mutates_args=())
-        return register(schema, triton=triton, reference=reference, fake=fake, dense=dense, skip=skip)
+        options = {"dense": dense, "whole": whole, "skip": skip}
+        return register(schema, triton=triton, reference=reference, fake=fake, **options)
 
     return declare
 
@@ -111,6 +118,10 @@ def _runs_here(args: tuple[Any, ...]) -> bool:
     """Return whether the kernels can take these arguments as they are, and nobody wants to see the operator."""
     if not _PLAIN.issuperset(map(type, args)) or _recording() or _transforming() is not None or _tracing():
         return False
+    for one in args:
+        # What is in memory is not the value, such as of ``x.conj().imag``: the dispatcher makes it so first.
+        if isinstance(one, Tensor) and (one.is_neg() or one._is_zerotensor()):
+            return False
     return INTERPRETING or _first(args).is_cuda
 
 
@@ -135,8 +146,11 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[int]) -> Callable[..., Any]:
-    """Return the function that makes the arguments at the ``dense`` places so, and calls the launcher.
+_Layouts = dict[int, Callable[[Tensor], Tensor]]  # of arguments by their place: what lays them out for the launcher
+
+
+def _launcher(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int]) -> Callable[..., Any]:
+    """Return the function that lays arguments out, and calls the launcher.
 
     Those at the places of ``skip``, in descending order, it leaves out.
     """
@@ -144,13 +158,13 @@ def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Seque
 
     def launch(*args: Any) -> Any:
         if not found:
-            found.append(_load(place, dense, skip))
+            found.append(_load(place, layouts, skip))
         return found[0](*args)
 
     return launch
 
 
-def _load(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[int]) -> Callable[..., Any]:
+def _load(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int]) -> Callable[..., Any]:
     """Return what :func:`_launcher` calls, now that Triton is needed."""
     function = place
     if isinstance(function, str):
@@ -158,11 +172,11 @@ def _load(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[
         function = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
 
     def prepared(*args: Any) -> Any:
-        for which in dense:
+        for which, lay_out in layouts.items():
             if which < len(args) and args[which] is not None:
-                rows = dense_rows(args[which])
-                if rows is not args[which]:
-                    args = (*args[:which], rows, *args[which + 1 :])
+                laid_out = lay_out(args[which])
+                if laid_out is not args[which]:
+                    args = (*args[:which], laid_out, *args[which + 1 :])
         for which in skip:
             args = (*args[:which], *args[which + 1 :])
         return function(*args)

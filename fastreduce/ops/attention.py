@@ -236,6 +236,7 @@ forward = register(
     f"attention(Tensor q, Tensor k, Tensor v, float scale, {_OPTIONS}, SymInt num_out=0) -> (Tensor, Tensor)",
     triton="attention.attention",
     dense="q k v",
+    whole="query_offsets key_offsets",
     reference=_reference_forward,
     fake=_fake_forward,
 )
@@ -243,6 +244,7 @@ backward = register(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, float scale,"
     f' {_OPTIONS}, Tensor? grad_scores=None, str kind="", bool with_bias=True) -> (Tensor, Tensor, Tensor, Tensor)',
     triton=_triton_backward,
+    whole="query_offsets key_offsets",
     reference=_reference_backward,
     fake=_fake_backward,
 )

@@ -81,6 +81,7 @@ _value_packed = register(
     " -> Tensor",
     triton="cls_scores.cls_value_scores_packed",
     dense="q k value",
+    whole="offsets",
     reference=reference.cls_value_scores_packed,
     fake=_fake_value_packed,
 )
