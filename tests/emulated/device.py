@@ -36,21 +36,24 @@ class EmulatedDriver:
         return GPUTarget("cuda", self.arch, 32)
 
     def tensor_at(self, address: int) -> torch.Tensor | None:
-        """Return the bytes from an address to the end of the known tensor that it lies in; None for 0.
+        """Return the bytes from an address to the end of the known tensors that it lies in; None for 0.
 
         Raises:
             LookupError: if nobody knows it.
         """
-        for one in self.known if address else ():
+        if not address:
+            return None
+        ends = {}
+        for one in self.known:
             last = sum((size - 1) * step for size, step in zip(one.shape, one.stride(), strict=True))
-            begin, size = one.data_ptr(), (last + 1) * one.element_size()
-            if one.numel() and begin <= address < begin + size:
-                storage = one.untyped_storage()
-                rest = torch.empty(0, dtype=torch.uint8).set_(storage, address - storage.data_ptr(), (1,), (1,))
-                return rest.as_strided((begin + size - address,), (1,))
-        if address:
+            end = one.data_ptr() + (last + 1) * one.element_size()
+            if one.numel() and one.data_ptr() <= address < end:
+                ends[end] = one.untyped_storage()
+        if not ends:
             raise LookupError(f"no tensor at {address:#x}")
-        return None
+        end = max(ends)
+        begin = address - ends[end].data_ptr()
+        return torch.empty(0, dtype=torch.uint8).set_(ends[end], begin, (end - address,), (1,))
 
 
 class _Launcher:
