@@ -290,7 +290,8 @@ class _Record(TorchFunctionMode):
         results = list(dict.fromkeys(made))  # in the order in which they are returned
         whole = self._whole(returned, made)
         shown = [returned[made.index(number)] if whole else self.roots[number] for number in results]
-        spaces = [number for number in range(self.inputs, len(self.roots)) if number not in results]
+        made_here = [number for number in range(self.inputs, len(self.roots)) if self.roots[number].numel()]
+        spaces = [number for number in made_here if number not in results]
         order = [*range(self.inputs), *results, *spaces]
         places = {number: 1 + place for place, number in enumerate(order)}
         offsets, size = [], 0
@@ -346,6 +347,8 @@ class _Record(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 return constant(value)
             number, offset = self._origins[id(value)]
+            if number not in places:
+                return constant(0)  # the address of whatever is empty
             return first + moved.index((number, offset)) if offset else places[number]
 
         for launch in self.launches:

@@ -138,13 +138,17 @@ def test_every_operator_launches_the_same_again(calls, name, training):
         assert left <= set(BY_PYTHON)
 
 
-@pytest.mark.parametrize("empty", [{"b": 0}, {"h": 0}, {"n": 0}, {"n": 1}, {"c": 0}], ids=str)
+@pytest.mark.parametrize(
+    "empty",
+    [{"n": 0}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"n": 1}, {"b": 0}, {"h": 0}, {"c": 0}))],
+    ids=str,
+)
 @pytest.mark.parametrize("name", CASES)
 def test_empty_dimensions_launch_the_same_again(calls, name, empty):
     case = CASES[name]
     for _ in range(4):
         try:
-            run(case, case.arguments(**empty, dtype=torch.float32), training=bool(case.differentiable))
+            run(case, case.arguments(**empty, dtype=torch.float32), training=False)
         except ValueError:  # no such shape
             assert not calls
 
