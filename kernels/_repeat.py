@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.runtime.driver import driver
 
-from ._direct import INTERPRETED, Launch, is_recorded, is_replaced, is_watched, recording
+from ._direct import INTERPRETED, Launch, _records, is_recorded, is_replaced, is_watched, recording
 
 __all__ = ["Repeated", "repeated"]
 
@@ -35,6 +35,7 @@ _ASKS = frozenset(
         "get_device",
         "is_contiguous",
         "is_cuda",
+        "is_neg",
         "itemsize",
         "ndim",
         "numel",
@@ -85,7 +86,7 @@ class Repeated:
         self.kept: dict[Any, Any] = {}  # a plan, _SEEN, or None for what cannot be written down
 
     def __call__(self, *args: Any) -> Any:
-        if is_replaced() or is_recorded():
+        if is_replaced() or (_records and is_recorded()):
             return self.launcher(*args)
         try:
             active = driver.active
@@ -102,7 +103,7 @@ class Repeated:
             if kind in _TENSORS:
                 pointer = one.data_ptr()
                 pointers.append(pointer)
-                values += (one.dtype, one.shape, one.stride(), pointer & 15)
+                values += (one.dtype, one.shape, one.stride(), pointer & 15, one.is_neg())
             elif kind in _NUMBERS:
                 values += (kind, one)
             elif kind is tuple and _NUMBERS.issuperset(map(type, one)):

@@ -118,17 +118,11 @@ def _runs_here(args: tuple[Any, ...]) -> bool:
     """Return whether the kernels can take these arguments as they are, and nobody wants to see the operator."""
     if not _PLAIN.issuperset(map(type, args)) or _recording() or _transforming() is not None or _tracing():
         return False
-    for one in args:
-        # What is in memory is not the value, such as of ``x.conj().imag``: the dispatcher makes it so first.
-        if isinstance(one, Tensor) and (one.is_neg() or one._is_zerotensor()):
-            return False
-    return INTERPRETING or _first(args).is_cuda
+    return INTERPRETING or (args[0] if args[0] is not None else _first(args)).is_cuda
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
     """Return the first tensor; of an operator's leading arguments some may be None."""
-    if args[0] is not None:
-        return args[0]
     return next(one for one in args if one is not None)
 
 
@@ -137,7 +131,7 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launch)
     def guarded(*args: Any) -> Any:
-        device = _first(args).get_device()
+        device = (args[0] if args[0] is not None else _first(args)).get_device()
         if device < 0 or device == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(device):
@@ -172,6 +166,9 @@ def _load(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int
         function = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
 
     def prepared(*args: Any) -> Any:
+        # Kernels read memory, which holds minus the values of such as ``x.conj().imag``.
+        if any(isinstance(one, Tensor) and one.is_neg() for one in args):
+            args = tuple(one.resolve_neg() if isinstance(one, Tensor) else one for one in args)
         for which, lay_out in layouts.items():
             if which < len(args) and args[which] is not None:
                 laid_out = lay_out(args[which])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import triton
+from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -48,6 +49,18 @@ class Call:
     repeated: bool
 
 
+class Keeping(TorchFunctionMode):
+    """Keeps all that PyTorch makes within the block, so that no address comes again."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.kept.append(function(*args, **(kwargs or {})))
+        return self.kept[-1]
+
+
 @pytest.fixture
 def launches(monkeypatch):
     with noting(monkeypatch) as found:
@@ -67,12 +80,13 @@ def calls(launches, monkeypatch):
 
     def checked(self, *args):
         first, before = len(launches), len(by_python)
-        result = call(self, *args)
-        own, through = launches[first:], len(by_python) > before
-        second = len(launches)
-        expected = self.launcher(*args)
-        theirs = launches[second:]
-        same_launches(args, own, result, theirs, expected)
+        with Keeping():
+            result = call(self, *args)
+            own, through = launches[first:], len(by_python) > before
+            second = len(launches)
+            expected = self.launcher(*args)
+            theirs = launches[second:]
+            same_launches(args, own, result, theirs, expected)
         found.append(Call(name_of(self), args, result, bool(own) and not through))
         return result
 
@@ -211,6 +225,18 @@ def test_one_and_true_and_one_point_zero_are_three_keys(launches):
         launcher(X, value)
     assert len(launcher.kept) == 3
     assert [type(value) for value in seen] == [int, bool, float] * 2
+
+
+def test_a_tensor_with_the_negative_bit_is_copied_every_time(launches, calls):
+    """Its memory holds minus its values."""
+    for _ in range(3):
+        gather()
+    negative = torch._neg_view(X)
+    for _ in range(3):
+        gather(negative)
+    assert [one.repeated for one in calls] == [False, False, True] + [False] * 3
+    assert {one.arguments[0] for one in launches[:-6]} == {X.data_ptr()}
+    assert X.data_ptr() not in {one.arguments[0] for one in launches[-6:]}
 
 
 def test_numbers_of_a_tuple_are_told_apart_too(launches):
