@@ -199,7 +199,9 @@ def study_gaps() -> list[str]:
 
 def study_one_epoch() -> list[str]:
     """Return the accuracy at a keep rate of 0.5 on CIFAR-10, off the shelf and after an epoch, and what it loses."""
-    before = {model["method"]: model["accuracy"] for model in _read(STUDY)["models"] if model["keep_rate"] in (None, 0.5)}
+    before = {
+        model["method"]: model["accuracy"] for model in _read(STUDY)["models"] if model["keep_rate"] in (None, 0.5)
+    }
     rows = []
     for model in _read(ONE_EPOCH)["models"]:
         method, gap = model["method"], model["gap"]

@@ -39,10 +39,12 @@ class Launch:
 
     Attributes:
         kernel: of Triton.
+        compiled: what Triton made of it for these arguments, and unloads once nobody holds it.
         run: launches; None where only Triton can.
     """
 
     kernel: Any
+    compiled: Any
     run: Callable[..., Any] | None
     grid: tuple[int, int, int]
     function: Any
@@ -117,7 +119,7 @@ class _Direct:
         places = self.places.get(kinds)
         if places is None:
             places = self.places[kinds] = tuple(i for i, one in enumerate(args) if isinstance(one, torch.Tensor))
-        values: list[Any] = [*args, device, kinds, *options, *options.values()]
+        values: list[Any] = [*args, device, kinds, *options, *options.values(), *map(type, options.values())]
         for place in places:
             one = args[place]
             values[place] = one.dtype
@@ -127,15 +129,15 @@ class _Direct:
         x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         if kept is None or is_watched((self.kernel,)):
             compiled = self._first_launch(key, grid, args, options)
-            kept = self.kept.get(key, (None, None, None, ()))
+            kept = self.kept.get(key, (None, None, None, None, ()))
         else:
-            compiled, (run, function, metadata, rest) = None, kept
+            compiled, run, function, metadata, rest = kept
             # Without hooks, and so without the metadata that is for them.
             stream = active.get_current_stream(device)
             run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
         if record is not None:
-            run, function, metadata, rest = kept
-            record.append(Launch(self.kernel, run, (x, y, z), function, metadata, (*args, *rest)))
+            own, run, function, metadata, rest = kept
+            record.append(Launch(self.kernel, own, run, (x, y, z), function, metadata, (*args, *rest)))
         return compiled
 
     def _first_launch(self, key: Any, grid: tuple[int, ...], args: Any, options: Any) -> Any:
@@ -148,7 +150,7 @@ class _Direct:
             if len(self.kept) >= _MOST_KEPT:
                 self.kept.clear()
             rest = tuple(bound.arguments.values())[len(args) :]
-            self.kept[key] = compiled.run, compiled.function, compiled.packed_metadata, rest
+            self.kept[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, rest
         return compiled
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton.runtime.driver import driver
 
-from ._direct import INTERPRETED, Launch, is_recorded, is_replaced, is_watched, recording
+from ._direct import INTERPRETED, Launch, _records, is_recorded, is_replaced, is_watched, recording
 
 __all__ = ["Repeated", "repeated"]
 
@@ -35,17 +35,18 @@ _ASKS = frozenset(
         "get_device",
         "is_contiguous",
         "is_cuda",
+        "is_neg",
         "itemsize",
         "ndim",
         "numel",
         "promote_types",
         "shape",
         "size",
-        "storage_offset",
         "stride",
     }
 )
 _ALLOCATES = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
+_WITHOUT_SOURCE = frozenset({"empty", "empty_strided"})  # whose first argument is a size
 _VIEWS = frozenset(
     {
         "__getitem__",
@@ -85,14 +86,14 @@ class Repeated:
         self.kept: dict[Any, Any] = {}  # a plan, _SEEN, or None for what cannot be written down
 
     def __call__(self, *args: Any) -> Any:
-        if is_replaced() or is_recorded():
+        if is_replaced() or (_records and is_recorded()):
             return self.launcher(*args)
         try:
             active = driver.active
         except RuntimeError:  # no GPU
             return self.launcher(*args)
         if active is not self.driver:
-            self.driver, self.kept = active, {}
+            self.kept, self.driver = {}, active  # in this order, for other threads
         device = active.get_current_device()
         # All that a launcher decides by. The kinds too, since 1, True and 1.0 are equal.
         values: list[Any] = [device]
@@ -102,9 +103,11 @@ class Repeated:
             if kind in _TENSORS:
                 pointer = one.data_ptr()
                 pointers.append(pointer)
-                values += (one.dtype, one.shape, one.stride(), pointer & 15)
-            elif kind in _NUMBERS or (kind is tuple and _NUMBERS.issuperset(map(type, one))):
+                values += (one.dtype, one.shape, one.stride(), pointer & 15, one.is_neg())
+            elif kind in _NUMBERS:
                 values += (kind, one)
+            elif kind is tuple and _NUMBERS.issuperset(map(type, one)):
+                values += (kind, one, *map(type, one))
             else:
                 return self.launcher(*args)
         key = tuple(values)
@@ -158,6 +161,8 @@ class _Plan:
         offsets: where its parts begin.
         within: place of an address in the pool, and the bytes to add.
         launches: function that launches, and what picks its arguments.
+        kernels: those launched.
+        alive: what the functions need without holding it: Triton unloads a compiled kernel that nobody holds.
         sequence: what the results are put into, or None for one tensor.
         views: number of the result, and shape, strides and offset of what is returned of it, or None for all.
     """
@@ -170,6 +175,7 @@ class _Plan:
     constants: tuple[Any, ...]
     launches: tuple[tuple[Callable[..., Any], Callable[[Any], Any]], ...]
     kernels: tuple[Any, ...]
+    alive: tuple[Any, ...]
     sequence: type | None
     views: tuple[tuple[int, Any], ...] | None
 
@@ -182,8 +188,8 @@ class _Plan:
             one = allocate(shape, strides, dtype)
             results.append(one)
             pool.append(one.data_ptr())
-        if self.workspace:
-            space = allocate(self.workspace, (1,), torch.uint8)
+        if self.offsets:
+            space = allocate(self.workspace, (1,), torch.uint8)  # held until all is launched
             begin = space.data_ptr()
             for offset in self.offsets:
                 pool.append(begin + offset)
@@ -208,6 +214,19 @@ def _allocator(device: torch.device) -> Callable[..., Tensor]:
     return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
+def _holds_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor, or a tuple, list or slice with one in it."""
+    if isinstance(value, slice):
+        value = value.start, value.stop, value.step
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_holds_tensor, value)))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor takes as much memory as it has elements: no gaps, and nothing expanded."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return not tensor.numel() or last + 1 == tensor.numel()
+
+
 class _Record(TorchFunctionMode):
     """All that a launcher asks of PyTorch and of Triton, written down while it runs."""
 
@@ -223,11 +242,16 @@ class _Record(TorchFunctionMode):
             self._know(one, number)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
         name = function.__name__
         if name == "__get__":
             name = function.__self__.__name__
-        if name in _ALLOCATES:
+        source = 0 if name in _WITHOUT_SOURCE else 1
+        # A size or an index that is a tensor is the number in it, and another one the next time.
+        if _holds_tensor((*args[source:], *kwargs.values())):
+            self.possible = False
+        elif name in _ALLOCATES:
             self.roots.append(result)
             self._know(result, len(self.roots) - 1)
         elif name in _VIEWS:
@@ -267,18 +291,19 @@ class _Record(TorchFunctionMode):
         results = list(dict.fromkeys(made))  # in the order in which they are returned
         whole = self._whole(returned, made)
         shown = [returned[made.index(number)] if whole else self.roots[number] for number in results]
-        spaces = [number for number in range(self.inputs, len(self.roots)) if number not in results]
+        made_here = [number for number in range(self.inputs, len(self.roots)) if self.roots[number].numel()]
+        spaces = [number for number in made_here if number not in results]
         order = [*range(self.inputs), *results, *spaces]
         places = {number: 1 + place for place, number in enumerate(order)}
         offsets, size = [], 0
         for number in spaces:
             offsets.append(size)
-            size += -(-self.roots[number].nbytes // _APART) * _APART
+            size += -(-self.roots[number].untyped_storage().nbytes() // _APART) * _APART
         within, constants, picks = self._arguments(places)
         return _Plan(
             allocate=_allocator(device),
             results=tuple((tuple(one.shape), one.stride(), one.dtype) for one in shown),
-            workspace=(size,) if size else (),
+            workspace=(size,),
             offsets=tuple(offsets),
             within=within,
             constants=constants,
@@ -288,6 +313,7 @@ class _Record(TorchFunctionMode):
                 if launch.run is not None
             ),
             kernels=tuple(launch.kernel for launch in self.launches),
+            alive=tuple(launch.compiled for launch in self.launches),
             sequence=None if isinstance(result, Tensor) else type(result),
             views=None if whole else tuple(self._view(one, results) for one in returned),
         )
@@ -295,7 +321,7 @@ class _Record(TorchFunctionMode):
     def _whole(self, returned: Sequence[Tensor], made: Sequence[int]) -> bool:
         """Return whether every result is all of an allocation, with axes in any order, and of its own."""
         return len(set(made)) == len(made) and all(
-            (one.numel(), one.data_ptr(), one.dtype) == (root.numel(), root.data_ptr(), root.dtype)
+            (one.numel(), one.data_ptr()) == (root.numel(), root.data_ptr()) and _is_dense(one) and _is_dense(root)
             for one, root in zip(returned, (self.roots[number] for number in made), strict=True)
         )
 
@@ -322,6 +348,8 @@ class _Record(TorchFunctionMode):
             if not isinstance(value, Tensor):
                 return constant(value)
             number, offset = self._origins[id(value)]
+            if number not in places:
+                return constant(0)  # the address of whatever is empty
             return first + moved.index((number, offset)) if offset else places[number]
 
         for launch in self.launches:

@@ -20,6 +20,9 @@ class _Utils:
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         return 1, 1, 32, 0, 1024
 
+    def unload_module(self, module: int) -> None:
+        """Do nothing."""
+
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 << 10, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
 

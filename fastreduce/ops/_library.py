@@ -39,6 +39,7 @@ def _define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     dense: str,
+    whole: str,
     skip: str,
 ) -> Callable[..., Any]:
     """Define ``fastreduce::<name>`` and return the function that calls it."""
@@ -46,8 +47,10 @@ def _define(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.fastreduce, name).default
     names = [argument.name for argument in overload._schema.arguments]
-    dense_places, skipped = ([names.index(one) for one in words.split()] for words in (dense, skip))
-    launch = _on_its_device(_launcher(triton, dense_places, sorted(skipped, reverse=True)))
+    dense_places, whole_places, skipped = (list(map(names.index, words.split())) for words in (dense, whole, skip))
+    layouts: _Layouts = {place: dense_rows for place in dense_places}
+    layouts.update({place: Tensor.contiguous for place in whole_places})
+    launch = _on_its_device(_launcher(triton, layouts, sorted(skipped, reverse=True)))
 
     def on_cpu(*args: Any) -> Any:
         return launch(*args) if INTERPRETING else reference(*args)
@@ -71,6 +74,7 @@ def operator(
     *,
     name: str = "",
     dense: str = "",
+    whole: str = "",
     skip: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a function that says by its signature what an operator takes, and by its result the shapes and dtypes.
@@ -85,11 +89,12 @@ def operator(
         reference: the same result in PyTorch.
         name: of the operator; the launcher's if there is none.
         dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
+        whole: the same for arguments that it wants contiguous.
         skip: names of the arguments that are for the reference alone.
     """
 
     def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
-        return _define(name or str(triton).rpartition(".")[2], triton, reference, fake, dense, skip)
+        return _define(name or str(triton).rpartition(".")[2], triton, reference, fake, dense, whole, skip)
 
     return declare
 
@@ -98,13 +103,11 @@ def _runs_here(args: tuple[Any, ...]) -> bool:
     """Return whether the kernels can take these arguments as they are, and nobody wants to see the operator."""
     if not _PLAIN.issuperset(map(type, args)) or _recording() or _transforming() is not None or _tracing():
         return False
-    return INTERPRETING or _first(args).is_cuda
+    return INTERPRETING or (args[0] if args[0] is not None else _first(args)).is_cuda
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
     """Return the first tensor; of an operator's leading arguments some may be None."""
-    if args[0] is not None:
-        return args[0]
     return next(one for one in args if one is not None)
 
 
@@ -113,7 +116,7 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launch)
     def guarded(*args: Any) -> Any:
-        device = _first(args).get_device()
+        device = (args[0] if args[0] is not None else _first(args)).get_device()
         if device < 0 or device == torch.cuda.current_device():
             return launch(*args)
         with torch.cuda.device(device):
@@ -122,8 +125,11 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[int]) -> Callable[..., Any]:
-    """Return the function that makes the arguments at the ``dense`` places so, and calls the launcher.
+_Layouts = dict[int, Callable[[Tensor], Tensor]]  # of arguments by their place: what lays them out for the launcher
+
+
+def _launcher(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int]) -> Callable[..., Any]:
+    """Return the function that lays arguments out, and calls the launcher.
 
     Those at the places of ``skip``, in descending order, it leaves out.
     """
@@ -131,13 +137,13 @@ def _launcher(place: str | Callable[..., Any], dense: Sequence[int], skip: Seque
 
     def launch(*args: Any) -> Any:
         if not found:
-            found.append(_load(place, dense, skip))
+            found.append(_load(place, layouts, skip))
         return found[0](*args)
 
     return launch
 
 
-def _load(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[int]) -> Callable[..., Any]:
+def _load(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int]) -> Callable[..., Any]:
     """Return what :func:`_launcher` calls, now that Triton is needed."""
     function = place
     if isinstance(function, str):
@@ -145,11 +151,14 @@ def _load(place: str | Callable[..., Any], dense: Sequence[int], skip: Sequence[
         function = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
 
     def prepared(*args: Any) -> Any:
-        for which in dense:
+        # Kernels read memory, which holds minus the values of such as ``x.conj().imag``.
+        if any(isinstance(one, Tensor) and one.is_neg() for one in args):
+            args = tuple(one.resolve_neg() if isinstance(one, Tensor) else one for one in args)
+        for which, lay_out in layouts.items():
             if which < len(args) and args[which] is not None:
-                rows = dense_rows(args[which])
-                if rows is not args[which]:
-                    args = (*args[:which], rows, *args[which + 1 :])
+                laid_out = lay_out(args[which])
+                if laid_out is not args[which]:
+                    args = (*args[:which], laid_out, *args[which + 1 :])
         for which in skip:
             args = (*args[:which], *args[which + 1 :])
         return function(*args)

@@ -65,7 +65,7 @@ def _reference_forward(
     return _sequence_first(out), logsumexp
 
 
-@operator("attention.attention", _reference_forward, dense="q k v")
+@operator("attention.attention", _reference_forward, dense="q k v", whole="query_offsets key_offsets")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -156,7 +156,7 @@ def _reference_backward(
     return _sequence_first(grads[0]), _sequence_first(grads[1]), _sequence_first(grads[2]), grad_bias
 
 
-@operator(_triton_backward, _reference_backward, name="attention_backward")
+@operator(_triton_backward, _reference_backward, name="attention_backward", whole="query_offsets key_offsets")
 def backward(
     grad: Tensor,
     q: Tensor,

@@ -46,7 +46,12 @@ def _backward(
     return q.new_empty(q.shape), k.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
-@operator("cls_scores.cls_value_scores_packed", reference.cls_value_scores_packed, dense="q k value")
+@operator(
+    "cls_scores.cls_value_scores_packed",
+    reference.cls_value_scores_packed,
+    dense="q k value",
+    whole="offsets",
+)
 def _value_packed(
     q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
 ) -> Tensor:

@@ -76,7 +76,7 @@ def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
     return token_offsets_unchecked(valid, backend=resolve(backend, valid))
 
 
-@operator("gather_packed.gather_packed", reference.gather_packed, dense="x residual")
+@operator("gather_packed.gather_packed", reference.gather_packed, dense="x residual", whole="source target")
 def _gather(
     x: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_out: int, residual: Tensor | None
 ) -> Tensor:
@@ -84,7 +84,7 @@ def _gather(
     return x.new_empty(1, num_out, x.shape[2], dtype=dtype)
 
 
-@operator("gather_packed.gather_packed_backward", reference.gather_packed_backward, dense="grad")
+@operator("gather_packed.gather_packed_backward", reference.gather_packed_backward, dense="grad", whole="source target")
 def _gather_backward(grad: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_in: int) -> Tensor:
     return grad.new_empty(1, num_in, grad.shape[2])
 
@@ -202,12 +202,12 @@ def gather_packed(
     return gather_packed_unchecked(x, index, (source, target), **options, backend=chosen)
 
 
-@operator("gather_packed.unpack_tokens", reference.unpack_tokens, dense="x")
+@operator("gather_packed.unpack_tokens", reference.unpack_tokens, dense="x", whole="offsets")
 def _unpack(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, longest, x.shape[2])
 
 
-@operator("gather_packed.unpack_tokens_backward", reference.unpack_tokens_backward, dense="grad")
+@operator("gather_packed.unpack_tokens_backward", reference.unpack_tokens_backward, dense="grad", whole="offsets")
 def _unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
     return grad.new_empty(1, num_in, grad.shape[2])
 

@@ -17,12 +17,14 @@ from .gather_packed import check_offsets
 __all__ = ["linear_packed"]
 
 
-@operator("linear_packed.linear_packed", reference.linear_packed, dense="x weight")
+@operator("linear_packed.linear_packed", reference.linear_packed, dense="x weight", whole="bias offsets")
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     return x.new_empty(1, x.shape[1], weight.shape[0])
 
 
-@operator("linear_packed.linear_packed_backward", reference.linear_packed_backward, dense="grad x weight")
+@operator(
+    "linear_packed.linear_packed_backward", reference.linear_packed_backward, dense="grad x weight", whole="offsets"
+)
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:

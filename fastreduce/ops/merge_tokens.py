@@ -92,7 +92,13 @@ def _reference_norm_backward(
     return grad_x, grad_size, rows_if(rows, grad), rows_if(head, grad_head), sums
 
 
-@operator("merge_tokens.merge_tokens", _reference_merge, dense="x residual head log_weight weight bias", skip="slot")
+@operator(
+    "merge_tokens.merge_tokens",
+    _reference_merge,
+    dense="x residual head log_weight weight bias",
+    whole="order offsets",
+    skip="slot",
+)
 def _merge(
     x: Tensor,
     slot: Tensor,
@@ -121,6 +127,7 @@ def _merge(
     lambda grad, slot, order, offsets, *others: reference.merge_tokens_backward(grad, slot, *others),
     name="merge_tokens_backward",
     dense="grad",
+    whole="order offsets",
     skip="slot",
 )
 def _merge_backward(
@@ -133,6 +140,7 @@ def _merge_backward(
     "merge_tokens.merge_tokens_size_backward",
     lambda grad, x, slot, order, offsets, *others: reference.merge_tokens_size_backward(grad, x, slot, *others),
     dense="grad x weight",
+    whole="order offsets",
     skip="slot",
 )
 def _merge_size_backward(
@@ -153,6 +161,7 @@ def _merge_size_backward(
     "merge_tokens.merge_tokens_norm_backward",
     _reference_norm_backward,
     dense="grad_out grad_normed weight x log_weight",
+    whole="order offsets",
     skip="slot",
 )
 def _norm_backward(
@@ -187,6 +196,7 @@ def _norm_backward(
     lambda x, slot, order, offsets: reference.unmerge_tokens(x, slot),
     name="unmerge_tokens",
     dense="x",
+    whole="order offsets",
     skip="slot",
 )
 def _unmerge(x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
@@ -198,6 +208,7 @@ def _unmerge(x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     lambda grad, slot, order, offsets: reference.sum_slots(grad, slot, offsets.shape[1] - 1),
     name="unmerge_tokens_backward",
     dense="grad",
+    whole="order offsets",
     skip="slot",
 )
 def _unmerge_backward(grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Kernels that Triton has compiled are launched without it, with the arguments that it would have passed."""
 
+import importlib
+import pkgutil
+
 import pytest
 import torch
 from triton import knobs
@@ -93,8 +96,9 @@ def test_one_and_true_and_one_point_zero_are_three_things(launches):
     seen = []
     kernel._first_launch = lambda key, *others: seen.append(key)
     for value in (1, True, 1.0):
-        kernel[(1,)](value, CONSTANT=value)
-    assert len(set(seen)) == 3
+        kernel[(1,)](value, CONSTANT=0)
+        kernel[(1,)](0, CONSTANT=value)
+    assert len(set(seen)) == 6
 
 
 def test_hooks_of_a_profiler_see_every_launch(launches, by_triton):
@@ -175,3 +179,15 @@ def test_registers_are_limited_on_nvidia_only(monkeypatch, target, passed):
         replaced.setattr(JITFunction, "run", lambda self, *args, **options: seen.append("maxnreg" in options))
         select_topk.sort_scores_kernel[(1,)](X[0], X[0], 9, 3, (16, 1), BLOCK=32, num_warps=1, maxnreg=255)
     assert seen == [passed]
+
+
+def test_every_kernel_is_launched_directly():
+    """A kernel that is not would be missing from what a launcher is repeated by."""
+    from fastreduce import kernels
+
+    launched = {}
+    for module in pkgutil.iter_modules(kernels.__path__):
+        found = vars(importlib.import_module(f"fastreduce.kernels.{module.name}"))
+        launched |= {name: one for name, one in found.items() if name.endswith("_kernel")}
+    assert len(launched) > 30
+    assert [name for name, one in launched.items() if not isinstance(one, _direct._Direct)] == []

@@ -1,13 +1,18 @@
 """Launches are repeated without their launcher, argument for argument as it would have launched them."""
 
 import dataclasses
+import gc
 import itertools
+import operator
 import threading
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import triton
+from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -44,6 +49,18 @@ class Call:
     repeated: bool
 
 
+class Keeping(TorchFunctionMode):
+    """Keeps all that PyTorch makes within the block, so that no address comes again."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.kept.append(function(*args, **(kwargs or {})))
+        return self.kept[-1]
+
+
 @pytest.fixture
 def launches(monkeypatch):
     with noting(monkeypatch) as found:
@@ -63,12 +80,13 @@ def calls(launches, monkeypatch):
 
     def checked(self, *args):
         first, before = len(launches), len(by_python)
-        result = call(self, *args)
-        own, through = launches[first:], len(by_python) > before
-        second = len(launches)
-        expected = self.launcher(*args)
-        theirs = launches[second:]
-        same_launches(args, own, result, theirs, expected)
+        with Keeping():
+            result = call(self, *args)
+            own, through = launches[first:], len(by_python) > before
+            second = len(launches)
+            expected = self.launcher(*args)
+            theirs = launches[second:]
+            same_launches(args, own, result, theirs, expected)
         found.append(Call(name_of(self), args, result, bool(own) and not through))
         return result
 
@@ -134,6 +152,21 @@ def test_every_operator_launches_the_same_again(calls, name, training):
         assert left <= set(BY_PYTHON)
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [{"n": 0}, *(pytest.param(one, marks=pytest.mark.slow) for one in ({"n": 1}, {"b": 0}, {"h": 0}, {"c": 0}))],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CASES)
+def test_empty_dimensions_launch_the_same_again(calls, name, empty):
+    case = CASES[name]
+    for _ in range(4):
+        try:
+            run(case, case.arguments(**empty, dtype=torch.float32), training=False)
+        except ValueError:  # no such shape
+            assert not calls
+
+
 def test_what_is_left_to_python_is_named(calls):
     """The set above holds nothing that could be repeated."""
     for name in BY_PYTHON.values():
@@ -192,6 +225,27 @@ def test_one_and_true_and_one_point_zero_are_three_keys(launches):
         launcher(X, value)
     assert len(launcher.kept) == 3
     assert [type(value) for value in seen] == [int, bool, float] * 2
+
+
+def test_a_tensor_with_the_negative_bit_is_copied_every_time(launches, calls):
+    """Its memory holds minus its values."""
+    for _ in range(3):
+        gather()
+    negative = torch._neg_view(X)
+    for _ in range(3):
+        gather(negative)
+    assert [one.repeated for one in calls] == [False, False, True] + [False] * 3
+    assert {one.arguments[0] for one in launches[:-6]} == {X.data_ptr()}
+    assert X.data_ptr() not in {one.arguments[0] for one in launches[-6:]}
+
+
+def test_numbers_of_a_tuple_are_told_apart_too(launches):
+    seen = []
+    launcher = repeated_of(lambda x, values: seen.append(values) or torch.empty_like(x))
+    for value in (1, True, 1.0) * 2:
+        launcher(X, (value, 2))
+    assert len(launcher.kept) == 3
+    assert [type(value) for value, _ in seen] == [int, bool, float] * 2
 
 
 def test_views_of_one_tensor_and_tensors_of_their_own_are_told_apart(calls):
@@ -253,6 +307,30 @@ def test_what_is_kept_keeps_no_tensor_alive(launches):
         assert [one() for one in alive] == [None] * 3
     (plan,) = launcher.kept.values()
     assert plan is not None
+
+
+def test_compiled_kernels_are_kept_alive(launches):
+    """Triton unloads a compiled kernel that nobody holds."""
+    kernel = _direct._Direct(triton.jit(select_topk.sort_scores_kernel.kernel.fn))
+
+    def launcher(scores):
+        out = torch.empty(2, 3, dtype=torch.int64)
+        kernel[(2,)](scores, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        return out
+
+    kept = repeated_of(launcher)
+    scores = torch.randn(2, 9)
+    for _ in range(3):
+        kept(scores)
+    ((own, *_),) = kernel.kept.values()
+    compiled = weakref.ref(own)
+    del own
+    alive = []
+    for cache in (kernel.device_caches, kernel.kept, kept.kept):
+        cache.clear()
+        gc.collect()
+        alive.append(compiled() is not None)
+    assert alive == [True, True, False]
 
 
 def test_hooks_of_a_profiler_see_every_launch(launches, calls):
@@ -372,6 +450,61 @@ def test_what_pytorch_computes_is_not_repeated(launches, launcher):
     assert list(kept.kept.values()) == [None]
 
 
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        lambda x, n: x[n],
+        lambda x, n: x[n, 0],
+        lambda x, n: x[:, n],
+        lambda x, n: x[n:],
+        lambda x, n: x[0:9:n],
+        lambda x, n: x.select(0, n),
+        lambda x, n: torch.select(x, 0, index=n),
+        lambda x, n: x.narrow(0, n, 2),
+        lambda x, n: x.narrow(0, 0, n),
+        lambda x, n: x.transpose(0, n),
+        lambda x, n: x.unbind(n),
+        lambda x, n: x[:1].expand(n, 9),
+        lambda x, n: torch.empty(n),
+        lambda x, n: torch.empty(n, 9),
+        lambda x, n: torch.empty((9, n)),
+        lambda x, n: torch.empty(size=(9, n)),
+        lambda x, n: torch.empty_strided((n, 9), (9, 1)),
+        lambda x, n: x.new_empty(n, 9),
+        lambda x, n: x.new_empty((9, n)),
+        lambda x, n: x.new_empty(int(n)),
+        lambda x, n: x.new_empty(operator.index(n)),
+        lambda x, n: x.new_empty(len(range(n))),
+        lambda x, n: x.new_empty([0, 1, 2, 3][n]),
+        lambda x, n: x.new_empty(round(float(n))),
+        lambda x, n: x.new_empty(2 if n else 3),
+        lambda x, n: x.new_empty(n.tolist()),
+        lambda x, n: x.new_empty(int(str(n.item()))),
+        lambda x, n: x.new_empty(len(f"{n}")),
+        lambda x, n: x.new_empty(int(np.asarray(n))),
+        lambda x, n: x.new_empty(int(memoryview(n.numpy())[()])),
+    ],
+)
+def test_what_a_number_in_a_tensor_decides_is_not_repeated(launches, launcher):
+    """Of a view even: its place is the number's, and would be taken for a constant."""
+
+    def launching(x, n):
+        found = launcher(x, n)
+        view = found if isinstance(found, torch.Tensor) else found[0]
+        out = torch.empty(2, 3, dtype=torch.int64)
+        select_topk.sort_scores_kernel[(2,)](view, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        return out
+
+    kept = repeated_of(launching)
+    for value in (1, 1, 1):
+        try:
+            kept(torch.randn(4, 9), torch.tensor(value))
+        except TypeError:  # PyTorch takes no tensor there
+            assert list(kept.kept.values()) == [_repeat._SEEN]
+            return
+    assert list(kept.kept.values()) == [None]
+
+
 def test_a_kernel_s_argument_that_nobody_knows_is_not_repeated(launches):
     def launcher(x):
         out = torch.empty(2, 3, dtype=torch.int64)
@@ -402,6 +535,53 @@ def test_a_view_of_an_input_is_found_by_its_offset(launches):
         one, other, space, end = (launch.arguments[0] for launch in launches[first:])
         assert (one - x.data_ptr(), other - y.data_ptr(), end - space) == (72, 72, 4 * (2 * 40 + 5))
         assert {launch.arguments[1] for launch in launches[first:]} == {out.data_ptr() + 24}
+    (plan,) = kept.kept.values()
+    assert plan is not None
+
+
+def test_workspaces_without_a_byte(launches):
+    def launcher(x):
+        out = torch.empty(2, 3, dtype=torch.int64)
+        nothing = torch.empty(0, 5)
+        select_topk.sort_scores_kernel[(2,)](x, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        select_topk.sort_scores_kernel[(2,)](nothing, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        return out
+
+    kept = repeated_of(launcher)
+    for _ in range(4):
+        out = kept(X)
+        assert [one.arguments[:2] for one in launches[-2:]] == [(X.data_ptr(), out.data_ptr()), (0, out.data_ptr())]
+    (plan,) = kept.kept.values()
+    assert plan is not None
+
+
+def test_a_workspace_with_gaps_is_all_there(launches):
+    def launcher(x):
+        out = torch.empty(2, 3, dtype=torch.int64)
+        for space in (torch.empty_strided((2, 9), (5000, 1)), torch.empty(9)):
+            select_topk.sort_scores_kernel[(2,)](space, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        return out
+
+    kept = repeated_of(launcher)
+    for _ in range(3):
+        kept(X)
+    gaps, other = (one.arguments[0] for one in launches[-2:])
+    assert other - gaps >= 4 * 5009
+
+
+def test_a_result_that_is_expanded_has_all_its_memory(launches):
+    """As large as the allocation, but no such tensor may be allocated in its place."""
+
+    def launcher(x):
+        room = torch.empty(3, 3)
+        select_topk.sort_scores_kernel[(2,)](x, room, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        return room[0].expand(3, 3)
+
+    kept = repeated_of(launcher)
+    for _ in range(4):
+        result = kept(X)
+        assert (result.shape, result.stride()) == ((3, 3), (0, 1))
+        assert result.untyped_storage().nbytes() == 36
     (plan,) = kept.kept.values()
     assert plan is not None
 

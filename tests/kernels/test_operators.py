@@ -285,3 +285,80 @@ class TestWhoSeesTheOperator:
         (recorded,) = torch.autograd.grad(_gather(x).square().sum(), x, create_graph=True)
         torch.testing.assert_close(plain, recorded)
         assert recorded.requires_grad
+
+
+def _negative(value):
+    return torch._neg_view(-value)
+
+
+def _changed(value, change, floats=True):
+    """Return an argument with its tensors changed, or those of floating point alone."""
+    if isinstance(value, tuple):
+        return tuple(_changed(one, change, floats) for one in value)
+    wanted = isinstance(value, torch.Tensor) and (value.is_floating_point() or not floats)
+    return change(value) if wanted else value
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_that_are_not_in_memory(name):
+    """Tensors with the negative bit, such as of ``x.conj().imag``."""
+    case = CASES[name]
+    values = case.arguments(dtype=torch.float32)
+    found, expected = (
+        case.call(as_arguments({one: _changed(value, way) for one, value in values.items()}), backend="triton")
+        for way in (_negative, torch.clone)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_that_are_not_in_memory():
+    x, index = torch.randn(2, 6, 4, requires_grad=True), torch.tensor([[0, 2]] * 2)
+    upstream = torch.randn(2, 3, 4)
+    expected, found = (
+        torch.autograd.grad(ops.gather_tokens(x, index, backend="triton"), x, one)[0]
+        for one in (upstream, _negative(upstream))
+    )
+    assert torch.equal(found, expected)
+
+
+def _with_gaps(tensor):
+    """Return the numbers with others, which nobody may read, between them."""
+    others = torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else tensor + 100_000
+    return torch.stack([tensor, ~tensor if tensor.dtype == torch.bool else others], -1)[..., 0]
+
+
+def _inside_out(tensor):
+    """Return the numbers with the first axis last in memory."""
+    return tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+
+
+@pytest.mark.parametrize("layout", [_with_gaps, _inside_out])
+@pytest.mark.parametrize("name", CASES)
+def test_tensors_of_any_layout(name, layout):
+    """All arguments at once, and in the backward pass too."""
+    case, found = CASES[name], []
+    for way in (layout, torch.clone):
+        values = {one: _changed(value, way, floats=False) for one, value in case.arguments(dtype=torch.float32).items()}
+        leaves = [values[one].requires_grad_() for one in case.differentiable]
+        results = flat(getattr(ops, case.operator)(**as_arguments(values), backend="triton"))
+        rows = [one for one in results if one.requires_grad]
+        upstream = [way(torch.linspace(-1, 1, one.numel()).view(one.shape)) for one in rows]
+        grads = torch.autograd.grad(rows, leaves, upstream, materialize_grads=True) if rows else ()
+        found.append([*(one.detach() for one in results), *grads])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", [_with_gaps, _inside_out, lambda groups: groups[:1].expand_as(groups)])
+def test_groups_of_any_layout(layout):
+    slot = torch.tensor([[0, 2, 1, 2, 0]] * 2)
+    groups = ops.group_slots(slot, 3, backend="triton")
+    for call, x in ((ops.merge_tokens, torch.randn(2, 5, 4)), (ops.unmerge_tokens, torch.randn(2, 3, 4))):
+        arguments = (x, slot, 3) if call is ops.merge_tokens else (x, slot)
+        results = []
+        for own in (groups, tuple(map(layout, groups))):
+            leaf = x.clone().requires_grad_()
+            out = flat(call(leaf, *arguments[1:], groups=own, backend="triton"))[0]
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+        assert all(map(torch.equal, *results))
