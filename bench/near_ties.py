@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastreduce.arguments import counted
 from fastreduce.deploy import FORMATS, Decided, export, load, settled
 from fastreduce.measure import environment
 from fastreduce.names import TITLES
@@ -96,7 +97,8 @@ def margins(decided: Decided, images: Tensor) -> tuple[list[Tensor], list[Margin
     with _noted() as (found, leads), torch.no_grad():
         results = list(decided(images))
     if len(found) != len(decided.kinds):
-        raise ValueError(f"{len(found)} selections in {len(decided.kinds)} stages: expected one of {METHODS}")
+        stages = counted(len(decided.kinds), "stage")
+        raise ValueError(f"{counted(len(found), 'selection')} in {stages}: expected one of {METHODS}")
     tensors, each = results[1:], []
     for stage, (kind, values) in enumerate(zip(decided.kinds, found, strict=True)):
         decision = tensors.pop(0)
