@@ -49,7 +49,7 @@ def moved(model, before):
 @pytest.mark.filterwarnings("ignore:.*random weights")
 @pytest.mark.parametrize("method", ["topk", "patchmerger"])
 def test_the_lines_in_timms_train(method, tmp_path):
-    """What ``train.py`` does with its model from there on: layer decay, averages, clipping, checkpoints, resuming."""
+    """Go on as ``train.py`` does: layer decay, averages, clipping, checkpoints, resuming."""
     model = run_lines("create_model(...)", method, create_model=build)["model"]
     assert fastreduce.is_patched(model)
     model.set_grad_checkpointing(enable=True)
