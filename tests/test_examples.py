@@ -24,7 +24,11 @@ def test_each_example_is_run():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(RUNS)
 
 
-@pytest.mark.parametrize("name", RUNS)
+# Exporting a whole DeiT-T takes longer than all other scripts; tests/cli does the same with one block.
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name == "export" else ()) for name in RUNS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_example(name, monkeypatch, tmp_path, capsys):
     if name == "export":
         pytest.importorskip("onnxruntime", reason="this example runs what it wrote in ONNX Runtime")

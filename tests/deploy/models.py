@@ -1,5 +1,8 @@
 """Tiny models for everything that is exported: an export takes a second, and three more for a hundred nodes."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -31,8 +34,9 @@ VARIANTS = {
     "kmedoids-equal": {"equal_weight": True, "first": 1, "keep": [5]},
     "evit-received": {"class_token": False, "global_pool": "avg"},
 }
-# PatchMerger's graph is SiT's with another projection, and a pattern is a selection without scores.
-_SLOW = ("patchmerger", "radial", *VARIANTS)
+# PatchMerger's graph is SiT's with another projection, and a pattern is a selection without scores. EViT's graph has
+# Top-K's selection and a fused token, DynamicViT's the same selection of other scores.
+_SLOW = ("topk", "dynamicvit", "patchmerger", "radial", *VARIANTS)
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in _SLOW else ()) for name in (*METHODS, *VARIANTS)]
 
 
@@ -61,3 +65,23 @@ def patched(name):
 
 def images(batch, seed=5):
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+_ALONE = """
+import sys, torch
+package = torch._inductor.aoti_load_package(sys.argv[1])
+found = [package(batch) for batch in torch.load(sys.argv[2])]
+assert not {"fastreduce", "timm", "transformers"} & set(sys.modules)
+torch.save(found, sys.argv[3])
+"""
+
+
+def run_alone(file, batches, folder):
+    """Run a ``.pt2`` file on batches of images in a process of torch alone -> its results."""
+    given, found = folder / "batches", folder / "results"
+    torch.save(batches, given)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", _ALONE, file, given, found]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(found)

@@ -10,7 +10,7 @@ from fastreduce.deploy.export import check
 from fastreduce.reducers import radial
 from fastreduce.tokens import Plan
 
-from .models import METHODS, VARIANTS, build, images, patched
+from .models import METHODS, VARIANTS, build, images, patched, run_alone
 
 BATCH = torch.export.Dim("batch", min=1, max=64)
 
@@ -90,6 +90,31 @@ def test_decisions_in_a_form_without_order():
     assert labels[0].tolist() == [[0, 2, 2]]
 
 
+def test_a_change_of_places_is_seen_in_no_later_stage():
+    """Kept tokens change places in the first stage; the second one keeps the same patches, and then other ones."""
+    selections = [Kind(True, False, 5, True), Kind(True, False, 4, True)]
+    ours = settled([torch.tensor([[4, 0, 2]]), torch.tensor([[0, 3]])], selections)  # patch 4 and what was fused
+    assert [one.tolist() for one in ours] == [[[1, 0, 1, 0, 1]], [[0, 0, 1, 1]]]
+    swapped = torch.tensor([[0, 4, 2]])
+    assert differing(ours, settled([swapped, torch.tensor([[3, 1]])], selections)) == (0, 9)
+    assert differing(ours, settled([swapped, torch.tensor([[3, 0]])], selections)) == (2, 9)
+    clusters = [Kind(True, True, 4), Kind(True, True, 2)]
+    first = [torch.tensor([[3, 1]]), torch.tensor([[1, 1, 1, 0]])]
+    ours = settled([*first, torch.tensor([[0]]), torch.zeros(1, 2)], clusters)
+    assert [one.tolist() for one in ours] == [[[1, 1, 1, 3]], [[3, 3]]]
+    first = [torch.tensor([[1, 3]]), torch.tensor([[0, 0, 0, 1]])]
+    assert differing(ours, settled([*first, torch.tensor([[1]]), torch.zeros(1, 2)], clusters)) == (0, 6)
+    assert differing(ours, settled([*first, torch.tensor([[0]]), torch.zeros(1, 2)], clusters)) == (2, 6)
+
+
+def test_padding_is_no_decision():
+    """A graph pads where eager mode cuts to the longest image."""
+    kinds = [Kind(True, False, 4), Kind(True, False, 4)]
+    cut = [torch.tensor([[2, 1], [3, -1]]), torch.tensor([[1], [0]])]
+    padded = [torch.tensor([[1, 2, -1, -1], [3, -1, -1, -1]]), torch.tensor([[0, -1], [0, -1]])]
+    assert differing(settled(cut, kinds), settled(padded, kinds)) == (0, 16)
+
+
 def test_decided_needs_a_patched_model():
     with pytest.raises(ValueError, match="not patched"):
         Decided(build())
@@ -100,9 +125,10 @@ def test_aotinductor(tmp_path):
     """A single program is compiled, since that takes seconds; ToMe has most of what a graph can hold."""
     model = fastreduce.patch(build(1), "tome", at=0, keep_rate=0.6)
     file = export(model, images(3), tmp_path / "model.pt2", to="pt2")
-    run = load(file)
-    for batch in (1, 5):
-        torch.testing.assert_close(run(images(batch, seed=batch))[0], eager(model, batch), rtol=1e-5, atol=1e-5)
+    for batch, found in zip((1, 5), run_alone(file, [images(1, seed=1), images(5, seed=5)], tmp_path), strict=True):
+        expected = eager(model, batch)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load(file)(images(batch, seed=batch)), [expected], rtol=1e-5, atol=1e-5)
 
 
 def test_first_members_are_the_same_in_a_graph(monkeypatch):

@@ -7,6 +7,7 @@ import fastreduce
 from fastreduce.deploy import Decided, export, load, settled
 from fastreduce.deploy.export import Leaves, onnx_program
 
+from .models import run_alone
 from .test_onnx import ALLOWED
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the ONNX graphs are run by onnxruntime")
@@ -92,8 +93,10 @@ def test_tensors_of_an_output_without_its_class():
 @pytest.mark.slow
 def test_compiled_ahead_of_time(tmp_path):
     model = fastreduce.patch(hugging_face().eval(), "topk", keep=KEEP, at=AT)
-    run = load(export(model, images(3), tmp_path / "model.pt2", to="pt2"))
+    file = export(model, images(3), tmp_path / "model.pt2", to="pt2")
+    batches = [images(1), images(5)]
     with torch.no_grad():
-        for batch in (1, 5):
-            (found,) = run(images(batch))
-            torch.testing.assert_close(found, model(images(batch)).logits, rtol=1e-5, atol=1e-5)
+        for batch, found in zip(batches, run_alone(file, batches, tmp_path), strict=True):
+            expected = model(batch).logits
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(load(file)(batch), [expected], rtol=1e-5, atol=1e-5)

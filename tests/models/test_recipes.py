@@ -133,15 +133,14 @@ def _torch_average(model):
 
 
 def _timm_average(model):
-    from timm.utils import ModelEmaV2
+    from timm.utils import ModelEmaV3
 
-    average = ModelEmaV2(model, decay=0.5)
+    average = ModelEmaV3(model, decay=0.5)
     return average.module, lambda: average.update(model)
 
 
-@pytest.mark.parametrize("make", [_torch_average, _timm_average])
-def test_moving_average(make):
-    model = patched(build(), 0.6)
+def _averaged(make, model):
+    """Average a model with itself, and then with weights that are all 0.1 higher."""
     average, update = make(model)
     update()
     torch.testing.assert_close(run(average), run(model))
@@ -149,42 +148,81 @@ def test_moving_average(make):
         for parameter in model.parameters():
             parameter.add_(0.1)
     update()
+    return average
+
+
+@pytest.mark.parametrize("make", [_torch_average, _timm_average])
+def test_moving_average(make):
+    model = patched(build(), 0.6)
+    average = _averaged(make, model)
     halfway = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in halfway.parameters():
             parameter.sub_(0.05)
     torch.testing.assert_close(run(average), run(halfway), rtol=1e-4, atol=1e-4)
+    whole, unpatched = _averaged(make, patched(build(), 1.0)), _averaged(make, build())
+    torch.testing.assert_close(run(whole), run(unpatched), rtol=1e-5, atol=1e-5)
+
+
+def _join(folder, rank=0, processes=1):
+    where = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=processes)
 
 
 @pytest.fixture
-def group(tmp_path):
+def gloo():
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+
+
+@pytest.fixture
+def group(gloo, tmp_path):
+    _join(tmp_path)
     yield
     torch.distributed.destroy_process_group()
 
 
-def _gradients(model):
+def _distributed(model, kind, processes=1):
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (processes,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _gradients(model, batch):
     model.train()
-    model(images()).square().mean().backward()
+    model(batch).square().mean().backward()
     full = (parameter.grad for parameter in model.parameters())
     return [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in full]
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keep_rate", [0.6, 1.0])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_distributed(group, kind):
-    expected = _gradients(patched(build(), 0.6))
-    model = patched(build(), 0.6)
-    if kind == "ddp":
-        model = nn.parallel.DistributedDataParallel(model)
-    else:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+def test_distributed(group, kind, keep_rate):
+    expected = _gradients(build() if keep_rate == 1 else patched(build(), keep_rate), images())
+    found = _gradients(_distributed(patched(build(), keep_rate), kind), images())
+    torch.testing.assert_close(found, expected)
 
-        mesh = init_device_mesh("cpu", (1,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    torch.testing.assert_close(_gradients(model), expected)
+
+def _half_of_the_batch(rank, folder, kind):
+    """Run one of two processes; the first one leaves the gradients behind."""
+    torch.set_num_threads(1)
+    _join(folder, rank, 2)
+    found = _gradients(_distributed(patched(build(), 0.6), kind, 2), images().chunk(2)[rank])
+    if not rank:
+        torch.save(found, f"{folder}/gradients")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_share_a_batch(gloo, tmp_path, kind):
+    torch.multiprocessing.spawn(_half_of_the_batch, (str(tmp_path), kind), nprocs=2)
+    expected = _gradients(patched(build(), 0.6), images())
+    torch.testing.assert_close(torch.load(tmp_path / "gradients"), expected, rtol=1e-4, atol=1e-6)
