@@ -31,6 +31,7 @@ __all__ = [
 
 INTERPRETED = knobs.runtime.interpret  # as Triton decides when a kernel is decorated
 _MOST_KEPT = 4096  # argument lists of a kernel
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,8 @@ class _Direct:
         self.driver: Any = None
         self.on_nvidia = False
         self.kept: dict[Any, tuple[Any, ...]] = {}
-        self.places: dict[tuple[type, ...], tuple[int, ...]] = {}  # of the tensors, by the arguments' types
+        # Of the tensors and of the tuples, by the arguments' types.
+        self.places: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}
         self.__name__, self.__doc__ = kernel.fn.__name__, kernel.fn.__doc__
 
     def __getattr__(self, name: str) -> Any:
@@ -118,15 +120,24 @@ class _Direct:
         kinds = tuple(map(type, args))
         places = self.places.get(kinds)
         if places is None:
-            places = self.places[kinds] = tuple(i for i, one in enumerate(args) if isinstance(one, torch.Tensor))
+            tensors, tuples = ([i for i, one in enumerate(args) if isinstance(one, of)] for of in (torch.Tensor, tuple))
+            places = self.places[kinds] = tensors, tuples
+        tensors, tuples = places
         values: list[Any] = [*args, device, kinds, *options, *options.values(), *map(type, options.values())]
-        for place in places:
+        for place in tensors:
             one = args[place]
             values[place] = one.dtype
             values.append(one.data_ptr() & 15)
+        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        for place in tuples:
+            inner = tuple(map(type, args[place]))
+            values.append(inner)
+            if not _NUMBERS.issuperset(inner):  # whose addresses are not looked at here
+                if record is not None:
+                    record.append(Launch(self.kernel, None, None, (x, y, z), None, None, ()))
+                return self.kernel.run(*args, grid=grid, warmup=False, **options)
         key = tuple(values)
         kept = self.kept.get(key)
-        x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
         if kept is None or is_watched((self.kernel,)):
             compiled = self._first_launch(key, grid, args, options)
             kept = self.kept.get(key, (None, None, None, None, ()))

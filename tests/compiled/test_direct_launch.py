@@ -98,7 +98,27 @@ def test_one_and_true_and_one_point_zero_are_three_things(launches):
     for value in (1, True, 1.0):
         kernel[(1,)](value, CONSTANT=0)
         kernel[(1,)](0, CONSTANT=value)
-    assert len(set(seen)) == 6
+        kernel[(1,)]((value, 2), CONSTANT=0)
+    assert len(set(seen)) == 9
+
+
+def test_tensors_in_a_tuple_are_left_to_triton(launches, monkeypatch):
+    """An address within is neither in the key nor in the record."""
+    seen = []
+
+    def run(self, *args, **options):
+        seen.append(args)
+
+    run.__module__ = JITFunction.__module__  # no harness
+    monkeypatch.setattr(JITFunction, "run", run)
+    kernel = _direct._Direct(gather_tokens.gather_tokens_kernel.kernel)
+    record = []
+    with _direct.recording(record):
+        for _ in range(3):
+            kernel[(1,)]((X, 1), CONSTANT=0)
+    assert len(seen) == 3
+    assert not kernel.kept
+    assert [one.run for one in record] == [None] * 3
 
 
 def test_hooks_of_a_profiler_see_every_launch(launches, by_triton):

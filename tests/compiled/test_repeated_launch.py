@@ -315,7 +315,7 @@ def test_compiled_kernels_are_kept_alive(launches):
 
     def launcher(scores):
         out = torch.empty(2, 3, dtype=torch.int64)
-        kernel[(2,)](scores, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        kernel[(2,)](scores, out, 9, 3, (9, 1), BLOCK=32, num_warps=1)
         return out
 
     kept = repeated_of(launcher)
@@ -492,7 +492,7 @@ def test_what_a_number_in_a_tensor_decides_is_not_repeated(launches, launcher):
         found = launcher(x, n)
         view = found if isinstance(found, torch.Tensor) else found[0]
         out = torch.empty(2, 3, dtype=torch.int64)
-        select_topk.sort_scores_kernel[(2,)](view, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        select_topk.sort_scores_kernel[(2,)](view, out, 9, 3, (9, 1), BLOCK=32, num_warps=1)
         return out
 
     kept = repeated_of(launching)
@@ -543,8 +543,8 @@ def test_workspaces_without_a_byte(launches):
     def launcher(x):
         out = torch.empty(2, 3, dtype=torch.int64)
         nothing = torch.empty(0, 5)
-        select_topk.sort_scores_kernel[(2,)](x, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
-        select_topk.sort_scores_kernel[(2,)](nothing, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        select_topk.sort_scores_kernel[(2,)](x, out, 9, 3, (9, 1), BLOCK=32, num_warps=1)
+        select_topk.sort_scores_kernel[(2,)](nothing, out, 9, 3, (9, 1), BLOCK=32, num_warps=1)
         return out
 
     kept = repeated_of(launcher)
@@ -559,7 +559,7 @@ def test_a_workspace_with_gaps_is_all_there(launches):
     def launcher(x):
         out = torch.empty(2, 3, dtype=torch.int64)
         for space in (torch.empty_strided((2, 9), (5000, 1)), torch.empty(9)):
-            select_topk.sort_scores_kernel[(2,)](space, out, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+            select_topk.sort_scores_kernel[(2,)](space, out, 9, 3, (9, 1), BLOCK=32, num_warps=1)
         return out
 
     kept = repeated_of(launcher)
@@ -574,7 +574,7 @@ def test_a_result_that_is_expanded_has_all_its_memory(launches):
 
     def launcher(x):
         room = torch.empty(3, 3)
-        select_topk.sort_scores_kernel[(2,)](x, room, 9, 3, 9, 1, BLOCK=32, num_warps=1)
+        select_topk.sort_scores_kernel[(2,)](x, room, 9, 3, (9, 1), BLOCK=32, num_warps=1)
         return room[0].expand(3, 3)
 
     kept = repeated_of(launcher)

@@ -70,7 +70,7 @@ class _Launcher:
         signature, names = self.compiled.src.signature, self.compiled.src.fn.arg_names
         bound = dict(zip(names, args[2:], strict=True))
         for name, kind in signature.items():
-            if kind.startswith("*") and isinstance(bound[name], int):
+            if isinstance(kind, str) and kind.startswith("*") and isinstance(bound[name], int):
                 bound[name] = active.tensor_at(bound[name])
         if x * y * z:
             active.emulation.launch(self.compiled, names, bound, (x, y, z))
