@@ -486,7 +486,7 @@ def test_what_pytorch_computes_is_not_repeated(launches, launcher):
     ],
 )
 def test_what_a_number_in_a_tensor_decides_is_not_repeated(launches, launcher):
-    """Of a view even: its place is the number's, and would be taken for a constant."""
+    """A view of it is not repeated either: its place is the number's, and would be taken for a constant."""
 
     def launching(x, n):
         found = launcher(x, n)

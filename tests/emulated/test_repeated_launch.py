@@ -1,4 +1,4 @@
-"""What launchers repeat is executed: the same bits as by the launcher itself, for other tensors of the same kind."""
+"""Repeated launches, executed: the same bits as by the launcher itself, for other tensors of the same kind."""
 
 import pytest
 import torch
