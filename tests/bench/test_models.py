@@ -278,6 +278,7 @@ def test_groups_come_one_by_one(monkeypatch):
     assert built == [0.7]
 
 
+@pytest.mark.slow
 def test_one_model_is_built_once(monkeypatch):
     """Other steps, rounds and batches meet the models that were built, and are checked at every batch."""
     built, checked, kept = [], [], contests.Contests(most=2)

@@ -448,7 +448,7 @@ def test_no_traceback_whatever_is_given(unbuilt, command, pairs):
     assert list(unbuilt.iterdir()) == [], arguments
 
 
-@settings(max_examples=200, **QUIET)
+@settings(max_examples=80, **QUIET)
 @given(command=st.sampled_from(["compare", "plan"]), option=st.sampled_from(COMMON), value=st.text(max_size=8))
 def test_no_traceback_whatever_letters_are_given(unbuilt, command, option, value):
     done = run(command, option, value)

@@ -91,6 +91,7 @@ def test_the_papers_recipe():
     assert not Backbone("deit_tiny_patch16_224").knows(1000)
 
 
+@pytest.mark.slow  # test_run and the commands train too
 def test_train_all(tmp_path, monkeypatch):
     protocol = dataclasses.replace(PLAIN, epochs=1)
     narrow = dataclasses.replace(BACKBONE, options={**BACKBONE.options, "embed_dim": 8})
