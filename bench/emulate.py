@@ -5,8 +5,8 @@ python -m bench.emulate [--all] [--arch sm_80,sm_90] [--primitives ...] [--dtype
 
 It runs every primitive, forward and backward, at 50 tokens, on both architectures: with copies as early and products
 as late as may be, and the reverse. Then it runs special paths, and integer arguments of 0 and 1. The exit code is not
-zero if anything is wrong. Without ``--all`` some dtypes are left out, and float32 runs for the last architecture, for continuous integration.
-``bench.proof.emulator`` says what is modelled. TRITON_CACHE_DIR says where compiled kernels are kept.
+zero if anything is wrong. Without ``--all``, for continuous integration, some dtypes are left out, and float32 runs for
+the last architecture alone. ``bench.proof.emulator`` says what is modelled. TRITON_CACHE_DIR says where compiled kernels are kept.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def _climb_all(found: list[Task], jobs: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.emulate", description=__doc__.splitlines()[0])
     parser.add_argument("--all", action="store_true", help="every dtype, more shapes")
-    parser.add_argument(
-        "--arch", help=f"of {', '.join(ARCHES)}, comma separated (default: both; for float32 the last, but with --all)"
-    )
+    parser.add_argument("--arch", help=f"of {', '.join(ARCHES)}, comma separated (default: both)")
     parser.add_argument("--primitives", help="names, comma separated (default: all)")
     parser.add_argument("--dtypes", help=f"of {', '.join(DTYPES)}, comma separated")
     parser.add_argument("--shapes", help=f"MODEL-TOKENS-BATCH, comma separated (default: {_SHAPE})")
