@@ -6,7 +6,8 @@ python -m bench.emulate [--all] [--arch sm_80,sm_90] [--primitives ...] [--dtype
 It runs every primitive, forward and backward, at 50 tokens, on both architectures: with copies as early and products
 as late as may be, and the reverse. Then it runs special paths, and integer arguments of 0 and 1. The exit code is not
 zero if anything is wrong. Without ``--all``, for continuous integration, some dtypes are left out, and float32 runs for
-the last architecture alone. ``bench.proof.emulator`` says what is modelled. TRITON_CACHE_DIR says where compiled kernels are kept.
+the last architecture alone. ``bench.proof.emulator`` says what is modelled. TRITON_CACHE_DIR says where compiled
+kernels are kept.
 """
 
 from __future__ import annotations
