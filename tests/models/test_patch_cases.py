@@ -10,6 +10,7 @@ from tests.helpers.patch_cases import CHANGES, PARTS, REPLACEMENTS, Case, all_ca
 SOME = random.Random(20).sample(all_cases(), 240)
 
 
+@pytest.mark.slow  # cases at random; the next test has every part and every change
 @pytest.mark.parametrize("group", range(12))
 def test_no_silent_difference(group):
     with warnings.catch_warnings():

@@ -386,7 +386,7 @@ def by_reference(x, metric):
     return whole + kept[0].sum(1) + kept[1].square().sum(1)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [by_functions, by_reference])
 def test_compile_fullgraph(stage, dynamic):
     torch._dynamo.reset()
