@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,17 +49,28 @@ def _backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs) -> int
     return nbytes(*_tensors(inputs), *outputs, *gradients)
 
 
-def _tiles(inputs: Inputs, scored: bool = False) -> Any:
+class _Own(NamedTuple):
+    """Rows that one program owns: queries of the forward pass and of q's gradient, keys of k's and v's."""
+
+    forward: int
+    grad_queries: int
+    grad_keys: int
+
+
+def _own(inputs: Inputs, scored: bool = False) -> _Own:
     from fastreduce.kernels._attention import attention_tiles
 
     with_options = scored or any(name in inputs for name in ("bias", "index", "offsets"))
-    return attention_tiles(inputs["q"].shape[3], inputs["q"].dtype, aligned=True, with_options=with_options)
+    forward, grad_queries, grad_keys = attention_tiles(
+        inputs["q"].shape[3], inputs["q"].dtype, aligned=True, with_options=with_options
+    )
+    return _Own(forward["BLOCK_M"], grad_queries["BLOCK_M"], grad_keys["BLOCK_N"])
 
 
 def _tiled(inputs: Inputs) -> int:
     """Count Q and the result once; K, V and every head's copy of the policy or the bias once a tile of queries."""
     q, k, v, *of_keys = _tensors(inputs)
-    sweeps = math.ceil(q.shape[2] / _tiles(inputs).forward.own)
+    sweeps = math.ceil(q.shape[2] / _own(inputs).forward)
     return 2 * nbytes(q) + sweeps * (nbytes(k, v) + q.shape[1] * nbytes(*of_keys))
 
 
@@ -81,9 +92,9 @@ def _backward_tiled(inputs: Inputs, scored: bool = False) -> int:
     q, k, v, *of_keys = _tensors(inputs)
     if not scored and _goes_at_once(inputs, q.shape[2]):
         return 3 * nbytes(q) + nbytes(k, v) + nbytes(q, k, v) + q.shape[1] * nbytes(*of_keys)
-    tiles = _tiles(inputs, scored)
-    over_keys = math.ceil(q.shape[2] / tiles.grad_queries.own)
-    over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
+    own = _own(inputs, scored)
+    over_keys = math.ceil(q.shape[2] / own.grad_queries)
+    over_queries = math.ceil(k.shape[2] / own.grad_keys)
     others = (over_keys + 1) * q.shape[1] * nbytes(*of_keys)
     return (1 + over_queries) * 2 * nbytes(q) + (1 + over_keys) * nbytes(k, v) + nbytes(q, k, v) + others
 
@@ -174,7 +185,7 @@ def _index_bytes(inputs: Inputs) -> tuple[int, int, int]:
 
 def _index_tiled(inputs: Inputs) -> int:
     queries, rows, index = _index_bytes(inputs)
-    sweeps = math.ceil(queries / _tiles(inputs).forward.own)
+    sweeps = math.ceil(queries / _own(inputs).forward)
     return 2 * rows + index + sweeps * nbytes(inputs["k"], inputs["v"])
 
 
@@ -184,9 +195,9 @@ def _index_backward_tiled(inputs: Inputs) -> int:
     queries, rows, index = _index_bytes(inputs)
     if _goes_at_once(inputs, queries):
         return 3 * rows + index + nbytes(k, v) + 2 * rows + nbytes(q, k, v)
-    tiles = _tiles(inputs)
-    over_keys = math.ceil(queries / tiles.grad_queries.own)
-    over_queries = math.ceil(k.shape[2] / tiles.grad_keys.own)
+    own = _own(inputs)
+    over_keys = math.ceil(queries / own.grad_queries)
+    over_queries = math.ceil(k.shape[2] / own.grad_keys)
     gradients = 2 * rows + nbytes(q, k, v)
     return (1 + over_queries) * (2 * rows + index) + (1 + over_keys) * nbytes(k, v) + gradients
 
@@ -227,18 +238,18 @@ def _packed_backward_floor(inputs: Inputs, outputs: Outputs, gradients: Outputs)
 def _packed_tiled(inputs: Inputs) -> int:
     """Count every image alone, and the result's rows, all of them."""
     q = inputs["q"]
-    row, own = nbytes(q) // q.shape[2], _tiles(inputs).forward.own
+    row, own = nbytes(q) // q.shape[2], _own(inputs).forward
     return nbytes(q) + row * sum(length + 2 * length * math.ceil(length / own) for length in _lengths(inputs))
 
 
 def _packed_backward_tiled(inputs: Inputs) -> int:
     q = inputs["q"]
-    row, tiles = nbytes(q) // q.shape[2], _tiles(inputs)
+    row, own = nbytes(q) // q.shape[2], _own(inputs)
     if _goes_at_once(inputs, max(_lengths(inputs))):
         return 3 * nbytes(q) + 5 * row * sum(_lengths(inputs))
     read = 0
     for length in _lengths(inputs):
-        sweeps = math.ceil(length / tiles.grad_queries.own) + math.ceil(length / tiles.grad_keys.own)
+        sweeps = math.ceil(length / own.grad_queries) + math.ceil(length / own.grad_keys)
         read += (4 + 2 * sweeps) * length
     return 3 * nbytes(q) + row * read
 
@@ -275,13 +286,13 @@ def _class_backward_tiled(inputs: Inputs) -> int:
 def _received_tiled(inputs: Inputs) -> int:
     """Count K once more, and Q once a tile of keys."""
     q, k = inputs["q"], inputs["k"]
-    return _tiled(inputs) + nbytes(k) + math.ceil(k.shape[2] / _tiles(inputs).forward.own) * nbytes(q)
+    return _tiled(inputs) + nbytes(k) + math.ceil(k.shape[2] / _own(inputs).forward) * nbytes(q)
 
 
 def _received_backward_tiled(inputs: Inputs) -> int:
     """Count K once more a tile of queries."""
     q, k = inputs["q"], inputs["k"]
-    over_keys = math.ceil(q.shape[2] / _tiles(inputs, scored=True).grad_queries.own)
+    over_keys = math.ceil(q.shape[2] / _own(inputs, scored=True).grad_queries)
     return _backward_tiled(inputs, scored=True) + over_keys * nbytes(k)
 
 
