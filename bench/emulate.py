@@ -5,9 +5,8 @@ python -m bench.emulate [--all] [--arch sm_80,sm_90] [--primitives ...] [--dtype
 
 It runs every primitive, forward and backward, at 50 tokens, on both architectures: with copies as early and products
 as late as may be, and the reverse. Then it runs special paths, and integer arguments of 0 and 1. The exit code is not
-zero if anything is wrong. Without ``--all``, for continuous integration, some dtypes are left out, and float32 runs for
-the last architecture alone. ``bench.proof.emulator`` says what is modelled. TRITON_CACHE_DIR says where compiled
-kernels are kept.
+zero if anything is wrong. Without ``--all`` some dtypes are left out, for continuous integration.
+``bench.proof.emulator`` says what is modelled. TRITON_CACHE_DIR says where compiled kernels are kept.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def tasks(options: argparse.Namespace) -> list[Task]:
             if names is not None:
                 check_words(names, known, "primitive")
             point = Shape(shape.model, shape.tokens, shape.batch, DTYPES[dtype])
-            own_arches = arches if options.all or options.arch or dtype != "float32" else arches[-1:]
-            found += [Task(group, name, point, own_arches) for name in (known if names is None else names)]
+            found += [Task(group, name, point, arches) for name in (known if names is None else names)]
     return found
 
 

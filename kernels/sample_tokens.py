@@ -27,7 +27,7 @@ def sample_tile(tokens: int, budget: int) -> Tile:
     block_n, block_k = fitting(tokens, 512, least=32), fitting(budget, 512, least=32)
     # With one stage no load moves before a barrier.
     tile = Tile(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=max(1, max(block_n, block_k) // 64), num_stages=1)
-    # By itself the assembler spills a few words on sm_90 there, to fit one more program on a multiprocessor.
+    # With more tokens the assembler by itself spills a few words on sm_90, to fit one more program on a multiprocessor.
     return Tile(tile, maxnreg=64) if tokens > 4096 else tile
 
 

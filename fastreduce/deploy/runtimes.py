@@ -35,7 +35,7 @@ def _onnxruntime(file: Path, threads: int) -> Runtime:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Idle threads would keep the cores that the next model needs: of models in turns each then ran up to twice as long.
+    # Idle threads would keep the cores that the next of several models needs: their times in turns meant nothing.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name

@@ -8,9 +8,9 @@ from torch import Tensor
 from ._export import for_onnx, marks, nearest_in_row, number_below
 from ._rows import accumulator
 
-__all__ = ["nearest_tokens", "sample_tokens", "sampling_grid"]
+__all__ = ["nearest_tokens", "sample_tokens", "sampling_grid", "search_nearest"]
 
-_FEW = 1 << 15  # comparisons that take less time than the twenty operators of two searches: an image or two
+_FEW = 1 << 16  # comparisons that take less time than the operators of two searches: 54 us against 74 for two images
 
 
 def sampling_grid(budget: int, parts: int | None = None, device: torch.device | None = None) -> Tensor:
@@ -25,11 +25,16 @@ def sampling_grid(budget: int, parts: int | None = None, device: torch.device | 
 def nearest_tokens(cdf: Tensor, grid: Tensor) -> Tensor:
     """Compute ``argmin_n |grid[b, i] - cdf[b, n]|``, the lowest n on ties, all in the dtype's own rounding.
 
-    cdf (B, N) non-decreasing and not negative, grid (B, K), both contiguous -> (B, K) int64. Two binary searches
-    instead of a (B, K, N) comparison, but where that is small.
+    cdf (B, N) non-decreasing and not negative, grid (B, K), both contiguous -> (B, K) int64. For few tokens and points
+    everything is compared, else searched.
     """
     if for_onnx() or (not torch.compiler.is_compiling() and grid.numel() * cdf.shape[1] <= _FEW):
         return nearest_in_row(cdf, grid)
+    return search_nearest(cdf, grid)
+
+
+def search_nearest(cdf: Tensor, grid: Tensor) -> Tensor:
+    """Compute the same as :func:`nearest_tokens` by two binary searches, instead of a (B, K, N) comparison."""
     above = torch.searchsorted(cdf, grid)
     below = (above - 1).clamp_(min=0)
     above.clamp_(max=cdf.shape[1] - 1)

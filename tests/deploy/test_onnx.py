@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastreduce.deploy import Decided, settled
+from fastreduce.deploy import Decided, load, settled
 from fastreduce.deploy.export import onnx_program
 
 from .models import NAMES, images, patched
@@ -52,3 +52,21 @@ def test_operators_that_every_runtime_has(exported):
         assert node.op_type in ALLOWED
         if node.op_type == "ScatterElements":  # silently wrong in TensorRT with a reduction
             assert all(attribute.name != "reduction" or attribute.s == b"none" for attribute in node.attribute)
+
+
+def test_idle_threads_of_the_runtime_do_not_spin(tmp_path, monkeypatch):
+    """Several models in one process would take each other's cores."""
+    given = []
+    made = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda file, options, **rest: given.append(options) or made(file, options, **rest),
+    )
+    model = torch.nn.Linear(4, 2).eval()
+    torch.onnx.export(model, (torch.ones(1, 4),), tmp_path / "linear.onnx", dynamo=True, verbose=False)
+    (found,) = load(tmp_path / "linear.onnx", threads=2)(torch.ones(1, 4))
+    torch.testing.assert_close(found, model(torch.ones(1, 4)).detach())
+    (options,) = given
+    assert options.intra_op_num_threads == 2
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"

@@ -99,13 +99,8 @@ def test_bad_options(arguments, words, capsys):
 
 def test_all_takes_what_the_default_leaves_out():
     few, many = (emulate.tasks(emulate._parser().parse_args(words)) for words in ([], ["--all"]))
-    few_runs, many_runs = (
-        {(task.group, task.name, task.shape, arch) for task in found for arch in task.arches} for found in (few, many)
-    )
-    assert few_runs < many_runs
-    assert {arch for *_, arch in few_runs} == set(ladder.ARCHES)
-    everywhere = {task.arches for task in few if task.shape.dtype != torch.float32}
-    assert everywhere == {tuple(ladder.ARCHES)}
+    assert set(few) < set(many)
+    assert {task.arches for task in few} == {tuple(ladder.ARCHES)}
     assert {task.shape.dtype for task in many if task.group == "primitives"} == {
         torch.bfloat16,
         torch.float16,

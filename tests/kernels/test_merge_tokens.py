@@ -60,13 +60,14 @@ def test_groups_where_one_slot_takes_all(fill):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["dense", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", ["dense", "sliced", "expanded", "dropped"])
 @pytest.mark.parametrize(("batch", "num_tokens", "num_out", "channels"), SHAPES)
 def test_merge_forward_and_backward(batch, num_tokens, num_out, channels, layout, dtype):
+    low, layout = (-1, "dense") if layout == "dropped" else (0, layout)  # tokens of no slot
     x = tokens(batch, num_tokens, channels, dtype=dtype, layout=layout)
     residual = tokens(batch, num_out, channels, dtype=dtype, seed=1, layout=layout)
     grad = tokens(batch, num_out, channels, dtype=dtype, seed=2, layout=layout)
-    slot, size = random_slots(batch, num_tokens, num_out), random_sizes(batch, num_tokens)
+    slot, size = random_slots(batch, num_tokens, num_out, low=low), random_sizes(batch, num_tokens)
     for triple in merged_three_ways(x, slot, num_out, size, residual, grad):
         assert_within_budget(*triple)
 

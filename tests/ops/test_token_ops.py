@@ -251,6 +251,27 @@ def test_gradcheck_unmerge():
     assert torch.autograd.gradcheck(lambda x: UnmergeTokens.apply(x, slot, *groups), leaf(tokens(2, 4, 3).double()))
 
 
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_token_of_no_slot_is_left_out(batch, sized):
+    """By the mean of each slot, written out; a slot that no token has is zero."""
+    slot, x, size = slots(batch, low=-1), tokens(batch, 9, 5).double(), sizes(batch, dtype=torch.float64)
+    slot[slot == 2] = -1
+    weights = size if sized else torch.ones_like(size)
+    means, sums = torch.zeros(batch, 4, 5, dtype=torch.float64), torch.zeros(batch, 4, dtype=torch.float64)
+    for image in range(batch):
+        for one in range(4):
+            of_it = slot[image] == one
+            sums[image, one] = weights[image, of_it].sum()
+            if of_it.any():
+                means[image, one] = (x[image, of_it] * weights[image, of_it, None]).sum(0) / sums[image, one]
+    assert (slot == -1).any(1).all()
+    for chosen in (slot, slot.int()):
+        merged, total = ops.merge_tokens(x, chosen, 4, size=size if sized else None, backend="reference")
+        torch.testing.assert_close(merged, means)
+        torch.testing.assert_close(total, sums)
+
+
 def norm_ways(kernels):
     """Return every reduction with a norm, by its Function or by the reference.
 
