@@ -1,4 +1,4 @@
-"""Tiles, pieces of kernels and sums over heads, shared by the forward and the backward pass of attention."""
+"""Tiles, device functions and a sum over heads, shared by the forward and the backward pass of attention."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ def _tile(queries: int, keys: int, num_warps: int, **registers: int) -> Tile:
     return Tile(BLOCK_M=queries, BLOCK_N=keys, num_warps=num_warps, num_stages=2, **registers)
 
 
-# The three passes: over the keys for the result, over the keys for q, over the queries for k and v.
-# By the padded head dimension, found by compiling: nothing spills for sm_80 and sm_90, whatever the options.
+# By the padded head dimension, a tile for each pass: over the keys for the result, over the keys for the gradient of q,
+# over the queries for the gradients of k and v. Found by compiling: none spills for sm_80 and sm_90, with any option.
 HALF_TILES = {
     64: (_tile(64, 64, 4), _tile(64, 32, 4), _tile(32, 64, 4)),
     128: (_tile(128, 32, 8), _tile(64, 32, 8), _tile(32, 64, 8)),
     256: (_tile(64, 32, 8), _tile(32, 32, 8), _tile(64, 32, 8)),
 }
-# At 128 channels a few words would spill, of an index or scores with a bias on sm_80.
+# At 128 channels, larger tiles spill a few words on sm_80 with an index, and with scores and a bias.
 SHORT_GRAD_QUERIES = _tile(64, 16, 8)
 # By itself the assembler spills a few words to fit one more program on a multiprocessor.
 ALL_REGISTERS = {"maxnreg": 255}
-# Rows that are not aligned to 16 bytes take an address for every element, and with twice as many a few words spill;
-# of float32 at 128 channels with any option too.
+# Rows that are not aligned to 16 bytes need an address for every element: twice as many rows spill a few words.
+# Rows of float32 with 128 channels spill them with any option too.
 SMALL_HALF = _tile(16, 16, 4, **ALL_REGISTERS)
 SMALL_FLOAT = _tile(16, 16, 8, **ALL_REGISTERS)
-# Exact dots hold their operands in registers, dots of two gradients the most.
+# Exact dots hold their operands in registers; the dots of the gradients hold most.
 FLOAT_TILES = {
     64: (_tile(32, 16, 8), _tile(32, 16, 8), _tile(16, 32, 8)),
     128: (_tile(32, 16, 8), _tile(32, 16, 8), SMALL_FLOAT),
@@ -49,7 +49,7 @@ def attention_tiles(
 ) -> tuple[Tile, Tile, Tile]:
     """Return the tiles of the three passes, for a head dimension up to 256.
 
-    ``with_options``: keys have a bias, queries an index, images offsets, or scores a gradient.
+    ``with_options`` stands for a bias, an index, offsets or a gradient of the scores.
     """
     width = max(64, padded_head_dim(head_dim))
     if aligned and dtype != torch.float32:
@@ -66,12 +66,12 @@ def attention_tiles(
 
 @functools.cache
 def whole_tile(queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, with_options: bool) -> Tile | None:
-    """Return the tile of a program that has all queries of a head, None where two passes take their place.
+    """Return the tile of a program that has all queries of a head, or None where two passes are needed.
 
-    Such a program makes five products for the gradients.
-    Two passes make seven, as each computes the logits and the gradient of the weights for itself.
-    The limit is the number of accumulators that 8 warps hold beside a step's logits, on Hopper alone: older tensor
-    cores take operands from registers. With a policy, gradients of scores or channels to be masked, some would spill.
+    Such a program computes the gradients with five products. Two passes need seven: each computes the logits and the
+    gradient of the weights for itself. 8 warps must hold the accumulators beside the logits of a step. That works on
+    Hopper alone, since older tensor cores take operands from registers. A policy, gradients of scores, or channels that
+    need a mask would spill.
     """
     own, width = max(64, next_power_of_2(queries)), padded_head_dim(head_dim)
     if not aligned or dtype == torch.float32 or width != head_dim or own * max(64, width) > 16384:
@@ -80,7 +80,7 @@ def whole_tile(queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, w
 
 
 def takes_whole() -> bool:
-    """Return whether the device is a Hopper; the interpreter takes what Hopper takes."""
+    """Return whether the device is a Hopper; the interpreter behaves as one."""
     if not is_compiled(sum_heads_kernel):
         return True
     target = triton.runtime.driver.active.get_current_target()
@@ -88,22 +88,19 @@ def takes_whole() -> bool:
 
 
 def last_rows(rows: int, step: int) -> int:
-    """Count the rows of the last step, where whole ones leave some: as few as hold them, at least 16; else 0."""
+    """Return the size of the last step: the least power of two, 16 or more, that holds the rest; 0 without a rest."""
     left = rows % step
     return min(step, max(16, next_power_of_2(left))) if left else 0
 
 
 def has_last_step(head_dim: int, dtype: torch.dtype, unit: int) -> bool:
-    """Return whether the last step stands apart and is the only one that is masked.
-
-    That takes registers, so wider rows mask every step.
-    """
+    """Return whether only the last step is masked, in separate code; wider rows lack the registers for that."""
     return dtype != torch.float32 and unit > 1 and padded_head_dim(head_dim) <= 64
 
 
 @triton.jit
 def load_rows(pointers, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load rows of D channels, zeros past them; ``rows`` is a mask or None."""
+    """Load rows (ROWS, BLOCK_D) with D real channels and zeros past them; ``rows`` is their mask or None."""
     in_d = (tl.arange(0, BLOCK_D) < D)[None, :]
     if rows is not None:
         loaded = tl.load(pointers, mask=rows[:, None] & in_d, other=0.0)
@@ -116,7 +113,7 @@ def load_rows(pointers, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_columns(row, columns, mask, stride):
-    """Load a number a key as float32; ``mask`` may be None."""
+    """Load one float32 for each key; ``mask`` may be None."""
     pointers = row + columns.to(tl.int64) * stride
     if mask is None:
         loaded = tl.load(pointers)
@@ -127,7 +124,7 @@ def load_columns(row, columns, mask, stride):
 
 @triton.jit
 def load_bias(row, columns, mask, stride, log2_e):
-    """Load the bias of these keys, in units of log 2; -inf past the end, which ``mask`` (or None) knows."""
+    """Load the bias of these keys in units of log 2, -inf where ``mask`` is False; ``mask`` may be None."""
     pointers = row + columns.to(tl.int64) * stride
     if mask is None:
         loaded = tl.load(pointers)
@@ -138,7 +135,7 @@ def load_bias(row, columns, mask, stride, log2_e):
 
 @triton.jit
 def chosen_rows(places, index, index_stride_k, prefix, mask, first):
-    """Return the rows of q for places in this image, which begins at ``first``: of the prefix, then of the index."""
+    """Return the rows of q for these places of an image that begins at ``first``: the prefix, then the index's rows."""
     patches = places - prefix
     chosen = tl.load(index + patches.to(tl.int64) * index_stride_k, mask=mask & (patches >= 0), other=0)
     return tl.where(patches >= 0, chosen.to(tl.int64) + prefix, places.to(tl.int64)) + first
@@ -146,7 +143,7 @@ def chosen_rows(places, index, index_stride_k, prefix, mask, first):
 
 @triton.jit
 def clear_rows(target, offsets, rows, heads, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write zeros to this head's rows past the last image: all programs of a head share them."""
+    """Write zeros to the rows of this head past the last image; the programs of the head share these rows."""
     first = tl.load(offsets + tl.num_programs(2))
     part = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -168,7 +165,7 @@ def sum_heads_kernel(
     keys,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum BLOCK_N keys in each program, heads in order."""
+    """Sum the parts of BLOCK_N keys over the heads, in order, in each program; grid (blocks of keys, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = offsets_n < keys
@@ -187,7 +184,7 @@ Parts = list[tuple[int, torch.Tensor | None, tuple[torch.Tensor | None, torch.Te
 def launches(
     images: int, index: torch.Tensor | None, query_offsets: torch.Tensor | None, key_offsets: torch.Tensor | None
 ) -> Parts:
-    """Return number, index and offsets of the images of each launch: several for more packed ones than a grid takes."""
+    """Return count, index and offsets of the images for each launch: a grid takes MOST_IMAGES packed images at most."""
     parts = parts_of_images(images)
     if len(parts) == 1 or query_offsets is None or key_offsets is None:
         return [(images, index, (query_offsets, key_offsets))]

@@ -1,4 +1,4 @@
-"""A short way from a launcher to the compiled kernel, and arithmetic that Triton's own takes 2 µs for on the host."""
+"""Launches that go straight to the compiled kernel, and two functions of Triton's that take 2 µs on the host."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = [
 ]
 
 INTERPRETED = knobs.runtime.interpret  # as Triton decides when a kernel is decorated
-_MOST_KEPT = 4096  # argument lists of a kernel
+_MOST_KEPT = 4096  # argument lists that are kept for a kernel
 _NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A launch: what Triton compiled for its arguments, and these, all in the order of the kernel's parameters.
+    """A launch: the compiled kernel and its arguments, in the order of the kernel's parameters.
 
     Attributes:
-        kernel: of Triton.
-        compiled: what Triton made of it for these arguments, and unloads once nobody holds it.
-        run: launches; None where only Triton can.
+        kernel: the kernel under ``@triton.jit``.
+        compiled: the kernel compiled for these arguments. Triton unloads it once nobody holds it.
+        run: the function that launches it; None where Triton alone can launch.
     """
 
     kernel: Any
@@ -53,12 +53,12 @@ class Launch:
     arguments: tuple[Any, ...]
 
 
-_records: dict[int, list[Launch]] = {}  # by the thread
+_records: dict[int, list[Launch]] = {}  # by thread
 
 
 @contextlib.contextmanager
 def recording(launches: list[Launch]) -> Iterator[None]:
-    """Append all that this thread launches within the block."""
+    """Append every launch of this thread within the block."""
     thread = threading.get_ident()
     _records[thread] = launches
     try:
@@ -68,20 +68,20 @@ def recording(launches: list[Launch]) -> Iterator[None]:
 
 
 def direct(kernel: Any) -> Any:
-    """Decorate a kernel, above ``@triton.jit``: what Triton decided for arguments like these is kept and launched.
+    """Decorate a kernel, above ``@triton.jit``: its compiled form is kept for arguments of one kind, and launched.
 
-    This launch takes a third of the time of Triton's own. Interpreted kernels stay as they are.
+    A launch then takes a third of the time of Triton's own. Interpreted kernels are not changed.
     """
     return _Direct(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 def is_compiled(kernel: Any) -> bool:
-    """Return whether a kernel is compiled; the interpreter's have no target and take no settings of one."""
+    """Return whether a kernel is compiled; an interpreted one has no target, and takes no settings of one."""
     return isinstance(kernel, (_Direct, JITFunction))
 
 
 class _Direct:
-    """A kernel that is launched by ``kernel[grid](...)``; whatever else is asked of it is Triton's."""
+    """A kernel that is launched by ``kernel[grid](...)``; other attributes are taken from Triton's kernel."""
 
     def __init__(self, kernel: JITFunction):
         self.kernel = kernel
@@ -89,7 +89,7 @@ class _Direct:
         self.driver: Any = None
         self.on_nvidia = False
         self.kept: dict[Any, tuple[Any, ...]] = {}
-        # Of the tensors and of the tuples, by the arguments' types.
+        # Places of the tensors and of the tuples, by the types of the arguments.
         self.places: dict[tuple[type, ...], tuple[list[int], list[int]]] = {}
         self.__name__, self.__doc__ = kernel.fn.__name__, kernel.fn.__doc__
 
@@ -103,20 +103,20 @@ class _Direct:
         active = driver.active
         if active is not self.driver:
             self.on_nvidia, self.kept = active.get_current_target().backend == "cuda", {}
-            self.driver = active  # last, as another thread may read on
+            self.driver = active  # last, since another thread may be reading
         if not self.on_nvidia:
             options.pop("maxnreg", None)  # AMD's compiler has no such setting
         if is_replaced():
             return self.kernel.run(*args, grid=grid, warmup=False, **options)
         if _records and is_recorded():
-            with torch._C.DisableTorchFunction():  # what a launch asks of its tensors is no part of the record
+            with torch._C.DisableTorchFunction():  # the record is of the launch, not of its questions to tensors
                 return self._run(grid, args, options, _records[threading.get_ident()])
         return self._run(grid, args, options, None)
 
     def _run(self, grid: tuple[int, ...], args: Any, options: Any, record: list[Launch] | None) -> Any:
         active = self.driver
         device = active.get_current_device()
-        # All that Triton specialises by: dtype and alignment of a pointer, and numbers, here each value by itself.
+        # Triton specialises by dtype and alignment of a pointer, and by numbers; here each value of a number counts.
         kinds = tuple(map(type, args))
         places = self.places.get(kinds)
         if places is None:
@@ -132,7 +132,7 @@ class _Direct:
         for place in tuples:
             inner = tuple(map(type, args[place]))
             values.append(inner)
-            if not _NUMBERS.issuperset(inner):  # whose addresses are not looked at here
+            if not _NUMBERS.issuperset(inner):  # the alignment of a tensor inside is not checked here
                 if record is not None:
                     record.append(Launch(self.kernel, None, None, (x, y, z), None, None, ()))
                 return self.kernel.run(*args, grid=grid, warmup=False, **options)
@@ -143,7 +143,7 @@ class _Direct:
             kept = self.kept.get(key, (None, None, None, None, ()))
         else:
             compiled, run, function, metadata, rest = kept
-            # Without hooks, and so without the metadata that is for them.
+            # There are no hooks here, so the metadata for them is left out.
             stream = active.get_current_stream(device)
             run(x, y, z, stream, function, metadata, None, None, None, *args, *rest)
         if record is not None:
@@ -153,7 +153,7 @@ class _Direct:
 
     def _first_launch(self, key: Any, grid: tuple[int, ...], args: Any, options: Any) -> Any:
         compiled = self.kernel.run(*args, grid=grid, warmup=False, **options)
-        # An AMD kernel is specialised by the sizes of tensors too. In a harness that compiles only there is no kernel.
+        # An AMD kernel is specialised by the sizes of tensors too. A harness that only compiles returns no kernel.
         if isinstance(compiled, CompiledKernel) and self.on_nvidia and not is_watched((self.kernel,)):
             named = {name: value for name, value in options.items() if name in self.signature.parameters}
             bound = self.signature.bind(*args, **named)
@@ -171,12 +171,12 @@ def is_recorded() -> bool:
 
 
 def is_replaced() -> bool:
-    """Return whether a harness has taken the place of Triton's launch, and runs the kernels itself."""
+    """Return whether a harness has replaced Triton's launch and runs the kernels itself."""
     return JITFunction.run.__module__ != JITFunction.__module__
 
 
 def is_watched(kernels: Sequence[JITFunction] = ()) -> bool:
-    """Return whether somebody wants to see launches, or has them compiled in another way: then Triton launches."""
+    """Return whether launches are watched, or compiled in another way: then Triton itself must launch."""
     for kernel in kernels:
         if kernel.pre_run_hooks:
             return True

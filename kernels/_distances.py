@@ -1,9 +1,9 @@
-"""Distances between rows, and their squared lengths, or the reciprocals of their lengths, in a launch of their own.
+"""Distances between rows, and a launch for the squared lengths of rows, or the reciprocals of their lengths.
 
-A load in a pipelined loop that feeds ``tl.dot`` and anything else, such as a sum of squares, gets one shared buffer too
-few on sm_90 in half precision: the copy for step i + 2 overwrites what the asynchronous product of step i may still be
-reading (https://github.com/triton-lang/triton/issues/6691; Triton 3.6 to 3.9). So a loop here either multiplies what it
-loads or sums it, never both; ``bench.compile_report`` fails where a kernel does.
+In a pipelined loop on sm_90 in half precision, a load may feed ``tl.dot`` and something else, such as a sum of squares.
+It then gets one shared buffer too few: the copy for step i + 2 overwrites rows that the asynchronous product of step i
+may still be reading (https://github.com/triton-lang/triton/issues/6691; Triton 3.6 to 3.9). So a loop here multiplies
+what it loads or sums it, never both. ``bench.compile_report`` fails where a kernel does both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ._launch import row_tile, strides
 
 @triton.jit
 def _dots(pointers_i, pointers_j, channels, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Multiply rows of pointers -> (BLOCK_I, BLOCK_J) float32; what is multiplied must not be added here."""
+    """Multiply rows given by pointers -> (BLOCK_I, BLOCK_J) float32. No sum of the loads here: see the module."""
     offsets_c = tl.arange(0, BLOCK_C)
     dots = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     for start_c in range(0, channels, BLOCK_C):
@@ -34,7 +34,7 @@ def squared_distances(
     pointers_i,
     pointers_j,
     squares_i,  # (BLOCK_I,)
-    squares_j,  # (BLOCK_J,) pointers: loaded late, they cost no registers in the loop
+    squares_j,  # (BLOCK_J,) pointers: a late load holds no registers in the loop
     channels,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -58,7 +58,7 @@ def distances(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return distances (BLOCK_I, BLOCK_J) float32 between rows of pointers; infinite for NaN and columns not in_j."""
+    """Return distances (BLOCK_I, BLOCK_J) float32 between rows given by pointers, infinite for NaN and outside in_j."""
     dots = _dots(pointers_i, pointers_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
     squared = squares_i[:, None] + squares_j[None, :] - 2.0 * dots
     number = (squared == squared) & in_j[None, :]
@@ -78,7 +78,7 @@ def squared_lengths_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum the squares of ROWS rows in each program."""
+    """Sum the squares of ROWS rows in each program; grid (blocks of the B * N rows,)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.arange(0, BLOCK_C)
     pointers = x + (row // tokens * x_strides[0] + row % tokens * x_strides[1])[:, None] + offsets_c[None, :]
@@ -93,9 +93,9 @@ def squared_lengths_kernel(
 
 
 def squared_lengths(x: torch.Tensor, *, reciprocal: bool = False) -> torch.Tensor:
-    """Launch; x (B, N, C) with contiguous channels -> (B, N) float32.
+    """Launch once; x (B, N, C) with contiguous channels -> (B, N) float32.
 
-    With ``reciprocal`` 1 / length instead, where lengths below 1e-12 count as 1e-12.
+    With ``reciprocal`` they are 1 / length, and a length below 1e-12 counts as 1e-12.
     """
     batch, tokens, channels = x.shape
     lengths = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)

@@ -1,8 +1,8 @@
 """Launch settings: frozen data chosen by pure functions of the shape.
 
-The JIT compiles a kernel apart for pointers and strides that are not multiples of 16 bytes: another layout, and sums in
-another order. So an image gives the same bits in any batch whose tensors begin on 16 bytes and have the same strides:
-all that PyTorch allocates do, and a view such as ``x[1:]`` wherever an image is a multiple of 16 bytes long.
+The JIT compiles a kernel again for pointers and strides that are not multiples of 16 bytes. Its layout is another one,
+and so is the order of its sums. An image therefore gives the same bits in all batches that begin on 16 bytes and have
+the same strides: every tensor that PyTorch allocates, and ``x[1:]`` if an image is a multiple of 16 bytes long.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 
 class Tile(dict[str, int]):
-    """A tile that a program works on, and its warps and stages, named as in a launch: ``kernel[grid](..., **tile)``.
+    """A tile that a program works on, with its warps and stages, named as in a launch: ``kernel[grid](..., **tile)``.
 
-    It cannot be changed, since it is kept for all launches of a shape; ``Tile(tile, num_warps=8)`` is another one.
+    A tile cannot be changed, since all launches of a shape share it. ``Tile(tile, num_warps=8)`` makes another one.
     """
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
@@ -32,18 +32,18 @@ class Tile(dict[str, int]):
 
 
 def strides(tensor: torch.Tensor | None, axes: int) -> tuple[int, ...]:
-    """Return the strides of the first axes, 0 for a tensor that is not there."""
+    """Return the strides of the first axes, zeros for None."""
     return (0,) * axes if tensor is None else tensor.stride()[:axes]
 
 
 def fitting(size: int, most: int, least: int = 16) -> int:
-    """Return the least power of two that holds ``size``, or a bound; tensor cores take 16 or more."""
+    """Return the least power of two that holds ``size``, between ``least`` and ``most``; tensor cores need 16."""
     return min(max(next_power_of_2(size), least), most)
 
 
 @functools.cache
 def row_tile(channels: int) -> Tile:
-    """Return rows and channels of a row-streaming kernel, about 2,048 elements.
+    """Return the tile of a kernel that streams rows: about 2,048 elements.
 
     At 4 warps a thread has two 16-byte loads of half precision.
     """
@@ -53,7 +53,7 @@ def row_tile(channels: int) -> Tile:
 
 @functools.cache
 def whole_rows(channels: int) -> Tile:
-    """Return a tile that holds all channels of its rows, else like row_tile's. From 2,048 channels on, warps grow."""
+    """Return a tile as :func:`row_tile` does, but with all channels of its rows. From 2,048 channels on, warps grow."""
     block_c = next_power_of_2(channels)
     return Tile(ROWS=max(1, 2048 // block_c), BLOCK_C=block_c, num_warps=min(32, max(4, block_c // 512)))
 
@@ -63,24 +63,24 @@ def row_warps(block_c: int) -> int:
     return min(32, max(1, block_c // 256))
 
 
-MOST_IMAGES = 65_535  # all that the second and third axis of a grid take, where kernels find their image
+MOST_IMAGES = 65_535  # limit of the second and third axis of a grid, where kernels find their image
 
 
 def needs_parts(images: int) -> bool:
-    """Return whether a launch cannot take as many images at once."""
+    """Return whether the images need more than one launch."""
     return images > MOST_IMAGES
 
 
 def parts_of_images(images: int) -> list[slice]:
-    """Return the images of every launch."""
+    """Return the slice of images for every launch."""
     return [slice(first, min(first + MOST_IMAGES, images)) for first in range(0, images, MOST_IMAGES)]
 
 
 def in_parts(*per_image: str, bounds: str = "", added: tuple[int, ...] = ()) -> Callable[[Launcher], Launcher]:
-    """Let a launcher take any number of images: more than MOST_IMAGES in several calls.
+    """Let a launcher take any number of images: it is called for MOST_IMAGES at a time.
 
-    ``per_image`` names its arguments that have an image an entry, or are None; the first is never None. ``bounds`` is
-    the one with an entry more. Results are put one behind the other, but ``added`` up where all images share them.
+    ``per_image`` names the arguments with an entry for each image, or None; the first is never None. ``bounds`` names
+    the offsets, with one entry more. Results are concatenated; those in ``added``, which all images share, are summed.
     """
 
     def decorate(launcher: Launcher) -> Launcher:

@@ -1,4 +1,4 @@
-"""Layer normalisation of rows that a kernel holds, and its gradient."""
+"""Layer normalisation of the rows that a kernel holds, and its gradient."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import triton.language as tl
 from ._direct import cdiv, direct, next_power_of_2
 from ._launch import Tile, row_warps, whole_rows
 
-# Rows that one program of a backward pass takes in turn: what it adds up for the gradients of weight and bias, written
-# and read once more, is some 6 % of what it moves.
+# Rows of one program of a backward pass, taken in turn. It writes one sum for the gradients of weight and bias.
+# Writing and reading these sums is some 6 % of the traffic.
 SUMMED_ROWS = 32
 
 
@@ -59,7 +59,7 @@ def norm_rows_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Normalise rows on their own, where a reduction cannot hold its rows."""
+    """Normalise ROWS rows in each program, where a reduction cannot hold its rows; grid (blocks of rows,)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.arange(0, BLOCK_C)
     in_rows = row < rows
@@ -70,7 +70,7 @@ def norm_rows_kernel(
 
 @triton.jit
 def _vector(values, offsets_c, channels, missing: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Load values (C,) in float32; ``missing`` for each where there are none."""
+    """Load values (C,) as float32; return ``missing`` everywhere if values is None."""
     if values is None:
         result = tl.full((BLOCK_C,), missing, tl.float32)
     else:
@@ -94,9 +94,9 @@ def _norm_gradient(
     out_strides,
     normed_strides,
 ):
-    """Return the whole gradient of rows of out (ROWS, BLOCK_C), and what they add to weight's and bias's.
+    """Return the gradient of rows of out, and their shares of the gradients of weight and bias, (ROWS, BLOCK_C) each.
 
-    Rows that are masked have and add zeros, channels past the last have numbers that mean nothing and add zeros.
+    All three are zero in masked rows. In channels past the last, the shares are zero and the gradient means nothing.
     """
     mask = in_rows[:, None] & (offsets_c < channels)[None, :]
     source = grad_normed + batch * normed_strides[0] + row[:, None] * normed_strides[1] + offsets_c[None, :]
@@ -117,14 +117,14 @@ def _norm_gradient(
 
 @triton.jit
 def _store_sums(sums, program, weight_sum, bias_sum, offsets_c, channels):
-    """Store what the rows of one program add to the gradients of weight and bias: sums (programs, 2, C)."""
+    """Store one program's shares of the gradients of weight and bias in sums (programs, 2, C)."""
     target = sums + program * 2 * channels + offsets_c
     tl.store(target, tl.sum(weight_sum, 0), mask=offsets_c < channels)
     tl.store(target + channels, tl.sum(bias_sum, 0), mask=offsets_c < channels)
 
 
 def normed_like(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make room for the normalised rows and their statistics (B, N, 2) float32."""
+    """Allocate the normalised rows, as out, and their statistics (B, N, 2) float32."""
     statistics = torch.empty(*out.shape[:2], 2, dtype=torch.float32, device=out.device)
     return torch.empty_like(out), statistics
 
@@ -132,7 +132,7 @@ def normed_like(out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def norm_rows(
     out: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, norm_eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch; out (B, N, C), contiguous -> itself, normed rows, and their statistics (B, N, 2)."""
+    """Launch once; out (B, N, C), contiguous -> out itself, normed (B, N, C), statistics (B, N, 2) float32."""
     normed, statistics = normed_like(out)
     rows, channels = out.shape[0] * out.shape[1], out.shape[2]
     if out.numel():
@@ -145,9 +145,9 @@ def norm_rows(
 
 @functools.cache
 def backward_tile(channels: int) -> Tile:
-    """Choose whole rows for a backward pass, 8 channels a thread: 4 side by side wait for memory together.
+    """Choose whole rows for a backward pass, 8 channels a thread; 4 rows at a time wait for memory together.
 
-    From 2,048 channels on they would leave a thread too few registers: one.
+    From 2,048 channels on it is one row, since 4 would leave a thread too few registers.
     """
     block_c = next_power_of_2(channels)
     rows = 4 if block_c <= 1024 else 1
@@ -155,10 +155,10 @@ def backward_tile(channels: int) -> Tile:
 
 
 def empty_sums(out: torch.Tensor, programs: int, affine: bool) -> torch.Tensor | None:
-    """Make room for what every program adds to the gradients of weight and bias (programs, 2, C) float32, if affine."""
+    """Allocate every program's shares of the gradients of weight and bias (programs, 2, C) float32, if affine."""
     return torch.empty(programs, 2, out.shape[2], dtype=torch.float32, device=out.device) if affine else None
 
 
 def added_up(out: torch.Tensor, sums: torch.Tensor | None) -> torch.Tensor:
-    """Return the gradients of weight and bias (2, C) float32, (0, C) if none are wanted."""
+    """Return the gradients of weight and bias (2, C) float32, or (0, C) without sums."""
     return torch.empty(0, out.shape[2], dtype=torch.float32, device=out.device) if sums is None else sums.sum(0)

@@ -1,4 +1,4 @@
-"""Keys that sort: integers in the order of floats, so that an index decides ties and NaN has its place."""
+"""Sortable keys: integers in the order of floats, in which the index decides ties and NaN has a fixed place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ascending_keys(value, index):
 
 @triton.jit
 def unsigned_bits(value):
-    """Return unsigned integers in the order of the floats; both zeros give one."""
+    """Return unsigned integers in the order of the floats; -0.0 and 0.0 give the same one."""
     bits = tl.where(value == 0.0, 0.0, value).to(tl.uint32, bitcast=True)
     return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 

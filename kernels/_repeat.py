@@ -1,9 +1,9 @@
-"""Launchers repeated without their Python: what a call launched is launched again for arguments like its own.
+"""Launchers repeated without their Python: a call with arguments of a known kind repeats the recorded launches.
 
 A launcher decides by shapes, strides, dtypes, alignment and numbers, never by what is in a tensor.
-So the second call with the same of them is written down: what it allocates, launches and returns.
-From the third on, the same is allocated and launched, and the launcher is not called.
-A launcher that asks PyTorch for more than room and views, a sum for example, is called as ever.
+The second call with equal ones is recorded: what it allocates, launches and returns.
+From the third call on, the record is repeated, and the launcher is not called.
+A launcher that has PyTorch compute something, such as a sum, is called every time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._direct import INTERPRETED, Launch, _records, is_recorded, is_replaced, is
 
 __all__ = ["Repeated", "repeated"]
 
-_MOST_KEPT = 1024  # argument lists of a launcher
+_MOST_KEPT = 1024  # argument lists that are kept for a launcher
 _APART = 512  # bytes between the parts of a workspace, as PyTorch's allocator keeps them on a GPU
 _ASKS = frozenset(
     {
@@ -46,7 +46,7 @@ _ASKS = frozenset(
     }
 )
 _ALLOCATES = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
-_WITHOUT_SOURCE = frozenset({"empty", "empty_strided"})  # whose first argument is a size
+_WITHOUT_SOURCE = frozenset({"empty", "empty_strided"})  # functions whose first argument is a size
 _VIEWS = frozenset(
     {
         "__getitem__",
@@ -64,12 +64,12 @@ _VIEWS = frozenset(
 )
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _NUMBERS = frozenset({int, float, bool, str, type(None)})
-_NEW, _SEEN = object(), object()  # a call whose like may never come again is not worth writing down
+_NEW, _SEEN = object(), object()  # a call is recorded when its kind comes a second time
 _Origin = tuple[int, int]  # number of an input or of an allocation, and an offset in bytes
 
 
 def repeated(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the launcher as :class:`Repeated`; where kernels are interpreted, nothing is launched and it stays.
+    """Return the launcher as :class:`Repeated`; in the interpreter, which launches nothing, return it unchanged.
 
     Args:
         launcher: takes tensors, numbers, strings, None, and tuples of numbers, and returns new tensors.
@@ -78,12 +78,12 @@ def repeated(launcher: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Repeated:
-    """A launcher that writes down what it launches, and repeats it; see the module."""
+    """A launcher that records its launches and repeats them; see the module."""
 
     def __init__(self, launcher: Callable[..., Any]):
         self.launcher = launcher
         self.driver: Any = None
-        self.kept: dict[Any, Any] = {}  # a plan, _SEEN, or None for what cannot be written down
+        self.kept: dict[Any, Any] = {}  # a plan, _SEEN, or None for a call that cannot be recorded
 
     def __call__(self, *args: Any) -> Any:
         if is_replaced() or (_records and is_recorded()):
@@ -93,9 +93,9 @@ class Repeated:
         except RuntimeError:  # no GPU
             return self.launcher(*args)
         if active is not self.driver:
-            self.kept, self.driver = {}, active  # in this order, for other threads
+            self.kept, self.driver = {}, active  # in this order, because other threads may read
         device = active.get_current_device()
-        # All that a launcher decides by. The kinds too, since 1, True and 1.0 are equal.
+        # A launcher decides by these values, and by their types, since 1, True and 1.0 are equal.
         values: list[Any] = [device]
         pointers = []
         for one in args:
@@ -119,7 +119,7 @@ class Repeated:
         return plan.repeat(active.get_current_stream(device), pointers)
 
     def _call(self, key: Any, plan: Any, args: tuple[Any, ...]) -> Any:
-        """Call the launcher for arguments that were never seen, or once, or while somebody watches."""
+        """Call the launcher: arguments are new or seen once, or launches are watched."""
         if plan is _NEW:
             if len(self.kept) >= _MOST_KEPT:
                 self.kept.clear()
@@ -135,7 +135,7 @@ class Repeated:
 
 
 def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments with a view in place of a tensor that comes again, so that each is known by its identity."""
+    """Return the arguments with a view in place of a repeated tensor, so that each has an identity of its own."""
     seen: set[int] = set()
     found = []
     for one in args:
@@ -149,22 +149,22 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """A plan of what a call does.
+    """A recorded call.
 
-    A pool of values holds the stream, the addresses of the inputs, results and workspaces, addresses within these, and
-    constants. Every launch picks its own.
+    A pool of values holds the stream, the addresses of inputs, results and workspaces, addresses within these, and
+    constants. Every launch picks its arguments from the pool.
 
     Attributes:
-        results: shape, strides and dtype of every new tensor that is returned, or of what it is a view of.
-        allocate: makes a tensor of a shape, strides and a dtype on the current device.
-        workspace: bytes of all that is not returned, as a shape.
-        offsets: where its parts begin.
-        within: place of an address in the pool, and the bytes to add.
-        launches: function that launches, and what picks its arguments.
-        kernels: those launched.
-        alive: what the functions need without holding it: Triton unloads a compiled kernel that nobody holds.
-        sequence: what the results are put into, or None for one tensor.
-        views: number of the result, and shape, strides and offset of what is returned of it, or None for all.
+        results: shape, strides and dtype of every new tensor that is returned, or whose view is returned.
+        allocate: function that makes a tensor on the current device from a shape, strides and a dtype.
+        workspace: bytes of all tensors that are not returned, as a shape.
+        offsets: where the parts of the workspace begin.
+        within: place of an address in the pool, and the bytes to add to it.
+        launches: for every launch the function that launches, and the function that picks its arguments.
+        kernels: the launched kernels.
+        alive: the compiled kernels. The functions do not hold them, and Triton unloads a kernel that nobody holds.
+        sequence: type of the sequence that holds the results, or None for one tensor.
+        views: number of a result, and shape, strides and offset of its returned view, or None for the whole result.
     """
 
     allocate: Callable[..., Tensor]
@@ -189,7 +189,7 @@ class _Plan:
             results.append(one)
             pool.append(one.data_ptr())
         if self.offsets:
-            space = allocate(self.workspace, (1,), torch.uint8)  # held until all is launched
+            space = allocate(self.workspace, (1,), torch.uint8)  # held until everything is launched
             begin = space.data_ptr()
             for offset in self.offsets:
                 pool.append(begin + offset)
@@ -206,8 +206,8 @@ class _Plan:
 
 
 def _allocator(device: torch.device) -> Callable[..., Tensor]:
-    """Return what makes a tensor on the current device, by a shape, strides and a dtype."""
-    # As compiled models allocate: half the time of torch.empty_strided.
+    """Return the function that makes a tensor on the current device from a shape, strides and a dtype."""
+    # Compiled models allocate by this function, which takes half the time of torch.empty_strided.
     short = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
     if short is not None:
         return short
@@ -222,22 +222,22 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Return whether a tensor takes as much memory as it has elements: no gaps, and nothing expanded."""
+    """Return whether a tensor has as many elements as its memory: it has no gaps and is not expanded."""
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return not tensor.numel() or last + 1 == tensor.numel()
 
 
 class _Record(TorchFunctionMode):
-    """All that a launcher asks of PyTorch and of Triton, written down while it runs."""
+    """A record of a launcher's calls to PyTorch and Triton, made while it runs."""
 
     def __init__(self, inputs: list[Tensor]):
         super().__init__()
         self.inputs = len(inputs)
-        self.roots = list(inputs)  # and then what is allocated
+        self.roots = list(inputs)  # inputs, and after them allocations
         self.launches: list[Launch] = []
         self.possible = True
-        self._origins: dict[int, _Origin] = {}  # of every known tensor, by its id
-        self._alive: list[Tensor] = []  # so that no id comes again
+        self._origins: dict[int, _Origin] = {}  # origin of every known tensor, by its id
+        self._alive: list[Tensor] = []  # keeps the tensors, so that no id is used twice
         for number, one in enumerate(inputs):
             self._know(one, number)
 
@@ -248,7 +248,7 @@ class _Record(TorchFunctionMode):
         if name == "__get__":
             name = function.__self__.__name__
         source = 0 if name in _WITHOUT_SOURCE else 1
-        # A size or an index that is a tensor is the number in it, and another one the next time.
+        # A tensor as a size or an index stands for the number in it, which may differ the next time.
         if _holds_tensor((*args[source:], *kwargs.values())):
             self.possible = False
         elif name in _ALLOCATES:
@@ -271,14 +271,14 @@ class _Record(TorchFunctionMode):
         number, _ = self._origins[id(source)]
         storage = self.roots[number].untyped_storage().data_ptr()
         for view in views:
-            # A copy, or what has no address.
+            # A copy, or a tensor without an address.
             if view.untyped_storage().data_ptr() != storage or not view.numel():
                 self.possible = False
             elif id(view) not in self._origins:
                 self._know(view, number)
 
     def plan(self, result: Any) -> _Plan | None:
-        """Return what to do for the same result, None if something is not known."""
+        """Return the plan that gives this result again, or None if one of its tensors is unknown."""
         returned = [result] if isinstance(result, Tensor) else list(result)
         tensors = [one for launch in self.launches for one in launch.arguments if isinstance(one, Tensor)]
         known = self.possible and all(launch.run is not None for launch in self.launches)
@@ -319,7 +319,7 @@ class _Record(TorchFunctionMode):
         )
 
     def _whole(self, returned: Sequence[Tensor], made: Sequence[int]) -> bool:
-        """Return whether every result is all of an allocation, with axes in any order, and of its own."""
+        """Return whether every result fills an allocation of its own, with axes in any order."""
         return len(set(made)) == len(made) and all(
             (one.numel(), one.data_ptr()) == (root.numel(), root.data_ptr()) and _is_dense(one) and _is_dense(root)
             for one, root in zip(returned, (self.roots[number] for number in made), strict=True)
@@ -331,7 +331,7 @@ class _Record(TorchFunctionMode):
         return results.index(number), None if same else (one.shape, one.stride(), one.storage_offset())
 
     def _arguments(self, places: dict[int, int]) -> tuple[tuple[_Origin, ...], tuple[Any, ...], list[list[int]]]:
-        """Return addresses within others, constants, and for every launch the places in the pool of its arguments."""
+        """Return addresses within others, constants, and for every launch the places of its arguments in the pool."""
         origins = [
             self._origins[id(one)] for launch in self.launches for one in launch.arguments if isinstance(one, Tensor)
         ]
@@ -349,7 +349,7 @@ class _Record(TorchFunctionMode):
                 return constant(value)
             number, offset = self._origins[id(value)]
             if number not in places:
-                return constant(0)  # the address of whatever is empty
+                return constant(0)  # the address of an empty tensor
             return first + moved.index((number, offset)) if offset else places[number]
 
         for launch in self.launches:

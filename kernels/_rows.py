@@ -1,4 +1,4 @@
-"""Whole loads of 16 bytes from rows of 72 channels: by itself the JIT knows strides that are multiples of 16 only."""
+"""Loads of 16 bytes from rows of, say, 72 channels; by itself the JIT knows only strides that 16 elements divide."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import triton.language as tl
 from ._direct import next_power_of_2
 from ._launch import Tile
 
-LOWEST = tl.constexpr(-3.4e38)  # a finite stand-in for -inf: the difference of two of them is not NaN
+LOWEST = tl.constexpr(-3.4e38)  # finite, in place of -inf, so that the difference of two is not NaN
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Return the next power of two, and at least what tensor cores take."""
+    """Return the next power of two, at least 16, as tensor cores need it."""
     return max(16, next_power_of_2(head_dim))
 
 
 @functools.cache
 def head_rows(head_dim: int, elements: int) -> Tile:
-    """Return a tile of about so many elements, of rows of a head with all their channels."""
+    """Return a tile of whole rows of one head, of about ``elements`` elements."""
     block_d = padded_head_dim(head_dim)
     return Tile(BLOCK_N=max(1, elements // block_d), BLOCK_D=block_d, num_warps=4)
 
@@ -42,11 +42,11 @@ def _whole(unit: int, columns: int, strides: tuple[int, ...]) -> bool:
 
 @triton.jit
 def head_of(tensor, batch, head, strides, UNIT: tl.constexpr):
-    """Return where a head begins: at a multiple of UNIT, strides of 72 channels a head do not tell the compiler."""
+    """Return where a head begins, and tell the compiler that UNIT divides the steps; it would miss 72 channels."""
     return tensor + tl.multiple_of(batch * strides[0], UNIT) + tl.multiple_of(head * strides[1], UNIT)
 
 
 @triton.jit
 def steps(rows, stride, UNIT: tl.constexpr):
-    """Return the steps from one row of a head to others, as multiples of UNIT likewise."""
+    """Return the steps from one row of a head to others, marked as multiples of UNIT too."""
     return tl.multiple_of(rows.to(tl.int64) * stride, UNIT)[:, None]

@@ -1,8 +1,8 @@
-"""Numbers of images that a launch takes where each needs a matrix: memory stays bounded whatever the batch."""
+"""Parts of a batch whose matrices fit into a workspace, so that memory is bounded for any batch."""
 
 from __future__ import annotations
 
-WORKSPACE = 256 << 20  # bytes of the matrices that are in memory at a time, or one image's if that is larger
+WORKSPACE = 256 << 20  # bytes of the matrices in memory at a time; one image may take more
 
 
 def workspace_parts(images: int, bytes_each: int) -> list[range]:

@@ -1,7 +1,7 @@
-"""Attention in tiles: no matrix of queries by keys in memory, and what keys get of it.
+"""Attention in tiles, without a matrix of queries by keys in memory, and the scores of the keys.
 
-Launches: 1; with a policy 2 (the mean of the values first). What keys get of the attention: 1 for the class token's, 2
-for all.
+``attention`` takes one launch; ``attention_policy`` takes two, the mean of the values first. ``key_scores`` takes one
+for the class token's attention, and two for the received attention.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def mean_values_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Average the values of one head of one image in each program."""
+    """Average v over the tokens of one head of one image in each program; grid (heads, images)."""
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.arange(0, BLOCK_N)
@@ -85,7 +85,7 @@ def _step(
     BLOCK_D: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Take some more keys into the running softmax; only the last step's keys are masked."""
+    """Add BLOCK_N keys to the running softmax; with LAST, the keys past the end are masked."""
     in_n = columns < last_n if LAST else None
     key = load_rows(key_rows + steps(columns, k_strides[2], UNIT), in_n, D, BLOCK_D)
     logit = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -103,7 +103,7 @@ def _step(
             logit = tl.where(own, logit, logit + visible[None, :])
         new_max = tl.maximum(seen_max, tl.max(logit, 1))
         weight = tl.exp2(logit - new_max[:, None])
-    else:  # the scale, which is not negative, joins the exponent in one instruction
+    else:  # the scale is not negative, so one instruction multiplies by it and takes off the maximum
         new_max = tl.maximum(seen_max, tl.max(logit, 1) * scale_log2)
         weight = tl.exp2(logit * scale_log2 - new_max[:, None])
     rescale = tl.exp2(seen_max - new_max)
@@ -152,10 +152,10 @@ def _attend_rows(
     LAST_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attend for BLOCK_M queries of one head, in units of log 2.
+    """Attend for BLOCK_M queries of one head, with logits in units of log 2.
 
-    The policy joins the logits as its logarithm, so that the exponentials are relative to the largest key that is seen:
-    relative to a hidden one they might all round to zero in half precision.
+    The logarithm of the policy is added to the logits, so that exponentials are relative to the largest visible key.
+    Relative to a hidden key they might all round to zero in half precision.
     """
     offsets_d = tl.arange(0, BLOCK_D)
     in_m = offsets_m < last_m
@@ -186,7 +186,7 @@ def _attend_rows(
             *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, MASKED),
         )
     if LAST_N > 0:
-        # Where the number of keys is the image's own there may be none left, which the masks take care of.
+        # A packed image may have no key left here; then all keys of the step are masked.
         acc, seen_max, seen_sum, row_max = _step(
             *(whole + tl.arange(0, LAST_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
             *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
@@ -204,7 +204,7 @@ def _attend_rows(
     else:
         tl.store(logsumexp + row, (seen_max + tl.log2(seen_sum)) * LN_2, mask=in_m)
         if MAY_SEE_NONE:
-            seen_sum = tl.where(seen_sum == 0.0, 1.0, seen_sum)  # no key: a result of zeros
+            seen_sum = tl.where(seen_sum == 0.0, 1.0, seen_sum)  # no key: the result is zero
         acc = acc / seen_sum[:, None]
     targets = out + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
     tl.store(targets, acc.to(out.dtype.element_ty), mask=in_md)
@@ -246,7 +246,10 @@ def attention_kernel(
     LAST_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Attend for BLOCK_M queries of one head in each program; the last one of a head takes the LAST_M that are left."""
+    """Attend for BLOCK_M queries of one head in each program; grid (blocks of queries, heads, images).
+
+    The last program of a head has LAST_M queries.
+    """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     first_m, last_m, first_n, last_n = 0, queries, 0, keys
@@ -299,7 +302,7 @@ def received_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum what BLOCK_N keys of one head receive from the queries, in each program."""
+    """Sum one head's attention to BLOCK_N keys over all queries, in each program; grid (key blocks, heads, images)."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -351,7 +354,7 @@ def class_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Average over the heads the class token's attention to BLOCK_N keys of one image, in each program."""
+    """Average the class token's attention to BLOCK_N keys over heads, in each program; grid (key blocks, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = prefix + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -382,7 +385,7 @@ def class_kernel(
 def _forward_tile(
     queries: int, keys: int, head_dim: int, dtype: torch.dtype, unit: int, used: bool, packed: bool
 ) -> Tile:
-    """Return what the kernel is compiled by."""
+    """Return the tile and the constants that the kernel is compiled for."""
     tile, _, _ = attention_tiles(head_dim, dtype, unit > 1, with_options=used or packed)
     own, step, apart = tile["BLOCK_M"], tile["BLOCK_N"], has_last_step(head_dim, dtype, unit)
     return Tile(
@@ -412,9 +415,9 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch once; q (B, H, M, D), k and v (B, H, N, D), dense last axes -> out (B, H, M, D), logsumexp (B, H, M).
 
-    A bias is (B, N), an index (B, K): then M is prefix + K in what follows. With offsets of the queries and the keys,
-    (images + 1,) int32 each, B is 1, and ``longest_queries`` and ``longest_keys`` say how many an image has at most.
-    With both, the index is (images, K), M is ``num_out``, and queries are chosen from where the image's keys are.
+    A bias is (B, N). With an index (B, K), M of the results is prefix + K. With offsets of the queries and of the keys,
+    each (images + 1,) int32, B is 1, and ``longest_queries`` and ``longest_keys`` bound the counts of an image. With an
+    index and offsets, the index is (images, K), M of the results is ``num_out``, and q has a row for every key.
     """
     batch, heads, queries, head_dim = q.shape
     if index is not None:
@@ -437,9 +440,9 @@ def attention(
 def attention_policy(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, policy: torch.Tensor, scale: float, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch twice; q, k, v (B, H, N, D), dense last axes, policy (B, N) -> out, and three for its gradient.
+    """Launch twice; q, k, v (B, H, N, D), dense last axes, policy (B, N) -> out (B, H, N, D) and three more tensors.
 
-    They are the logsumexp (B, H, N), total (B, H, N) and the mean (B, H, D) of v.
+    The gradient needs these: the logsumexp (B, H, N), the total (B, H, N) and the mean of v (B, H, D), all float32.
     """
     batch, heads, tokens, head_dim = q.shape
     out = torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device)
@@ -448,7 +451,7 @@ def attention_policy(
     mean = torch.empty(batch, heads, head_dim, dtype=torch.float32, device=q.device)
     if batch:
         unit = unit_of(v)
-        # Programs are few, so each must keep many loads in flight; 64 addresses a thread would spill.
+        # There are few programs, so each keeps many loads in flight; 64 addresses a thread would spill.
         tile = head_rows(head_dim, 8192 if unit > 1 else 2048)
         mean_values_kernel[(heads, batch)](v, mean, heads, tokens, strides(v, 3), D=head_dim, UNIT=unit, **tile)
         nothing = (None,) * 4
@@ -475,7 +478,7 @@ def _attend(
     eps: float,
     prefix: int,
 ) -> None:
-    """Launch for so many images with at most so many queries."""
+    """Launch for ``images`` images, of ``most`` queries at most."""
     _, queries, heads, head_dim = out.shape
     keys = k.shape[2]
     if scale < 0.0:
@@ -502,7 +505,7 @@ def key_scores(
     prefix: int,
     scale: float,
 ) -> torch.Tensor:
-    """Return the attention each key gets, from q, k and the logsumexp (B, H, M) of their logits.
+    """Return the attention that each key gets, float32, recomputed from q, k and the saved logsumexp (B, H, M).
 
     ``kind="class"``: from the first query, averaged over heads, (B, N - prefix), one launch.
     ``kind="received"``: summed over all queries and heads, (B, N), two launches.
@@ -516,7 +519,7 @@ def key_scores(
     numbers = (scale * LOG2_E, LOG2_E, heads, queries, keys)
     unit = unit_of(q, k)
     if not received:
-        tile = head_rows(head_dim, 2048)  # heads follow one another, so that there are many programs
+        tile = head_rows(head_dim, 2048)  # a program loops over the heads, so small tiles keep the programs many
         class_kernel[(cdiv(keys - prefix, tile["BLOCK_N"]), batch)](
             *(q, k, bias, logsumexp, scores),
             *(*numbers, prefix),
@@ -528,7 +531,7 @@ def key_scores(
         return scores
     parts = torch.empty(batch, heads, keys, dtype=torch.float32, device=q.device)
     tile, _, _ = attention_tiles(head_dim, q.dtype, unit > 1, with_options=bias is not None)
-    tile = Tile(tile, BLOCK_M=tile["BLOCK_N"], BLOCK_N=tile["BLOCK_M"])  # a program has keys, and walks over queries
+    tile = Tile(tile, BLOCK_M=tile["BLOCK_N"], BLOCK_N=tile["BLOCK_M"])  # a program owns keys and loops over queries
     received_kernel[(cdiv(keys, tile["BLOCK_N"]), heads, batch)](
         *(q, k, bias, logsumexp),
         *(parts, *numbers),

@@ -1,6 +1,6 @@
-"""Gradients of attention: the logits once more in tiles, from the sums of every row.
+"""Gradients of attention: logits are recomputed in tiles, weights from the saved logsumexp of every row.
 
-Launches: 2; with a policy 3 (its gradient summed over heads), as with a bias that needs a gradient.
+There are two launches, and a third that sums the gradient of a policy or of a bias over the heads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ._rows import head_of, padded_head_dim, steps, unit_of
 
 @triton.jit
 def _upstream_of_scores(row, columns, mask, stride, prefix, heads, CLASS: tl.constexpr):
-    """Return the gradient of the scores of these keys; of the class token's scores, what one head adds to them."""
+    """Return the gradient of these keys' scores in float32; with CLASS the share of one head of their mean."""
     if CLASS:
         columns -= prefix
         mask = mask & (columns >= 0)
@@ -43,12 +43,12 @@ def _upstream_of_scores(row, columns, mask, stride, prefix, heads, CLASS: tl.con
 
 @triton.jit
 def _logits(query, key, columns, in_n, bias_row, bias_stride_n, scale_log2, log2_e, LAST: tl.constexpr):
-    """Multiply queries by keys, in units of log 2; -inf past the last key."""
+    """Return logits (BLOCK_M, BLOCK_N) float32 in units of log 2, -inf past the last key."""
     logit = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
     if bias_row is not None:
         logit += load_bias(bias_row, columns, in_n, bias_stride_n, log2_e)[None, :]
     elif LAST:
-        logit = tl.where(in_n[None, :], logit, float("-inf"))  # else 0, whose weight may be infinite
+        logit = tl.where(in_n[None, :], logit, float("-inf"))  # a logit of 0 might have an infinite weight
     return logit
 
 
@@ -74,7 +74,7 @@ def _weigh(
     BLOCK_D: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Sum the scores' gradient under the attention to some more keys."""
+    """Return the attention to BLOCK_N keys times the gradient of their scores, summed over these keys."""
     in_n = columns < last_n if LAST else None
     key = load_rows(key_rows + steps(columns, k_strides[2], UNIT), in_n, D, BLOCK_D)
     logit = _logits(query, key, columns, in_n, bias_row, bias_strides[1], scale_log2, log2_e, LAST)
@@ -84,7 +84,7 @@ def _weigh(
 
 @triton.jit
 def _give(target, rows, weight, factor, columns, last_n, heads, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write what the queries' rows, so weighted, give to these keys."""
+    """Write gradients of BLOCK_N keys: the queries' ``rows``, summed by ``weight`` and multiplied by ``factor``."""
     offsets_d = tl.arange(0, BLOCK_D)
     found = tl.dot(tl.trans(rows), weight.to(rows.dtype), input_precision="ieee") * factor
     targets = target + columns.to(tl.int64)[None, :] * (heads * D) + offsets_d[:, None]
@@ -105,7 +105,7 @@ def _step(
     policy_row,
     bias_row,
     score_row,
-    grad_keys,  # of the image's first key of this head, or None
+    grad_keys,  # pointer to the row of this head's first key in the image, or None
     grad_values,
     parts,
     scale,
@@ -127,13 +127,13 @@ def _step(
     BLOCK_D: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Add what some more keys give to the queries' gradient, and if asked for write theirs."""
+    """Add the share of BLOCK_N keys to the queries' gradient; given ``grad_keys``, write the keys' gradients too."""
     in_n = columns < last_n if LAST else None
     key = load_rows(key_rows + steps(columns, k_strides[2], UNIT), in_n, D, BLOCK_D)
     value = load_rows(value_rows + steps(columns, v_strides[2], UNIT), in_n, D, BLOCK_D)
     logit = _logits(query, key, columns, in_n, bias_row, bias_strides[1], scale_log2, log2_e, LAST)
     weight = tl.exp2(logit - lse[:, None])
-    if grad_keys is not None:  # at once: fewer registers live on
+    if grad_keys is not None:  # written here already, which holds fewer registers
         _give(grad_values, upstream, weight, 1.0, columns, last_n, heads, D, BLOCK_D)
     slope = tl.dot(upstream, tl.trans(value), input_precision="ieee") - offset[:, None]
     if score_row is not None:
@@ -205,11 +205,11 @@ def grad_queries_kernel(
     LAST_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Give BLOCK_M queries of one head their gradients in each program; if these are all queries, perhaps the keys too.
+    """Compute the gradients of BLOCK_M queries of one head in each program; grid (blocks of queries, heads, images).
 
-    Else it leaves what the pass over the keys needs of every query. With a policy the maximum of a row, over all keys,
-    has a gradient of eps / total: small, unless hidden keys dominate the row. It goes to the first key that reaches the
-    maximum.
+    Given ``grad_k`` and ``grad_v``, a program has all queries of the head, and writes the gradients of the keys too.
+    Otherwise it writes ``delta`` (and ``peak``) of every query for the pass over the keys. With a policy the maximum
+    of a row over all keys has a gradient too, which goes to the first key that reaches it.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -257,7 +257,7 @@ def grad_queries_kernel(
     MASKED: tl.constexpr = LAST_N < 0
     whole = last_n if MASKED else first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
     if grad_scores is not None:
-        # The mean of the scores' gradient under the attention; of the class token's only the first row has one.
+        # The attention times the gradient of the scores. With CLASS it is zero in all rows but the first.
         weighted = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(first_n, tl.where(tl.program_id(0) == 0, whole, 0) if CLASS else whole, BLOCK_N):
             weighted += _weigh(
@@ -353,10 +353,10 @@ def grad_keys_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Give BLOCK_N keys of one head their gradients in each program.
+    """Compute the gradients of BLOCK_N keys of one head in each program; grid (blocks of keys, heads, images).
 
-    Logits stand on their side, so that they go into the next dot as they are.
-    Rows past the last query have a gradient of zero, so that their weights do not matter.
+    Logits are (BLOCK_N, BLOCK_M), so that the next dot takes them without a transposition.
+    Rows past the last query have a gradient of zero, so their weights do not matter.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -462,10 +462,10 @@ def attention_backward(
     kind: str = "",
     with_bias: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch twice; grad (B, H, M, D) -> gradients of q, k, v and the bias, (B, 0) without.
+    """Launch twice; grad (B, H, M, D) -> gradients of q, k, v and of the bias (B, N).
 
-    A third with a bias if ``with_bias``. With an index the first gradient is the chosen queries',
-    (B, H, prefix + K, D). The gradient of the ``kind`` of :func:`key_scores` joins.
+    The bias has its gradient from a third launch if ``with_bias``; otherwise it is (B, 0). With an index, the gradient
+    of q is the one of the chosen queries, (B, H, prefix + K, D). ``grad_scores`` is the gradient of :func:`key_scores`.
     """
     of_keys = bias if with_bias else None
     offsets = None if query_offsets is None or key_offsets is None else (query_offsets, key_offsets)
@@ -493,7 +493,7 @@ def attention_policy_backward(
     scale: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of q, k, v (B, H, N, D) and the policy (B, N) for grad (B, H, N, D), in three launches."""
+    """Launch three times; grad (B, H, N, D) -> gradients of q, k, v (B, H, N, D) and of the policy (B, N)."""
     grad_q, grad_k, grad_v, grad_policy = _backward(
         *(grad, q, k, v, policy, out, logsumexp, total, mean, scale, eps),
         *(None, None, 0, None, (0, 0), None, "", policy),
@@ -523,7 +523,7 @@ def _backward(
     kind: str,
     of_keys: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Launch; gradients of q, k, v, and of what ``of_keys`` says about the keys."""
+    """Launch, and return the gradients of q, k, v and of ``of_keys``: the policy, the bias, or None."""
     batch, heads, queries, head_dim = grad.shape
     keys = k.shape[2]
     hidden = policy is not None

@@ -1,6 +1,6 @@
-"""Class attention averaged over heads: K is read once, its softmax is put together from partial ones.
+"""Attention of the class token averaged over heads. K is read once; partial softmaxes are joined in a second launch.
 
-With values, of which each is read once beside its key, it is weighted by their lengths and summed. Two launches always.
+With values, the attention is multiplied by their lengths and summed over heads. Each value is read once with its key.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from ._direct import cdiv, direct, next_power_of_2
 from ._launch import Tile, in_parts, strides
 from ._rows import LOWEST, head_of, head_rows, steps, unit_of
 
-ELEMENTS = 4096  # of keys in a program: a thread has four 16-byte loads of half precision in flight
+ELEMENTS = 4096  # elements of K in a program: four 16-byte loads of half precision in flight for each thread
 
 
 @functools.cache
 def head_tile(heads: int, parts: int, streams: int = 1) -> Tile:
     """Return a tile of 2,048 elements a program; heads lie within a thread or a warp, keys across lanes.
 
-    Half the keys where lengths are a second stream: with 4 heads and as many keys a few words spilled on sm_80.
+    Lengths are a second stream, and halve the keys: otherwise a few words spill on sm_80 with 4 heads.
     """
     block_h = next_power_of_2(heads)
     block_n = max(32, 2048 // streams // block_h)
@@ -36,7 +36,7 @@ def class_logits_kernel(
     k,  # (B, H, N, D)
     value,  # (B, H, N, D) or None
     valid,  # (B, N) bool or None
-    offsets,  # (B + 1,) int32 or None; with them k and value are (1, H, T, D), and N the most that an image has
+    offsets,  # (B + 1,) int32 or None; with offsets k and value are (1, H, T, D), and N is the most keys of an image
     logits,  # (B, H, N) float32, contiguous
     lengths,  # (B, H, N) float32, contiguous, or None without value
     softmaxes,  # (B, H, P, 2) float32, contiguous: the maximum and the sum of each part
@@ -53,7 +53,7 @@ def class_logits_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compute the logits of BLOCK_N keys of one head in each program, with their maximum and sum of exponentials."""
+    """Compute logits of BLOCK_N keys of one head, their maximum and sum of exponentials; grid (heads, P, images)."""
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -108,7 +108,7 @@ def head_mean_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Join the few partial softmaxes in each program into the scores of BLOCK_N keys, or into a sum with lengths."""
+    """Join the partial softmaxes, and score BLOCK_N keys over all heads, in each program; grid (key blocks, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_h = tl.arange(0, BLOCK_H)
     in_h = offsets_h < heads
@@ -142,7 +142,7 @@ def head_mean_kernel(
 
 
 @direct
-@triton.jit(do_not_specialize=["tokens"])  # a few words spill where it is a multiple of 16
+@triton.jit(do_not_specialize=["tokens"])  # specialised to a multiple of 16 it spills a few words
 def class_logits_backward_kernel(
     grad,  # (B, N - PREFIX)
     q,  # (B, H, D)
@@ -164,9 +164,9 @@ def class_logits_backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Differentiate one head of one image in each program.
+    """Differentiate one head of one image in each program; grid (heads, images).
 
-    The mean of the upstream gradient under the attention comes first, then K.
+    A first loop takes the mean of the upstream gradient under the attention, a second one reads K.
     """
     head = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -205,7 +205,7 @@ def class_logits_backward_kernel(
 
 
 def _key_strides(tensor: torch.Tensor | None, offsets: torch.Tensor | None) -> tuple[int, ...]:
-    """Return the strides of image, head and token; packed images lie in one row."""
+    """Return the strides over images, heads and tokens; 0 over packed images, which lie in one row."""
     return strides(tensor, 3) if offsets is None else (0, *strides(tensor, 3)[1:])
 
 
@@ -230,7 +230,7 @@ def _forward(
         return scores, logits, logsumexp
     lengths = None if value is None else torch.empty_like(logits)
     softmaxes = torch.empty(batch, heads, parts, 2, dtype=torch.float32, device=k.device)
-    # Heads vary fastest: in the packed layout neighbouring programs read neighbouring memory.
+    # Heads vary fastest, so that in a packed qkv neighbouring programs read neighbouring memory.
     class_logits_kernel[(heads, parts, batch)](
         *(q, k, value, valid, offsets, logits, lengths, softmaxes),
         *(scale, heads, tokens, parts),
@@ -286,7 +286,7 @@ def cls_scores_backward(
     prefix: int,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; grad (B, N - prefix) of any strides -> gradients of q (B, H, D) and of k (B, H, N, D)."""
+    """Launch once; grad (B, N - prefix) of any strides -> gradients of q (B, H, D) and of k (B, H, N, D)."""
     batch, heads, tokens, head_dim = k.shape
     grad_q = torch.empty(batch, heads, head_dim, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(batch, tokens, heads, head_dim, dtype=k.dtype, device=k.device)

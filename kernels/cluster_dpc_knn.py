@@ -1,6 +1,6 @@
-"""Density-peak clustering in three launches: squared lengths, densities, all the rest; no N x N matrix in memory.
+"""Density-peak clustering without an N x N matrix in memory. Launches: squared lengths; densities; the rest.
 
-Images of more than ``most_tokens`` take six: squared lengths, densities, scores, the best of them, labels, groups.
+Images of more than ``most_tokens`` take six: squared lengths, densities, scores, the best scores, labels, groups.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ._order import ordered_bits, packed_keys
 from .select_topk import select_topk
 from .slots import group, group_slots
 
-# Nearest tokens that stay in registers: 16 spill. More are found in as many sweeps over the image as it takes.
+# Nearest tokens that a sweep over the image finds and holds in registers; 16 would spill. More take further sweeps.
 MAX_NEAREST = 8
 
 
@@ -31,20 +31,20 @@ def distance_tile(channels: int, dtype: torch.dtype) -> Tile:
 
 
 def most_tokens(dtype: torch.dtype) -> int:
-    """Return the most tokens of an image that one program clusters: a key a thread in the sort.
+    """Return the most tokens of an image that one program clusters: one key for each thread of the sort.
 
-    Exact dots of float32 do without tensor cores. An image of DeiT-S would keep one multiprocessor busy for about
-    100 us; several multiprocessors gain far more than three further launches cost.
+    Exact dots of float32 do without tensor cores, and would keep one multiprocessor busy for about 100 us (DeiT-S).
+    Several multiprocessors save more than three further launches cost.
     """
     return 64 if dtype == torch.float32 else 256
 
 
 @functools.cache
 def image_tile(channels: int, dtype: torch.dtype, aligned: bool = True) -> Tile:
-    """Return the tile of the one program that has an image to itself; it was found by compiling too.
+    """Return the tile of the program that clusters a whole image; it was found by compiling too.
 
-    It takes all registers of a multiprocessor, as two programs of half the warps would, and half the barriers. Rows
-    that are not aligned take an address for every element, and with so wide a tile they spill.
+    The program takes all registers of a multiprocessor. Rows that are not aligned need an address for every element:
+    with so wide a tile they would spill.
     """
     if dtype == torch.float32:  # 2 stages or 64 by 64 tokens spill; 16 warps would load two channels a thread
         return Tile(BLOCK_I=32, BLOCK_J=64, BLOCK_C=16, num_warps=8, num_stages=3)
@@ -59,7 +59,7 @@ def density_kernel(
     squares,  # (B, N) float32
     noise,  # (B, N) or None
     density,  # (B, N) float32
-    farthest,  # (B, N) float32: every token's largest squared distance
+    farthest,  # (B, N) float32: largest squared distance of every token
     tokens,
     channels,
     neighbors,  # 1 .. N
@@ -70,12 +70,12 @@ def density_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Take the smallest distances of BLOCK_I tokens from tile after tile, in each program."""
+    """Compute density and largest distance of BLOCK_I tokens in each program; grid (blocks of tokens, images)."""
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
-    # Rows past the end repeat the last one: a mask of their own costs registers.
+    # Rows past the end repeat the last one: a mask for them would cost registers.
     row_i = tl.minimum(i, tokens - 1)
     pointers_i = rows + row_i.to(tl.int64)[:, None] * x_strides[1]
     squares_i = tl.load(squares + row_i)
@@ -87,7 +87,7 @@ def density_kernel(
     taken = tl.full((BLOCK_I,), -1, tl.int64)  # the greatest key that an earlier sweep took
     for found in range(0, neighbors, NEAREST):
         wanted = tl.minimum(neighbors - found, NEAREST)
-        # Keys are distinct: bits of the distance, then the column. Vacant places lie beyond all of them, unused below.
+        # Keys are distinct: bits of the distance, then the column. Vacant places sort above them, unused ones below.
         vacant = tl.where(place < wanted, beyond - 1 - place, -2 - place)
         nearest = tl.zeros((BLOCK_I, NEAREST), tl.int64) + vacant[None, :]
         for start_j in range(0, tokens, BLOCK_J):
@@ -123,8 +123,8 @@ def density_kernel(
 
 @triton.jit
 def _scores(
-    rows,  # rows of the image, from the first channels on
-    squares,  # of the image: (N,) float32
+    rows,  # pointer to the first row of the image
+    squares,  # (N,) float32: of the image
     density,  # (N,) float32
     farthest,  # (N,) float32
     score,  # (N,) float32
@@ -136,7 +136,7 @@ def _scores(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return density times the distance to the nearest denser token; the image's largest distance if there is none."""
+    """Store density times the distance to the nearest denser token, or the image's largest distance if none is."""
     i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
     pointers_i = rows + row_i.to(tl.int64)[:, None] * x_strides[1]
@@ -151,7 +151,7 @@ def _scores(
         pointers_j = rows + j.to(tl.int64)[:, None] * x_strides[1]
         squares_j = squares + j
         squared = squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
-        # Columns past the end are denser than none: the last token's dot may round otherwise when it is repeated.
+        # Columns past the end repeat the last token, where its dot may round differently: they are denser than none.
         density_j = tl.load(density + column, mask=column < tokens, other=float("-inf"))
         denser = density_j[None, :] > density_i[:, None]
         nearest = tl.minimum(nearest, tl.min(tl.where(denser, squared, float("inf")), 1))
@@ -176,7 +176,7 @@ def score_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Score BLOCK_I tokens of one image in each program."""
+    """Score BLOCK_I tokens of one image in each program; grid (blocks of tokens, images)."""
     batch = tl.program_id(1).to(tl.int64)
     rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
@@ -189,8 +189,8 @@ def score_kernel(
 
 @triton.jit
 def _labels(
-    rows,  # rows of the image, from the first channels on
-    squares,  # of the image: (N,) float32
+    rows,  # pointer to the first row of the image
+    squares,  # (N,) float32: of the image
     centers,  # (K,) int64
     label,  # (N,) int64
     start_i,
@@ -202,7 +202,7 @@ def _labels(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return the nearest centre of BLOCK_I tokens, the first if tied; a centre's is itself."""
+    """Store the nearest centre of BLOCK_I tokens, the first one if tied; a centre belongs to itself."""
     i = start_i + tl.arange(0, BLOCK_I)
     row_i = tl.minimum(i, tokens - 1)
     pointers_i = rows + row_i.to(tl.int64)[:, None] * x_strides[1]
@@ -216,9 +216,9 @@ def _labels(
         pointers_j = rows + center[:, None] * x_strides[1]
         squares_j = squares + center
         squared = squared_distances(pointers_i, pointers_j, squares_i, squares_j, channels, BLOCK_I, BLOCK_J, BLOCK_C)
-        squared = tl.where(squared == squared, squared, -1.0)  # as torch orders NaN: before every number
+        squared = tl.where(squared == squared, squared, -1.0)  # torch orders NaN before every number
         squared = tl.where(center[None, :] == i[:, None], -2.0, squared)
-        # Columns past the end repeat the last centre, whose dot may round otherwise there: they never win.
+        # Columns past the end repeat the last centre, where its dot may round differently: they must never win.
         squared = tl.where((j < num_centers)[None, :], squared, float("inf"))
         tile_nearest, tile_label = tl.min(squared, 1, return_indices=True, return_indices_tie_break_left=True)
         closer = tile_nearest < nearest  # strict: the earlier tile wins ties
@@ -242,7 +242,7 @@ def label_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compare BLOCK_I tokens with every centre, in each program."""
+    """Label BLOCK_I tokens with their nearest centre in each program; grid (blocks of tokens, images)."""
     batch = tl.program_id(1).to(tl.int64)
     rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
     squares += batch * tokens
@@ -253,7 +253,7 @@ def label_kernel(
 
 
 @direct
-@triton.jit(do_not_specialize=["tokens", "num_centers"])  # one centre, as a constant, spilled
+@triton.jit(do_not_specialize=["tokens", "num_centers"])  # specialised to one centre it spilled
 def cluster_kernel(
     x,  # (B, N, C), N up to BLOCK_N
     squares,  # (B, N) float32
@@ -275,9 +275,9 @@ def cluster_kernel(
     GROUP_I: tl.constexpr,
     GROUP_J: tl.constexpr,
 ):
-    """Cluster one image in each program: scores, centres, labels, groups.
+    """Cluster one image in each program: scores, centres, labels, groups; grid (images,).
 
-    Each step loads, behind a barrier, what other threads stored.
+    Each step loads values that other threads stored, behind a barrier.
     """
     batch = tl.program_id(0).to(tl.int64)
     rows = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
@@ -311,7 +311,7 @@ def cluster_kernel(
 def cluster_dpc_knn(
     x: torch.Tensor, k: int, neighbors: int, noise: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cluster x (B, N, C), whose channels are contiguous, in three launches or six.
+    """Cluster x (B, N, C) with contiguous channels, in three launches or six.
 
     Returns centers (B, k) and label (B, N), int64, and the tokens grouped by label: order (B, N) and offsets
     (B, k + 1), int32.

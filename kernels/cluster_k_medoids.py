@@ -1,7 +1,7 @@
 """K-Medoids in three launches: squared lengths; all distances, the cost and rank of every token; all iterations.
 
-Distances are written to a workspace. Where it does not hold all images' distances, the last two launches take some
-images at a time: an image of N tokens takes about 4 N^2 bytes.
+Distances go to a workspace, about 4 N^2 bytes for an image of N tokens. If it does not hold all images, the last two
+launches are repeated for some images at a time.
 """
 
 from __future__ import annotations
@@ -29,17 +29,14 @@ def distance_tile(channels: int, dtype: torch.dtype) -> Tile:
 
 @functools.cache
 def cluster_tile(tokens: int) -> Tile:
-    """Return a tile of 8 distances a thread, kept over all centers.
-
-    Twice as many spilled, and so did 32 threads for fewer of them, on sm_80 or sm_90.
-    """
+    """Return a tile of 8 distances a thread, kept over all centers. More of them, or fewer threads, spilled."""
     block_n = fitting(tokens, 512, least=32)
     return Tile(BLOCK_N=block_n, BLOCK_J=8, num_warps=block_n // 32, num_stages=1)  # no load may move before a barrier
 
 
 @triton.jit
 def _store_costs(total, weights, cost, centers, batch, i, tokens, clusters, weights_strides):
-    """Store the costs of tokens i (BLOCK_I,), and the tokens of most weight at their rank among the centers."""
+    """Store the costs of tokens i (BLOCK_I,), and the heaviest of them as centers, at their rank by weight."""
     in_i = i < tokens
     weights += batch * weights_strides[0]
     total *= tl.load(weights + i.to(tl.int64) * weights_strides[1], mask=in_i, other=0.0).to(tl.float32)
@@ -73,12 +70,12 @@ def token_distances_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Measure BLOCK_I tokens of one image against all of them, in each program."""
+    """Compute the distances of BLOCK_I tokens to all of their image in each program; grid (token blocks, images)."""
     place = tl.program_id(1).to(tl.int64)
     batch = place + first
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     image = x + batch * x_strides[0] + tl.arange(0, BLOCK_C)[None, :]
-    # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
+    # Rows past the end repeat the last one, and are ignored: a mask for them would cost registers.
     row_i = tl.minimum(i, tokens - 1)
     rows_i = image + row_i.to(tl.int64)[:, None] * x_strides[1]
     squares += batch * tokens
@@ -98,7 +95,7 @@ def token_distances_kernel(
 
 @triton.jit
 def _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Label of every token: the first of its nearest centers."""
+    """Store every token's label: the first of its nearest centers."""
     for start_n in range(0, tokens, BLOCK_N):
         n = start_n + tl.arange(0, BLOCK_N)
         nearest = tl.full((BLOCK_J, BLOCK_N), float("inf"), tl.float32)
@@ -110,7 +107,7 @@ def _assign(distance, centers, label, tokens, clusters, row_stride, BLOCK_N: tl.
             mask = (j < clusters)[:, None] & (n < row_stride)[None, :]
             pointers = distance + center[:, None] * row_stride + n[None, :]
             following, more = centers + j + BLOCK_J, j + BLOCK_J < clusters
-            # The next centers are on the way with these distances: a step waits for memory once, not twice.
+            # The next centers are loaded together with these distances, so that a step waits for memory once.
             center = tl.load(following, mask=more, other=0)
             rows = tl.load(pointers, mask=mask, other=float("inf"))
             place = tl.where(rows < nearest, j[:, None], place)  # strict: the earlier center wins ties
@@ -129,7 +126,7 @@ def _cost_keys(cost, label, n, tokens):
 
 @triton.jit
 def _cheapest_of_all(cost, label, centers, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Return the cheapest token of all clusters, where all tokens are one block: they are loaded once."""
+    """Store the cheapest token of every cluster; all tokens are one block, which is loaded once."""
     none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     key, label_n = _cost_keys(cost, label, tl.arange(0, BLOCK_N), tokens)
     for start_j in range(0, clusters, BLOCK_J):
@@ -140,7 +137,7 @@ def _cheapest_of_all(cost, label, centers, tokens, clusters, BLOCK_N: tl.constex
 
 @triton.jit
 def _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Return the centers of the clusters j (BLOCK_J,): each one's first cheapest token, token 0 if it has none."""
+    """Store the centers of clusters j (BLOCK_J,): the first cheapest token of each, token 0 for an empty cluster."""
     none = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     best = tl.full((BLOCK_J,), 0, tl.int64) + none
     for start_n in range(0, tokens, BLOCK_N):
@@ -154,7 +151,7 @@ def _cheapest_of_each(cost, label, centers, j, tokens, clusters, BLOCK_N: tl.con
 def iterate_clusters_kernel(
     distance,  # (images, N, row_stride) float32
     cost,  # (B, N) float32
-    centers,  # (B, K) int64: the first ones, and in the end the last
+    centers,  # (B, K) int64: read as the first centers, overwritten by the last
     label,  # (B, N) int64
     first,  # image of the first program
     tokens,
@@ -165,9 +162,9 @@ def iterate_clusters_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Iterate the clusters of one image in each program.
+    """Iterate the clusters of one image in each program; grid (images,).
 
-    What one phase stores the next one loads, behind a barrier.
+    A phase loads what the phase before stored, behind a barrier.
     """
     place = tl.program_id(0).to(tl.int64)
     batch = place + first
@@ -197,7 +194,7 @@ def token_distances(
     centers: torch.Tensor,
     images: range,
 ) -> None:
-    """Launch; fills distance (images, N, row_stride), and of these images cost (B, N) and centers (B, k)."""
+    """Launch once; fill distance (images, N, row_stride), and for these images cost (B, N) and centers (B, k)."""
     tokens, channels = x.shape[1:]
     tile = distance_tile(channels, x.dtype)
     token_distances_kernel[(cdiv(tokens, tile["BLOCK_I"]), len(images))](
@@ -210,9 +207,9 @@ def token_distances(
 
 @in_parts("x", "weights")
 def cluster_k_medoids(x: torch.Tensor, weights: torch.Tensor, k: int, iters: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cluster in three launches, two more for every further part of the images; see the module.
+    """Cluster in three launches, and two more for every further part of the images.
 
-    x (B, N, C) with contiguous channels, weights (B, N) -> centers (B, k), label (B, N).
+    x (B, N, C) with contiguous channels, weights (B, N) -> centers (B, k), label (B, N), both int64.
     """
     batch, tokens, _ = x.shape
     cost = torch.empty(batch, tokens, dtype=torch.float32, device=x.device)

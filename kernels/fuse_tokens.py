@@ -1,4 +1,4 @@
-"""Kept rows and one score-weighted sum of all the others, with the residual addition and the next norm fused in."""
+"""Kept rows and one score-weighted sum of the others, in one pass with the residual addition and the next norm."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ._norm import (
     normed_like,
 )
 
-# Summing: narrow blocks of channels give a small batch many programs; 64 rows a step are four 16-byte loads a thread.
+# Sum of the rest: narrow channel blocks give a small batch many programs; 64 rows are four 16-byte loads a thread.
 SUM_TILE = Tile(SUM_ROWS=64, SUM_BLOCK_C=64, num_warps=4)
-# With a norm one program sums whole rows: 32 elements a thread and step. Beyond this many rows it would keep an image
-# waiting, so the norm takes a launch of its own.
+# With a norm one program sums whole rows, 32 elements a thread and step. Beyond this many rows an image would wait for
+# it, so the norm takes a launch of its own.
 NORM_WARPS = 8
 NORM_ELEMENTS = 8192
 MOST_SUMMED = 512
-# Sharing out: whole rows in steps of 128 channels, which most widths are a multiple of; the fused row is read once.
+# Backward: whole rows in steps of 128 channels, which divide most widths; the fused row is read once.
 SHARE_TILE = Tile(ROWS=16, BLOCK_C=128, num_warps=4)
 SHARE_TILE_BIAS = Tile(SHARE_TILE, ROWS=8)  # float32: with 16 rows, triton 3.8 spills on sm_90
 
@@ -136,7 +136,7 @@ def fuse_tokens_kernel(
     order,  # (B, N - PREFIX)
     scores,  # (B, N - PREFIX)
     residual,  # (B, num_kept + 1, C) or None
-    residual_bias,  # (C,) or None: held once by every row of the residual
+    residual_bias,  # (C,) or None: every row of the residual contains it once
     out,  # (B, num_kept + 1, C), contiguous
     weight,  # (C,) or None: of the norm
     bias,  # (C,) or None
@@ -156,9 +156,9 @@ def fuse_tokens_kernel(
     SUM_ROWS: tl.constexpr,
     SUM_BLOCK_C: tl.constexpr,
 ):
-    """Sum the rest in the first programs, SUM_BLOCK_C channels each, and copy rows in the others.
+    """Sum SUM_BLOCK_C channels of the rest in each of the first programs, copy ROWS rows in each of the others.
 
-    The sums come first because they take longest.
+    Grid (channel blocks of the sum, then blocks of the copy; images). Sums come first because they take longest.
     """
     batch = tl.program_id(1).to(tl.int64)
     x += batch * x_strides[0]
@@ -207,9 +207,9 @@ def fuse_tokens_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Differentiate ROWS whole rows in each program, taken in the order [prefix, order].
+    """Compute grad_x and grad_scores of ROWS tokens in each program, from the first to the last channel.
 
-    Rows of the rest share the fused gradient.
+    Grid (blocks of the rest, then blocks of kept tokens; images). Tokens of the rest share the fused row's gradient.
     """
     batch = tl.program_id(1).to(tl.int64)
     rest_blocks = tl.cdiv(tokens - num_kept, ROWS)
@@ -268,7 +268,7 @@ def fuse_tokens_norm_backward_kernel(
     grad_x,  # (B, N, C), contiguous
     grad_scores,  # (B, N - PREFIX), contiguous
     grad_rows,  # (B, num_kept + 1, C), contiguous, or None
-    sums,  # (programs, 2, C) float32 or None: of the gradients of weight and bias
+    sums,  # (programs, 2, C) float32 or None: shares of the gradients of weight and bias
     num_kept,  # PREFIX + k
     tokens,
     channels,
@@ -282,7 +282,7 @@ def fuse_tokens_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Differentiate SUMMED rows of the rest in each program, after the fused row's gradient, or as many rows of out."""
+    """Differentiate SUMMED tokens of the rest, or SUMMED rows of out, in each program; grid (both in turn; images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
@@ -356,7 +356,7 @@ def fuse_tokens(
 ) -> tuple[torch.Tensor, ...]:
     """Launch; x (B, N, C), residual, residual_bias (C,) with dense channels, order and scores (B, N - prefix) -> rows.
 
-    With a norm_eps also normed rows, and statistics (B, prefix + k + 1, 2): a launch more for long rows or many.
+    With a norm_eps also normed rows, and statistics (B, prefix + k + 1, 2); long or many rows take another launch.
     """
     batch, tokens, channels = x.shape
     num_kept = prefix + k
@@ -394,7 +394,7 @@ def fuse_tokens_backward(
     prefix: int,
     bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; grad (B, prefix + k + 1, C) with contiguous channels -> gradients of x and of the scores."""
+    """Launch once; grad (B, prefix + k + 1, C) with contiguous channels -> gradients of x and of the scores."""
     batch, tokens, channels = x.shape
     num_kept = prefix + k
     grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)
@@ -427,9 +427,9 @@ def fuse_tokens_norm_backward(
     prefix: int,
     residual_bias: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and sum if affine -> gradients of x, of the scores, of out if rows, else (B, 0, C).
+    """Launch -> gradients of x (B, N, C), of the scores (B, N - prefix), of out, and of weight and bias.
 
-    The last are the gradients of weight and bias (2, C) float32, else (0, C).
+    The gradient of out is (B, 0, C) unless ``rows``. A sum gives the last one, (2, C) float32, or (0, C) if not affine.
     """
     batch, tokens, channels = x.shape
     num_out = out.shape[1]

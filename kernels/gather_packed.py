@@ -1,6 +1,6 @@
-"""Packed tokens: kept rows with the residual fused in, their gradient, and the way back to padded rows.
+"""Packed tokens: kept rows with the residual added, their gradient, and the way back to padded rows.
 
-Every program looks up by bisection which image its rows belong to, so that nothing has to be known on the host.
+Every program finds the image of its rows by bisection, so the host need not know the lengths.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ._launch import fitting, row_tile, strides
 
 @triton.jit
 def _image_of(offsets, row, batch, STEPS: tl.constexpr):
-    """Count the images that end at a row or before it: the image that the row is in, and ``batch`` behind the last."""
+    """Return the image that a row is in, which is the number of images that end before it; ``batch`` past the last."""
     image = tl.zeros_like(row)
     end = image + batch
     for _ in range(STEPS):
@@ -38,7 +38,7 @@ def token_offsets_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Count the tokens of BLOCK_B images at a time, and add up, all in one program."""
+    """Count the tokens of BLOCK_B images at a time, and cumulate, in the only program; grid (1,)."""
     total = tl.zeros((), tl.int32)
     tl.store(offsets, total)
     for start_b in range(0, batch, BLOCK_B):
@@ -59,7 +59,7 @@ def token_offsets_kernel(
 @triton.jit
 def gather_packed_kernel(
     x,  # (T, C), or (B, SOURCE_ROWS, C) without source
-    index,  # (B, K) or None for rows as they are
+    index,  # (B, K), or None to keep all rows
     residual,  # (R, C) or None
     source,  # (B + 1,) int32 or None
     target,  # (B + 1,) int32
@@ -75,7 +75,10 @@ def gather_packed_kernel(
     BLOCK_C: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Make ROWS packed rows in each program, BLOCK_C channels of them; zeros behind the last image."""
+    """Write ROWS packed rows of BLOCK_C channels in each program, zeros past the last image.
+
+    Grid (blocks of rows, blocks of channels).
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     image = _image_of(target, rows, batch, STEPS)
@@ -107,8 +110,8 @@ def gather_packed_kernel(
 @triton.jit
 def scatter_packed_kernel(
     x,  # (R, C)
-    index,  # (B, K), ascending where it is real, or None for rows as they are
-    source,  # (B + 1,) int32 or None: rows of out of an image, num_out / B each without
+    index,  # (B, K), its real entries ascending, or None where all rows were kept
+    source,  # (B + 1,) int32: rows of out; None where every image has num_out / B
     target,  # (B + 1,) int32
     out,  # (num_out, C), contiguous
     num_out,
@@ -123,7 +126,10 @@ def scatter_packed_kernel(
     STEPS: tl.constexpr,
     INDEX_STEPS: tl.constexpr,
 ):
-    """Look in each program for the rows that ROWS rows of out became; zeros where there is none."""
+    """Write ROWS rows of out, BLOCK_C channels of them, in each program: the row of x that each became, or zeros.
+
+    Grid (blocks of rows, blocks of channels).
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_rows = rows < num_out
@@ -140,7 +146,7 @@ def scatter_packed_kernel(
     if index is not None:
         is_patch = found & (place >= PREFIX)
         entries = index + image.to(tl.int64) * index_strides[0]
-        first = tl.zeros_like(rows)  # the first index that is not below the place
+        first = tl.zeros_like(rows)  # place of the first index that is not smaller
         end = tl.maximum(count - PREFIX, 0)
         for _ in range(INDEX_STEPS):
             middle = (first + end) // 2
@@ -162,10 +168,10 @@ def scatter_packed_kernel(
 
 
 def token_offsets(valid: torch.Tensor) -> torch.Tensor:
-    """Launch; valid (B, N) bool of any strides -> (B + 1,) int32."""
+    """Launch once; valid (B, N) bool of any strides -> (B + 1,) int32."""
     batch, tokens = valid.shape
     offsets = torch.empty(batch + 1, dtype=torch.int32, device=valid.device)
-    # 16 flags a thread: the one program waits for memory, and needs few rounds.
+    # 16 flags a thread: the only program waits for memory, so rounds should be few.
     block_n = fitting(tokens, 128)
     block_b = min(max(1, 4096 // block_n), next_power_of_2(max(1, batch)))
     token_offsets_kernel[(1,)](
@@ -235,24 +241,24 @@ def gather_packed(
     num_out: int,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Launch; x (1, T, C) and residual with contiguous channels, index (B, K) of any strides."""
+    """Launch once; x (1, T, C) and residual with contiguous channels, index (B, K) -> (1, num_out, C)."""
     return _gather(x, index, source, target, prefix, num_out, residual)
 
 
 def gather_packed_backward(
     grad: torch.Tensor, index: torch.Tensor, source: torch.Tensor, target: torch.Tensor, prefix: int, num_in: int
 ) -> torch.Tensor:
-    """Launch; grad (1, R, C) with contiguous channels -> (1, num_in, C)."""
+    """Launch once; grad (1, R, C) with contiguous channels -> (1, num_in, C)."""
     out = torch.empty(1, num_in, grad.shape[2], dtype=grad.dtype, device=grad.device)
     return _scatter(grad, index, source, target, prefix, out)
 
 
 def unpack_tokens(x: torch.Tensor, offsets: torch.Tensor, longest: int) -> torch.Tensor:
-    """Launch; x (1, T, C) with contiguous channels -> (B, longest, C)."""
+    """Launch once; x (1, T, C) with contiguous channels -> (B, longest, C)."""
     out = torch.empty(offsets.shape[0] - 1, longest, x.shape[2], dtype=x.dtype, device=x.device)
     return _scatter(x, None, None, offsets, 0, out)
 
 
 def unpack_tokens_backward(grad: torch.Tensor, offsets: torch.Tensor, num_in: int) -> torch.Tensor:
-    """Launch; grad (B, longest, C) with contiguous channels -> (1, num_in, C)."""
+    """Launch once; grad (B, longest, C) with contiguous channels -> (1, num_in, C)."""
     return _gather(grad, None, None, offsets, 0, num_in, None)

@@ -1,4 +1,4 @@
-"""Kept rows, with the residual addition and the next norm fused in: one read of what is kept, one write."""
+"""Kept rows, in one pass with the residual addition and the next norm: kept rows are read once and written once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def gather_tokens_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Copy ROWS output rows in each program, BLOCK_C channels of them."""
+    """Write ROWS output rows of BLOCK_C channels in each program; grid (blocks of rows, images, blocks of channels)."""
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offsets_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -82,7 +82,7 @@ def gather_tokens_norm_backward_kernel(
     offsets,  # (B, N + 1) int32
     grad_x,  # (B, N, C), contiguous
     grad_rows,  # (B, M, C), contiguous, or None
-    sums,  # (programs, 2, C) float32 or None: of the gradients of weight and bias
+    sums,  # (programs, 2, C) float32 or None: shares of the gradients of weight and bias
     tokens,
     num_out,
     channels,
@@ -92,9 +92,9 @@ def gather_tokens_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Differentiate SUMMED tokens in each program, ROWS of them side by side.
+    """Differentiate SUMMED tokens in each program, ROWS at a time; grid (blocks of tokens, images).
 
-    Each walks the rows taken from it, mostly one or none.
+    For each token it sums the gradients of the rows of out that are copies of it, mostly one or none.
     """
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
@@ -143,7 +143,7 @@ def gather_tokens(
     bias: torch.Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Launch; x (B, N, C) and residual with contiguous channels, index (B, K) of any strides -> kept rows.
+    """Launch once; x (B, N, C) and residual with contiguous channels, index (B, K) of any strides -> kept rows.
 
     With a norm_eps also normed rows, and statistics (B, prefix + K, 2); a program then holds whole rows.
     """
@@ -177,9 +177,9 @@ def gather_tokens_norm_backward(
     order: torch.Tensor,
     offsets: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and sum if affine; rows of out grouped by their N tokens -> gradients of x (B, N, C), of out if rows.
+    """Launch; rows of out grouped by their tokens -> gradients of x (B, N, C), of out (B, M, C), of weight and bias.
 
-    The latter is (B, M, C), else (B, 0, C); then the gradients of weight and bias (2, C) float32, else (0, C).
+    The gradient of out is (B, 0, C) unless ``rows``. A sum gives the last one, (2, C) float32, or (0, C) if not affine.
     """
     batch, num_out, channels = out.shape
     tokens = offsets.shape[1] - 1

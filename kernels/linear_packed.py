@@ -1,6 +1,6 @@
-"""Matrix products of packed tokens: how many rows there are is read on the device, and room behind them costs nothing.
+"""Matrix products of packed tokens. The number of rows is read on the device, and rows past it are not computed.
 
-Forward and the gradient of the rows are one kernel; the gradient of the weight another, split over the rows.
+One kernel serves the forward pass and the gradient of the rows; another the gradient of the weight, split over rows.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ def _tile(rows: int, columns: int, step: int, num_warps: int, num_stages: int) -
 
 
 def _wide(inner: int, columns: int, dtype: torch.dtype) -> bool:
-    """Return whether tiles can be 128 wide.
+    """Return whether tiles can be 128 wide without a spill.
 
-    Where nothing is aligned, every element has a pointer of its own, and they spill.
-    float32 is three products of tf32, whose parts are held in registers.
+    Without alignment every element needs a pointer of its own, which fills the registers.
+    float32 is multiplied as three products of tf32, whose parts are held in registers.
     """
     return dtype != torch.float32 and inner % 16 == columns % 16 == 0
 
 
 @functools.cache
 def product_tile(inner: int, columns: int, dtype: torch.dtype) -> Tile:
-    """Choose tiles that spill nowhere on sm_80 and sm_90; wide ones read the least, and keep three stages in flight."""
+    """Choose tiles that never spill on sm_80 and sm_90. Wide ones read least, with three stages in flight."""
     if _wide(inner, columns, dtype):
         return _tile(128, fitting(columns, 128), fitting(inner, 64), num_warps=8, num_stages=3)
-    deep = 32 if inner % 32 == 0 or dtype.itemsize == 2 else 16  # addresses of an uneven float32 step fill registers
+    deep = 32 if inner % 32 == 0 or dtype.itemsize == 2 else 16  # addresses of uneven steps of float32 fill registers
     return _tile(64, fitting(columns, 64), fitting(inner, deep), num_warps=8, num_stages=2)
 
 
@@ -43,19 +43,19 @@ def grad_weight_tile(ins: int, outs: int, dtype: torch.dtype) -> Tile:
     """Return the tile of the weight's gradient, which sums over rows."""
     if _wide(ins, outs, dtype):
         return _tile(fitting(outs, 128), fitting(ins, 128), 64, num_warps=8, num_stages=3)
-    stages = 2 if dtype == torch.float32 else 3  # 2 of half precision are held to 80 registers on sm_80, and spill
+    stages = 2 if dtype == torch.float32 else 3  # 2 hold half precision to 80 registers on sm_80: it spills
     return _tile(fitting(outs, 64), fitting(ins, 64), 32, num_warps=8, num_stages=stages)
 
 
 def grad_weight_parts(ins: int, outs: int, rows: int, dtype: torch.dtype) -> int:
-    """Return how many programs share a tile's sum: two a multiprocessor of a large GPU, each with 512 rows or more."""
+    """Return how many programs share the sum of a tile: two for each multiprocessor, of 512 rows or more each."""
     tile = grad_weight_tile(ins, outs, dtype)
     tiles = cdiv(outs, tile["BLOCK_M"]) * cdiv(ins, tile["BLOCK_N"])
     return max(1, min(cdiv(264, tiles), rows // 512))
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Choose exact products; float32 by three of tf32, except on AMD, which has none."""
+    """Choose exact products; for float32 three of tf32, but on AMD, which has none, plain float32."""
     return "ieee" if torch.version.hip or dtype != torch.float32 else "tf32x3"
 
 
@@ -63,7 +63,7 @@ def _precision(dtype: torch.dtype) -> str:
 def _blocks(columns, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the program's blocks of rows and of columns.
 
-    Eight blocks of rows go through all columns together, out of the L2.
+    Eight blocks of rows go through all columns together, so that they are read from the L2 cache.
     """
     blocks_n = tl.cdiv(columns, BLOCK_N)
     group = tl.program_id(0) // (8 * blocks_n)
@@ -93,7 +93,7 @@ def packed_product_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """Compute one tile of ``x @ weight + bias`` in each program; a tile behind the last row sums over nothing."""
+    """Compute one tile of ``x @ weight + bias`` in each program, zeros past the last row; grid (tiles,)."""
     block_m, block_n = _blocks(columns, rows, BLOCK_M, BLOCK_N)
     total = tl.load(offsets + batch)
     offsets_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -140,9 +140,10 @@ def packed_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute one tile of ``grad.T @ x`` over one of P parts of the rows; if wanted, the first programs sum ``grad``.
+    """Compute one tile of ``grad.T @ x`` over one of P parts of the rows in each program; grid (tiles, P).
 
-    Not those that multiply: what feeds a dot must not feed a sum, see ``_distances``.
+    For ``grad_bias``, more programs come first and sum ``grad``: a load that feeds a dot must not feed a sum, see
+    ``_distances``.
     """
     part = tl.program_id(1).to(tl.int64)
     tile = tl.program_id(0)
@@ -182,7 +183,7 @@ def packed_weight_kernel(
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
-    """Launch; x (1, T, K) with contiguous channels times weight (K, N) of any strides -> (1, T, N)."""
+    """Launch once; x (1, T, K) with contiguous channels times weight (K, N) of any strides -> (1, T, N)."""
     _, rows, inner = x.shape
     columns = weight.shape[1]
     out = torch.empty(1, rows, columns, dtype=x.dtype, device=x.device)
@@ -203,12 +204,12 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, o
 def linear_packed(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor
 ) -> torch.Tensor:
-    """Launch; x (1, T, I) and weight (O, I), dense last axes -> (1, T, O)."""
+    """Launch once; x (1, T, I) and weight (O, I), dense last axes -> (1, T, O)."""
     return _product(x, weight.t(), bias, offsets)
 
 
 def _summed(parts: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
-    """Sum over the parts, in the weight's dtype; empty if there are none."""
+    """Sum over the parts, in the weight's dtype; return an empty tensor for None."""
     if parts is None:
         return weight.new_empty(0)
     return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(weight.dtype)
@@ -221,9 +222,9 @@ def linear_packed_backward(
     offsets: torch.Tensor,
     wanted: Sequence[bool] = (True, True, True),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of x, weight and bias, empty where they are not wanted; grad (1, T, O), x (1, T, I).
+    """Return the gradients of x, weight and bias, empty where unwanted; grad (1, T, O), x (1, T, I).
 
-    A launch for x, one for the others, and as many sums as are wanted of these where the rows are shared out.
+    One launch is for x and one for the two others. If these are split over rows, each takes a sum more.
     """
     grad_x = _product(grad, weight, None, offsets) if wanted[0] else x.new_empty(0)
     if not (wanted[1] or wanted[2]):

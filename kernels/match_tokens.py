@@ -1,7 +1,7 @@
 """Bipartite soft matching in two launches: the best partner of every even token, then slots and groups of all tokens.
 
-More than MAX_GROUPED tokens are grouped in a third one; keys are averaged over the heads as they are loaded, or in a
-launch of its own before, if their even tokens take more than MAX_SWEEPS tiles.
+More than MAX_GROUPED tokens are grouped in a third launch. Keys are averaged over heads as they are loaded, or, if the
+even tokens take more than MAX_SWEEPS tiles, in a launch before.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from ._order import unsigned_bits
 from ._rows import padded_head_dim, steps, unit_of
 from .slots import group, group_slots
 
-# Up to 512 tokens the keys stay in registers, each against 16 candidates; more are read again in every round.
+# Up to 512 tokens the keys stay in registers, each compared with 16 candidates; more are read again in every round.
 MAX_KEYS = 256
-# Tokens that the one program of an image also groups, comparing each with each.
+# Most tokens that the program of an image also groups, comparing each with each.
 MAX_GROUPED = 640
-# Tiles of even tokens up to which keys are averaged as the matching loads them. Each reads all odd tokens of all heads:
-# two request at most 1.2 times the bytes of a pass of its own before the matching, in float32 1.3 times (counted, 3 to
-# 16 heads), three 1.4 and 1.5 times.
+# Most tiles of even tokens for which keys are averaged as the matching loads them. Each tile reads all heads of the odd
+# tokens. Two tiles request at most 1.2 times the bytes of a separate pass, 1.3 times in float32. Three request up to
+# half as many again (counted, 3 to 16 heads).
 MAX_SWEEPS = 2
-# Heads of float32 that are averaged so: the loops over more of them spill here and there.
+# Most heads of float32 that are averaged as they are loaded; loops over more spill at some shapes.
 MAX_HEADS_FLOAT32 = 16
 
 
 @functools.cache
 def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1, *, aligned: bool = True) -> Tile:
-    """Choose settings, found by compiling, that never spill for sm_80 and sm_90; several heads' where rows are aligned.
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90; several heads need aligned rows.
 
-    ``searching``: even tokens that look for a partner. Those of an image at 224 pixels are one tile, so that every key
-    is read once; more are in tiles of 256, so that the odd ones are read by few.
+    ``searching`` is the number of even tokens that look for a partner. At 224 pixels one tile holds them, so every key
+    is read once. More are in tiles of 256, so few tiles read the odd tokens.
     """
     one_tile = searching <= 128
     block_d = padded_head_dim(channels)
@@ -46,7 +46,7 @@ def match_tile(searching: int, channels: int, dtype: torch.dtype, heads: int = 1
                 return Tile(BLOCK_A=128, BLOCK_B=128, BLOCK_D=16, num_warps=8, num_stages=1)
             # 8 warps and 64 odd tokens spill with some numbers of heads.
             return Tile(BLOCK_A=256, BLOCK_B=32, BLOCK_D=16, num_warps=16, num_stages=1)
-        # Addresses of every element do not fit into the 128 registers that the smaller tile is held to.
+        # The smaller tile is held to 128 registers, too few for an address of every element.
         return Tile(BLOCK_A=64 if aligned else 128, BLOCK_B=64, BLOCK_D=16, num_warps=8, num_stages=1)
     if heads > 1:
         block_b = 64 if one_tile or block_d <= 64 else 32
@@ -61,8 +61,8 @@ def averages_while_loading(
 ) -> bool:
     """Return whether keys are averaged as the matching loads them, which saves a launch and the metric in memory.
 
-    In half precision up to 128 channels, all of which a tile keeps; float32 keeps the means of its even tokens in
-    memory for its next steps. Of rows that are not aligned every element takes an address, and these spill.
+    In half precision a tile holds all channels, which are at most 128. In float32 the means of even tokens are kept in
+    memory for the next steps. Rows that are not aligned need an address for every element, which would spill.
     """
     tile = match_tile(searching, channels, dtype, heads)
     fits = heads <= MAX_HEADS_FLOAT32 if dtype == torch.float32 else channels <= 128
@@ -71,7 +71,7 @@ def averages_while_loading(
 
 @triton.jit
 def _metric(pointers, mask, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
-    """Return rows of the metric; of keys with several heads, the mean over these, rounded once to their dtype."""
+    """Return rows of the metric: the mean of the keys over the heads, rounded once to their dtype."""
     if HEADS == 1:
         rows = tl.load(pointers, mask=mask, other=0.0)
     else:
@@ -85,7 +85,7 @@ def _metric(pointers, mask, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def _metric_once(pointers, kept, mask, first, stride_h, HEADS: tl.constexpr, UNIT: tl.constexpr):
-    """Return the metric of rows that this program needs at every step: averaged and kept at the first, then read."""
+    """Return rows of the metric that are needed at every step: averaged and stored at the first step, then read."""
     if first:
         rows = _metric(pointers, mask, stride_h, HEADS, UNIT)
         tl.store(kept, rows, mask=mask)
@@ -107,7 +107,7 @@ def mean_keys_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Average ROWS tokens over the heads in each program, BLOCK_D channels of them."""
+    """Average BLOCK_D channels of ROWS tokens over heads in each program; grid (token, channel blocks, images)."""
     batch = tl.program_id(2).to(tl.int64)
     channels = channels // UNIT * UNIT
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -122,10 +122,10 @@ def mean_keys_kernel(
 @triton.jit
 def best_match_kernel(
     keys,  # (B, H, N, D): their mean over the heads is the metric
-    kept,  # (B, A, D), contiguous, or None: means of even tokens that later steps need
+    kept,  # (B, A, D), contiguous, or None: means of even tokens, for later steps
     squares,  # (B, N) float32, contiguous, or None: squared lengths of the metric
     best,  # (B, A) float32, not written for prefix tokens
-    destination,  # (B, A) int32, likewise
+    destination,  # (B, A) int32, not written for prefix tokens
     tokens,
     channels,
     keys_strides,
@@ -137,10 +137,10 @@ def best_match_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Compare BLOCK_A even tokens with every odd one in each program; similarities never leave the registers.
+    """Find the best partner of BLOCK_A even tokens in each program; grid (blocks of even tokens, images).
 
-    Of channels in chunks, squares are summed in the loop only where heads are averaged, so that the dot does not read
-    what was loaded: see ``_distances``.
+    Similarities stay in registers. Where channels come in chunks, the loop sums squares only if heads are averaged:
+    then the dot does not read the loads themselves, see ``_distances``.
     """
     batch = tl.program_id(1).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
@@ -179,7 +179,7 @@ def best_match_kernel(
                 b = tl.load(pointers_b + start_d, mask=in_b & in_d, other=0.0)
                 dots = tl.dot(a_chunk, tl.trans(b), dots, input_precision="ieee")
         else:
-            squares_a = tl.zeros((BLOCK_A,), tl.float32)  # again at every step, instead of a pass of their own
+            squares_a = tl.zeros((BLOCK_A,), tl.float32)  # summed again at every step, which saves a pass
             for start_d in range(0, channels, BLOCK_D):
                 in_d = (start_d + offsets_d < channels)[None, :]
                 if kept is None:
@@ -211,7 +211,7 @@ def best_match_kernel(
 
 @triton.jit
 def _load_keys(best, position, num_a, PREFIX: tl.constexpr):
-    """Load unsigned integers in the order of the best similarities; prefix tokens have the least."""
+    """Load the best similarities as unsigned integers of the same order; prefix tokens have the least."""
     searching = (position >= (PREFIX + 1) // 2) & (position < num_a)
     value = tl.load(best + position, mask=searching, other=float("-inf"))
     return unsigned_bits(value)
@@ -234,9 +234,9 @@ def assign_slots_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Assign the slots of one image in each program.
+    """Assign the slots of one image in each program; grid (images,).
 
-    The r best of set A are a set, not a ranking: four bits at a time, no sort.
+    The r best of set A need no order, so their least key is found four bits at a time, without a sort.
     """
     batch = tl.program_id(0).to(tl.int64)
     num_a, num_b = (tokens + 1) // 2, tokens // 2
@@ -247,7 +247,7 @@ def assign_slots_kernel(
     if ONE_BLOCK:
         keys = _load_keys(best, block, num_a, PREFIX)
 
-    # The greatest value that r keys reach: four bits a round, whose candidates are counted together.
+    # The greatest value that r keys reach, found in rounds of four bits, whose candidates are counted together.
     threshold = tl.full((), 0, tl.uint32)
     digit = tl.arange(0, 16)
     for step in range(8):
@@ -281,7 +281,7 @@ def assign_slots_kernel(
             counted += tl.sum(both, 0)
         above_through, tied_through = (through >> 32).to(tl.int32), (through & 0xFFFFFFFF).to(tl.int32)
         merged = above | (tied & (tied_through <= ties_to_merge))
-        merged_before = above_through + tl.minimum(tied_through, ties_to_merge)  # where not merged itself
+        merged_before = above_through + tl.minimum(tied_through, ties_to_merge)  # used where it is not merged itself
 
         searching = (position >= (PREFIX + 1) // 2) & (position < num_a)
         target = tl.load(destination + position, mask=searching, other=0)
@@ -305,7 +305,7 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
     metric = torch.empty(batch, tokens, channels, dtype=keys.dtype, device=keys.device)
     if metric.numel():
         block_d = row_tile(channels)["BLOCK_C"]
-        rows = 1024 // block_d  # 2,048 elements of float32 and of many heads spill
+        rows = 1024 // block_d  # 2,048 elements spill in float32, and with many heads
         grid = (cdiv(tokens, rows), cdiv(channels, block_d), batch)
         mean_keys_kernel[grid](
             keys,
@@ -325,7 +325,7 @@ def mean_keys(keys: torch.Tensor) -> torch.Tensor:
 def best_matches(keys: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch one to three times; keys (B, H, N, D) -> similarity (B, A) float32, place (B, A) int32 among odd tokens.
 
-    The A even tokens leave out the prefix's.
+    A is the number of even tokens; entries of prefix tokens are not written.
     """
     batch, heads, tokens, channels = keys.shape
     num_a, num_b = (tokens + 1) // 2, tokens // 2
@@ -380,8 +380,8 @@ def match_tokens(metric: torch.Tensor, r: int, prefix: int) -> tuple[torch.Tenso
         PREFIX=prefix,
         ONE_BLOCK=num_a <= block,
         BLOCK=block,
-        SCAN_BLOCK=min(block, 32 * num_warps),  # one a thread: the scans and slots of more spill here and there
-        BLOCK_I=256,  # tokens grouped together: a sum over warps costs barriers, whatever its length
+        SCAN_BLOCK=min(block, 32 * num_warps),  # one for each thread: more spill at some shapes
+        BLOCK_I=256,  # tokens grouped at a time: few sums over warps, which cost barriers
         BLOCK_J=8,
         num_warps=num_warps,
     )

@@ -1,4 +1,4 @@
-"""Segmented sums and means over tokens, and back, without atomics: group by slot, then a program walks each slot."""
+"""Sums and means over the tokens of each slot, and back. Tokens are grouped by slot, so no atomics are needed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ._norm import (
 )
 from .slots import group_slots
 
-# Slots that a program walks side by side where it loads weights of a layer or of a norm, which they share: 4 keep these
-# at a tenth of the traffic, more would wait for the largest. With wider rows two of them spill on sm_80.
+# Slots that a program sums at a time, and that share the loaded weights of a layer or norm. With 4, the weights are a
+# tenth of the traffic; more would wait for the largest slot. Two slots of wider rows spill on sm_80.
 SHARING_SLOTS = 4
 SHARING_CHANNELS = 1024
-# The greatest logarithm of a size. A slot that has a greater one has all its sizes divided alike, so that it becomes
-# this: the mean is the same in float32, as eps is nothing beside e^40, and no exponential overflows.
+# The greatest logarithm of a size. In a slot with a greater one, all sizes are divided by one number that brings it to
+# this, so no exponential overflows. The mean is the same in float32, as eps vanishes beside e^40.
 MAX_LOG_SIZE = tl.constexpr(40.0)
 
 
@@ -36,14 +36,14 @@ def reduce_slots_kernel(
     x,  # (B, N, C)
     size,  # (B, N) or None
     residual,  # (B, M, C) or None
-    head,  # (B, P, C) or None: rows to put in front
+    head,  # (B, P, C) or None: rows that go in front
     log_weight,  # (1, C) or None: the sizes are exp(log_weight . x + log_bias), see MAX_LOG_SIZE
     log_bias,  # (1,) or None
     order,  # (B, N) int32
     offsets,  # (B, M + 1) int32
     out,  # (B, P + M, C), contiguous
-    total,  # (B, M) float32 or None: then plain sums are wanted
-    learned,  # (B, N) float32 or None: these sizes
+    total,  # (B, M) float32: sizes of the slots; None for plain sums
+    learned,  # (B, N) float32 or None: the sizes of the tokens by this layer
     weight,  # (C,) or None: of the norm
     bias,  # (C,) or None
     normed,  # (B, P + M, C), contiguous, or None
@@ -61,14 +61,17 @@ def reduce_slots_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum the tokens of SLOTS slots in each program, side by side, each in index order: deterministic."""
+    """Sum or average the tokens of SLOTS slots, each in index order, in each program.
+
+    Grid (blocks of slots, then blocks of head rows; images).
+    """
     batch = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * SLOTS
     m = first + tl.arange(0, SLOTS)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
     if HEAD > 0:  # noqa: SIM102 - only a condition of constants leaves the branch out
-        if first >= num_out:  # the slots first: theirs is the longer work
+        if first >= num_out:  # slots come first, since they take longer
             row = m.to(tl.int64) - tl.cdiv(num_out, SLOTS) * SLOTS
             in_rows = row < HEAD
             mask = in_rows[:, None] & in_channels[None, :]
@@ -88,7 +91,7 @@ def reduce_slots_kernel(
     if log_weight is not None:
         direction = tl.load(log_weight + offsets_c, mask=in_channels, other=0.0).to(tl.float32)
         constant = tl.load(log_bias).to(tl.float32)
-        shift = tl.zeros((SLOTS,), tl.float32)  # of the logarithms of a slot, where their exponentials would overflow
+        shift = tl.zeros((SLOTS,), tl.float32)  # taken off the logarithms of a slot that would overflow
     acc = tl.zeros((SLOTS, BLOCK_C), tl.float32)
     size_sum = tl.zeros((SLOTS,), tl.float32)
     for step in range(tl.max(count, 0)):
@@ -113,7 +116,7 @@ def reduce_slots_kernel(
         acc += size_n[:, None] * row
         size_sum += size_n
     if log_weight is not None:  # noqa: SIM102 - only a condition of constants leaves the branch out
-        if tl.max(shift, 0) > 0.0:  # sizes stored before the greatest one of their slot was known
+        if tl.max(shift, 0) > 0.0:  # correct sizes that were stored before the greatest one was known
             for step in range(tl.max(count, 0)):
                 active = step < count
                 n = tl.load(order + batch * tokens + start + step, mask=active, other=0).to(tl.int64)
@@ -148,7 +151,7 @@ def _drop(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write zeros for tokens of no slot: every program writes some of them."""
+    """Write zeros for tokens of no slot; the programs of an image share these tokens."""
     order += batch * tokens
     nothing = tl.zeros((SLOTS, BLOCK_C), tl.float32).to(out.dtype.element_ty)
     dropped = tl.load(offsets + batch * (num_slots + 1))
@@ -164,7 +167,7 @@ def _drop(
 
 @triton.jit
 def _spread(
-    row,  # (SLOTS, BLOCK_C): what the tokens of slots m share
+    row,  # (SLOTS, BLOCK_C): the rows of slots m
     m,
     in_slots,
     order,
@@ -187,9 +190,9 @@ def _spread(
     EPS: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """Compute ``out[n] = share[n] * row[m]`` for the tokens of slot m; share = size / total, or 1 without totals.
+    """Store ``out[n] = share[n] * row[m]`` for the tokens of slots m; share = size / total, or 1 without totals.
 
-    A size's gradient is what its token's dot differs by from the slot's weighted mean, over the slot's divisor.
+    The gradient of a size is its token's dot less the weighted mean of the dots, divided by the slot's divisor.
     """
     in_channels = offsets_c < channels
     order += batch * tokens
@@ -205,7 +208,7 @@ def _spread(
     count = tl.load(offsets + m + 1, mask=in_slots, other=0) - start
     most = tl.max(count, 0)
     if total is not None:
-        # Clamped as in the forward pass: a slot of size 0 gives its tokens no gradient.
+        # Clamped as in the forward pass, so that a slot of size 0 gives its tokens no gradient.
         divisor = tl.load(total + batch * num_slots + m, mask=in_slots, other=1.0)
         share = 1.0 / tl.maximum(divisor + EPS if EPS > 0.0 else divisor, 1e-30)
     if partner is not None:
@@ -219,7 +222,7 @@ def _spread(
             tl.store(dots + n, dot, mask=active)
             weighted += dot * tl.load(size + n * size_strides[1], mask=active, other=0.0).to(tl.float32)
         mean = weighted * share
-        tl.debug_barrier()  # one thread stored the dots that all of them load
+        tl.debug_barrier()  # all threads load dots that one thread stored
     for step in range(most):
         active = step < count
         n = tl.load(order + start + step, mask=active, other=0).to(tl.int64)
@@ -247,10 +250,10 @@ def spread_slots_kernel(
     offsets,  # (B, M + 1) int32
     size,  # (B, N) or None
     total,  # (B, M) float32 or None
-    partner,  # (B, N, C) or None: the rows that were merged, if the sizes get a gradient
+    partner,  # (B, N, C) or None: the merged tokens, where sizes get a gradient
     log_weight,  # (1, C) or None: the sizes were exp(log_weight . partner + constant)
     out,  # (B, N, C), contiguous
-    dots,  # (B, N) float32 or None: every token's row times its slot's, for later
+    dots,  # (B, N) float32 or None: dot of every token with its slot's row, read back below
     grad_size,  # (B, N) float32 or None
     tokens,
     num_slots,
@@ -262,7 +265,7 @@ def spread_slots_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Spread the rows of SLOTS slots in each program, side by side."""
+    """Spread the rows of SLOTS slots to their tokens in each program; grid (blocks of slots, images)."""
     batch = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     in_slots = m < num_slots
@@ -289,14 +292,14 @@ def merge_tokens_norm_backward_kernel(
     offsets,  # (B, M + 1) int32
     size,  # (B, N) or None
     total,  # (B, M) float32
-    partner,  # (B, N, C) or None: the rows that were merged, if the sizes get a gradient
+    partner,  # (B, N, C) or None: the merged tokens, where sizes get a gradient
     log_weight,  # (1, C) or None
     grad_x,  # (B, N, C), contiguous
     dots,  # (B, N) float32 or None
     grad_size,  # (B, N) float32 or None
     grad_rows,  # (B, M, C), contiguous, or None
     grad_head,  # (B, P, C), contiguous, or None
-    sums,  # (programs, 2, C) float32 or None: of the gradients of weight and bias
+    sums,  # (programs, 2, C) float32 or None: shares of the gradients of weight and bias
     tokens,
     num_slots,
     channels,
@@ -310,7 +313,7 @@ def merge_tokens_norm_backward_kernel(
     SLOTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute the gradients of SUMMED rows in each program, SLOTS side by side; store them if wanted, and spread."""
+    """Differentiate SUMMED merged rows, SLOTS at a time, and spread them to their tokens; grid (row blocks, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_c = tl.arange(0, BLOCK_C)
     in_channels = offsets_c < channels
@@ -386,7 +389,7 @@ def _reduce(
 
 @in_parts("x", "order", "offsets")
 def sum_grouped(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Launch; x (B, N, C) grouped by order and offsets -> (B, M, C), in x's dtype."""
+    """Launch once; x (B, N, C) grouped by order and offsets -> (B, M, C), in x's dtype."""
     return _reduce(x, None, None, order, offsets, mean=False)[0]
 
 
@@ -411,10 +414,10 @@ def merge_tokens(
     bias: torch.Tensor | None = None,
     norm_eps: float | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Launch; x (B, N, C) grouped by order and offsets -> merged (B, P + M, C) and sizes (B, M) float32.
+    """Launch once; x (B, N, C) grouped by order and offsets -> merged (B, P + M, C) and sizes (B, M) float32.
 
-    With a norm_eps also normed (B, P + M, C) and statistics (B, P + M, 2); with log_weight (1, C) and log_bias (1,)
-    the tokens' sizes (B, N) float32 that they give.
+    With a norm_eps also normed (B, P + M, C) and statistics (B, P + M, 2). With log_weight (1, C) and log_bias (1,)
+    also the sizes of the tokens (B, N) float32.
     """
     options = {"mean": True, "eps": eps, "head": head, "log_size": (log_weight, log_bias)}
     found = _reduce(x, size, residual, order, offsets, norm=(weight, bias, norm_eps), **options)
@@ -422,10 +425,10 @@ def merge_tokens(
 
 
 def _size_gradients(x, tokens, partner):
-    """Make room for the sizes' gradients and the kernel's notes, if they get gradients."""
+    """Allocate the gradients of the sizes and the kernel's dots, if the sizes get gradients."""
     if partner is None:
         return None, None
-    # What is returned comes first: torch.compile assumes that the results of an operator are aligned.
+    # The returned part comes first, since torch.compile assumes that results of operators are aligned.
     return torch.empty(2, x.shape[0], tokens, dtype=torch.float32, device=x.device)
 
 
@@ -459,7 +462,7 @@ def spread_slots(
     total: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Launch; x (B, M, C), N tokens grouped by order and offsets -> (B, N, C)."""
+    """Launch once; x (B, M, C), N tokens grouped by order and offsets -> (B, N, C)."""
     return _launch_spread(x, order, offsets, size, total, eps)[0]
 
 
@@ -474,9 +477,9 @@ def merge_tokens_size_backward(
     eps: float,
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; grad (B, M, C), x (B, N, C) -> gradients of x (B, N, C) and of size (B, N) float32.
+    """Launch once; grad (B, M, C), x (B, N, C) -> gradients of x (B, N, C) and of size (B, N) float32.
 
-    With the weight (1, C) of the layer that gave the sizes, x's gradient includes what comes through it.
+    With the weight (1, C) of the layer that gave the sizes, the gradient of x includes the part through the layer.
     """
     return _launch_spread(grad, order, offsets, size, total, eps, x, weight)
 
@@ -499,10 +502,9 @@ def merge_tokens_norm_backward(
     eps: float,
     log_weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Launch, and sum if affine -> gradients of x (B, N, C), of size (B, N) float32 if there is x, else (B, 0).
+    """Launch -> gradients of x (B, N, C), size (B, N) float32, merged rows (B, M, C), head (B, P, C), weight and bias.
 
-    Then the gradients of the merged rows (B, M, C) if rows, and of the head (B, P, C) if head, else (B, 0, C); of the
-    norm's weight and bias (2, C) float32, else (0, C).
+    Without x, rows or head, these results have no rows. A sum gives the last one, (2, C) float32; (0, C) if not affine.
     """
     batch, num_out, channels = merged.shape
     tokens, num_slots = order.shape[1], offsets.shape[1] - 1

@@ -1,9 +1,8 @@
 """Attention that every key receives, without the attention matrix: two launches.
 
-Up to ``MAX_PARTS`` blocks of queries, the programs that normalise the rows also leave the column sums of their block,
-and a second launch adds these up: parallel over heads, images and blocks of queries. Up to 256 keys (64 in float32) a
-logit is computed once. Longer sequences would make too many partial sums: the second launch computes the logits again,
-one program for every block of keys.
+Up to ``MAX_PARTS`` blocks of queries, the programs that normalise the rows also write the column sums of their block,
+and a second launch adds these up. Up to 256 keys (64 in float32) a logit is computed once. Longer sequences would make
+too many partial sums: there the second launch computes the logits again, one program for each block of keys.
 """
 
 from __future__ import annotations
@@ -18,18 +17,18 @@ from ._direct import cdiv, direct, next_power_of_2
 from ._launch import Tile, in_parts, strides
 from ._rows import LOWEST, head_of, padded_head_dim, steps, unit_of
 
-MAX_PARTS = 32  # the partial sums of 2,048 tokens are a third of a packed qkv of half precision
+MAX_PARTS = 32  # at 2,048 tokens the partial sums are a third of a packed qkv in half precision
 
 
 @functools.cache
 def logit_tile(head_dim: int, dtype: torch.dtype, keys: int = 64) -> Tile:
     """Choose settings, found by compiling, that never spill for sm_80 and sm_90, head dimensions 16 to 256.
 
-    All keys are taken in one step where 64 accumulators a thread hold them; exact dots leave room for 16.
+    One step takes all keys if a thread holds them in 64 accumulators; exact dots leave room for 16.
     """
     most = 64 if dtype == torch.float32 else 256
     block_n = max(next_power_of_2(keys), 16) if keys <= most else 64
-    # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all.
+    # Exact dots hold their operands in registers: 32 channels a step spill. Tensor cores take all channels.
     block_d = 16 if dtype == torch.float32 else padded_head_dim(head_dim)
     return Tile(BLOCK_M=64, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=8, num_stages=2)
 
@@ -37,14 +36,14 @@ def logit_tile(head_dim: int, dtype: torch.dtype, keys: int = 64) -> Tile:
 @triton.jit
 def _dots(
     own_rows,  # (BLOCK_OWN, 1) pointers
-    own,  # (BLOCK_OWN, BLOCK_D) the first channels of these rows
+    own,  # (BLOCK_OWN, BLOCK_D) first channels of own_rows
     other_rows,  # (BLOCK_OTHER, 1) pointers
     D: tl.constexpr,
     BLOCK_OWN: tl.constexpr,
     BLOCK_OTHER: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Return (BLOCK_OWN, BLOCK_OTHER) dot products; where one step takes all channels, ``own`` holds them already."""
+    """Return dot products (BLOCK_OWN, BLOCK_OTHER); if one step takes all channels, ``own`` holds them."""
     offsets_d = tl.arange(0, BLOCK_D)
     dots = tl.zeros((BLOCK_OWN, BLOCK_OTHER), tl.float32)
     if BLOCK_D >= D:
@@ -79,7 +78,10 @@ def row_softmax_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum what every key receives from BLOCK_M queries of one head, in each program, or store the logsumexp of each."""
+    """Sum the attention of BLOCK_M queries of one head to every key in each program, or store their logsumexp.
+
+    Grid (blocks of queries, heads, images).
+    """
     part = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -87,7 +89,7 @@ def row_softmax_kernel(
     offsets_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
     offsets_d = tl.arange(0, BLOCK_D)
     in_m = offsets_m < queries
-    # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
+    # Rows past the end repeat the last one, and are ignored: a mask for them would cost registers.
     q_rows = head_of(q, batch, head, q_strides, UNIT)
     q_rows = q_rows + steps(tl.minimum(offsets_m, queries - 1), q_strides[2], UNIT)
     query = tl.load(q_rows + offsets_d[None, :], mask=(offsets_d < D)[None, :], other=0.0)
@@ -140,7 +142,7 @@ def sum_parts_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum BLOCK_N keys of one image over heads and blocks of queries, in each program."""
+    """Sum the parts of BLOCK_N keys over heads and blocks of queries in each program; grid (key blocks, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     sources = parts + batch * num_parts * width + offsets_n[None, :]
@@ -171,7 +173,7 @@ def column_sum_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum BLOCK_N keys of one image over heads and queries, in each program."""
+    """Sum the attention to BLOCK_N keys over heads and queries in each program; grid (blocks of keys, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_d = tl.arange(0, BLOCK_D)
@@ -213,7 +215,7 @@ def received_scores(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Ten
         parts = torch.empty(batch, heads, num_parts, width, dtype=torch.float32, device=k.device)
     else:
         logsumexp = torch.empty(batch, heads, queries, dtype=torch.float32, device=k.device)
-    # Blocks of queries vary fastest: neighbouring programs read the same keys.
+    # Blocks of queries vary fastest, so that neighbouring programs read the same keys.
     row_softmax_kernel[(num_parts, heads, batch)](
         *(q, k, logsumexp),
         *(parts, scale, queries, keys, width),

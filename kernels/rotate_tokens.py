@@ -1,4 +1,4 @@
-"""Rotary positions: one read of queries or keys and of the table's rows at their places, one write."""
+"""Rotary positions: one pass that reads queries or keys and the table's rows at their places."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import triton.language as tl
 from ._direct import cdiv, direct, next_power_of_2
 from ._launch import Tile, in_parts, needs_parts, strides
 
-ENOUGH_PROGRAMS = 1024  # for any GPU of today; from there on a program takes more heads, and reads the table once
+ENOUGH_PROGRAMS = 1024  # fill any GPU of today; beyond them a program takes several heads and reads the table once
 
 
 @functools.cache
 def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool) -> Tile:
-    """Return a tile of about 2,048 elements a step; heads that share a table stay together if GPUs are full."""
+    """Return a tile of about 2,048 elements a step; heads with one table share a program if GPUs are full anyway."""
     block_d = next_power_of_2(channels)
     rows = max(1, 2048 // block_d)
     together = heads
@@ -27,7 +27,7 @@ def head_tile(images: int, tokens: int, heads: int, channels: int, shared: bool)
 
 @triton.jit
 def _read(tensor, row, offsets, mask, other: tl.constexpr):
-    """Read (ROWS, COLUMNS) float32 of rows that begin at ``row``."""
+    """Load rows that begin at ``row`` -> (ROWS, COLUMNS) float32."""
     return tl.load(tensor + row[:, None] + offsets[None, :], mask=mask, other=other).to(tl.float32)
 
 
@@ -43,7 +43,7 @@ def _turned(x, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 def rotate_tokens_kernel(
     x,  # (B, H, N, D), channels contiguous
     cos,  # (B or 1, H or 1, P, D), channels contiguous; strides of 0 where rows are shared
-    sin,  # the same
+    sin,  # as cos
     place,  # (B, N - PREFIX) or None for 0, 1, ...
     out,  # (B, N, H, D), contiguous
     tokens,
@@ -60,7 +60,7 @@ def rotate_tokens_kernel(
     HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Turn ROWS tokens of HEADS heads of one image in each program; they share rows of the table if HEADS > 1."""
+    """Turn ROWS tokens of HEADS heads of one image in each program; grid (token blocks, images, head blocks)."""
     batch = tl.program_id(1).to(tl.int64)
     first_head = tl.program_id(2).to(tl.int64) * HEADS
     last_head = tl.minimum(tl.program_id(2) * HEADS + HEADS, heads)
@@ -164,12 +164,12 @@ def _table_strides(table: torch.Tensor) -> tuple[int, int, int]:
 def rotate_tokens(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: torch.Tensor | None, prefix: int, half: bool
 ) -> torch.Tensor:
-    """Launch; x (B, H, N, D) and tables with contiguous channels, place (B, N - prefix) of any strides or None."""
+    """Launch once; x (B, H, N, D), tables with contiguous channels, place (B, N - prefix) or None -> (B, H, N, D)."""
     return _launch(x, place, cos, sin, prefix, half, False)
 
 
 def rotate_tokens_backward(
     grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, place: torch.Tensor | None, prefix: int, half: bool
 ) -> torch.Tensor:
-    """Launch; gradient of x for the gradient (B, H, N, D) of the result."""
+    """Launch once; gradient of the result -> gradient of x, both (B, H, N, D)."""
     return _launch(grad, place, cos, sin, prefix, half, True)

@@ -1,4 +1,4 @@
-"""Sampled tokens: cumulated scores, a search for every sampling point and the packing of what it hit, in one launch."""
+"""Sampled tokens in one launch: cumulate the scores, search every sampling point, pack the tokens that were hit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import triton.language as tl
 from ._direct import direct
 from ._launch import Tile, fitting, strides
 
-# Sums are of integers, the same in any order: a scan of floats can fall by a rounding, and gives tokens of weight 0
-# cdfs of their own. Weights are counted in 2^-61, as their total is at most a little over 1.
+# Sums are of integers, so their order does not matter. A scan of floats can fall by a rounding, which would give tokens
+# of weight 0 a cdf of their own. The unit is 2^-61, as the total is at most a little over 1.
 WEIGHT_ONE = tl.constexpr(2.0**61)
 WEIGHT_STEP = tl.constexpr(2.0**-61)
 SMALLEST = tl.constexpr(2.0**-126)
@@ -20,20 +20,20 @@ SMALLEST = tl.constexpr(2.0**-126)
 
 @functools.cache
 def sample_tile(tokens: int, budget: int) -> Tile:
-    """Return tokens and sampling points, two a thread, since searches wait for memory.
+    """Return a tile of tokens and sampling points, two for each thread, since searches wait for memory.
 
     512 is the most: 1,024 spilled on sm_80 (Triton 3.9).
     """
     block_n, block_k = fitting(tokens, 512, least=32), fitting(budget, 512, least=32)
     # With one stage no load moves before a barrier.
     tile = Tile(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=max(1, max(block_n, block_k) // 64), num_stages=1)
-    # With more tokens the assembler by itself spills a few words on sm_90, to fit one more program on a multiprocessor.
+    # With more tokens the assembler would spill a few words on sm_90, to fit one more program on a multiprocessor.
     return Tile(tile, maxnreg=64) if tokens > 4096 else tile
 
 
 @triton.jit
 def _scores(row, offsets, tokens, stride):
-    """Return scores as float32; what is negative, NaN or infinite counts as 0."""
+    """Load scores as float32; negative, NaN and infinite ones become 0."""
     score = tl.load(row + offsets.to(tl.int64) * stride, mask=offsets < tokens, other=0.0).to(tl.float32)
     return tl.where((score > 0.0) & (score < float("inf")), score, 0.0)
 
@@ -42,8 +42,8 @@ def _scores(row, offsets, tokens, stride):
 @triton.jit
 def sample_tokens_kernel(
     scores,  # (B, N)
-    cdf,  # (B, N) float32, contiguous, one program's own
-    kept,  # (B, N) int8, contiguous, one program's own
+    cdf,  # (B, N) float32, contiguous: scratch
+    kept,  # (B, N) int8, contiguous: scratch
     index,  # (B, K) int64, contiguous
     valid,  # (B, prefix + K) bool, contiguous
     tokens,
@@ -56,7 +56,7 @@ def sample_tokens_kernel(
     SCORE_ONE: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
 ):
-    """Sample one image in each program; what one phase stores the next one loads, behind a barrier."""
+    """Sample one image in each program; grid (images,). A phase loads results of the phase before, behind a barrier."""
     batch = tl.program_id(0).to(tl.int64)
     scores += batch * scores_strides[0]
     cdf += batch * tokens
@@ -67,7 +67,7 @@ def sample_tokens_kernel(
     highest = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, tokens, BLOCK_N):
         highest = tl.maximum(highest, _scores(scores, start + tl.arange(0, BLOCK_N), tokens, scores_strides[1]))
-    # The power of two below the highest score: dividing by it is exact, and leaves at most 2.
+    # The power of two below the highest score: division by it is exact and leaves scores up to 2.
     exponent = tl.max(highest, 0).to(tl.int32, bitcast=True) & 0x7F800000
     unit = tl.maximum(exponent.to(tl.float32, bitcast=True), SMALLEST)
     partial = tl.zeros((BLOCK_N,), tl.int64)
@@ -89,7 +89,7 @@ def sample_tokens_kernel(
     for start in range(0, budget, BLOCK_K):
         offsets_k = start + tl.arange(0, BLOCK_K)
         point = tl.div_rn((2 * offsets_k + 1).to(tl.float32), tl.cast(2 * parts, tl.float32))
-        above = tl.zeros((BLOCK_K,), tl.int32)  # the first token whose cdf reaches the point
+        above = tl.zeros((BLOCK_K,), tl.int32)  # place of the first token whose cdf reaches the point
         end = above + tokens
         for _ in range(SEARCH_STEPS):
             middle = (above + end) // 2
@@ -100,7 +100,7 @@ def sample_tokens_kernel(
         lower = tl.abs(point - tl.load(cdf + above - 1, mask=above > 0, other=float("inf")))
         upper = tl.abs(point - tl.load(cdf + above, mask=above < tokens, other=float("inf")))
         distance = tl.minimum(lower, upper)
-        # The first token at that distance: cdfs below the nearest one can round to it.
+        # The first token at the least distance: cdfs below the nearest one can round to it.
         nearest = tl.zeros((BLOCK_K,), tl.int32)
         end = tl.minimum(above, tokens - 1)
         for _ in range(SEARCH_STEPS):
@@ -132,7 +132,7 @@ def sample_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch once; scores (B, N) of any strides -> index (B, budget) int64, valid (B, prefix + budget) bool.
 
-    Looked up are the points (2 i + 1) / (2 parts), i < budget; None stands for budget + 1 parts.
+    The points are (2 i + 1) / (2 parts) for i < budget; None stands for budget + 1 parts.
     """
     batch, tokens = scores.shape
     index = torch.empty(batch, budget, dtype=torch.int64, device=scores.device)

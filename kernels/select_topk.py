@@ -1,4 +1,4 @@
-"""Indices of the best scores, best first: one sort of packed keys, or counted ranks where a sort would not fit."""
+"""Indices of the best scores, best first: by one sort of packed keys, or by counted ranks for long rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ._direct import cdiv, direct, next_power_of_2
 from ._launch import Tile, in_parts, strides
 from ._order import packed_keys
 
-# Triton 3.9: a sort of 8,192 spills on sm_90 and compiles for 9 to 16 s; one of 4,096 does not, and takes 4 to 6 s.
+# Triton 3.9: a sort of 8,192 spills on sm_90, and compiles about twice as long as one of 4,096.
 MAX_SORT = 4096
-# 16 pairs a thread: 72 registers; 32 a thread take 138, and wider rows spilled a few words.
+# 16 pairs a thread take 72 registers; with more, wider rows spilled a few words.
 RANK_TILE = Tile(BLOCK_I=32, BLOCK_J=64, num_warps=4)
 
 
 @functools.cache
 def sort_tile(tokens: int) -> Tile:
-    """Return a tile of four keys a thread: at most 64 registers.
+    """Return a tile of four keys a thread, which takes at most 64 registers.
 
-    With four times as many a thread, the longest sorts take half a minute to compile.
+    With four times as many, the longest sorts take half a minute to compile.
     """
     block = max(32, next_power_of_2(tokens))
     return Tile(BLOCK=block, num_warps=max(1, block // 128))
@@ -38,7 +38,7 @@ def sort_scores_kernel(
     scores_strides,
     BLOCK: tl.constexpr,
 ):
-    """Sort one image in each program."""
+    """Sort the scores of one image in each program; grid (images,)."""
     batch = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     row = scores + batch * scores_strides[0] + offsets.to(tl.int64) * scores_strides[1]
@@ -57,7 +57,7 @@ def rank_scores_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Count for BLOCK_I tokens of one image, in each program, how many come before each of them."""
+    """Rank BLOCK_I tokens by counting the better ones, in each program; grid (blocks of tokens, images)."""
     batch = tl.program_id(1).to(tl.int64)
     base = scores + batch * scores_strides[0]
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -73,7 +73,7 @@ def rank_scores_kernel(
 
 @in_parts("scores")
 def select_topk(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """Launch; scores (B, N) of any strides -> indices (B, k) int64."""
+    """Launch once; scores (B, N) of any strides -> indices (B, k) int64."""
     batch, tokens = scores.shape
     out = torch.empty(batch, k, dtype=torch.int64, device=scores.device)
     if out.numel() == 0:

@@ -1,13 +1,13 @@
 """Sinkhorn merging in four launches: norms; similarities; the iterations; the plan times the tokens.
 
-Neither the plan nor the normalised tokens are ever written.
+Neither the plan nor the normalised tokens are written to memory.
 
-Without a backward the similarities are a workspace. Where it does not hold all images' similarities, some are merged at
-a time: an image of N tokens and K clusters takes about 4 N K bytes.
+Without a backward pass the similarities go to a workspace, about 4 N K bytes for an image of N tokens and K clusters.
+If it does not hold all images, the launches are repeated for some images at a time.
 
-Rows of similarities are padded to a multiple of 16 columns, which hold -inf: every access is 16 bytes, and the
-padding drops out of all sums by itself. At a small eps the biases are large, so a plan is not made from their rounded
-sum: it is ``exp(similarity + cluster_bias - shift) * scale`` with each row's maximum and the reciprocal of its sum.
+Rows of similarities are padded with -inf to a multiple of 16 columns, so every access is 16 bytes, and padding drops
+out of all sums. At a small eps the biases are large, and their sum would round the plan. So the plan is
+``exp(similarity + cluster_bias - shift) * scale``, with the maximum of each row and the reciprocal of its sum.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ._distances import squared_lengths
 from ._launch import Tile, fitting, in_parts, strides
 from ._workspace import workspace_parts
 
-LOWEST = tl.constexpr(-3.0e38)  # where a row of -inf needs a finite maximum
+LOWEST = tl.constexpr(-3.0e38)  # finite maximum for a row of -inf
 PADDING = 16
-MOST_REGISTERS = 255  # said outright, because the assembler spills a few to fit one more program on a multiprocessor
+MOST_REGISTERS = 255  # set, because otherwise the assembler spills some to fit one more program on a multiprocessor
 
 
 @functools.cache
 def similarity_tile(clusters: int, exact: bool) -> Tile:
-    """Choose settings, found by compiling as the next two, that never spill for sm_80 and sm_90."""
+    """Choose settings, found by compiling, that never spill for sm_80 and sm_90."""
     if exact:  # exact float32 dots hold their operands in registers
         return Tile(BLOCK_N=64, BLOCK_K=fitting(clusters, 32), BLOCK_C=16, num_warps=4, num_stages=2)
     return Tile(BLOCK_N=64, BLOCK_K=fitting(clusters, 64), BLOCK_C=64, num_warps=8, num_stages=3)
@@ -38,7 +38,7 @@ def similarity_tile(clusters: int, exact: bool) -> Tile:
 
 @functools.cache
 def sums_tile(channels: int, exact: bool) -> Tile:
-    """Choose tiles wide in the channels, because the programs of every block of channels make the plan anew."""
+    """Choose tiles wide in the channels, because every block of channels computes the plan again."""
     if exact:
         return Tile(BLOCK_K=64, BLOCK_C=fitting(channels, 64), BLOCK_N=16, num_warps=8, num_stages=2)
     return Tile(BLOCK_K=64, BLOCK_C=fitting(channels, 128), BLOCK_N=32, num_warps=8, num_stages=2)
@@ -46,7 +46,7 @@ def sums_tile(channels: int, exact: bool) -> Tile:
 
 @functools.cache
 def plan_tile(tokens: int, padded: int) -> Tile:
-    """Choose whole rows, 16 numbers a thread for the similarities and as many for the sums over tokens."""
+    """Choose whole rows: a thread holds 16 similarities, and 16 sums over tokens."""
     block_k = next_power_of_2(padded)
     block_n = max(1, min(4096 // block_k, next_power_of_2(tokens)))
     return Tile(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=8, maxnreg=MOST_REGISTERS)
@@ -54,7 +54,7 @@ def plan_tile(tokens: int, padded: int) -> Tile:
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """Multiply: operands of one half precision go to the tensor cores as they are, others as float32."""
+    """Multiply and add to acc; operands of the same half precision stay as they are, others become float32."""
     if a.dtype != b.dtype:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -82,9 +82,9 @@ def similarity_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute a tile of similarities in each program, and the maximum and sum of exponentials of each of its columns.
+    """Compute a tile of similarities in each program, and the maximum and sum of exponentials of its columns.
 
-    Norms are not summed in the loop: see ``_distances``.
+    Grid (tiles, images). Norms are not summed in this loop: see ``_distances``.
     """
     place = tl.program_id(1).to(tl.int64)
     batch = place + first
@@ -95,7 +95,7 @@ def similarity_kernel(
     offsets_k = k_block * BLOCK_K + tl.arange(0, BLOCK_K)
     offsets_c = tl.arange(0, BLOCK_C)
     in_n = offsets_n < tokens
-    # Rows past the end repeat the last one, and are ignored: a mask of their own costs registers.
+    # Rows past the end repeat the last one, and are ignored: a mask for them would cost registers.
     row_n = tl.minimum(offsets_n, tokens - 1).to(tl.int64)
     row_k = tl.minimum(offsets_k, clusters - 1).to(tl.int64)
     pointers_x = x + batch * x_strides[0] + row_n[:, None] * x_strides[1] + offsets_c[None, :]
@@ -126,7 +126,7 @@ def plan_biases_kernel(
     similarity,  # (images, N, padded) float32, contiguous
     part_max,  # (images, parts, padded) float32, contiguous
     part_sum,  # (images, parts, padded) float32, contiguous
-    token_bias,  # (B, N) float32, contiguous: the last one
+    token_bias,  # (B, N) float32, contiguous: of the last iteration
     token_shifts,  # (B, iters, N) float32, contiguous
     token_scales,  # (B, iters, N) float32, contiguous
     cluster_biases,  # (B, iters + 1, padded) float32, contiguous
@@ -140,7 +140,7 @@ def plan_biases_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Iterate one image in each program, each iteration in one pass over its similarities."""
+    """Iterate one image in each program, with one pass over its similarities an iteration; grid (images,)."""
     place = tl.program_id(0).to(tl.int64)
     batch = place + first
     offsets_k = tl.arange(0, BLOCK_K)
@@ -165,7 +165,7 @@ def plan_biases_kernel(
     total = tl.where(is_cluster, total, 1.0)
     tl.store(cluster_biases, cluster_bias, mask=in_k)
     for step in range(0, iters):
-        # total: the column sums of the plan so far, at least 1 / K from the second step on.
+        # total is the column sums of the plan, at least 1 / K from the second step on.
         cluster_bias -= tl.log(total)
         tl.store(cluster_scales + tl.cast(step, tl.int64) * padded, 1.0 / total, mask=in_k)
         tl.store(cluster_biases + tl.cast(step + 1, tl.int64) * padded, cluster_bias, mask=in_k)
@@ -190,7 +190,7 @@ def plan_biases_kernel(
 
 @triton.jit
 def _copy_rows(source, target, rows, source_stride, target_stride, in_c):
-    """Copy channels in_c of some rows; source and target are pointers to the channels of the first row."""
+    """Copy the channels in_c of ``rows`` rows; source and target point to the channels of the first row."""
     for row in range(0, rows):
         value = tl.load(source + tl.cast(row, tl.int64) * source_stride, mask=in_c, other=0.0)
         tl.store(target + tl.cast(row, tl.int64) * target_stride, value.to(target.dtype.element_ty), mask=in_c)
@@ -221,7 +221,7 @@ def plan_sums_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum BLOCK_C channels of BLOCK_K clusters in each program; programs of the first clusters copy the head too."""
+    """Sum BLOCK_C channels of BLOCK_K clusters in each program; grid (tiles, images). The first tiles copy the head."""
     place = tl.program_id(1).to(tl.int64)
     batch = place + first
     c_blocks = tl.cdiv(channels, BLOCK_C)
@@ -270,7 +270,7 @@ def padded_clusters(clusters: int) -> int:
 def precision_of(dtype: torch.dtype) -> str:
     """Return the precision of a dot.
 
-    Float32 results are summed exactly; for half ones tf32 keeps as many bits of the weights, at every exponent.
+    Float32 results need exact sums; for half precision tf32 keeps enough bits of the weights, at every exponent.
     """
     return "ieee" if dtype == torch.float32 else "tf32"
 
@@ -278,7 +278,7 @@ def precision_of(dtype: torch.dtype) -> str:
 def _forward(
     x: torch.Tensor, centers: torch.Tensor, eps: float, iters: int, head: torch.Tensor | None, *, keep: bool
 ) -> tuple[torch.Tensor, ...]:
-    """Merge all images, or as many at a time as the workspace holds if the similarities are not kept."""
+    """Merge all images; if similarities are not kept, as many at a time as the workspace holds."""
     batch, tokens, channels = x.shape
     clusters = centers.shape[0]
     padded = padded_clusters(clusters)
@@ -348,7 +348,7 @@ def sinkhorn_merge_inference(
     """Launch four times, and three more for every further part of the images.
 
     Returns merged, token_bias and cluster_biases of :func:`sinkhorn_merge`.
-    The similarities are in memory together for as many images as the workspace holds.
+    Memory holds the similarities of as many images as the workspace has room for.
     """
     merged, _, token_bias, _, _, _, cluster_biases, _ = _forward(x, centers, eps, iters, head, keep=False)
     return merged, token_bias, cluster_biases

@@ -1,7 +1,7 @@
-"""Backward of Sinkhorn merging: four launches and a fixed-order sum.
+"""Backward pass of Sinkhorn merging: four launches and a sum in fixed order.
 
-The gradient of the plan's logarithm; the iterations in reverse, of which only vectors are kept; the gradient of the
-similarities, put together from them; the gradients of tokens and centres. The plan is made anew wherever it is needed.
+The launches compute the gradient of the plan's logarithm; the vectors of each iteration, in reverse; from these vectors
+the gradient of the similarities; the gradients of tokens and centres. Each launch recomputes the plan.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ from ._direct import cdiv, direct
 from ._launch import Tile, fitting, in_parts, strides
 from .sinkhorn_merge import MOST_REGISTERS, dot, plan_tile, precision_of, similarity_tile
 
-CENTER_PARTS = 16  # groups of images whose sums for the centres are added up at the end
-# Short rows in short steps: the gradient of a similarity takes one exponential for every iteration.
+CENTER_PARTS = 16  # groups of images; their sums for the centres are added at the end
+# Small, because the gradient of a similarity takes one exponential for every iteration.
 SLOPE_TILE = Tile(BLOCK_N=32, BLOCK_K=64, num_warps=4)
 
 
 @functools.cache
 def backward_tile(channels: int, small: bool) -> Tile:
-    """Return the tile of two products in turn.
+    """Return the tile of the kernels with two products; ``small`` is for operands in float32.
 
-    Anything larger, or 4 warps, spills in part; small where an operand is float32.
+    Larger tiles, or 4 warps, spill at some shapes.
     """
     return Tile(ROWS=64, BLOCK_C=fitting(channels, 32 if small else 64), STEP=16, num_warps=8, num_stages=2)
 
 
 def backward_registers(*dtypes: torch.dtype) -> int | None:
-    """Return the most registers a thread may have.
-
-    The assembler's own choice spills a few where float32 takes part, and so does any lower limit.
-    """
+    """Return the limit of registers for a thread, or None; with float32 the assembler's own choice spills a few."""
     return MOST_REGISTERS if torch.float32 in dtypes else None
 
 
@@ -61,7 +58,7 @@ def log_plan_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute a tile of the gradient of the plan's logarithm in each program, plan times (normalised token . grad)."""
+    """Compute a tile of grad_plan (of the plan's logarithm), plan * (normalised token . grad); grid (tiles, images)."""
     batch = tl.program_id(1).to(tl.int64)
     k_blocks = tl.cdiv(padded, BLOCK_K)
     offsets_n = tl.program_id(0) // k_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -109,10 +106,10 @@ def plan_biases_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute the gradients of all biases of one image in each program, last iteration first, each in one pass.
+    """Compute the gradients of all biases of one image in each program, last iteration first; grid (images,).
 
-    Through the plan P of iteration t pass ``token_terms[t]``, the gradient of that iteration's token biases, and
-    ``cluster_terms[t + 1]``, the gradient of the next one's cluster biases over P's column sums.
+    Two terms go through the plan of iteration t: ``token_terms[t]``, the gradient of its token biases, and
+    ``cluster_terms[t + 1]``, the gradient of the next cluster biases over the column sums of the plan.
     """
     batch = tl.program_id(0).to(tl.int64)
     offsets_k = tl.arange(0, BLOCK_K)
@@ -170,7 +167,7 @@ def similarity_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Compute the gradients of the similarities of BLOCK_N tokens in each program."""
+    """Compute the gradients of BLOCK_N tokens' similarities in each program; grid (blocks of tokens, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = offsets_n < tokens
@@ -261,7 +258,7 @@ def _grad_tokens(
     mask = in_n[:, None] & in_c[None, :]
     sources = x + batch * x_strides[0] + offsets_n.to(tl.int64)[:, None] * x_strides[1] + offsets_c[None, :]
     inverse = tl.load(inverse_norm + rows, mask=in_n, other=0.0)
-    # A norm that was clamped is a constant.
+    # A clamped norm is a constant.
     radial = tl.where(inverse < 0.999999e12, tl.load(along + rows, mask=in_n, other=0.0), 0.0) * inverse
     value = acc - tl.load(sources, mask=mask, other=0.0).to(tl.float32) * radial[:, None]
     value *= inverse[:, None]
@@ -351,7 +348,10 @@ def tokens_and_centers_backward_kernel(
     BLOCK_C: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Sum the centres' gradients over their images in the first programs, which take longest; then the tokens'."""
+    """Compute a tile of grad_centers over a part of the images, or a tile of grad_x, in each program; grid (tiles,).
+
+    The tiles of the centres come first, because they take longest.
+    """
     c_blocks = tl.cdiv(channels, BLOCK_C)
     k_blocks = tl.cdiv(clusters, ROWS)
     n_blocks = tl.cdiv(tokens, ROWS)
@@ -391,7 +391,7 @@ def sinkhorn_merge_backward(
     cluster_scales: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch four times, and sum; grad (B, K, C) with contiguous channels -> gradients of x and of the centres."""
+    """Launch four times; grad (B, K, C) with contiguous channels -> gradients of x (B, N, C) and centres (K, C)."""
     batch, tokens, channels = x.shape
     clusters, padded, iters = centers.shape[0], similarity.shape[2], token_shifts.shape[1]
     grad_x = torch.empty(batch, tokens, channels, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""Tokens grouped by slot: a stable counting sort by ranks."""
+"""Tokens grouped by slot, with a stable counting sort."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._launch import in_parts, strides
 
 @triton.jit
 def group(slot, order, offsets, start_i, tokens, num_out, slot_stride_n, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Sort stably by counting ranks: BLOCK_I tokens of one image (and as many slot bounds) against all."""
+    """Store BLOCK_I tokens of one image at their ranks, and BLOCK_I offsets, by comparing with all its tokens."""
     i = start_i + tl.arange(0, BLOCK_I)
     in_i = i < tokens
     slot_i = tl.load(slot + i * slot_stride_n, mask=in_i, other=0).to(tl.int32)
@@ -21,7 +21,7 @@ def group(slot, order, offsets, start_i, tokens, num_out, slot_stride_n, BLOCK_I
     for start in range(0, tokens, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         in_j = j < tokens
-        slot_j = tl.load(slot + j * slot_stride_n, mask=in_j, other=0x7FFFFFFF).to(tl.int32)  # beyond every slot
+        slot_j = tl.load(slot + j * slot_stride_n, mask=in_j, other=0x7FFFFFFF).to(tl.int32)  # above every slot
         smaller = slot_j[None, :] < slot_i[:, None]
         tied = (slot_j[None, :] == slot_i[:, None]) & (j[None, :] < i[:, None])
         before += (smaller | tied).to(tl.int32)
@@ -42,7 +42,7 @@ def group_slots_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    """Rank BLOCK_I tokens of one image in each program."""
+    """Rank BLOCK_I tokens of one image in each program; grid (blocks of tokens or slots, images)."""
     batch = tl.program_id(1).to(tl.int64)
     slot += batch * slot_strides[0]
     order += batch * tokens
@@ -52,7 +52,7 @@ def group_slots_kernel(
 
 @in_parts("slot")
 def group_slots(slot: torch.Tensor, num_out: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; slot (B, N) -> order (B, N) and offsets (B, num_out + 1), both int32."""
+    """Launch once; slot (B, N) -> order (B, N) and offsets (B, num_out + 1), both int32."""
     batch, tokens = slot.shape
     order = torch.empty(batch, tokens, dtype=torch.int32, device=slot.device)
     offsets = torch.empty(batch, num_out + 1, dtype=torch.int32, device=slot.device)

@@ -1,7 +1,7 @@
-"""Soft merging: a softmax over the tokens, kept running beside the sums that it weights; backward in two launches.
+"""Soft merging: a running softmax over the tokens beside the sums that it weights; backward in two launches.
 
-Traffic of the forward pass: the tokens are read once per BLOCK_K clusters, the logits once per BLOCK_C channels. Of the
-backward pass likewise, and the upstream gradient twice per BLOCK_N tokens.
+Both passes read the tokens once for every BLOCK_K clusters, and the logits once for every BLOCK_C channels. The
+backward pass reads the upstream gradient twice for every BLOCK_N tokens.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from ._launch import Tile, fitting, in_parts, row_tile, strides
 
 @functools.cache
 def forward_tile(clusters: int, channels: int, dtype: torch.dtype) -> Tile:
-    """Choose the widest tiles that spill nowhere on sm_80 and sm_90, because they read the least.
+    """Choose the widest tiles that never spill on sm_80 and sm_90, because they read least.
 
-    With half of DeiT's tokens as clusters, half-precision tokens are read once; a tile of 64 would read them twice.
+    With half of DeiT's tokens as clusters, tokens in half precision are read once; a tile of 64 would read them twice.
     """
     if dtype == torch.float32:  # exact dots hold their operands in registers
         sizes = {"BLOCK_K": fitting(clusters, 64), "BLOCK_C": fitting(channels, 64)}
         return Tile(BLOCK_N=16, num_warps=8, num_stages=2, **sizes)
-    widest = 128 if channels % 16 == 0 else 64  # where nothing is aligned, every element has a pointer of its own
+    widest = 128 if channels % 16 == 0 else 64  # without alignment every element needs a pointer of its own
     sizes = {"BLOCK_K": fitting(clusters, widest), "BLOCK_C": fitting(channels, widest)}
     return Tile(BLOCK_N=32, num_warps=8 if clusters > 32 else 4, num_stages=2, **sizes)
 
 
 @functools.cache
 def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype, unit: int) -> Tile:
-    """Return tiles found likewise: wider steps spill, and so do tiles of 128 tokens where ``unit`` is 1.
+    """Choose tiles that never spill: wider steps would, and so would 128 tokens where ``unit`` is 1.
 
-    Twice as many tokens a tile read the upstream gradient half as often.
+    A tile with twice the tokens reads the upstream gradient half as often.
     """
     if dtype == torch.float32:  # 2 stages spill under Triton 3.6
         sizes = {"BLOCK_K": fitting(clusters, 64), "BLOCK_C": fitting(channels, 64)}
@@ -47,9 +47,9 @@ def backward_tile(tokens: int, clusters: int, channels: int, dtype: torch.dtype,
 
 
 def logits_unit(logits: torch.Tensor) -> int:
-    """Return what divides the number of clusters and the strides, up to 8.
+    """Return the largest power of two, up to 8, that divides the number of clusters and the strides.
 
-    Few counts are multiples of the JIT's own 16.
+    The JIT by itself asks for 16, which few counts are multiples of.
     """
     return math.gcd(8, logits.shape[2], *logits.stride()[:2]) if logits.stride(2) == 1 else 1
 
@@ -74,7 +74,10 @@ def soft_merge_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum all tokens into BLOCK_K clusters of BLOCK_C channels in each program, after its share of the head's rows."""
+    """Sum all tokens into BLOCK_K clusters of BLOCK_C channels in each program, which first copies rows of the head.
+
+    Grid (blocks of channels, blocks of clusters, images).
+    """
     clusters = clusters // UNIT * UNIT
     logits_stride_b = logits_strides[0] // UNIT * UNIT
     logits_stride_n = logits_strides[1] // UNIT * UNIT
@@ -135,7 +138,7 @@ def row_delta_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return ``out . grad`` of ROWS clusters: the mean of ``x . grad`` under a cluster's weights."""
+    """Store ``out . grad`` of ROWS clusters, the weighted mean of ``x . grad``; grid (blocks of clusters, images)."""
     batch = tl.program_id(1).to(tl.int64)
     offsets_k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_k = offsets_k < clusters
@@ -173,7 +176,7 @@ def _grad_logits(
     BLOCK_K: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Return ``weight * (x . grad - delta)`` of one tile."""
+    """Store a tile of the logits' gradient, ``weight * (x . grad - delta)``."""
     offsets_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_k = block_k * BLOCK_K + tl.arange(0, BLOCK_K)
     in_n = offsets_n < tokens
@@ -219,7 +222,7 @@ def _grad_x(
     BLOCK_C: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Return ``weight @ grad`` of one tile, the weights recomputed from the logits."""
+    """Store a tile of the tokens' gradient, ``weight @ grad``, with weights recomputed from the logits."""
     offsets_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offsets_c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
     in_n = offsets_n < tokens
@@ -237,7 +240,7 @@ def _grad_x(
         upstream = tl.load(
             grad + rows_k[:, None] * grad_stride_n + offsets_c[None, :], mask=in_k[:, None] & in_c[None, :], other=0.0
         )
-        # Scaled by a power of two and back: float16 would lose weights below 6e-8, and bits of those below 6e-5.
+        # Weights are scaled by a power of two and back, as float16 loses bits of weights below 6e-5.
         acc = tl.dot((weight * 32768.0).to(upstream.dtype), upstream, acc, input_precision="ieee")
     acc *= 1.0 / 32768.0
     targets = rows_n[:, None] * channels + offsets_c[None, :]
@@ -267,7 +270,7 @@ def soft_merge_backward_kernel(
     BLOCK_C: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Compute a tile of the logits' gradient in each of the first programs, of the tokens' gradient in the others."""
+    """Compute a tile of grad_logits or of grad_x in each program; grid (both in turn, blocks of tokens, images)."""
     clusters = clusters // UNIT * UNIT
     logits_stride_b = logits_strides[0] // UNIT * UNIT
     logits_stride_n = logits_strides[1] // UNIT * UNIT
@@ -295,7 +298,7 @@ def soft_merge_backward_kernel(
 
 @in_parts("logits", "x", "head")
 def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; logits (B, N, K) of any strides, x (B, N, C) and head with contiguous channels -> rows and logsumexp."""
+    """Launch; logits (B, N, K), x (B, N, C), head (B, P, C), dense channels -> out (B, P + K, C), logsumexp (B, K)."""
     batch, tokens, channels = x.shape
     clusters = logits.shape[2]
     num_head = 0 if head is None else head.shape[1]
@@ -305,7 +308,7 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
     if batch == 0 or out.numel() + logsumexp.numel() == 0:
         return out, logsumexp
     tile = forward_tile(clusters, channels, dtype)
-    # Channels vary fastest: programs that share logits run side by side, and at least one copies the head.
+    # Channels vary fastest, so that programs that share logits run together. At least one program copies the head.
     grid = (max(cdiv(channels, tile["BLOCK_C"]), 1), max(cdiv(clusters, tile["BLOCK_K"]), 1), batch)
     soft_merge_kernel[grid](
         *(logits, x, head, out, logsumexp),
@@ -321,7 +324,7 @@ def soft_merge(logits: torch.Tensor, x: torch.Tensor, head: torch.Tensor | None)
 def soft_merge_backward(
     grad: torch.Tensor, logits: torch.Tensor, x: torch.Tensor, out: torch.Tensor, logsumexp: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; grad and out (B, P + K, C) with contiguous channels -> gradients (B, N, K) of logits, (B, N, C) of x."""
+    """Launch twice; grad, out (B, P + K, C) with contiguous channels -> gradients of logits (B, N, K), x (B, N, C)."""
     batch, tokens, channels = x.shape
     clusters = logits.shape[2]
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=x.device)
@@ -332,7 +335,7 @@ def soft_merge_backward(
     programs = cdiv(clusters, tile["BLOCK_K"]) + cdiv(channels, tile["BLOCK_C"])
     if batch and programs:
         block_c = row_tile(channels)["BLOCK_C"]
-        rows = 1024 // block_c  # two operands: 2,048 elements each spill where nothing is aligned
+        rows = 1024 // block_c  # 2,048 elements of each of two operands would spill without alignment
         row_delta_kernel[(max(cdiv(clusters, rows), 1), batch)](
             *(grad, out, delta),
             *(clusters, channels),
