@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions; every message quotes what was given."""
+"""Argument checks shared by the public functions; every message quotes the value that was given."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check_pair(name: str, pair: Any, meaning: str) -> None:
 def check_count(name: str, value: Any, low: int, high: int) -> int:
     """Return ``value`` as an int; raise unless it is a whole number and ``low <= value <= high``.
 
-    NumPy's integers are taken, and tensors and arrays of one integer without an axis.
+    NumPy's integers count, and tensors and arrays without axes that hold one.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         value = _whole(name, value)
@@ -85,10 +85,10 @@ def check_count(name: str, value: Any, low: int, high: int) -> int:
 def check_number(name: str, value: Any, *, low: float = -math.inf, positive: bool = False) -> float:
     """Return ``value`` as a float; raise unless it is a real, finite number, at least ``low``, or positive.
 
-    NumPy's numbers are taken, and tensors and arrays of one number without an axis.
+    NumPy's numbers count, and tensors and arrays without axes that hold one.
     """
     number = float(value) if isinstance(value, (float, int)) and not isinstance(value, bool) else _real(name, value)
-    # Comparisons, since math.isfinite does not trace.
+    # Comparisons trace, math.isfinite does not.
     if not (number > 0 if positive else number >= low) or not -math.inf < number < math.inf:
         bound = "positive and " if positive else "" if low == -math.inf else f"at least {low:g} and "
         raise ValueError(f"{name} must be {bound}finite, got {number}")
@@ -103,7 +103,7 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_scale(scale: Any, channels: int) -> float:
-    """Return the factor on dot products of so many channels: ``channels ** -0.5`` for None."""
+    """Return the factor on dot products as a float: ``channels ** -0.5`` for None."""
     return channels**-0.5 if scale is None else check_number("scale", scale)
 
 
@@ -138,7 +138,7 @@ def _shown(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """Return the value's text in one short line; shape and dtype of what has them."""
+    """Return the value's text in one short line; for a tensor or array its shape and dtype."""
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and shape and hasattr(value, "dtype"):
         return f"shape {tuple(shape)}, {value.dtype}"

@@ -1,7 +1,7 @@
-"""Counts that ``FlopCounterMode`` gives an operator: the matrix products of its reference.
+"""Counts of ``FlopCounterMode`` for an operator: the matrix products of its reference, whatever the backend.
 
-They do not depend on the backend, but where another number of rows is multiplied: kernels project the queries of all
-tokens at once, PyTorch on the CPU those of the kept ones alone.
+Only Top-K and ATS differ: with kernels the queries of all tokens are projected at once, on the CPU only the queries of
+kept tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .._flops import count_fused_attention
 
 __all__ = ["count_by_reference"]
 
-# Operators that multiply again what another one has multiplied and thrown away, where the reference reads its matrix.
+# Operators that repeat the products of another operator, where the reference reads the matrix that it still has.
 _COUNTED_BEFORE = frozenset({"attention_scores"})
 
 
@@ -33,14 +33,14 @@ def _products(reference: Callable[..., Any], args: Any) -> int:
 
 
 def count_by_reference(name: str, reference: Callable[..., Any]) -> None:
-    """Have an operator of ours counted as what its reference does, so that both backends count alike.
+    """Count an operator by the products of its reference, so that both backends count alike.
 
-    The reference runs on tensors without content; where it has to read some (packed images), on the operator's own.
+    The reference runs on tensors without content; if it has to read some (packed images), on the real arguments.
     An operator whose products were counted with another one adds none.
 
     Args:
-        name: of the operator in ``torch.ops.fastreduce``.
-        reference: takes the operator's arguments.
+        name: name of the operator in ``torch.ops.fastreduce``.
+        reference: function that takes the operator's arguments.
     """
 
     def formula(*args: Any, out_val: Any = None) -> int:

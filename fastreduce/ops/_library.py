@@ -1,12 +1,12 @@
 """Registration of the kernels with ``torch.library``, and the short way past it.
 
 An operator's CUDA implementation launches Triton. Its CPU implementation launches the same kernels in a process that
-runs the Triton interpreter, and the reference otherwise, so that ``opcheck``, ``gradcheck``, ``torch.compile`` and
-``torch.export`` can be tried without a GPU. Autograd lives outside, in the ``autograd.Function`` of each primitive: a
-call then takes less than half the time that it takes by ``register_autograd``.
+runs the Triton interpreter, and the reference otherwise. So ``opcheck``, ``gradcheck``, ``torch.compile`` and
+``torch.export`` can be tried without a GPU. Autograd is in the ``autograd.Function`` of each primitive: a call takes
+less than half the time that it takes with ``register_autograd``.
 
-Only what records operators needs them. In eager mode a call launches directly, and where nothing wants a gradient
-there is no ``autograd.Function`` either.
+Operators are needed only where something records them. In eager mode a call launches directly; without a gradient it
+skips the ``autograd.Function`` too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ._flops import count_by_reference
 __all__ = ["dense_rows", "differentiates_again", "gradients_again", "operator", "wants_gradient"]
 
 _library = torch.library.Library("fastreduce", "FRAGMENT")
-# What a call may be made of to be launched directly: subclasses of tensors and symbolic sizes go to the dispatcher.
+# Types of arguments that are launched directly; subclasses of tensors and symbolic sizes go to the dispatcher.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, int, float, bool, str, tuple, type(None)})
-_recording = torch._C._len_torch_dispatch_stack  # modes, such as make_fx's, of FakeTensor, or that count operators
+_recording = torch._C._len_torch_dispatch_stack  # number of modes, such as make_fx, FakeTensor, or a count of operators
 _transforming = torch._C._functorch.peek_interpreter_stack
 _tracing = torch._C._is_tracing
 
@@ -77,20 +77,20 @@ def operator(
     whole: str = "",
     skip: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a function that says by its signature what an operator takes, and by its result the shapes and dtypes.
+    """Decorate the fake of an operator: its signature is the schema, its result gives the shapes and dtypes.
 
-    The schema is the signature's: ``Tensor``, ``Tensor | None``, ``int``, ``float``, ``float | None``, ``bool``,
-    ``str``, and a result of ``Tensor``, ``list[Tensor]`` or a tuple of tensors. In eager mode, where nothing records
-    operators, the function that takes its place launches the kernels itself.
+    A signature may have ``Tensor``, ``Tensor | None``, ``int``, ``float``, ``float | None``, ``bool`` and ``str``.
+    A result is a ``Tensor``, a ``list[Tensor]`` or a tuple of tensors. The decorated function calls the operator. In
+    eager mode, where nothing records operators, it launches the kernels itself.
 
     Args:
         triton: the launcher, as ``"module.function"`` of ``fastreduce.kernels``, or a function that calls it; imported
             at the first call, so that triton stays optional. It takes the operator's arguments.
-        reference: the same result in PyTorch.
-        name: of the operator; the launcher's if there is none.
-        dense: names of the arguments, or None in their place, that the launcher wants with a dense last axis.
-        whole: the same for arguments that it wants contiguous.
-        skip: names of the arguments that are for the reference alone.
+        reference: the function that gives the same result in PyTorch.
+        name: name of the operator, by default the launcher's.
+        dense: names of arguments whose last axis must be dense for the launcher; the arguments may be None.
+        whole: names of arguments that must be contiguous for the launcher.
+        skip: names of arguments that only the reference takes.
     """
 
     def declare(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,19 +100,19 @@ def operator(
 
 
 def _runs_here(args: tuple[Any, ...]) -> bool:
-    """Return whether the kernels can take these arguments as they are, and nobody wants to see the operator."""
+    """Return whether the kernels can take these arguments, and nothing records the operator."""
     if not _PLAIN.issuperset(map(type, args)) or _recording() or _transforming() is not None or _tracing():
         return False
     return INTERPRETING or (args[0] if args[0] is not None else _first(args)).is_cuda
 
 
 def _first(args: tuple[Any, ...]) -> Tensor:
-    """Return the first tensor; of an operator's leading arguments some may be None."""
+    """Return the first tensor; leading arguments of an operator may be None."""
     return next(one for one in args if one is not None)
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the device of the first tensor the current one for a launch: Triton launches on the current one."""
+    """Make the first tensor's device the current one during a launch, since Triton launches on the current device."""
 
     @functools.wraps(launch)
     def guarded(*args: Any) -> Any:
@@ -125,13 +125,13 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-_Layouts = dict[int, Callable[[Tensor], Tensor]]  # of arguments by their place: what lays them out for the launcher
+_Layouts = dict[int, Callable[[Tensor], Tensor]]  # by an argument's place: what lays it out for the launcher
 
 
 def _launcher(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int]) -> Callable[..., Any]:
-    """Return the function that lays arguments out, and calls the launcher.
+    """Return the function that lays out the arguments, leaves some out, and calls the launcher.
 
-    Those at the places of ``skip``, in descending order, it leaves out.
+    ``skip`` holds the places of the arguments that are left out, in descending order.
     """
     found: list[Callable[..., Any]] = []
 
@@ -144,14 +144,14 @@ def _launcher(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence
 
 
 def _load(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int]) -> Callable[..., Any]:
-    """Return what :func:`_launcher` calls, now that Triton is needed."""
+    """Import the launcher, now that Triton is needed, and return the function that :func:`_launcher` calls."""
     function = place
     if isinstance(function, str):
         module, name = function.split(".")
         function = getattr(importlib.import_module(f"..kernels.{module}", __package__), name)
 
     def prepared(*args: Any) -> Any:
-        # Kernels read memory, which holds minus the values of such as ``x.conj().imag``.
+        # Kernels read memory, which for a tensor such as ``x.conj().imag`` holds the negated values.
         if any(isinstance(one, Tensor) and one.is_neg() for one in args):
             args = tuple(one.resolve_neg() if isinstance(one, Tensor) else one for one in args)
         for which, lay_out in layouts.items():
@@ -167,8 +167,8 @@ def _load(place: str | Callable[..., Any], layouts: _Layouts, skip: Sequence[int
 
 
 def dense_rows(tensor: Tensor) -> Tensor:
-    """Return the tensor itself if its last axis is dense, else a copy; expanded gradients (stride 0) are copied too."""
-    if tensor.is_contiguous():  # asked first, because it costs least
+    """Return the tensor if its last axis is dense, else a copy; expanded gradients (stride 0) are copied too."""
+    if tensor.is_contiguous():  # comes first, because it costs least
         return tensor
     strides = tensor.stride()
     if strides[-1] == 1 and 0 not in strides:
@@ -177,12 +177,12 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Return whether a call on these tensors is to be recorded by autograd."""
+    """Return whether autograd must record a call on these tensors."""
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
-    # In forward mode the Function says that it has no such derivative.
+    # In forward mode the Function raises, since it has no such derivative.
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
@@ -194,12 +194,12 @@ def differentiates_again() -> bool:
 def gradients_again(
     function: Callable[..., Any], inputs: Sequence[Any], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return the gradients of the inputs, which can be differentiated again, for the gradients of function's results.
+    """Return gradients of a function's inputs that can be differentiated again.
 
     Args:
-        function: of PyTorch's own operators.
-        inputs: its arguments; those that are no tensors, or want no gradient, get None.
-        grads: of its results, None for those without; results past them have none.
+        function: a function made of PyTorch's own operators.
+        inputs: its arguments. The gradient is None for one that is no tensor or wants no gradient.
+        grads: gradients of its first results, None for a result without one.
     """
     fresh = [one.view_as(one) if isinstance(one, Tensor) and one.requires_grad else one for one in inputs]
     wanted = [one for one in fresh if isinstance(one, Tensor) and one.requires_grad]

@@ -1,4 +1,4 @@
-"""Checks shared by the primitives that end in a layer normalisation, and the inputs that their gradients ask for."""
+"""Checks and gradients shared by the primitives that end in a layer normalisation."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = [
 ]
 
 
-Norm = tuple[Tensor | None, Tensor | None, float]  # weight (C,), bias (C,), what is added to the variance
+Norm = tuple[Tensor | None, Tensor | None, float]  # weight (C,), bias (C,), eps
 NO_NORM = (None, None, None)
 
 
 def check_norm(x: Tensor, norm: Any) -> tuple[list[Tensor], Norm | None]:
-    """Raise unless norm is None, or weight and bias are None or (C,) and its eps is usable.
+    """Raise unless norm is None, or weight and bias are None or (C,) and eps is finite and not negative.
 
     Returns:
-        Those of weight and bias that are not None, and the norm with its eps as a float.
+        The list of weight and bias, without None, and the norm with eps as a float.
     """
     if norm is None:
         return [], None
@@ -51,7 +51,7 @@ def check_norm(x: Tensor, norm: Any) -> tuple[list[Tensor], Norm | None]:
 
 
 def fake_norm(out: Tensor, norm_eps: float | None) -> list[Tensor]:
-    """Return what stands for rows and, if there is an eps, normed rows and their statistics."""
+    """Return the fake of the rows and, with an eps, of the normed rows and their statistics."""
     if norm_eps is None:
         return [out]
     statistics = out.new_empty(*out.shape[:2], 2, dtype=reference.accumulator(out.dtype))
@@ -59,7 +59,7 @@ def fake_norm(out: Tensor, norm_eps: float | None) -> list[Tensor]:
 
 
 def fake_sums(statistics: Tensor, out: Tensor, affine: bool) -> Tensor:
-    """Return what stands for the gradients of weight and bias."""
+    """Return the fake of the gradients of weight and bias."""
     return statistics.new_empty(2 if affine else 0, out.shape[2])
 
 
@@ -69,19 +69,19 @@ def rows_if(wanted: bool, grad: Tensor) -> Tensor:
 
 
 def save_norm(ctx: Any, place: int, weight: Tensor | None, bias: Tensor | None, norm_eps: float | None) -> None:
-    """Keep what the gradients of weight and bias ask for; weight and bias are the inputs at ``place`` and behind it."""
+    """Save what the gradients of weight and bias need; these are the inputs at ``place`` and ``place + 1``."""
     ctx.norm_place, ctx.norm_eps = place, norm_eps
     ctx.norm_dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
-    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+    ctx.set_materialize_grads(False)  # None, not zeros, where there is no gradient
 
 
 def wants_affine(ctx: Any) -> bool:
-    """Return whether weight or bias gets a gradient."""
+    """Return whether weight or bias needs a gradient."""
     return any(ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2])
 
 
 def affine_gradients(ctx: Any, sums: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and bias in their dtypes, None for one that is not wanted."""
+    """Return the gradients of weight and bias in their dtypes, or None where unneeded."""
     wanted = ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2]
     weight, bias = (sums[row].to(ctx.norm_dtypes[row]) if wanted[row] else None for row in range(2))
     return weight, bias
@@ -90,13 +90,13 @@ def affine_gradients(ctx: Any, sums: Tensor) -> tuple[Tensor | None, Tensor | No
 def again_through_norm(
     ctx: Any, grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return gradients of out, its own included, of weight and of bias, all of which can be differentiated again."""
+    """Return gradients of out (``grad_out`` added), weight and bias that can be differentiated again."""
     wanted = ctx.needs_input_grad[ctx.norm_place : ctx.norm_place + 2]
-    # The gradient of a bias does not depend on it.
+    # Any bias will do, since its gradient does not depend on it.
     bias = out.new_zeros(out.shape[2], dtype=ctx.norm_dtypes[1]).requires_grad_() if wanted[1] else None
     inputs = out, weight, bias, ctx.norm_eps
     grad, grad_weight, grad_bias, _ = gradients_again(reference.layer_norm, inputs, (grad_normed,))
-    if grad is None:  # nothing asks for the gradient of the rows
+    if grad is None:  # no gradient of the rows is needed
         grad = torch.zeros_like(out)
     if grad_out is not None:
         grad = grad + grad_out.to(grad.dtype)

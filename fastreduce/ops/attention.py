@@ -1,7 +1,7 @@
 """``attention`` without the N x N matrix: with a bias and chosen queries, of packed images, and under a policy.
 
-Launches: one forward and two backward. A policy adds one to each. A differentiable bias adds one to the backward pass,
-an index two, and an index of packed images one.
+The forward pass takes one launch, the backward pass two. A policy adds one to each. In the backward pass a
+differentiable bias adds one, an index two, and an index of packed images one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ._library import dense_rows, differentiates_again, gradients_again, operato
 
 __all__ = ["attention", "attention_packed", "attention_policy"]
 
-MAX_HEAD_DIM = 256  # of the kernels
+MAX_HEAD_DIM = 256  # limit of the kernels
 
 
 def _sequence_first(tensor: Tensor) -> Tensor:
-    """Copy (B, H, M, D) into the memory order (B, M, H, D), which the next projection reads without a copy."""
+    """Copy (B, H, M, D) into the memory order (B, M, H, D), which the output projection reads without a copy."""
     return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -123,7 +123,7 @@ def _triton_backward(
     else:
         from ..kernels import merge_tokens
 
-        # Queries that an index names twice add up.
+        # The gradients of a query that the index names twice add up.
         rows = merge_tokens.sum_slots(of_chosen, reference.with_prefix(index, prefix), q.shape[2])
     return rows.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2), *grads[1:]
 
@@ -233,7 +233,7 @@ def _policy_backward(
 
 
 class Attention(torch.autograd.Function):
-    """The result. Gradient: the logits once more in tiles, from the sums of every row."""
+    """The attention of :func:`attention`. The gradient recomputes the logits in tiles and uses the saved logsumexp."""
 
     @staticmethod
     def forward(
@@ -273,7 +273,7 @@ class Attention(torch.autograd.Function):
 
 
 class AttentionPolicy(torch.autograd.Function):
-    """The result under a policy. Gradient: the logits once more in tiles, from the sums of every row."""
+    """The attention under a policy. The gradient recomputes the logits in tiles and uses the saved sums."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> Tensor:
@@ -315,7 +315,7 @@ def check_of_keys(name: str, value: Tensor, q: Tensor, k: Tensor) -> None:
 
 
 def _check_index(index: Tensor, prefix: Any, q: Tensor, images: int | None = None) -> int:
-    """Raise if they do not fit together; returns the prefix as an int."""
+    """Raise unless the index and the prefix fit q; return the prefix as an int."""
     check_shape("index", index, "B K")
     check_index("index", index)
     check_same("q", q, "index", index)
@@ -330,7 +330,7 @@ def _check_index(index: Tensor, prefix: Any, q: Tensor, images: int | None = Non
 
 
 def _check_offsets(offsets: Any, longest: Any, q: Tensor) -> tuple[int, int]:
-    """Raise if they do not fit together; returns longest as ints."""
+    """Raise unless offsets and longest fit q; return longest as ints."""
     check_pair("offsets", offsets, "int32 tensors of shape (B + 1,)")
     if q.shape[0] != 1:
         raise ValueError(f"with offsets q, k and v hold the rows of all images, (1, H, T, D), got q {shape_of(q)}")
@@ -427,27 +427,27 @@ def attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend: with a bias on every key (ToMe, section 3), and for chosen queries only (ATS, section 3.2).
+    """Attend, with a bias on every key (ToMe, section 3) or for chosen queries only (ATS, section 3.2).
 
     Equivalent PyTorch::
 
         rows = torch.cat([torch.arange(prefix).expand(B, prefix), index + prefix], dim=1)
         q = q.gather(2, rows[:, None, :, None].expand(-1, H, -1, D))  # with an index
         logits = scale * q @ k.transpose(2, 3) + bias[:, None, None, :]
-        torch.softmax(logits, dim=-1) @ v  # zeros, where every bias of the image is -inf
+        torch.softmax(logits, dim=-1) @ v  # zeros where every bias of the image is -inf
 
-    The kernels keep no matrix of queries by keys. A bias that needs a gradient adds a launch backward, an index two.
+    The kernels keep no matrix of queries by keys.
 
     Args:
         q: (B, H, M, D) queries. float32, float16, bfloat16 (reference: any); logits and sums are float32.
-        k: (B, H, N, D) keys, in q's dtype. Any strides; with a dense last axis, as views of a packed qkv have it,
-            neither q nor k nor v is copied.
+        k: (B, H, N, D) keys, in q's dtype. Any strides; q, k and v with a dense last axis, such as views of a packed
+            qkv, are not copied.
         v: (B, H, N, D) values, in q's dtype.
         bias: (B, N) floating point of any dtype, added to every query's logits (the logarithm of the tokens' sizes), or
-            None. -inf for a key that nobody sees; its rows of k and v must be finite. A query that sees no key gets
+            None. -inf hides a key from all queries; its rows of k and v must be finite. A query that sees no key gets
             zeros, and has no gradient.
-        index: (B, K) int64 or int32, positions among the M - prefix queries after the prefix, of those that attend, or
-            None for all. They are read where they are. Values are not checked; one may occur twice.
+        index: (B, K) int64 or int32, which of the M - prefix queries after the prefix attend, or None for all. No query
+            is copied. Values are not checked; one may occur twice.
         prefix: number of leading queries that always attend; only with an index.
         scale: factor on the dot products; None means ``D ** -0.5``.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
@@ -456,8 +456,8 @@ def attention(
         (B, H, M, D), with an index (B, H, prefix + K, D), in q's dtype. Differentiable in q, k, v and bias.
 
     Raises:
-        ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. M, or more than
-            256 channels a head for the kernels.
+        ValueError: wrong shapes, devices that differ, no head, key or channel, a prefix outside 0 .. M, or, for the
+            kernels, more than 256 channels a head.
         TypeError: a tensor that is not floating point, q, k, v of several dtypes, an index not of integers.
     """
     check_qkv(q, k, v)
@@ -486,14 +486,14 @@ def attention_packed(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attend within packed images, whose tokens lie in one row: :func:`attention` of every image over its own keys.
+    """Attend within packed images: as :func:`attention`, but all images lie in one row, each with its own keys.
 
     Equivalent PyTorch::
 
         for b in range(images):  # rows past the last image are zeros
             m, n = (slice(bounds[b], bounds[b + 1]) for bounds in offsets)
             out[:, :, m] = attention(q[:, :, m], k[:, :, n], v[:, :, n], bias=bias[:, n])
-            kept = index[b : b + 1, : m.stop - m.start - prefix]  # with an index: q lies as k does
+            kept = index[b : b + 1, : m.stop - m.start - prefix]  # with an index, q has the rows of k
             out[:, :, m] = attention(q[:, :, n], k[:, :, n], v[:, :, n], bias=bias[:, n], index=kept, prefix=prefix)
 
     Args:
@@ -501,12 +501,12 @@ def attention_packed(
         k: (1, H, U, D) keys of all images. An image may have none.
         v: (1, H, U, D) values.
         offsets: of the queries and of the keys of every image, (images + 1,) int32 each, ascending from 0, on q's
-            device. Values are not checked, nor read by the host if kernels run. With an index the first say where the
-            chosen queries' results lie.
-        longest: upper bounds of the queries (of the chosen ones) and of the keys of an image.
+            device. Values are not checked, and with kernels the host does not read them. With an index, the first
+            offsets say where the results of the chosen queries lie.
+        longest: upper bounds of the (chosen) queries and of the keys of an image.
         bias: (1, U) as for :func:`attention`, or None.
-        index: (images, K) int64 or int32, positions among the patch tokens of the image, ascending and each once, those
-            that are real first, as for :func:`gather_packed`; or None for all.
+        index: (images, K) int64 or int32, positions among the patch tokens of the image, ascending and each once, with
+            padding last, as for :func:`gather_packed`; or None for all.
         prefix: number of leading queries of every image that always attend; only with an index.
         num_out: rows of the result, at least ``offsets[0][images]``; with an index only.
         scale: factor on the dot products; None means ``D ** -0.5``.
@@ -516,7 +516,7 @@ def attention_packed(
         (1, H, T, D), with an index (1, H, num_out, D), in q's dtype. Differentiable in q, k, v and bias.
 
     Raises:
-        ValueError: as :func:`attention`, and if B is not 1, or an index comes without num_out or num_out without one.
+        ValueError: as :func:`attention`, and if B is not 1, or only one of index and num_out is given.
         TypeError: as :func:`attention`, and if offsets are not int32.
     """
     check_qkv(q, k, v, fewest_keys=0)
@@ -575,7 +575,7 @@ def attention_policy(
         (B, H, N, D) in q's dtype. Differentiable in q, k, v and policy.
 
     Raises:
-        ValueError: as :func:`attention`, as many queries as keys are not there, or a negative eps.
+        ValueError: as :func:`attention`, and if queries and keys differ in number, or eps is negative.
         TypeError: as :func:`attention`.
     """
     check_qkv(q, k, v)

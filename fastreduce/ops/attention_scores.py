@@ -1,7 +1,4 @@
-"""``attention_cls_scores`` and ``attention_received_scores``: attention, and how much of it the keys get.
-
-Launches: two forward for the class token's attention and three for the received one; two backward.
-"""
+"""``attention_cls_scores`` and ``attention_received_scores``: attention, and how much of it every key gets."""
 
 from __future__ import annotations
 
@@ -29,13 +26,13 @@ def _scores(
 def _by_reference(
     q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute what ``reference.attention_scores`` does by operators that all have second derivatives."""
+    """Compute ``reference.attention_scores`` with operators that all have second derivatives."""
     out, logsumexp = reference.attention_with_sums(q, k, v, scale, bias)
     return out, reference.key_scores(q, k, logsumexp, kind, bias, prefix, scale)
 
 
 class AttentionScores(torch.autograd.Function):
-    """The result and the scores of the keys. Gradient: both in one, the scores' at the cost of one sweep over K."""
+    """Attention and the scores of the keys. One backward pass serves both; the scores add one sweep over K."""
 
     @staticmethod
     def forward(
@@ -116,14 +113,14 @@ def attention_cls_scores(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend, and return how much attention the class token pays to the keys: from the sums of the same pass.
+    """Attend, and return how much attention the class token pays to every key, without a second softmax.
 
     Equivalent PyTorch::
 
         weights = torch.softmax(scale * q @ k.transpose(2, 3) + bias[:, None, None, :], dim=-1)
         weights @ v, weights[:, :, 0, prefix:].mean(1)  # cls_scores(q[:, :, 0], k, prefix=prefix)
 
-    Two launches forward, the second of which reads K once more; two backward, whatever has a gradient.
+    The forward pass takes two launches, and the second reads K once more. The backward pass takes two.
 
     Args:
         q: (B, H, M, D) queries, as for :func:`attention`; the class token's is the first.
@@ -139,8 +136,7 @@ def attention_cls_scores(
         k, v and bias.
 
     Raises:
-        ValueError: no query to take the class token's attention from, a prefix outside 0 .. N; else as
-            :func:`attention`.
+        ValueError: as :func:`attention`, and if there is no query or the prefix is outside 0 .. N.
         TypeError: as :func:`attention`.
     """
     check_qkv(q, k, v)
@@ -160,15 +156,15 @@ def attention_received_scores(
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend, and return how much attention every key receives, from the sums of the same pass, without the matrix.
+    """Attend, and return how much attention every key receives, without the matrix and without a second softmax.
 
     Equivalent PyTorch::
 
         weights = torch.softmax(scale * q @ k.transpose(2, 3) + bias[:, None, None, :], dim=-1)
         weights @ v, weights.sum((1, 2))  # received_scores(q, k)
 
-    Three launches forward, of which the second computes the logits again and the third adds up the heads. Two backward,
-    whatever has a gradient; the scores' gradient costs one more product of q and k.
+    The forward pass takes three launches: the second computes the logits again, the third adds up the heads. The
+    backward pass takes two; the gradient of the scores costs one more product of q and k.
 
     Args:
         q: (B, H, M, D) queries, as for :func:`attention`.
@@ -176,8 +172,8 @@ def attention_received_scores(
         v: (B, H, N, D) values.
         bias: (B, N) as for :func:`attention`, or None; the scores follow the biased logits.
         scale: factor on the dot products; None means ``D ** -0.5``.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. No backend holds the matrix of
-            a long sequence: the kernels no N x N at all, the reference 2 ** 20 logits an image outside autograd.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. The kernels hold no N x N
+            matrix. Outside autograd the reference holds 2 ** 20 logits of an image at a time.
 
     Returns:
         (B, H, M, D) in q's dtype, and (B, N), float32 (float64 for float64 inputs). Both differentiable in q, k, v and

@@ -1,6 +1,6 @@
 """Attention of the class token to every patch token, without the attention matrix.
 
-``cls_scores`` averages over heads; ``cls_value_scores`` weighs by the lengths of values and sums.
+``cls_scores`` averages over heads; ``cls_value_scores`` multiplies by the lengths of values and sums over heads.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _backward(
     grad: Tensor, q: Tensor, k: Tensor, logits: Tensor, logsumexp: Tensor, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, head_dim = k.shape
-    # The memory order of the packed qkv, so that its gradient can be put together without a transposition.
+    # In the memory order of the packed qkv, so that its gradient needs no transposition.
     return q.new_empty(q.shape), k.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
 
@@ -64,7 +64,7 @@ def _value_forward(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, pr
 
 
 class ClsScores(torch.autograd.Function):
-    """Gradient of a softmax, from the logits and their logsumexp kept by the forward pass."""
+    """Class scores. The backward pass differentiates the softmax, from the saved logits and their logsumexp."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None) -> Tensor:
@@ -140,7 +140,7 @@ def _check_qk(q: Tensor, k: Tensor) -> None:
 
 
 def _check(q: Tensor, k: Tensor, prefix: Any, valid: Tensor | None) -> int:
-    """Raise if they do not fit together; returns the prefix as an int."""
+    """Raise unless q, k, prefix and valid fit together; return the prefix as an int."""
     _check_qk(q, k)
     batch, heads, tokens, head_dim = k.shape
     if shape_of(q) != (batch, heads, head_dim):
@@ -175,8 +175,8 @@ def cls_scores(
 
     Args:
         q: (B, H, D) the class query of every head. float32, float16, bfloat16 (reference: any).
-        k: (B, H, N, D) all keys, the prefix's included, in q's dtype. Any strides; with a dense last axis, as a
-            view of a packed qkv has it, nothing is copied.
+        k: (B, H, N, D) all keys, the prefix's included, in q's dtype. Any strides; with a dense last
+            axis, such as a view of a packed qkv, it is not copied.
         prefix: number of leading keys that take part in the softmax but get no score.
         scale: factor on the dot products; None means ``D ** -0.5``.
         valid: (B, N) bool, False for keys that take no part and score exactly 0, or None. At least one key of every
@@ -207,8 +207,7 @@ def cls_value_scores(
 ) -> Tensor:
     """Score every patch token by the class token's attention times the length of its value, summed over heads.
 
-    These are the significance scores of ATS (section 3), which :func:`sample_tokens` takes as they are. They choose
-    indices, and have no gradient.
+    These are the significance scores of ATS (section 3), as :func:`sample_tokens` takes them. They have no gradient.
 
     Equivalent PyTorch::
 
@@ -253,7 +252,7 @@ def cls_value_scores_packed(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Score the patch tokens of packed images, whose keys lie in one row: :func:`cls_value_scores` of every image.
+    """Score the patch tokens of packed images, whose keys lie in one row, as :func:`cls_value_scores` does.
 
     Args:
         q: (B, H, D) the class query of every head and image, as for :func:`cls_scores`.

@@ -49,10 +49,10 @@ def cluster_dpc_knn(
 ) -> tuple[Tensor, Tensor]:
     """Cluster the tokens of every image by density peaks (Du et al. 2016; in TCFormer, Zeng et al. 2022, section 3.2).
 
-    With ``d = |x[n] - x[m]| / sqrt(C)``: a token's density is ``exp(-mean d^2)`` over its nearest tokens, itself
-    included; its height is the distance to the nearest token of higher density, or the image's largest distance if none
-    is. The centres are the k tokens with the highest density times height, best first; ties go to the lower index, and
-    NaN comes last. Every other token belongs to the nearest centre, the first one if tied.
+    Distances are ``d = |x[n] - x[m]| / sqrt(C)``. The density of a token is ``exp(-mean d^2)`` over its nearest tokens,
+    itself included. Its height is the distance to the nearest token of higher density, or the image's largest distance
+    if there is none. The centres are the k tokens with the highest density times height, best first. Ties go to the
+    lower index, and NaN comes last. Every other token belongs to the nearest centre, the first one if tied.
 
     Equivalent PyTorch::
 
@@ -67,8 +67,8 @@ def cluster_dpc_knn(
             Distances are computed in float32.
         k: number of centres, 1 .. N.
         neighbors: how many of the smallest distances make up the density; all N where there are fewer.
-        noise: (B, N) added to the densities, or None. The released code adds 1e-6 times uniform noise, in training and
-            evaluation alike.
+        noise: (B, N) added to the densities, or None. The released code adds 1e-6 times uniform noise, in evaluation
+            too.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
@@ -88,8 +88,7 @@ def cluster_dpc_knn_groups(
     """Cluster as :func:`cluster_dpc_knn` does, and return the groups for :func:`merge_tokens` from the same launch.
 
     Returns:
-        centers (B, k), label (B, N), and what :func:`prepare_merge` returns for this label: the groups for the kernels,
-        None for the reference.
+        centers (B, k), label (B, N), and the groups as :func:`prepare_merge` returns them: None for the reference.
     """
     check_shape("x", x, "B N C")
     check_floating("x", x)

@@ -1,4 +1,4 @@
-"""``cluster_k_medoids``: which tokens stand for all, and which of them every token belongs to."""
+"""``cluster_k_medoids``: clusters of tokens, each with one of its tokens as the center."""
 
 from __future__ import annotations
 
@@ -57,21 +57,18 @@ def cluster_k_medoids(
     Start from the k tokens of the highest weight. ``iters`` times, every token joins its nearest center and every
     cluster takes its token of the least cost as its center; at the end every token joins its nearest center once more.
 
-    - ``cost="all"``, as the released code: ``weights[n] * sum(d(n, i))`` over all tokens i. The candidate's own weight
-      counts, so that tokens of little weight are preferred, and no iteration changes it.
+    - ``cost="all"``, as in the released code: ``weights[n] * sum(d(n, i))`` over all tokens i. The weight is the one
+      of the candidate n, so light tokens are preferred, and the cost is the same in every iteration.
     - ``cost="members"``, as the method means: ``sum(weights[i] * d(n, i))`` over the tokens i of n's own cluster.
 
-    Ties go to the lower index, of the cluster as of the token. An empty cluster takes token 0, so that a center can
-    occur twice; then all its tokens join the first of the two. A distance that is NaN counts as infinite; a weight or a
-    cost that is NaN comes last. The released code gives a cluster to a token outside it if every cost within reaches
-    1e6 * N; that is not followed.
+    Ties go to the lower index, of clusters and of tokens. An empty cluster takes token 0, so a center can occur twice;
+    then all its tokens join the first of the two. A distance that is NaN counts as infinite; a weight or a cost that is
+    NaN comes last. The released code takes a token outside a cluster if all costs inside reach 1e6 * N; ours does not.
 
     Distances are Euclidean, by ``sqrt(|a|^2 + |b|^2 - 2 ab)`` in float32 (float64 for float64 x), as ``torch.cdist``
-    computes them for more than 25 tokens. The kernels hold all distances of an image, ``4 * N ** 2`` bytes. They
-    take as many images at a time as 256 MB hold, so a larger batch takes no more.
-
-    The costs of members, and the start without weights, have no kernels: they run on PyTorch's operators whatever the
-    backend.
+    computes them for more than 25 tokens. The kernels hold all distances of an image, ``4 * N ** 2`` bytes. They take
+    as many images at a time as 256 MB hold. ``cost="members"``, and a start without weights, have no kernels: they run
+    on PyTorch's operators with every backend.
 
     Equivalent PyTorch of one iteration with ``cost="all"``::
 
@@ -82,9 +79,9 @@ def cluster_k_medoids(
 
     Args:
         x: (B, N, C) tokens without the prefix. float32, float16, bfloat16 (reference: any).
-        weights: (B, N) attention that every token receives, or None: then all weigh 1, and the start is token
-            ``first`` followed, k - 1 times, by the token whose *largest* distance to those chosen is largest, 0 for
-            the chosen themselves (the released code's rule; the usual one takes the smallest distance).
+        weights: (B, N) attention that every token receives, or None. Then all weigh 1, and the start is token ``first``
+            and k - 1 times the token whose *largest* distance to the chosen ones is largest, 0 for a chosen token. The
+            released code does so; the usual rule takes the smallest distance.
         k: number of clusters, 1 .. N.
         iters: number of iterations, at least 0.
         cost: ``"all"`` or ``"members"``.

@@ -1,4 +1,4 @@
-"""``fuse_tokens``: the rows that stay, and one row made of all the others, in one pass with the residual addition."""
+"""``fuse_tokens``: the kept rows, and one row made of all others, in one pass with the residual addition."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def _norm_backward(
 
 
 class FuseTokens(torch.autograd.Function):
-    """Gradient: a kept row takes its own, every other row its score's share of the fused row's gradient.
+    """Kept rows and a fused one. A kept row gets its own gradient, any other its score times the fused row's.
 
-    With a norm the rows' gradient is their own and what the norm adds to it: one launch for both.
+    With a norm, one launch adds the gradient through the norm to the gradient of the rows.
     """
 
     @staticmethod
@@ -149,7 +149,7 @@ class FuseTokens(torch.autograd.Function):
 def _gradients(
     ctx: Any, grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, residual_bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of FuseTokens' inputs, None for those that need none, for the gradient of its rows."""
+    """Return the gradients of FuseTokens' inputs for the gradient of its rows, None for inputs that need none."""
     if differentiates_again():
         grad_residual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
         inputs = x, order, scores, ctx.k, ctx.prefix, None, residual_bias
@@ -164,7 +164,7 @@ def _gradients(
 def _residual_gradients(
     ctx: Any, grad: Tensor, x: Tensor, order: Tensor, scores: Tensor, residual_bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of the residual and of the part that all its rows have, None for one that needs none."""
+    """Return the gradients of the residual and of residual_bias, None for one that needs none."""
     grad_residual = grad_bias = None
     if ctx.needs_input_grad[5]:
         grad_residual = grad.to(ctx.residual_dtype)
@@ -185,7 +185,7 @@ def _check_arguments(
     residual: Tensor | None,
     residual_bias: Tensor | None,
 ) -> tuple[list[Tensor], int, int]:
-    """Raise if they do not fit together; returns those that have a floating dtype, and k and prefix as ints."""
+    """Raise unless the arguments fit together; return the floating-point tensors, and k and prefix as ints."""
     check_shape("x", x, "B N C")
     check_shape("order", order, "B P")
     check_shape("scores", scores, "B P")
@@ -289,29 +289,28 @@ def fuse_tokens(
 
     Args:
         x: (B, N, C) tokens, the first ``prefix`` of them are always kept. float32, float16, bfloat16 (reference: any).
-        order: (B, P) int64 or int32, a permutation of the P = N - prefix patch tokens, best first: what
-            ``select_topk(scores, P)`` returns. Values are not checked.
+        order: (B, P) int64 or int32, a permutation of the P = N - prefix patch tokens, best first, as
+            ``select_topk(scores, P)`` returns it. Values are not checked.
         scores: (B, P) the weight of every patch token, in token order, of any floating dtype and any strides.
         k: how many patch tokens to keep, 0 .. P. With k = P nothing is left to sum and the last row is zero.
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         residual: (B, prefix + k + 1, C) to be added, or None.
-        residual_bias: (C,) a part that every row of the residual has once, or None. The fused row stands for rows that
-            each had it, so it gets it ``weights.sum() - 1`` times more.
+        residual_bias: (C,) a part that every row of the residual contains once, such as the projection's bias, or None.
+            The fused row stands for several rows, so it gets ``weights.sum() - 1`` times the bias more.
         norm: the layer normalisation that follows, in the same pass over memory, or None: weight (C,) and bias (C,) of
-            any floating dtype, each None for ones or zeros, and what is added to the variance.
+            any floating dtype, each None for ones or zeros, and eps, which is added to the variance.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         out (B, prefix + k + 1, C), in x's dtype or, with a residual, the promoted one; the fused row is the last one
-        and its sum is float32. With a norm a pair, out and normed (B, prefix + k + 1, C) in the same dtype: the
-        statistics are float32, of out as it is stored. Differentiable in x, scores, residual, residual_bias, weight
-        and bias.
+        and is summed in float32. With a norm a pair, out and normed (B, prefix + k + 1, C) in the same dtype; the
+        statistics of the rounded out are float32. Differentiable in x, scores, residual, residual_bias, weight and
+        bias.
 
     Raises:
         ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, a k outside 0 .. P, an eps that is
             negative or not finite.
-        TypeError: x, scores, weight or bias not floating point, order not an integer tensor, a norm that is no such
-            triple.
+        TypeError: x, scores, weight or bias not floating point, order not an integer tensor, norm not a triple.
     """
     tensors, k, prefix = _check_arguments(x, order, scores, k, prefix, residual, residual_bias)
     affine, norm = check_norm(x, norm)

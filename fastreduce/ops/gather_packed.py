@@ -54,7 +54,7 @@ def token_offsets_unchecked(valid: Tensor, *, backend: Resolved) -> Tensor:
 
 
 def token_offsets(valid: Tensor, *, backend: str | None = None) -> Tensor:
-    """Return where the tokens of every image begin once they are packed, and where the last image's end.
+    """Return where the tokens of every image begin when packed, and where the last image ends.
 
     Equivalent PyTorch::
 
@@ -90,7 +90,7 @@ def _gather_backward(grad: Tensor, index: Tensor, source: Tensor, target: Tensor
 
 
 class GatherPacked(torch.autograd.Function):
-    """Gradients: a kept row gets the gradient of the row it became; the residual's is the output's."""
+    """Kept rows. Each gets the gradient of the row that it became; the residual gets the output's gradient."""
 
     @staticmethod
     def forward(
@@ -148,8 +148,8 @@ def gather_packed(
 ) -> Tensor:
     """Keep the prefix and the chosen patch tokens of every image, packed, and add a residual to them.
 
-    As :func:`gather_tokens`, but every image has, and keeps, a number of tokens of its own: image b's are rows
-    ``offsets[b] .. offsets[b + 1]``, and there is no padding between images. The numbers stay on the device.
+    As :func:`gather_tokens`, but every image has, and keeps, its own number of tokens. The tokens of image b are the
+    rows ``offsets[b] .. offsets[b + 1]``, without padding between images. The numbers stay on the device.
 
     Equivalent PyTorch, for image b::
 
@@ -160,19 +160,19 @@ def gather_packed(
 
     Args:
         x: (1, T, C) packed tokens. float32, float16, bfloat16 (reference: any).
-        index: (B, K) int64 or int32, positions among the image's own patch tokens, ascending and each once, those that
-            are real first, as :func:`sample_tokens` gives them. Values are not checked.
-        offsets: two of (B + 1,) int32: where the images begin in x, and where they do in the result
-            (:func:`token_offsets`); both from 0. Values are not checked.
-        num_out: rows of the result, at least ``offsets[1][B]``. On a device whose numbers the host does not wait for,
-            ``B * (prefix + K)`` is always enough.
-        prefix: number of leading tokens of every image that are never reduced (class, distillation, operators).
+        index: (B, K) int64 or int32, positions among the image's own patch tokens, ascending and each once, with
+            padding last, as :func:`sample_tokens` gives them. Values are not checked.
+        offsets: two tensors (B + 1,) int32 from 0: where the images begin in x, and where they begin in the result
+            (:func:`token_offsets`). Values are not checked.
+        num_out: rows of the result, at least ``offsets[1][B]``. ``B * (prefix + K)`` is always enough, so the host need
+            not wait for the device.
+        prefix: number of leading tokens of every image that are never reduced (class, distillation, registers).
         residual: (1, num_out, C) to be added, or None.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         (1, num_out, C), in x's dtype or, with a residual, the promoted one; zeros from row ``offsets[1][B]`` on.
-        Differentiable in x and residual, whose gradient in those rows means nothing.
+        Differentiable in x and residual; the gradient of the residual means nothing in these rows.
 
     Raises:
         ValueError: wrong shapes, devices that differ, a negative prefix or num_out.
@@ -213,7 +213,7 @@ def _unpack_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
 
 
 class UnpackTokens(torch.autograd.Function):
-    """Gradient: packed again."""
+    """Padded rows; their gradient is packed again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, offsets: Tensor, longest: int) -> Tensor:
@@ -235,7 +235,7 @@ def unpack_tokens_unchecked(x: Tensor, offsets: Tensor, *, longest: int, backend
 
 
 def unpack_tokens(x: Tensor, offsets: Tensor, *, longest: int, backend: str | None = None) -> Tensor:
-    """Bring packed tokens back to one row an image, zeros behind the shorter ones.
+    """Unpack tokens to one row for each image, with zeros behind shorter images.
 
     Equivalent PyTorch::
 

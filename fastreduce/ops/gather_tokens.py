@@ -1,4 +1,4 @@
-"""``gather_tokens``: the rows that stay, in one pass with the residual addition."""
+"""``gather_tokens``: the kept rows, in one pass with the residual addition."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def _norm_backward(
 
 
 class GatherTokens(torch.autograd.Function):
-    """Gradient: the rows go back where they came from; the residual's gradient is the output's.
+    """Kept rows. Their gradients go back to the rows they came from; the residual gets the output's gradient.
 
-    With a norm the rows' gradient is their own and what the norm adds to it: one launch for both.
+    With a norm, one launch adds the gradient through the norm to the gradient of the rows.
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ class GatherTokens(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad: Tensor, index: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-    """Return the gradients of GatherTokens' inputs, None for those that need none, for the gradient of its rows."""
+    """Return the gradients of GatherTokens' inputs for the gradient of its rows, None for inputs that need none."""
     grad_x = grad_residual = None
     if ctx.needs_input_grad[0]:
         backward = reference.scatter_tokens if differentiates_again() else _backward
@@ -172,7 +172,7 @@ def _gradients(ctx: Any, grad: Tensor, index: Tensor) -> tuple[Tensor | None, No
 
 
 def _check_arguments(x: Tensor, index: Tensor, prefix: Any, residual: Tensor | None) -> int:
-    """Raise if they do not fit together; returns the prefix as an int."""
+    """Raise unless the arguments fit together; return the prefix as an int."""
     check_shape("x", x, "B N C")
     check_shape("index", index, "B K")
     check_floating("x", x)
@@ -262,17 +262,17 @@ def gather_tokens(
         prefix: number of leading tokens that are never reduced (class, distillation, registers).
         residual: (B, prefix + K, C) to be added, or None.
         norm: the layer normalisation that follows, in the same pass over memory, or None: weight (C,) and bias (C,) of
-            any floating dtype, each None for ones or zeros, and what is added to the variance.
+            any floating dtype, each None for ones or zeros, and eps, which is added to the variance.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         out (B, prefix + K, C), in x's dtype or, with a residual, the promoted one. With a norm a pair, out and normed
-        (B, prefix + K, C) in the same dtype: the statistics are float32, of out as it is stored. Differentiable in x,
+        (B, prefix + K, C) in the same dtype; the statistics of the rounded out are float32. Differentiable in x,
         residual, weight and bias.
 
     Raises:
         ValueError: wrong shapes, devices that differ, a prefix outside 0 .. N, an eps that is negative or not finite.
-        TypeError: x, weight or bias not floating point, index not an integer tensor, a norm that is no such triple.
+        TypeError: x, weight or bias not floating point, index not an integer tensor, norm not a triple.
     """
     prefix = _check_arguments(x, index, prefix, residual)
     affine, norm = check_norm(x, norm)

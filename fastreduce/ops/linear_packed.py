@@ -1,4 +1,4 @@
-"""``linear_packed``: a linear layer on packed tokens, which costs nothing behind the last of them."""
+"""``linear_packed``: a linear layer on packed tokens that skips the rows past the last token."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _backward(
 
 
 class LinearPacked(torch.autograd.Function):
-    """Gradient of a linear layer on the rows that are there; only what is asked for is computed."""
+    """A linear layer on packed rows. Only the gradients that are needed are computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class LinearPacked(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         if differentiates_again():
             x, weight, offsets = ctx.saved_tensors
-            # The gradient of a bias does not depend on it.
+            # Any bias will do, since its gradient does not depend on it.
             bias = weight.new_zeros(weight.shape[0]).requires_grad_() if wanted[2] else None
             return tuple(gradients_again(reference.linear_packed, (x, weight, bias, offsets), grads))
         grad_x, grad_weight, grad_bias = _backward(grads[0], *ctx.saved_tensors, wanted)
@@ -67,20 +67,20 @@ def linear_packed_unchecked(
 def linear_packed(
     x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, *, backend: str | None = None
 ) -> Tensor:
-    """Apply a linear layer to the packed tokens that are there; the room behind them costs nothing.
+    """Apply a linear layer to packed tokens; rows past the last token are not computed.
 
     Equivalent PyTorch::
 
         out = torch.nn.functional.linear(x, weight, bias)
         out[:, offsets[-1] :] = 0
 
-    The kernels multiply float32 in three passes of the tensor cores (``tf32x3``), which is nearly as exact as float32.
+    The kernels multiply float32 in three passes of the tensor cores (``tf32x3``), nearly as exactly as float32.
 
     Args:
         x: (1, T, I) packed tokens. float32, float16, bfloat16 (reference: any).
         weight: (O, I) in x's dtype.
         bias: (O,) in x's dtype, or None.
-        offsets: (B + 1,) int32, where the images begin; of which only the last, the number of tokens, matters.
+        offsets: (B + 1,) int32, where the images begin; only the last one, the number of tokens, is used.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:

@@ -1,4 +1,4 @@
-"""``match_tokens``: ToMe's bipartite soft matching, from the metric to one output slot a token."""
+"""``match_tokens``: ToMe's bipartite soft matching, from the metric to the output slot of every token."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def match_tokens_unchecked(metric: Tensor, r: int, *, prefix: int = 1, backend: 
 def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None = None) -> Tensor:
     """Match tokens of even position with tokens of odd position and merge the r closest pairs (ToMe, section 3).
 
-    Every token of even position looks for the token of odd position with the highest cosine similarity. The r tokens
-    that found the highest ones move into the slot of their partner; all others keep a slot of their own. Slots are
-    numbered: the prefix in its order, the even tokens that stay in ascending position, the odd tokens in theirs.
-    Ties go to the lower position, of the partner as of the moving token. A zero vector has similarity 0 to all; a
-    similarity that is NaN counts as -2, below every other. Prefix tokens neither move nor receive.
+    Every token of even position finds the token of odd position with the highest cosine similarity. The r tokens with
+    the highest similarities move into the slot of their partner; all others keep a slot of their own. Slots are
+    numbered in this order: the prefix, the even tokens that stay, the odd tokens. Ties go to the lower position, of
+    partners and of moving tokens. A zero vector has similarity 0 to all; NaN counts as -2. Prefix tokens neither move
+    nor receive.
 
     Equivalent PyTorch, without prefix::
 
@@ -59,14 +59,13 @@ def match_tokens(metric: Tensor, r: int, *, prefix: int = 1, backend: str | None
         moving = (-best).sort(dim=1, stable=True).indices[:, :r]
 
     Args:
-        metric: (B, N, D), N at least 2: what similarity is measured in. Or keys (B, H, N, D) of any strides, such as a
-            view of a packed qkv, of which the mean over the heads is the metric (ToMe): up to 1,024 tokens besides the
-            class token it is formed as the keys are read, without a pass of its own. In half precision it then never
-            reaches memory, in float32 that of the even tokens does from 258 tokens on. Where rows are not aligned to 16
-            bytes, have more than 128 channels in half precision, or are of more than 16 heads in float32, it is formed
-            before. float32, float16, bfloat16 (reference: any). Products are summed in float32.
+        metric: (B, N, D), N at least 2: the vectors that are compared. Or keys (B, H, N, D) of any strides, such as a
+            view of a packed qkv, whose mean over the heads is the metric (ToMe). Up to 1,024 tokens besides the class
+            token, the kernels take this mean as they read the keys. It takes a launch before if rows are not aligned
+            to 16 bytes, if half precision has more than 128 channels, or if float32 has more than 16 heads. float32,
+            float16, bfloat16 (reference: any). Products are summed in float32.
         r: number of tokens to merge, 0 .. (N - prefix) // 2.
-        prefix: number of leading tokens that are never reduced (class, distillation, operators).
+        prefix: number of leading tokens that are never reduced (class, distillation, registers).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
@@ -85,7 +84,7 @@ def match_tokens_groups(
     """Match as :func:`match_tokens` does, and return the groups for :func:`merge_tokens` from the same launch.
 
     Returns:
-        slot (B, N), and what :func:`prepare_merge` returns for it: the groups for the kernels, None for the reference.
+        slot (B, N), and the groups as :func:`prepare_merge` returns them: None for the reference.
     """
     check_shape("metric", metric, "B H N D" if isinstance(metric, Tensor) and metric.ndim == 4 else "B N D")
     check_floating("metric", metric)

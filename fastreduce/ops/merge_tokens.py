@@ -1,4 +1,4 @@
-"""``merge_tokens`` and ``unmerge_tokens``: the size-weighted mean of every slot, and back to one row a token."""
+"""``merge_tokens`` and ``unmerge_tokens``: the weighted mean of every slot, and back to one row for each token."""
 
 from __future__ import annotations
 
@@ -216,10 +216,10 @@ def _unmerge_backward(grad: Tensor, slot: Tensor, order: Tensor, offsets: Tensor
 
 
 class MergeTokens(torch.autograd.Function):
-    """Gradient of x: every token gets its share size / total of its slot's gradient. Slots get none.
+    """Weighted means of slots. A token gets the share size / total of its slot's gradient.
 
-    With a layer, sizes are exp(log_weight . x + log_bias): their gradient goes on to the layer and, once more, x. With
-    a norm_eps, the rows are also normalised.
+    With a layer, sizes are exp(log_weight . x + log_bias), and their gradient goes on to the layer and to x. With a
+    norm_eps, the rows are also normalised.
     """
 
     @staticmethod
@@ -284,7 +284,7 @@ class MergeTokens(torch.autograd.Function):
                 grad_x = _merge_backward(grad_rows, *slots, size, total, ctx.eps)
         if learned and sized:
             exponent = (grad_size * size).masked_fill(slot < 0, 0.0)  # kernels compute no size without a slot
-            dtype = torch.promote_types(x.dtype, log_weight.dtype)  # a layer in float32 wants its gradient so too
+            dtype = torch.promote_types(x.dtype, log_weight.dtype)  # a layer in float32 needs a gradient in float32
             products = torch.bmm(exponent.to(dtype).unsqueeze(1), x.to(dtype))
             grad_log_weight = products.sum(0, dtype=exponent.dtype).to(log_weight.dtype)
             grad_log_bias = exponent.sum().view(1).to(ctx.log_bias_dtype)
@@ -305,7 +305,7 @@ class MergeTokens(torch.autograd.Function):
 
 
 def _gradients_again(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of MergeTokens' inputs, which can be differentiated again."""
+    """Return gradients of MergeTokens' inputs that can be differentiated again."""
     x, slot, _, _, size, total, log_weight, log_bias, *kept = ctx.saved_tensors
     affine: Sequence[Tensor | None] = (None, None)
     if grad_normed is not None:
@@ -334,7 +334,7 @@ def _gradients_again(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None) 
 
 
 class UnmergeTokens(torch.autograd.Function):
-    """Gradient: every slot gets the sum over its tokens."""
+    """Rows of slots, one for each token. A slot gets the sum of its tokens' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ class UnmergeTokens(torch.autograd.Function):
 
 
 def _check_log_size(x: Tensor, log_size: Any) -> None:
-    """Raise unless it is weight (1, C) and bias (1,) of a layer."""
+    """Raise unless log_size is the weight (1, C) and bias (1,) of a layer."""
     check_pair("log_size", log_size, "weight and bias")
     for name, tensor, layout, shape in (
         ("weight", log_size[0], "1 C", (1, x.shape[2])),
@@ -374,10 +374,10 @@ def _check_merge(
     eps: Any,
     head: Tensor | None,
 ) -> tuple[list[Tensor], int, float]:
-    """Raise if they do not fit together.
+    """Raise unless the arguments fit together.
 
     Returns:
-        The tensors whose dtype and device decide about the backend, num_out as an int and eps as a float.
+        The tensors whose dtype and device decide the backend, num_out as an int and eps as a float.
     """
     check_shape("x", x, "B N C")
     check_floating("x", x)
@@ -504,34 +504,34 @@ def merge_tokens(
 
     Args:
         x: (B, N, C) tokens. float32, float16, bfloat16 (reference: any); sums are float32.
-        slot: (B, N) int64 or int32, values -1 .. num_out - 1, not checked. An empty slot gives zeros and size 0; a
-            token of slot -1 belongs nowhere, and it and its size get no gradient.
+        slot: (B, N) int64 or int32, values -1 .. num_out - 1, not checked. An empty slot gives zeros and size 0. A
+            token of slot -1 is left out, and it and its size get no gradient.
         num_out: number of slots.
-        size: (B, N), the weights of the tokens, or None for ones: in ToMe how many patches each stands for, in TCFormer
-            learned ones. Differentiable if it requires a gradient.
-        log_size: in place of size, weight (1, C) and bias (1,) of a linear layer that gives its logarithm,
-            ``size[n] = exp(weight @ x[n] + bias)``: the kernels compute it in the same launch, in float32.
+        size: (B, N), the weights of the tokens, or None for ones: in ToMe the number of patches in each token, in
+            TCFormer learned weights. Differentiable if it requires a gradient.
+        log_size: in place of size, the weight (1, C) and bias (1,) of a linear layer that gives its logarithm:
+            ``size[n] = exp(weight @ x[n] + bias)``, which the kernels compute in the same launch, in float32.
         residual: (B, num_out, C) to be added, or None.
-        groups: what :func:`group_slots` returned for this slot, to save that step; the reference does not need it.
-        eps: added to what the sums are divided by, not to the sizes that are returned.
-        head: (B, P, C) rows, in x's dtype, to be put in front of the merged ones as they are, or None.
+        groups: the result of :func:`group_slots` for this slot, to save that step; the reference does not need it.
+        eps: added to the divisor, not to the sizes that are returned.
+        head: (B, P, C) rows in x's dtype that go in front of the merged ones unchanged, or None.
         norm: the layer normalisation that follows, in the same pass over memory, or None: weight (C,) and bias (C,) of
-            any floating dtype, each None for ones or zeros, and what is added to the variance.
+            any floating dtype, each None for ones or zeros, and eps, which is added to the variance.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         merged (B, P + num_out, C), differentiable in x, size, log_size, residual and head, and the new sizes
-        (B, num_out), float32 (float64 for float64 x), which carry no gradient: the sums of the sizes. Of a slot whose
-        greatest logarithm by log_size is above 40 it is the sum divided by ``exp(greatest - 40)``, as the sum itself
-        may be beyond float32; the merged row is the mean all the same. With a norm also normed (B, P + num_out, C),
-        the head's rows included, in merged's dtype and differentiable in weight and bias too: the statistics are
-        float32, of merged as it is stored.
+        (B, num_out), float32 (float64 for float64 x), the sums of the sizes, without gradient. If the greatest
+        logarithm of a slot by log_size is above 40, its size is divided by ``exp(greatest - 40)``, since the sum may be
+        beyond float32; the merged row is still the mean. With a norm also normed (B, P + num_out, C), with the
+        head's rows, in merged's dtype and differentiable in weight and bias too; the statistics of the rounded merged
+        are float32.
 
     Raises:
         ValueError: wrong shapes, no channel, devices that differ, ``num_out < 1``, an eps that is negative or not
             finite, both size and log_size, a weight or bias of another shape.
         TypeError: x or log_size not floating point, log_size not a pair, slot not an integer tensor, head not in x's
-            dtype, eps not a number, a norm that is no such triple.
+            dtype, eps not a number, norm not a triple.
     """
     tensors, num_out, eps = _check_merge(x, slot, num_out, size, log_size, residual, groups, eps, head)
     affine, norm = check_norm(x, norm)
@@ -550,14 +550,14 @@ def merge_tokens(
 def unmerge_tokens(
     x: Tensor, slot: Tensor, *, groups: tuple[Tensor, Tensor] | None = None, backend: str | None = None
 ) -> Tensor:
-    """Give every token the row of its slot, and zeros to those that were dropped.
+    """Give every token the row of its slot, or zeros if it was dropped.
 
     Equivalent PyTorch: ``x.gather(1, slot.unsqueeze(-1).expand(-1, -1, C))`` where no slot is -1.
 
     Args:
         x: (B, M, C) rows.
         slot: (B, N) int64 or int32, values -1 .. M - 1, not checked; -1 gives zeros.
-        groups: what :func:`group_slots` returned for this slot and M slots, to save that step; the reference does not
+        groups: the result of :func:`group_slots` for this slot and M slots, to save that step; the reference does not
             need it.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 

@@ -26,7 +26,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor,
 
 
 class ReceivedScores(torch.autograd.Function):
-    """Gradient of the softmax, by PyTorch, as few need it: one head's blocks of the matrix at a time."""
+    """Received attention. PyTorch computes its gradient, which few need, in blocks of one head's matrix."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -60,11 +60,11 @@ def received_scores(q: Tensor, k: Tensor, *, scale: float | None = None, backend
 
     Args:
         q: (B, H, M, D) queries. float32, float16, bfloat16 (reference: any).
-        k: (B, H, N, D) keys in q's dtype; M and N may differ. Any strides; with a dense last axis, as a view of a
-            packed qkv has it, nothing is copied.
+        k: (B, H, N, D) keys in q's dtype; M and N may differ. Any strides; with a dense last axis, such as a
+            view of a packed qkv, it is not copied.
         scale: factor on the dot products; None means ``D ** -0.5``.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. No backend holds the matrix of
-            a long sequence: the kernels no N x N at all, the reference 2 ** 20 logits an image outside autograd.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context. The kernels hold no N x N
+            matrix. Outside autograd the reference holds 2 ** 20 logits of an image at a time.
 
     Returns:
         (B, N), float32 (float64 for float64 inputs); each row sums to H * M. Differentiable in q and k.

@@ -1,4 +1,4 @@
-"""``rotate_tokens``: rotary positions of tokens that know which patch they stand at."""
+"""``rotate_tokens``: rotary positions of tokens, each with the patch at whose position it stands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Layout = Literal["interleaved", "half"]
 
 
 def _like(x: Tensor) -> Tensor:
-    """Return an empty tensor of x's shape (B, H, N, D), in which the channels of all heads of a token lie together."""
+    """Return an empty tensor of x's shape (B, H, N, D) in the memory order (B, N, H, D)."""
     batch, heads, tokens, channels = x.shape
     return x.new_empty(batch, tokens, heads, channels).transpose(1, 2)
 
@@ -47,7 +47,7 @@ def _backward(grad: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, pref
 
 
 class RotateTokens(torch.autograd.Function):
-    """Gradient of x: the same rotation backwards. A learned table's comes from the reference."""
+    """Turned rows. The gradient of x is turned back; the reference computes the gradient of a learned table."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool) -> Tensor:
@@ -70,7 +70,7 @@ class RotateTokens(torch.autograd.Function):
 
 
 def _check_table(name: str, table: Tensor, x: Tensor, place: Tensor | None, prefix: int) -> None:
-    """Raise unless a table has a row for every patch, of x's channels, for all images and heads or for each."""
+    """Raise unless a table has x's channels and a row for every patch, for all images and heads or for each."""
     if not isinstance(table, Tensor):
         raise TypeError(f"table must be a pair of tensors, cosines and sines, got {type(table).__name__} as {name}")
     check_floating(f"table's {name}", table)
@@ -115,7 +115,7 @@ def rotate_tokens(
     layout: Layout = "interleaved",
     backend: str | None = None,
 ) -> Tensor:
-    """Turn queries or keys by the rotary angles of the patches at whose place they are (Su et al. 2021, section 3.2.2).
+    """Turn queries or keys by the rotary angles of the patches at their places (Su et al. 2021, section 3.2.2).
 
     Equivalent PyTorch, for a table of shape (P, D)::
 
@@ -129,10 +129,10 @@ def rotate_tokens(
         x: (B, H, N, D) queries or keys, D even. float32, float16, bfloat16 (reference: any).
         table: cosines and sines of every patch's angles, both (P, D) for all heads, (H, P, D) for each (mixed
             rotations), or (B, 1 or H, P, D) for each image, of any floating dtype.
-        place: (B, N - prefix) int32 or int64, the row of the table for each token, -1 for none: it is not turned. None:
-            the tokens are the P patches in order. Values are not checked.
+        place: (B, N - prefix) int32 or int64, the row of the table for each token; a token at -1 is not turned. None
+            stands for the P patches in order. Values are not checked.
         prefix: number of leading tokens that are not turned.
-        layout: the channels that are turned together: 2 i and 2 i + 1 (``"interleaved"``), or i and i + D / 2
+        layout: which channels are turned together: 2 i and 2 i + 1 (``"interleaved"``), or i and i + D / 2
             (``"half"``).
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 

@@ -1,4 +1,4 @@
-"""``sample_tokens``: which tokens stay when each image decides by itself how many it needs."""
+"""``sample_tokens``: kept tokens, in a number that depends on the image."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ def sample_tokens(
         grid = torch.arange(1, 2 * budget, 2) / (2 * parts)  # the middles of the first parts, as in the released code
         index = (grid[:, None] - cdf).abs().argmin(1).unique()  # the lowest token on ties
 
-    Distances are rounded as the dtype rounds them. A token of weight 0 shares the cdf of the token before it and is
-    never taken, except ahead of all weight. The scale of the scores matters only through the 1e-6: the released code
-    sums over heads, and so does :func:`cls_scores` with ``value``, whose result is meant to be passed as it is.
+    Distances are rounded in the dtype of the cdf. A token of weight 0 shares the cdf of the token before it, and is
+    never taken unless all weight comes after it. The scale of the scores matters only through the 1e-6: the released
+    code sums over heads, and so does :func:`cls_value_scores`, whose result can be passed unchanged.
 
     Args:
         scores: (B, N) of any strides. float32, float16, bfloat16 (reference: any floating dtype). Negative, NaN and
             infinite scores count as 0; an image whose scores are all 0, or overflow when summed, keeps its first token.
-        budget: number of sampling points, at least 1; it may exceed N. ATS's K, which counts the class token, less one.
-        parts: into how many parts the cumulated scores are cut; None for ``budget + 1``, which leaves the last one out.
+        budget: number of sampling points, at least 1; it may exceed N. ATS's K counts the class token: give K - 1.
+        parts: number of parts that cumulated scores are cut into; None for ``budget + 1``, which skips the last part.
         prefix: number of leading columns of ``valid`` for the tokens that are never reduced.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 

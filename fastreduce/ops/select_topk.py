@@ -1,4 +1,4 @@
-"""``select_topk``: which tokens stay, in an order that does not depend on chance."""
+"""``select_topk``: indices of the highest scores, in a deterministic order."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def select_topk(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor
 
     Args:
         scores: (B, N) scores of any strides. float32, float16, bfloat16 (reference: any floating dtype).
-        k: how many, 0 .. N. With k = N this is the whole order, as :func:`fuse_tokens` takes it.
+        k: number of indices, 0 .. N. With k = N they are the order that :func:`fuse_tokens` takes.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
@@ -47,7 +47,7 @@ def select_topk(scores: Tensor, k: int, *, backend: str | None = None) -> Tensor
 
     Raises:
         ValueError: wrong shape, or a k outside 0 .. N.
-        TypeError: scores not floating point, or a k that is not an integer.
+        TypeError: scores not floating point, or k not an integer.
     """
     check_shape("scores", scores, "B N")
     check_floating("scores", scores)

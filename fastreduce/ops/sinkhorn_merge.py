@@ -1,4 +1,4 @@
-"""``sinkhorn_merge``: transport-weighted sums of normalised tokens, without the normalised tokens or the plan."""
+"""``sinkhorn_merge``: sums of normalised tokens, weighted by a transport plan that is not written to memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["sinkhorn_merge"]
 
 
 def _padded(clusters: int) -> int:
-    """Return the columns of similarities and cluster biases: the next multiple of 16, as the kernels want it."""
+    """Return the number of columns of similarities and cluster biases: the next multiple of 16, for the kernels."""
     return (clusters + 15) // 16 * 16
 
 
@@ -98,7 +98,7 @@ def _inference(
 
 
 class SinkhornMerge(torch.autograd.Function):
-    """Gradients of x, centres and head through all iterations, from the similarities and the biases of each."""
+    """Merged rows. Gradients go through all iterations, from the saved similarities and biases."""
 
     @staticmethod
     def forward(
@@ -110,7 +110,7 @@ class SinkhornMerge(torch.autograd.Function):
         ctx.head_dtype = None if head is None else head.dtype
         cluster_biases = saved[3]
         ctx.mark_non_differentiable(similarity, token_bias, cluster_biases)
-        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.set_materialize_grads(False)  # None, not zeros, where there is no gradient
         return merged, similarity, token_bias, cluster_biases
 
     @staticmethod
@@ -182,10 +182,10 @@ def sinkhorn_merge(
         merged = torch.cat([head, weights.mT @ y], dim=1)
 
     Args:
-        x: (B, N, C) tokens, at least one token and one channel. Any strides; with a dense last axis, as
-            ``tokens[:, 1:]`` has it, nothing is copied. float32, float16, bfloat16 (reference: any).
+        x: (B, N, C) tokens, at least one token and one channel. Any strides; with a dense last axis, such as
+            ``tokens[:, 1:]``, it is not copied. float32, float16, bfloat16 (reference: any).
         centers: (K, C), at least one, rows already normalised, of any floating dtype.
-        eps: temperature of the plan, positive; everything stays in the log domain, so 0.01 is as good as 1.
+        eps: temperature of the plan, positive; sums are in the log domain, so 0.01 does not overflow.
         iters: how many times both biases are updated, at least 1.
         head: (B, P, C) rows to put before the merged ones, unchanged, or None.
         similarity: False returns None for the similarity. Where no gradient is wanted, it is then in memory for as many
@@ -193,10 +193,9 @@ def sinkhorn_merge(
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
-        merged (B, P + K, C) in x's dtype or, with a head, the promoted one, differentiable in x, centers and head; and
-        for recording, without gradient and in float32 (float64 for float64 x), similarity (B, N, K),
-        token_bias (B, N) and cluster_bias (B, K): the plan's logarithm is
-        ``similarity + token_bias[:, :, None] + cluster_bias[:, None]``.
+        merged (B, P + K, C) in x's dtype or, with a head, the promoted one, differentiable in x, centers and head; and,
+        without gradient and in float32 (float64 for float64 x), similarity (B, N, K), token_bias (B, N) and
+        cluster_bias (B, K). ``similarity + token_bias[:, :, None] + cluster_bias[:, None]`` is the plan's logarithm.
 
     Raises:
         ValueError: wrong shapes, devices that differ, no token, centre or channel, ``eps <= 0``, ``iters < 1``.

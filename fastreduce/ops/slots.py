@@ -1,4 +1,4 @@
-"""``group_slots`` and ``prepare_merge``: tokens grouped by slot, once for all that is done with the slots."""
+"""``group_slots`` and ``prepare_merge``: tokens grouped by slot, once for several merges."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_slot(slot: Tensor) -> None:
 
 
 def check_groups(groups: Any, slot: Tensor, num_out: int) -> None:
-    """Raise unless groups are what :func:`group_slots` makes of such slots."""
+    """Raise unless groups have the shapes, dtype and device that :func:`group_slots` gives for these slots."""
     check_pair("groups", groups, "order and offsets")
     shapes = shape_of(slot), (slot.shape[0], num_out + 1)
     for name, tensor, shape in zip(("order of groups", "offsets of groups"), groups, shapes, strict=True):
@@ -57,7 +57,7 @@ def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tu
     """Group tokens by slot, for several :func:`merge_tokens` over the same slots.
 
     Args:
-        slot: (B, N) int64 or int32, values -1 .. num_out - 1; -1 belongs nowhere.
+        slot: (B, N) int64 or int32, values -1 .. num_out - 1; -1 is no slot.
         num_out: number of slots.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
@@ -71,7 +71,7 @@ def group_slots(slot: Tensor, num_out: int, *, backend: str | None = None) -> tu
 
 
 def prepare_merge(slot: Tensor, num_out: int, *, backend: str | None = None) -> tuple[Tensor, Tensor] | None:
-    """Return what several :func:`merge_tokens` over one slot share: the groups for kernels, None for the reference."""
+    """Return the groups that several :func:`merge_tokens` over one slot share; None for the reference."""
     check_slot(slot)
     num_out = check_count("num_out", num_out, 1, 2**31 - 2)
     return prepare_merge_unchecked(slot, num_out, backend=resolve(backend, slot))

@@ -1,4 +1,4 @@
-"""``soft_merge``: every cluster becomes a weighted sum of all the tokens, in one pass with the rows that stay."""
+"""``soft_merge``: a weighted sum of all tokens for every cluster, in one pass with the rows that stay."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _backward(grad: Tensor, logits: Tensor, x: Tensor, out: Tensor, logsumexp: T
 
 
 class SoftMerge(torch.autograd.Function):
-    """Gradient of the logits as in attention with given scores; head rows hand theirs on, the logsumexp has none."""
+    """Weighted sums of tokens. Rows of the head pass their gradient on; the logsumexp has none."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class SoftMerge(torch.autograd.Function):
         ctx.num_head = 0 if head is None else head.shape[1]
         ctx.head_dtype = None if head is None else head.dtype
         ctx.mark_non_differentiable(logsumexp)
-        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
+        ctx.set_materialize_grads(False)  # None, not zeros, where there is no gradient
         return out, logsumexp
 
     @staticmethod
@@ -73,7 +73,7 @@ def soft_merge_unchecked(
 def soft_merge(
     logits: Tensor, x: Tensor, *, head: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum up the tokens once a cluster, with weights that are a softmax over the tokens (SiT; PatchMerger, section 3).
+    """Sum the tokens for each cluster, weighted by a softmax over the tokens (SiT; PatchMerger, section 3).
 
     Equivalent PyTorch::
 
@@ -81,16 +81,16 @@ def soft_merge(
         torch.cat([head, weights.transpose(1, 2) @ x], dim=1), torch.logsumexp(logits, dim=1)
 
     Args:
-        logits: (B, N, K) how much cluster k wants of token n, of any floating dtype and any strides. -inf gives a token
-            the weight 0; a cluster of nothing but -inf, or with a NaN among its logits, becomes NaN.
-        x: (B, N, C) tokens, the prefix left out: a view such as ``tokens[:, 1:]`` is not copied. float32, float16,
+        logits: (B, N, K), entry n, k for the weight of token n in cluster k, of any floating dtype and strides. -inf
+            gives weight 0; a cluster with -inf alone, or with a NaN, becomes NaN.
+        x: (B, N, C) tokens without the prefix; a view such as ``tokens[:, 1:]`` is not copied. float32, float16,
             bfloat16 (reference: any); softmax and sums are float32.
         head: (B, P, C) rows to put in front, such as ``tokens[:, :1]``, or None.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``; None follows the context.
 
     Returns:
         The rows (B, P + K, C), head first, in x's dtype or, with a head, the promoted one; and the logsumexp (B, K) of
-        each cluster's logits, float32 (float64 for float64), for recording the weights ``exp(logits - logsumexp)``.
+        each cluster's logits, float32 (float64 for float64): the weights are ``exp(logits - logsumexp)``.
         Rows are differentiable in logits, x and head; the logsumexp has no gradient.
 
     Raises:

@@ -1,7 +1,7 @@
 """The functions of ``fastreduce.ops`` under the same names, without checks, for callers that know their arguments.
 
-``backend`` is required and resolved already: ``"triton"`` or ``"reference"``, as ``fastreduce.backends.resolve`` says.
-Numbers must be Python's own. What the checked functions would refuse has no defined result here.
+``backend`` is required: ``"triton"`` or ``"reference"``, as ``fastreduce.backends.resolve`` returns it.
+Numbers must be Python's own. Arguments that the checked functions refuse have no defined result here.
 """
 
 from .attention import attention_packed_unchecked as attention_packed

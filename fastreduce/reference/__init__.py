@@ -3,9 +3,8 @@
 Each file holds one primitive: the forward formula, and the backward formula wherever its kernel has one. Everything
 computes in float32 (float64 for float64 inputs) and casts once at the end.
 
-On the CPU every image gets the same bits whatever batch it is in, and with gradients recorded the same as without, for
-a given number of threads and a given memory layout of an image. PyTorch's own layers of a model (linear, convolution)
-promise no such thing for every shape, nor does a compiled graph.
+On the CPU an image gets the same bits in every batch, and with and without gradients, for a given number of threads and
+a given memory layout of the image. PyTorch's own layers (linear, convolution) and compiled graphs do not promise this.
 """
 
 from ._norm import layer_norm, layer_norm_backward, with_norm

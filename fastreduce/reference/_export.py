@@ -1,8 +1,8 @@
 """Replacements of PyTorch's operators in an ONNX graph, which has no stable sort, no search and no safe scatter.
 
-Every function here is the operator itself anywhere else. In the graph it is made of operators that every runtime has
-and that give ties to the lower index: a scatter that adds is silently wrong in some of them, and is a product with a
-matrix of zeros and ones instead.
+Outside such a graph every function is the operator itself. In the graph it is made of operators that every runtime has
+and that give ties to the lower index. A scatter that adds is silently wrong in some runtimes: a product with a matrix
+of zeros and ones replaces it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def for_onnx() -> bool:
 
 
 def lowest_first(values: Tensor, k: int) -> Tensor:
-    """Return the places (B, k) of the k lowest values (B, N), ascending; ties go to the lower place, NaN comes last."""
+    """Return the places (B, k) of the k lowest values (B, N), ascending; ties go to the lower place, NaN is last."""
     if not for_onnx():
         return torch.sort(values, dim=1, stable=True)[1][:, :k]
     if values.is_floating_point():
@@ -39,7 +39,7 @@ def lowest_first(values: Tensor, k: int) -> Tensor:
 
 
 def number_below(ascending: Tensor, values: Tensor) -> Tensor:
-    """Count how many of ascending (B, N) are below each of values (B, K) -> (B, K): the place where a value belongs."""
+    """Count the entries of ascending (B, N) below each of values (B, K) -> (B, K), as ``searchsorted`` does."""
     if not for_onnx():
         return torch.searchsorted(ascending, values)
     return (ascending.unsqueeze(1) < values.unsqueeze(2)).sum(2)
@@ -51,21 +51,21 @@ def nearest_in_row(row: Tensor, values: Tensor) -> Tensor:
 
 
 def _members(slot: Tensor, num_out: int) -> Tensor:
-    """Return whether a token is of a slot: (B, N) -> (B, num_out, N) bool."""
+    """Return whether token n is in slot m: slot (B, N) -> (B, num_out, N) bool."""
     return slot.unsqueeze(1) == torch.arange(num_out, dtype=slot.dtype, device=slot.device).unsqueeze(1)
 
 
 def marks(index: Tensor, count: int) -> Tensor:
-    """Return whether a place is among those given: (B, K) places -> (B, count) bool."""
-    if not for_onnx() and not torch.jit.is_tracing():  # whose scatter takes no truth value
+    """Mark the given places: index (B, K) -> (B, count) bool."""
+    if not for_onnx() and not torch.jit.is_tracing():  # ONNX cannot scatter truth values
         return index.new_zeros(index.shape[0], count, dtype=torch.bool).scatter_(1, index, True)
     return _members(index, count).any(2)
 
 
 def sums_of_slots(x: Tensor, weights: Tensor | None, slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    """Return ``sum of weights[n] x[n]`` and of weights[n], over each slot's tokens: (B, num_out, C) and (B, num_out).
+    """Sum ``weights[n] * x[n]`` and ``weights[n]`` over the tokens of each slot -> (B, num_out, C), (B, num_out).
 
-    x (B, N, C), weights (B, N) or None for ones, slot (B, N), of which -1 is none. In an ONNX graph only.
+    x (B, N, C), weights (B, N) or None for ones, slot (B, N) with -1 for none. For an ONNX graph only.
     """
     share = _members(slot, num_out).to(x.dtype)
     if weights is not None:
@@ -74,7 +74,7 @@ def sums_of_slots(x: Tensor, weights: Tensor | None, slot: Tensor, num_out: int)
 
 
 def greatest_of_slots(values: Tensor, slot: Tensor, num_out: int, least: float) -> Tensor:
-    """Return the greatest of values (B, N) in each slot and of ``least``, which an empty slot gets: (B, num_out)."""
+    """Return the greatest of values (B, N) in each slot, ``least`` or more -> (B, num_out)."""
     if not for_onnx():
         start = values.new_full((values.shape[0], num_out), least)
         return start.scatter_reduce(1, slot.clamp_min(0), values, "amax")
@@ -82,7 +82,7 @@ def greatest_of_slots(values: Tensor, slot: Tensor, num_out: int, least: float) 
 
 
 def first_of_slots(slot: Tensor, num_out: int) -> Tensor:
-    """Return the first place of each slot in a row, N where a slot is empty: slot (B, N) -> (B, num_out)."""
+    """Return the first token of each slot, N for an empty slot: slot (B, N) -> (B, num_out)."""
     batch, tokens = slot.shape
     place = torch.arange(tokens, device=slot.device).expand(batch, tokens)
     if not for_onnx():

@@ -1,8 +1,7 @@
-"""Matrix products that give an image the same bits whatever its batch.
+"""Matrix products that give an image the same bits in every batch.
 
-MKL shares the products of a batch out among its threads, and splits a single one differently from several: on the CPU
-every image is therefore multiplied on its own. Where the graph of a batch is captured (``torch.compile``), the product
-is one, and PyTorch's compiler decides.
+MKL splits one product among its threads differently from the products of a batch. On the CPU every image is therefore
+multiplied on its own. In a captured graph (``torch.compile``) there is one product, and PyTorch's compiler decides.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ from ._export import cdist
 
 __all__ = ["bmm", "each_image", "image_parts", "is_captured", "matmul", "pair_distances"]
 
-WORKSPACE = 256 << 20  # bytes of the matrices that are in memory at a time, or one image's if that is larger
+WORKSPACE = 256 << 20  # bytes of the matrices in memory at a time; one image may take more
 
 
 def is_captured() -> bool:
-    """Return whether tensors stand for others, as under torch.compile or torch.func.
+    """Return whether tensors stand for others, as under torch.compile, torch.func or torch.jit.trace.
 
-    Then there is no loop over images, and nothing is changed in place.
-
-    Under torch.jit.trace too, which would make a constant of the number of images.
+    Then there is no loop over images, whose number a trace would make a constant, and nothing is changed in place.
     """
     return (
         torch.compiler.is_compiling()
@@ -34,7 +31,7 @@ def is_captured() -> bool:
 
 
 def each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Call ``function`` of tensors (B, ...) for every image on its own on the CPU -> (B, ...)."""
+    """Call ``function`` on tensors (B, ...), on the CPU image by image -> (B, ...)."""
     first = tensors[0]
     whole = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if whole or first.device.type != "cpu" or first.shape[0] <= 1:
@@ -43,7 +40,7 @@ def each_image(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def image_parts(images: int, bytes_each: int) -> list[slice]:
-    """Cut all images into parts whose matrices take WORKSPACE bytes at most; captured, a single part."""
+    """Cut all images into parts whose matrices take WORKSPACE bytes at most; return one part under capture."""
     if is_captured() or images * bytes_each <= WORKSPACE:
         return [slice(None)]
     size = max(1, WORKSPACE // bytes_each)

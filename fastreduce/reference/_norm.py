@@ -12,7 +12,7 @@ __all__ = ["layer_norm", "layer_norm_backward", "with_norm"]
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Normalise rows of x (..., C), times weight (C,) plus bias (C,), in x's dtype; sums in float32 or wider."""
+    """Normalise rows of x (..., C), then apply weight (C,) and bias (C,), in x's dtype; sums are float32 or wider."""
     dtype = x.dtype
     for affine in (weight, bias):
         dtype = dtype if affine is None else torch.promote_types(dtype, affine.dtype)
@@ -21,7 +21,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def with_norm(out: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> list[Tensor]:
-    """Return out (B, N, C) itself and, with an eps, normed (B, N, C), every row's mean and 1 / deviation (B, N, 2)."""
+    """Return out (B, N, C) and, with an eps, normed (B, N, C) and the rows' mean and 1 / deviation (B, N, 2)."""
     if eps is None:
         return [out]
     variance, mean = torch.var_mean(out.to(accumulator(out.dtype)), -1, correction=0)
@@ -32,7 +32,7 @@ def with_norm(out: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 def layer_norm_backward(
     grad_out: Tensor | None, grad_normed: Tensor, out: Tensor, statistics: Tensor, weight: Tensor | None, affine: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return gradients of out (B, N, C), its own included, and of weight and bias: (2, C) if affine, else (0, C)."""
+    """Return gradients of out (B, N, C), ``grad_out`` added, and of weight and bias, (2, C) if affine, else (0, C)."""
     dtype = accumulator(out.dtype)
     mean, scale = statistics.unsqueeze(-1).unbind(2)
     normal = (out.to(dtype) - mean) * scale

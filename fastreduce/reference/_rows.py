@@ -1,4 +1,4 @@
-"""Row addressing shared by the references: index_select on flattened rows, six times as fast as gather."""
+"""Row addressing shared by the references: index_select on flattened rows is six times as fast as gather."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def flat_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """Turn (B, M) row numbers within each image into (B*M,) numbers in the flattened (B*num_rows, C) matrix."""
-    # Between two products an operator on a few numbers takes 30 us: one image, in no graph that could be given more,
-    # is spared three.
+    """Turn row numbers (B, M) of each image into row numbers (B*M,) of the flattened (B*num_rows, C) matrix."""
+    # Between two products an operator on a few numbers takes 30 us. This saves three of them for one image, unless a
+    # graph is captured, which could be given more images.
     if not torch.compiler.is_compiling() and rows.shape[0] == 1 and not torch.jit.is_tracing():
         return rows.reshape(-1).long()
     offsets = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1) * num_rows
@@ -41,15 +41,15 @@ def with_prefix(index: Tensor, prefix: int) -> Tensor:
 
 
 def add_rows(total: Tensor, rows: Tensor, x: Tensor) -> Tensor:
-    """Add every row of x (..., C) to the row of total (R, C) named by rows; in place but under torch.func."""
+    """Add row i of x (..., C) to row ``rows[i]`` of total (R, C), in place except under torch.func."""
     x = x.reshape(rows.shape[0], total.shape[1])
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return total.index_add_(0, rows, x)
-    return total.index_add(0, rows, x)  # vmap refuses to write one image's rows into what all share
+    return total.index_add(0, rows, x)  # vmap refuses to write an image's rows into a shared tensor
 
 
 def add_residual(fresh: Tensor, residual: Tensor | None) -> Tensor:
-    """Return ``fresh + residual`` in the promoted dtype; in place where that is fresh's own: nobody else holds it."""
+    """Return ``fresh + residual`` in the promoted dtype, in place if fresh has it, since nobody else holds fresh."""
     if residual is None:
         return fresh
     if torch.promote_types(fresh.dtype, residual.dtype) == fresh.dtype:

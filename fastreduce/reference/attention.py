@@ -1,7 +1,7 @@
-"""Attention and what its matrix says about the keys.
+"""Attention, and the scores that its matrix gives the keys.
 
-Keys may have a bias (ToMe's log size, METHODS section 5) or be hidden softly by a policy (DynamicViT, section 3), the
-queries be a subset (ATS, section 4), the images of several lengths and packed into one.
+Keys may have a bias (ToMe's log size), or be hidden softly by a policy (DynamicViT). Queries may be a subset (ATS).
+Images may have several lengths and be packed into one row.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ __all__ = [
     "key_scores",
 ]
 
-Offsets = tuple[Tensor, Tensor]  # of queries and keys, (B + 1,) each
+Offsets = tuple[Tensor, Tensor]  # offsets of queries and of keys, (B + 1,) each
 
 
 def _chosen(q: Tensor, index: Tensor, prefix: int, offsets: Offsets | None = None, num_out: int = 0) -> Tensor:
     """Return the chosen queries: (B, H, N, D) -> (B, H, prefix + M, D).
 
-    ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``.
-
-    Of packed images (1, H, num_out, D): image b's begin at ``offsets[1][b]`` of q.
+    ``q[b, :, row[b, m]]`` with ``row = [0 .. prefix-1, index + prefix]``. With packed images the result is
+    (1, H, num_out, D), and the queries of image b begin at ``offsets[1][b]`` of q.
     """
     tokens = q.transpose(1, 2).flatten(2)
     if offsets is None:
@@ -47,7 +46,7 @@ def _chosen(q: Tensor, index: Tensor, prefix: int, offsets: Offsets | None = Non
 
 
 def _back(grad: Tensor, index: Tensor, prefix: int, offsets: Offsets | None, num_tokens: int) -> Tensor:
-    """Transpose of :func:`_chosen`."""
+    """Transpose :func:`_chosen`: bring the gradient back to all queries."""
     tokens = grad.transpose(1, 2).flatten(2)
     if offsets is None:
         rows = scatter_tokens(tokens, index, prefix, num_tokens)
@@ -65,7 +64,7 @@ def _images(offsets: Offsets) -> Iterator[tuple[slice, slice]]:
 
 
 def _join(pieces: list[Tensor], like: Tensor, rows: int) -> Tensor:
-    """Join the images' rows (1, H, m, ...), with zeros past them up to ``rows``, tokens first in memory."""
+    """Join the images' rows (1, H, m, ...), padded with zeros to ``rows`` rows, tokens first in memory."""
     pieces = [piece.transpose(1, 2) for piece in pieces]
     past = rows - sum(piece.shape[1] for piece in pieces)
     if past or not pieces:
@@ -74,7 +73,7 @@ def _join(pieces: list[Tensor], like: Tensor, rows: int) -> Tensor:
 
 
 def _seen(bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a bias (B, N) that leaves every image a key, and whether the given one does (B, 1, 1, 1)."""
+    """Return the bias (B, N), zeros for images without a visible key, and whether an image has one (B, 1, 1, 1)."""
     seen = (bias > -torch.inf).any(1, keepdim=True)
     return bias.masked_fill(~seen, 0.0), seen[:, :, None, None]
 
@@ -88,7 +87,7 @@ def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None = None) -> T
 
 
 def _visibility(policy: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return G (B, 1, N, N) from (B, N); every token sees itself."""
+    """Return G of :func:`attention_policy`, (B, 1, N, N), from the policy (B, N)."""
     own = torch.eye(policy.shape[1], dtype=torch.bool, device=policy.device)
     return torch.where(own, 1.0, policy.to(dtype)[:, None, None, :])
 
@@ -104,7 +103,7 @@ def attention_with_sums(
     offsets: Offsets | None = None,
     num_out: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attend, and return for the backward pass the logsumexp (B, H, M) of every row, -inf for one without keys."""
+    """Attend, and return for the backward pass the logsumexp (B, H, M), which is -inf for a row without keys."""
     if index is not None:
         q = _chosen(q, index, prefix, offsets, num_out)
     nothing = q.new_empty(0, dtype=accumulator(q.dtype))
@@ -134,8 +133,8 @@ def attention_policy_with_sums(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attend under a policy, and return three more tensors for the backward pass.
 
-    The maximum of a row plus the logarithm of its denominator (B, H, M), the denominator (B, H, M), the mean (B, H, D)
-    of v.
+    These are each row's maximum plus the logarithm of its denominator (B, H, M), the denominator (B, H, M), and the
+    mean of v (B, H, D).
     """
     logits, values = _logits(q, k, scale), v.to(accumulator(v.dtype))
     maximum = logits.max(-1, keepdim=True).values
@@ -161,14 +160,14 @@ def attention_policy(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: flo
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Compute softmax attention by PyTorch; what rounds an image by its batch there is done image by image."""
+    """Compute softmax attention by PyTorch, image by image where its batch would change the rounding."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
     tensors = (q, k, v) if mask is None else (q, k, v, mask)
-    # A single head leaves PyTorch's loop over heads one turn for an image, whose products then use all threads; in
-    # float64 products depend on where a thread's buffer lies.
+    # With a single head PyTorch gives the products of one image all threads. In float64 products depend on where a
+    # thread's buffer lies.
     if q.shape[1] == 1 or q.dtype == torch.float64:
         return each_image(attend, *tensors)
     return attend(*tensors)
@@ -196,8 +195,8 @@ def attention(
     With offsets B is 1. The queries of image i are the rows offsets[0][i] .. offsets[0][i + 1]. They see the keys in
     the rows offsets[1][i] .. offsets[1][i + 1]. Rows past the end are zeros.
 
-    With both, the rows of image i are counted from offsets[1][i] of q, as many as offsets[0] says, and the result has
-    ``num_out`` rows.
+    With both, the queries of image i are chosen from the rows of q that begin at offsets[1][i]. Their number follows
+    from offsets[0], and the result has ``num_out`` rows.
     """
     if index is not None:
         q = _chosen(q, index, prefix, offsets, num_out)
@@ -212,7 +211,7 @@ def attention(
     mask = None if bias is None else bias.to(accumulator(q.dtype))[:, None, None, :]
     if mask is None or not (torch.is_grad_enabled() and mask.requires_grad):
         return _fused(q, k, v, mask, scale)
-    # A mask with a gradient takes another route, of other bits: it gives the gradients, and the usual one the values.
+    # A mask with a gradient takes another route, of other bits. It gives the gradients, the usual route the values.
     aside = _fused(q, k, v, mask, scale)
     return _fused(q.detach(), k.detach(), v.detach(), mask.detach(), scale) + (aside - aside.detach())
 
@@ -243,7 +242,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the bias, (B, 0) without one, for grad (B, H, M, D).
 
-    The gradient of the ``kind`` of :func:`key_scores` joins in, where it is given.
+    ``grad_scores``, if given, is the gradient of the scores of :func:`key_scores`.
     """
     num_tokens = q.shape[2]
     if index is not None:
@@ -297,7 +296,7 @@ def attention_policy_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v and the policy for grad (B, H, N, D).
 
-    The maximum of a row has a gradient too, which goes to the first key that reaches it.
+    The maximum of a row has a gradient too; it goes to the first key that reaches the maximum.
     """
     logits = _logits(q, k, scale)
     dtype = logits.dtype
@@ -334,7 +333,7 @@ def key_scores(
 def attention_scores(
     q: Tensor, k: Tensor, v: Tensor, kind: str, bias: Tensor | None, prefix: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend, and return what the matrix A (B, H, M, N) says about the keys.
+    """Attend, and return scores of the keys from the matrix A (B, H, M, N).
 
     ``kind="class"``: the attention of query 0, averaged over heads, to the keys after the prefix (B, N - prefix).
     ``kind="received"``: the attention that a key receives, summed over heads and queries (B, N).
@@ -342,7 +341,7 @@ def attention_scores(
     dtype = accumulator(q.dtype)
     shown, seen = (None, None) if bias is None else _seen(bias)
     if kind == "class":
-        # An elementwise product and a sum: matmul would first copy the strided K (measured 3 : 1).
+        # An elementwise product and a sum take a third of the time: matmul would first copy the strided K.
         logits = (k.to(dtype) * q[:, :, :1].to(dtype)).sum(-1) * scale  # (B, H, N)
         if shown is not None:
             logits = logits + shown.to(dtype).unsqueeze(1)

@@ -13,9 +13,9 @@ __all__ = ["cls_scores", "cls_scores_backward", "cls_scores_with_sums", "cls_val
 
 
 def _logits(q: Tensor, k: Tensor, valid: Tensor | None, scale: float) -> Tensor:
-    """Return the logits of the class query (B, H, N), -inf where not valid."""
+    """Return the logits of the class query (B, H, N), -inf for keys that are not valid."""
     dtype = accumulator(k.dtype)
-    # An elementwise product and a sum: matmul would first copy the strided K (measured 3 : 1).
+    # An elementwise product and a sum take a third of the time: matmul would first copy the strided K.
     logits = (k.to(dtype) * q.to(dtype).unsqueeze(2)).sum(-1) * scale
     return logits if valid is None else logits.masked_fill(~valid.unsqueeze(1), -torch.inf)
 
@@ -31,14 +31,14 @@ def cls_scores(q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | 
 def cls_scores_with_sums(
     q: Tensor, k: Tensor, prefix: int, scale: float, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score as :func:`cls_scores`, and return for the backward pass the logits (B, H, N) and their logsumexp (B, H)."""
+    """Score as :func:`cls_scores`, and return the logits (B, H, N) and their logsumexp (B, H) for the backward pass."""
     logits = _logits(q, k, valid, scale)
     logsumexp = torch.logsumexp(logits, dim=-1)
     return torch.exp(logits[:, :, prefix:] - logsumexp.unsqueeze(-1)).mean(1), logits, logsumexp
 
 
 def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, prefix: int, scale: float) -> Tensor:
-    """Sum over heads the class token's attention times the length of the value.
+    """Multiply the class token's attention by the lengths of the values, and sum over heads.
 
     ``scores[b, n] = sum_h softmax_n(scale * q[b, h] . k[b, h, n]) * |value[b, h, n]|`` for keys after the prefix.
 
@@ -53,7 +53,7 @@ def cls_value_scores(q: Tensor, k: Tensor, value: Tensor, valid: Tensor | None, 
 def cls_value_scores_packed(
     q: Tensor, k: Tensor, value: Tensor, offsets: Tensor, longest: int, prefix: int, scale: float
 ) -> Tensor:
-    """Score packed keys as :func:`cls_value_scores`, image by image, with 0 behind the last token of an image.
+    """Score packed keys as :func:`cls_value_scores`, image by image, with 0 past the last token of an image.
 
     q (B, H, D), k and value (1, H, T, D), offsets (B + 1,) -> (B, longest - prefix).
     """

@@ -1,4 +1,4 @@
-"""Density-peak clustering by nearest neighbours: dense tokens that lie far from any denser one become centres."""
+"""Density-peak clustering by nearest neighbours: dense tokens far from any denser one become centres."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Distances:
             yield rows, self._between(self.x[:, rows], self.x) if self.kept is None else self.kept
 
     def nearest(self, centers: Tensor) -> Tensor:
-        """Place (B, N) of the nearest of centers (B, k), the first if tied."""
+        """Return the place (B, N) of every token's nearest center among centers (B, k), the first if tied."""
         if self.kept is not None:
             return take_rows(self.kept, centers).min(1)[1]
         rows = take_rows(self.x, centers)
@@ -43,9 +43,9 @@ class _Distances:
 
 
 def _smallest(distance: Tensor, count: int) -> Tensor:
-    """Return the smallest along the last axis, ascending: (B, M, N) -> (B, M, count)."""
+    """Return the ``count`` smallest along the last axis, ascending: (B, M, N) -> (B, M, count)."""
     tokens = distance.shape[-1]
-    # torch sorts partially only up to a 64th of a row: at N = 196 padding makes 5 neighbours twice as fast.
+    # torch sorts partially only up to a 64th of a row: padding a row of 196 makes 5 neighbours twice as fast.
     if not distance.is_cuda and tokens < 64 * count <= 2 * tokens:
         distance = pad(distance, (0, 64 * count - tokens), value=math.inf)
     return distance.topk(count, dim=-1, largest=False)[0]
@@ -54,10 +54,10 @@ def _smallest(distance: Tensor, count: int) -> Tensor:
 def cluster_dpc_knn(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """Cluster tokens x (B, N, C) -> centers (B, k) int64, best first, and label (B, N) int64, every token's cluster.
 
-    With d the Euclidean distance over sqrt(C): ``density = exp(-mean of the smallest d^2) (+ noise)``, over as many of
-    the token's distances as ``neighbors`` says, its own included; ``height`` is the distance to the nearest denser
-    token, or the image's largest where there is none; the centres have the highest density * height. A token belongs to
-    the nearest centre, the first if tied, and a centre to itself.
+    d is the Euclidean distance over sqrt(C). ``density = exp(-mean of d^2) (+ noise)`` over the ``neighbors`` smallest
+    distances of the token, the one to itself included. ``height`` is the distance to the nearest denser token, or the
+    image's largest distance if there is none. The centres have the highest density * height. A token belongs to the
+    nearest centre, the first if tied, and a centre to itself.
     """
     batch, tokens, _ = x.shape
     distances = _Distances(x.to(accumulator(x.dtype)))
@@ -71,7 +71,7 @@ def cluster_dpc_knn(x: Tensor, k: int, neighbors: int, noise: Tensor | None) -> 
         density = density + noise.to(density.dtype)
     heights = []
     for rows, distance in distances:
-        # 1.0 where not denser, which adds the largest distance: three times as fast as a mask of truth values.
+        # 1.0 where not denser, to add the largest distance: three times as fast as a mask of truth values.
         not_denser = density.unsqueeze(1).repeat(1, distance.shape[1], 1).le_(density[:, rows].unsqueeze(2))
         heights.append(torch.addcmul(distance, not_denser, farthest.unsqueeze(2)).amin(-1).minimum(farthest))
     centers = select_topk(density * joined(heights), k).contiguous()

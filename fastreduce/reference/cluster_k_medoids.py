@@ -1,4 +1,4 @@
-"""K-Medoids over tokens: which tokens stand for all, and which of them every token belongs to."""
+"""K-Medoids over tokens: clusters, each with one of its tokens as the center."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["cluster_k_medoids"]
 
 
 def _first_nearest(rows: Tensor) -> Tensor:
-    """Place (B, N) of the first of the nearest centers by their distances rows (B, k, N), which may be overwritten."""
+    """Return the place (B, N) of the first nearest center for distances rows (B, k, N), which may be overwritten."""
     if is_captured():
         return rows.min(1)[1]
     count = rows.shape[1]
-    # The first place of the minimum, by vectorised passes: half the time of min() with its indices.
+    # The first place of the minimum by vectorised passes, in half the time of min() with indices.
     from_end = torch.arange(count, 0, -1, dtype=rows.dtype, device=rows.device).unsqueeze(1)
     return count - rows.eq_(rows.amin(1, keepdim=True)).mul_(from_end).amax(1).long()
 
@@ -31,7 +31,7 @@ def _finite(weighted: Tensor) -> Tensor:
 class _Distances:
     """All distances, ``distance_to[b, i, n] = d(n, i)``, and the costs over all tokens (B, N).
 
-    By ``torch.cdist``, as the released code; what is not a number counts as infinite.
+    ``torch.cdist`` computes them, as in the released code; NaN counts as infinite.
     """
 
     def __init__(self, x: Tensor, weights: Tensor | None, k: int, members: bool):
@@ -41,7 +41,7 @@ class _Distances:
             distance = cdist(x, x).nan_to_num(nan=torch.inf, posinf=torch.inf)
             self.distance_to = distance.mT.contiguous()
             self.costs = (distance if weights is None else distance * weights.unsqueeze(2)).sum(2)
-        else:  # image by image: in the cache, and no image's bits depend on the others
+        else:  # image by image: data stays in the cache, and bits do not depend on other images
             self.distance_to = x.new_empty(batch, tokens, tokens)
             costs = []
             for part in (slice(image, image + 1) for image in range(batch)):
@@ -53,7 +53,7 @@ class _Distances:
             self.rows = x.new_empty(batch, k, tokens)
         if members:
             weighted = self.distance_to if weights is None else self.distance_to * weights.unsqueeze(2)
-            # What rounding leaves on the diagonal would decide between members.
+            # Rounding errors on the diagonal would decide between members.
             own = torch.eye(tokens, dtype=torch.bool, device=x.device)
             self.weighted = _finite(weighted).masked_fill(own, 0.0)
             if not self.captured:
@@ -65,7 +65,7 @@ class _Distances:
         return self.distance_to.view(batch * tokens, tokens).index_select(0, flat_rows(index.unsqueeze(1), tokens))
 
     def nearest(self, centers: Tensor) -> Tensor:
-        """Place (B, N) of the nearest of centers (B, k)."""
+        """Return the place (B, N) of every token's nearest center among centers (B, k)."""
         tokens = self.distance_to.shape[1]
         flat = self.distance_to.view(-1, tokens)
         if self.captured:
@@ -75,7 +75,7 @@ class _Distances:
         return _first_nearest(self.rows)
 
     def costs_of_members(self, label: Tensor) -> Tensor:
-        """Return the costs (B, N) over the tokens of each one's own label (B, N)."""
+        """Return every token's cost (B, N) over the tokens with its label (B, N)."""
         if self.captured:
             return ((label.unsqueeze(2) == label.unsqueeze(1)) * self.weighted).sum(1)
         number = label.to(self.weighted.dtype)
@@ -84,7 +84,7 @@ class _Distances:
 
 
 def _farthest_first(distances: _Distances, k: int, first: int) -> Tensor:
-    """Choose centers (B, k): after ``first``, always the token whose largest distance to the chosen ones is largest."""
+    """Choose centers (B, k): ``first``, then each time the unchosen token with the largest distance to a chosen one."""
     batch, _ = distances.costs.shape
     centers = [distances.costs.new_full((batch, 1), first, dtype=torch.int64)]
     largest = distances.of(centers[0][:, 0])
@@ -112,15 +112,15 @@ def cluster_k_medoids(
 
     x (B, N, C), weights (B, N) or None for ones -> centers (B, k), label (B, N), labelled once more at the end.
 
-    cost[n] = weights[n] * sum over all i of d(n, i), which no iteration changes; with ``members`` it is the sum of
-    weights[i] * d(n, i) over n's own cluster. The first centers are the k tokens of most weight; without weights the
-    farthest-first ones from ``first``. An empty cluster takes token 0. Ties go to the lower index, of the cluster as
-    of the token. A distance that is NaN counts as infinite, and as the largest finite number in a cost of
-    the members; a cost or weight that is NaN comes last.
+    cost[n] = weights[n] * sum over all i of d(n, i), the same in every iteration. With ``members`` it is the sum of
+    weights[i] * d(n, i) over n's own cluster. The first centers are the k heaviest tokens; without weights they are
+    chosen farthest first from ``first``. An empty cluster takes token 0. Ties go to the lower index, of clusters and of
+    tokens. A distance that is NaN counts as infinite, and in a cost of members as the largest finite number. A cost or
+    weight that is NaN comes last.
     """
     dtype = accumulator(x.dtype)
     x, weights = x.to(dtype), None if weights is None else weights.to(dtype)
-    parts = image_parts(x.shape[0], 4 * x.element_size() * x.shape[1] ** 2)  # up to four matrices an image
+    parts = image_parts(x.shape[0], 4 * x.element_size() * x.shape[1] ** 2)  # an image takes up to four matrices
     if len(parts) == 1:
         return _cluster(x, weights, k, iters, members, first)
     found = [_cluster(x[part], None if weights is None else weights[part], k, iters, members, first) for part in parts]

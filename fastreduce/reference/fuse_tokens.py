@@ -1,4 +1,4 @@
-"""Kept rows and one score-weighted sum of all the others."""
+"""Kept rows and one score-weighted sum of all others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["fuse_tokens", "fuse_tokens_backward"]
 
 
 def _rest_weights(order: Tensor, scores: Tensor, k: int) -> Tensor:
-    """Return (B, P): the score of every token that is not kept, zero for the kept ones."""
+    """Return the score of every patch token, zero for kept ones: (B, P)."""
     return scores.scatter(1, order[:, :k].long(), 0.0)
 
 
@@ -25,9 +25,9 @@ def fuse_tokens(
     residual: Tensor | None,
     residual_bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the rows ``[prefix, order[:k], sum of scores[n] * x[n] over n in order[k:]]``, plus the residual.
+    """Return the rows ``[prefix, order[:k], sum of scores[n] * x[n] over n in order[k:]]`` plus the residual.
 
-    The sum also gets ``(sum of scores[n] - 1) * residual_bias``. x (B, N, C), order (B, P) a permutation of the
+    The last row also gets ``(sum of scores[n] - 1) * residual_bias``. x (B, N, C), order (B, P) a permutation of the
     P = N - prefix patch tokens, scores (B, P), residual (B, prefix + k + 1, C) or None, residual_bias (C,) or None ->
     (B, prefix + k + 1, C).
     """

@@ -1,4 +1,4 @@
-"""Packed tokens: all images' tokens in one row, image b in ``offsets[b] .. offsets[b + 1]``, zeros behind the last."""
+"""Packed tokens: all images in one row, image b in ``offsets[b] .. offsets[b + 1]``, zeros past the last."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def token_offsets(valid: Tensor) -> Tensor:
 
 
 def _places(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the image that every packed row is in, and its place there, (target[B],) each."""
+    """Return the image and the place within it of every packed row, (target[B],) each."""
     row = torch.arange(int(target[-1]), dtype=target.dtype, device=target.device)
     image = torch.searchsorted(target[1:], row, right=True)
     return image, row - target.index_select(0, image)
 
 
 def _sources(index: Tensor, source: Tensor, target: Tensor, prefix: int) -> Tensor:
-    """Return the packed row (target[B],) that every packed row of the result comes from."""
+    """Return the packed row of x that every packed row of the result comes from, (target[B],)."""
     image, place = _places(target)
     rows = with_prefix(index, prefix) + source[:-1, None]
     return rows.reshape(-1).index_select(0, torch.add(place, image, alpha=rows.shape[1]))
 
 
 def _with_room(rows: Tensor, num_rows: int) -> Tensor:
-    """Pad (R, C) with zeros behind -> (1, num_rows, C)."""
+    """Pad rows (R, C) with zeros at the end -> (1, num_rows, C)."""
     room = num_rows - len(rows)
     return (torch.nn.functional.pad(rows, (0, 0, 0, room)) if room else rows).unsqueeze(0)
 
@@ -53,7 +53,7 @@ def gather_packed(
 def gather_packed_backward(
     grad: Tensor, index: Tensor, source: Tensor, target: Tensor, prefix: int, num_in: int
 ) -> Tensor:
-    """Transpose of :func:`gather_packed`: grad (1, num_out, C) -> (1, num_in, C), 0 in rows that nothing came from."""
+    """Transpose :func:`gather_packed`: grad (1, num_out, C) -> (1, num_in, C), zeros in rows that were not gathered."""
     sources = _sources(index, source, target, prefix)
     total = torch.zeros(num_in, grad.shape[2], dtype=grad.dtype, device=grad.device)
     return total.index_copy_(0, sources, grad[0, : len(sources)]).unsqueeze(0)
@@ -66,13 +66,13 @@ def unpack_tokens(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """
     rows = offsets[:-1, None] + torch.arange(longest, dtype=offsets.dtype, device=offsets.device)
     real = rows < offsets[1:, None]
-    tokens = x[0] if x.shape[1] else torch.nn.functional.pad(x[0], (0, 0, 0, 1))  # a row for those that are masked
+    tokens = x[0] if x.shape[1] else torch.nn.functional.pad(x[0], (0, 0, 0, 1))  # a row for places past the end
     out = tokens.index_select(0, rows.masked_fill(~real, 0).view(-1)).view(*rows.shape, x.shape[2])
     return out.masked_fill_(~real.unsqueeze(2), 0.0)
 
 
 def unpack_tokens_backward(grad: Tensor, offsets: Tensor, num_in: int) -> Tensor:
-    """Transpose of :func:`unpack_tokens`: grad (B, longest, C) -> (1, num_in, C)."""
+    """Transpose :func:`unpack_tokens`: grad (B, longest, C) -> (1, num_in, C)."""
     batch, longest, channels = grad.shape
     image, place = _places(offsets)
     rows = grad.reshape(batch * longest, channels).index_select(0, torch.add(place, image, alpha=longest))

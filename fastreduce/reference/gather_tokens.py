@@ -19,7 +19,7 @@ def gather_tokens(x: Tensor, index: Tensor, prefix: int, residual: Tensor | None
 
 
 def scatter_tokens(grad: Tensor, index: Tensor, prefix: int, num_in: int) -> Tensor:
-    """Transpose of :func:`gather_tokens`: rows that were gathered twice add up, the others are zero.
+    """Transpose :func:`gather_tokens`: rows that were gathered twice add up, rows that were not are zero.
 
     grad (B, prefix + K, C), index (B, K) -> (B, num_in, C).
     """

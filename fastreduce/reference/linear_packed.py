@@ -14,7 +14,7 @@ __all__ = ["linear_packed", "linear_packed_backward"]
 
 
 def _real_rows(x: Tensor, offsets: Tensor) -> Tensor:
-    """Return (T, 1) bool: whether a row is before ``offsets[B]``."""
+    """Return whether a row is before ``offsets[B]``: (T, 1) bool."""
     return (torch.arange(x.shape[1], device=x.device) < offsets[-1]).unsqueeze(1)
 
 
@@ -29,7 +29,7 @@ def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tenso
 def linear_packed_backward(
     grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor, wanted: Sequence[bool] = (True, True, True)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x (1, T, I), weight (O, I) and bias (O,), those not wanted empty.
+    """Return the gradients of x (1, T, I), weight (O, I) and bias (O,), empty where unwanted.
 
     Only rows before ``offsets[B]`` count.
     """

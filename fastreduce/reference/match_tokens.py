@@ -1,4 +1,4 @@
-"""ToMe's bipartite soft matching: which output slot every token goes to."""
+"""ToMe's bipartite soft matching: the output slot of every token."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ._rows import accumulator
 
 __all__ = ["match_tokens"]
 
-WORST = -2.0  # below every cosine: where the similarity is NaN a token merges last, and prefix tokens never
+WORST = -2.0  # below every cosine, for a similarity that is NaN: its token merges last
 
 
 def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Return the largest cosine (B, A) of every token of A with B's behind the prefix, and the first that has it."""
+    """Return the largest cosine (B, A) of every token of A with a patch token of B, and the first such token."""
     found = []
     for rows in split(a, b.shape[1]):
         similarity = bmm(rows, b.mT).nan_to_num_(WORST)
@@ -32,10 +32,9 @@ def _nearest(a: Tensor, b: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
 def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     """Merge the r tokens of set A (even positions) that lie closest to a token of set B (odd positions).
 
-    metric (B, N, D), or keys (B, H, N, D) of which it is the mean -> slot (B, N), with values 0 .. N-r-1. Slots: the
-    prefix in its order, the unmerged rest of A in ascending position, the rest of B in its order. Similarity is the
-    cosine (0 for zero vectors); ties go to the lower index, of the destination as of the merged token. Prefix tokens
-    neither merge nor receive.
+    metric (B, N, D), or keys (B, H, N, D) whose mean over heads is the metric -> slot (B, N), values 0 .. N-r-1. Slots
+    hold, in this order, the prefix, the unmerged rest of A, the rest of B. Similarity is the cosine, 0 for zero
+    vectors. Ties go to the lower index, of destinations and of merged tokens. Prefix tokens neither merge nor receive.
     """
     if metric.ndim == 4:
         metric = metric.mean(1)
@@ -55,7 +54,7 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     of_b = torch.arange(first_b, tokens - r, device=metric.device).expand(batch, num_b)
     of_a = torch.where(merged, destination + first_b, stays)
     slot = torch.stack([of_a[:, :num_b], of_b], dim=2).flatten(1)
-    if tokens % 2:  # the last token is one of A, with none of B after it
+    if tokens % 2:  # the last token is in A, without a token of B after it
         slot = torch.cat([slot, of_a[:, num_b:]], dim=1)
     if prefix > 1:
         slot = torch.cat([torch.arange(prefix, device=metric.device).expand(batch, prefix), slot[:, prefix:]], dim=1)

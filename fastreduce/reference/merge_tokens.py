@@ -1,4 +1,4 @@
-"""Size-weighted mean of the tokens of each slot, and back."""
+"""Size-weighted means of the tokens of each slot, and the way back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _sums(x: Tensor, slot: Tensor, num_out: int, size: Tensor | None, dtype: tor
     if for_onnx():
         return sums_of_slots(x.to(dtype), None if size is None else size.to(dtype), slot, num_out)
     weights = torch.ones(batch, tokens, dtype=dtype, device=x.device) if size is None else size.to(dtype)
-    # One slot more an image, for the tokens of slot -1: a mask would be one more pass over x.
+    # Each image has one more slot, for the tokens of slot -1; a mask would take another pass over x.
     place = slot.long().remainder(num_out + 1)
     total = torch.zeros(batch, num_out + 1, dtype=dtype, device=x.device).scatter_add(1, place, weights)
     rows = x.to(dtype) if size is None else x.to(dtype) * weights.unsqueeze(-1)
@@ -56,7 +56,7 @@ def merge_tokens(
     """Compute ``merged[m] = sum_{slot[n] = m} size[n] x[n] / (sum_{slot[n] = m} size[n] + eps) (+ residual[m])``.
 
     x (B, N, C), slot (B, N) with values in 0 .. num_out - 1, size (B, N) or None for ones, residual (B, num_out, C) or
-    None, head (B, P, C) or None -> head and merged rows (B, P + num_out, C), and the sizes (B, num_out), which carry no
+    None, head (B, P, C) or None -> head and merged rows (B, P + num_out, C), and the sizes (B, num_out) without
     gradient. An empty slot gives zeros and size 0; tokens of slot -1 are left out.
     """
     dtype = accumulator(x.dtype)
@@ -71,12 +71,12 @@ def merge_tokens(
 def learned_sizes(x: Tensor, weight: Tensor, bias: Tensor, slot: Tensor, num_out: int) -> Tensor:
     """Compute ``exp(weight . x + bias)``: x (B, N, C), weight (1, C), bias (1,) -> (B, N), float32 or wider.
 
-    The exponential of 89 is beyond float32. So where the greatest logarithm of a slot is above 40, all the sizes of the
-    slot are divided by ``exp(greatest - 40)``: their mean is the same, since eps is nothing beside ``exp(40)``. Tokens
-    of slot -1 have the size 0.
+    The exponential of 89 is beyond float32. So if the greatest logarithm of a slot is above 40, all sizes of the slot
+    are divided by ``exp(greatest - 40)``. The mean is the same, since eps vanishes beside ``exp(40)``. Tokens of slot
+    -1 have size 0.
     """
     rows = x.to(accumulator(x.dtype))
-    # Row by row: a matrix product would round an image's rows by how many images there are.
+    # Row by row, since a matrix product would round the rows differently in another batch.
     logarithm = (rows * weight.to(rows.dtype)).sum(-1) + bias.to(rows.dtype)
     logarithm = logarithm.masked_fill(slot < 0, float("-inf"))
     place = slot.long().clamp_min(0)
@@ -98,9 +98,9 @@ def merge_tokens_size_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients (B, N, C) of x and (B, N) of size for grad (B, num_out, C).
 
-    ``grad_size[n] = sum_c grad[slot[n], c] (x[n, c] - merged[slot[n], c]) / (total[slot[n]] + eps)``, where the sum
-    over merged is the mean, weighted like the rows, of the sums over x. With the weight (1, C) of a layer that gave the
-    sizes' logarithms, x's gradient includes ``grad_size[n] size[n] weight``.
+    ``grad_size[n] = sum_c grad[slot[n], c] (x[n, c] - merged[slot[n], c]) / (total[slot[n]] + eps)``. The sum over
+    merged is computed as the weighted mean of the sums over x. With the weight (1, C) of the layer that gave the sizes,
+    the gradient of x includes ``grad_size[n] size[n] weight``.
     """
     divisor, nowhere, place = _divisor(total, eps), slot < 0, slot.long().clamp_min(0)
     dots = (take_rows(grad, place).to(total.dtype) * x.to(total.dtype)).sum(-1).masked_fill(nowhere, 0.0)
@@ -114,13 +114,13 @@ def merge_tokens_size_backward(
 
 
 def _divisor(total: Tensor, eps: float) -> Tensor:
-    """Return what the sum of a slot is divided by; never zero."""
+    """Return the divisor of a slot's sum, which is never zero."""
     return (total + eps if eps else total).clamp_min(1e-30)
 
 
 def unmerge_tokens(x: Tensor, slot: Tensor) -> Tensor:
-    """Return (B, N, C) of x (B, M, C) and slot (B, N): the row of every token's slot, zeros where the slot is -1."""
+    """Give every token the row of its slot, zeros for slot -1: x (B, M, C), slot (B, N) -> (B, N, C)."""
     if x.shape[1] == 0:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 1))  # a row for the tokens that are masked
+        x = torch.nn.functional.pad(x, (0, 0, 0, 1))  # a row of zeros, for slot -1
     rows = take_rows(x, slot.long().clamp_min(0))
     return rows.masked_fill((slot < 0).unsqueeze(-1), 0.0)

@@ -20,7 +20,7 @@ def received_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     q (B, H, M, D), k (B, H, N, D) -> (B, N).
     """
     dtype = accumulator(k.dtype)
-    # Head by head the matrices stay in the cache: a fifth faster than in one call, for DeiT-S with one thread.
+    # Head by head the matrices stay in the cache: a fifth faster than one call, for DeiT-S with one thread.
     received = [
         torch.softmax(bmm(rows, keys.transpose(1, 2)), dim=-1).sum(1)
         for queries, keys in zip((q.to(dtype) * scale).unbind(1), k.to(dtype).unbind(1), strict=True)

@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of channels turned by the angles of the place that a token has."""
+"""Rotary positions: pairs of channels, turned by the angles of the token's place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["rotate_tokens", "rotate_tokens_backward", "rotate_tokens_table_backw
 
 
 def turned(x: Tensor, half: bool) -> Tensor:
-    """Turn x (..., D) a quarter further: (-x1, x0, -x3, x2, ...), or (-second half, first half)."""
+    """Turn the pairs of x (..., D) by 90 degrees: (-x1, x0, -x3, x2, ...), or (-second half, first half)."""
     if half:
         first, second = x.chunk(2, dim=-1)
         return torch.cat([-second, first], dim=-1)
@@ -47,7 +47,7 @@ def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, pre
 def rotate_tokens_backward(
     grad: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool
 ) -> Tensor:
-    """Transpose of :func:`rotate_tokens` in x: ``grad cos - turned(grad sin)``."""
+    """Transpose :func:`rotate_tokens` in x: ``grad cos - turned(grad sin)``."""
     patches = grad[:, :, prefix:] if prefix else grad
     rows_cos, rows_sin = table_rows(cos, place, 1.0), table_rows(sin, place, 0.0)
     turned_back = (patches * rows_cos - turned(patches * rows_sin, half)).to(grad.dtype)
@@ -57,7 +57,7 @@ def rotate_tokens_backward(
 def rotate_tokens_table_backward(
     grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the table: ``grad x`` and ``grad turned(x)``, summed over the tokens at a row's place."""
+    """Return the table's gradients, ``grad x`` and ``grad turned(x)``, each summed over the tokens at a place."""
     grad, x = grad[:, :, prefix:], x[:, :, prefix:]
     dtype = torch.promote_types(torch.promote_types(grad.dtype, cos.dtype), torch.float32)
     parts = grad.to(dtype) * x.to(dtype), grad.to(dtype) * turned(x, half).to(dtype)
@@ -66,7 +66,7 @@ def rotate_tokens_table_backward(
 
 
 def _table_sums(part: Tensor, like: Tensor, place: Tensor | None) -> Tensor:
-    """Sum (B, H, n, D) over what shares a row of a table shaped like ``like``."""
+    """Sum (B, H, n, D) over the tokens, heads and images that share a row of ``like``."""
     images, heads, patches, _ = like[(None,) * (4 - like.ndim)].shape
     if heads == 1:
         part = part.sum(1, keepdim=True)

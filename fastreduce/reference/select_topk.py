@@ -11,5 +11,5 @@ __all__ = ["select_topk"]
 
 def select_topk(scores: Tensor, k: int) -> Tensor:
     """Select indices (B, k) of scores (B, N), best first; ties go to the lower index, NaN counts as the worst score."""
-    # Ascending order of the negated scores: that is the direction in which torch sorts NaN last.
+    # Negated, since torch sorts NaN last only in ascending order.
     return lowest_first(-scores, k)

@@ -16,31 +16,31 @@ def sinkhorn_merge(x: Tensor, centers: Tensor, eps: float, iters: int, head: Ten
 
     ``merged[k] = sum_n W[n, k] y[n]`` with ``y = x / max(|x|, 1e-12)``.
 
-    ``Z[n, k] = y[n] . centers[k] / eps``, ``log W = Z + c[n] + a[k]`` and, from c = 0, ``a = -logsumexp_n(Z + c)`` and
-    ``c = -logsumexp_k(Z + a)`` in turn. The one marginal of tokens and clusters alike, -log(K + N), cancels.
+    ``Z[n, k] = y[n] . centers[k] / eps`` and ``log W = Z + c[n] + a[k]``. From c = 0, ``a = -logsumexp_n(Z + c)`` and
+    ``c = -logsumexp_k(Z + a)`` in turn. Tokens and clusters have the same marginal, -log(K + N), which cancels.
 
     x (B, N, C), centers (K, C), head (B, P, C) or None -> merged (B, P + K, C), and without gradient similarity Z
-    (B, N, K), token_bias c (B, N), inverse_norm 1 / max(|x|, 1e-12) (B, N), and of every iteration the largest entry of
-    each row of Z + a, token_shifts (B, iters, N), the reciprocal of the sum of exponentials of the row less that,
-    token_scales (B, iters, N), and a, cluster_biases (B, iters, K).
+    (B, N, K), token_bias c (B, N), inverse_norm 1 / max(|x|, 1e-12) (B, N), and for every iteration token_shifts
+    (B, iters, N), token_scales (B, iters, N) and cluster_biases a (B, iters, K). A shift is the maximum of a row of
+    Z + a. A scale is 1 / sum(exp(Z + a - shift)) over the row.
     """
     dtype = accumulator(x.dtype)
     out_dtype = x.dtype if head is None else torch.promote_types(x.dtype, head.dtype)
     x = x.to(dtype)
     inverse_norm = torch.linalg.vector_norm(x, dim=2, keepdim=True).clamp_min(1e-12).reciprocal()
-    # The norms go into the smaller matrices, so the normalised tokens are never written; bmm takes any strides.
+    # Norms go into the smaller matrices, so normalised tokens are never written; bmm takes any strides.
     directions = (centers.to(dtype) / eps).t().expand(x.shape[0], -1, -1)
     similarity = bmm(x, directions) * inverse_norm
     bias = -torch.logsumexp(similarity, dim=1, keepdim=True)
     weights = similarity
     shifts, scales, biases = [], [], []
     for step in range(iters):
-        if step:  # W = exp(Z + a + c), so logsumexp_n(Z + c) = log(W's column sums) - a; these are at least 1 / K
+        if step:  # W = exp(Z + a + c), so logsumexp_n(Z + c) = log(W's column sums) - a; the sums are at least 1 / K
             bias = bias - weights.sum(1, keepdim=True).log()
         scores = similarity + bias
         weights = torch.softmax(scores, dim=2)
         shifts.append(scores.detach().amax(2))
-        scales.append(weights.detach().amax(2))  # of the largest entry, exp(0) / sum
+        scales.append(weights.detach().amax(2))  # the largest weight of a row is exp(0) / sum
         biases.append(bias.detach())
     merged = bmm((weights * inverse_norm).mT, x).to(out_dtype)
     if head is not None:
@@ -58,7 +58,7 @@ def sinkhorn_merge(x: Tensor, centers: Tensor, eps: float, iters: int, head: Ten
 def sinkhorn_merge_inference(
     x: Tensor, centers: Tensor, eps: float, iters: int, head: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the merged rows, c (B, N) and every a (B, iters, K), with the similarities of some images at a time."""
+    """Return the merged rows, c (B, N) and all a (B, iters, K), with some images' similarities in memory at a time."""
     found = []
     four = 4 * accumulator(x.dtype).itemsize * x.shape[1] * centers.shape[0]  # matrices: scores, plan and two more
     for part in image_parts(x.shape[0], four):

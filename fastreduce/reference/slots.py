@@ -9,7 +9,7 @@ __all__ = ["group_slots"]
 
 
 def group_slots(slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
-    """Return tokens grouped by slot, in index order within each.
+    """Group tokens by slot, in index order within a slot.
 
     slot (B, N) -> order (B, N) int32 and offsets (B, num_out + 1) int32: slot m holds the tokens
     ``order[b, offsets[b, m] : offsets[b, m + 1]]``. Tokens of slot -1 stand before the first offset.

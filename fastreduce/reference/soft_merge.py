@@ -1,4 +1,4 @@
-"""Weighted sums of all tokens, one a cluster, with weights that are a softmax over the tokens."""
+"""Weighted sums of all tokens, one for each cluster, with weights that are a softmax over the tokens."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def soft_merge(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, 
 
     ``merged[k] = sum_n weight[n, k] x[n]`` with ``weight[n, k] = exp(logits[n, k] - logsumexp_n(logits[:, k]))``.
 
-    logits (B, N, K), x (B, N, C), head (B, P, C) or None -> rows [head, merged] (B, P + K, C) and the logsumexp (B, K),
-    which gets no gradient.
+    logits (B, N, K), x (B, N, C), head (B, P, C) or None -> rows [head, merged] (B, P + K, C) and, without
+    gradient, the logsumexp (B, K).
     """
     dtype = accumulator(torch.promote_types(logits.dtype, x.dtype))
     x_wide, parts = x.to(dtype), []
@@ -27,8 +27,8 @@ def soft_merge(logits: Tensor, x: Tensor, head: Tensor | None) -> tuple[Tensor, 
         return torch.softmax(logits, dim=1, dtype=dtype)
 
     for some in split(logits, x.shape[1], dim=2):  # clusters do not depend on one another
-        weight = each_image(softmax, some)  # along a dimension that is not the last, rounded by the share of a thread
-        # From the largest entry of each column: torch.logsumexp would take all the exponentials again (measured 3 : 1).
+        weight = each_image(softmax, some)  # not over the last dimension, so threads' shares change the rounding
+        # From the largest entry of each column, in a third of the time: torch.logsumexp takes all exponentials again.
         largest = some.detach().amax(1).to(dtype)
         logsumexp = largest - weight.detach().amax(1).log_()
         parts.append((bmm(weight.transpose(1, 2), x_wide), logsumexp))
@@ -48,6 +48,6 @@ def soft_merge_backward(
     grad_merged = grad[:, grad.shape[1] - clusters :].to(dtype)
     merged = out[:, out.shape[1] - clusters :].to(dtype)
     weight = torch.exp(logits.to(dtype) - logsumexp.unsqueeze(1))
-    delta = (grad_merged * merged).sum(-1).unsqueeze(1)  # what the softmax's sum over the tokens comes to
+    delta = (grad_merged * merged).sum(-1).unsqueeze(1)  # the sum over tokens in the gradient of the softmax
     grad_logits = weight * (torch.bmm(x.to(dtype), grad_merged.transpose(1, 2)) - delta)
     return grad_logits.to(logits.dtype).contiguous(), torch.bmm(weight, grad_merged).to(x.dtype)
