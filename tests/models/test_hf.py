@@ -534,7 +534,9 @@ class TestRefusals:
 
     def test_timm_inside(self):
         """The message leads to timm's model, which is reduced inside of what the library made around it."""
-        config = transformers.TimmBackboneConfig(backbone="vit_tiny_patch16_224", out_indices=[5, 11], use_pretrained_backbone=False)
+        config = transformers.TimmBackboneConfig(
+            backbone="vit_tiny_patch16_224", out_indices=[5, 11], use_pretrained_backbone=False
+        )
         model = transformers.TimmBackbone(config).eval()
         with pytest.raises(TypeError, match=r"give the VisionTransformer of timm inside of it, \._backbone\.model$"):
             fastreduce.patch(model, "topk")
