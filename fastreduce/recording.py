@@ -174,7 +174,12 @@ class Record:
 
 
 class _Active(threading.local):
-    """The records that are open in this thread. A class of its own, since torch.compile reads no ContextVar in 2.11."""
+    """The records that are open in this thread. A class of its own, since torch.compile reads no ContextVar in 2.11.
+
+    Without the empty slots torch.compile writes to another dictionary than that of the thread.
+    """
+
+    __slots__ = ()
 
     def __init__(self) -> None:
         self.records: tuple[Record, ...] = ()

@@ -1,5 +1,6 @@
 """Encoders of Hugging Face: tiny random models, every layout, against the unpatched model and a float64 oracle."""
 
+import concurrent.futures
 import copy
 import inspect
 import subprocess
@@ -321,6 +322,33 @@ def test_padding_without_reduction(name):
         torch.testing.assert_close(pooled(model(**padded(name, 12))), before, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", TAKE_PADDING)
+def test_checkpointing_with_padding(name):
+    """A layer runs again after a pass without a mask, and where there is a GPU in a thread of the engine's."""
+    model = fastreduce.patch(build(name).double(), "topk", keep=KEEP, at=AT).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    given = padded(name, 12)
+    masks = {key: None for key in given if key.endswith("mask")}
+
+    def gradients(*, thread):
+        model.zero_grad()
+        loss = pooled(model(**given)).square().sum()
+        model(**given | masks)
+        with concurrent.futures.ThreadPoolExecutor(1) as other:
+            other.submit(loss.backward).result() if thread else loss.backward()
+        return {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
+
+    plain = gradients(thread=False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for thread in (False, True):
+        again = gradients(thread=thread)
+        assert plain.keys() == again.keys()
+        for key in plain:
+            torch.testing.assert_close(again[key], plain[key])
+
+
 only_with_masks = pytest.mark.skipif(
     "vit" not in TAKE_PADDING, reason=f"ViT takes no mask in transformers {transformers.__version__}"
 )
@@ -407,6 +435,37 @@ def test_tower_of_a_model_of_images_and_text(form, tokens):
     fastreduce.unpatch(model)
 
 
+@pytest.mark.parametrize("method", ["topk", "evit"])
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "aimv2"])
+def test_tokens_and_pooling_of_an_encoder_inside_of_something(name, method):
+    """A model around it may read the full grid, and the pooling is that of the encoder alone."""
+
+    class Around(transformers.PreTrainedModel):
+        _supports_sdpa = True
+
+        def __init__(self, eyes):
+            super().__init__(eyes.config)
+            self.eyes = eyes
+
+        def forward(self, **given):
+            return self.eyes(**given, output_hidden_states=True)
+
+    given = inputs_of(name)
+    if name == "siglip2":
+        given = {key: one.to(given[key].dtype) for key, one in padded(name, 12).items()}
+    with torch.no_grad():
+        alone = fastreduce.patch(build(name), method, keep=KEEP, at=AT)(**given)
+        model = fastreduce.patch(Around(build(name)), method, keep=KEEP, at=AT)
+        found = model(**given)
+        eyes = model.eyes
+        norm = eyes.rms_norm if name == "aimv2" else eyes.post_layernorm
+        assert found.last_hidden_state.shape == (2, 16, 32)
+        torch.testing.assert_close(found.last_hidden_state, norm(found.hidden_states[-1]))
+        torch.testing.assert_close(found.pooler_output, alone.pooler_output)
+        fastreduce.unpatch(model)
+        torch.testing.assert_close(model(**given).pooler_output, build(name)(**given).pooler_output, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["topk", "sit"])
 def test_save_and_load(method, tmp_path):
     model = fastreduce.patch(build("vit"), method, keep=KEEP, at=AT, backend="reference")
@@ -456,6 +515,22 @@ def test_compiles_as_one_graph():
     expected = answer(run(model, "dinov3"))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(answer(run(compiled, "dinov3")), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip", "siglip2", "metaclip2"])
+def test_a_compiled_model_gives_the_same_hidden_states(name):
+    """The library breaks graphs where it first collects them, and what one graph notes the next has to know."""
+    given = inputs_of(name)
+    if name == "siglip2":  # padding is noted likewise
+        given = {key: one.to(given[key].dtype) for key, one in padded(name, 12).items()}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = fastreduce.patch(build(name), "topk", keep=KEEP, at=AT)(**given, output_hidden_states=True)
+        compiled = torch.compile(fastreduce.patch(build(name), "topk", keep=KEEP, at=AT), backend="eager")
+        found = compiled(**given, output_hidden_states=True)
+    torch.testing.assert_close(answer(found), answer(expected))
+    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 class TestRefusals:

@@ -20,18 +20,25 @@ _MASKS = ("attention_mask", "pixel_attention_mask")
 class _Pass(threading.local):
     """The pass at hand in this thread. No ContextVar, which torch.compile does not read.
 
+    Without the empty slots torch.compile writes to another dictionary than that of the thread, and a value that one
+    graph sets is lost to the next.
+
     Attributes:
         wanted: whether the caller wants hidden states on the full grid.
         tokens: what came out of the last layer, where they are wanted.
         masked: whether the caller gave a mask; where none was, libraries may hand layers one of ones.
         valid: (B, N) bool, which of the tokens behind the last layer are no padding, or None for all.
+        kept: (B, n) patches that are left, where the pooling gets them of the full grid, else None.
     """
+
+    __slots__ = ()
 
     def __init__(self) -> None:
         self.wanted = False
         self.tokens: Tokens | None = None
         self.masked = False
         self.valid: Tensor | None = None
+        self.kept: Tensor | None = None
 
 
 PASS = _Pass()
@@ -127,31 +134,33 @@ class _Masks:
             PASS.masked = masked
         if PASS.valid is not None:
             PASS.valid = None
+        if PASS.kept is not None:
+            PASS.kept = None
 
 
-class _MaskOfPooling:
-    """Forward pre-hook on a pooling that gets the mask of the input: it gets that of the tokens that are left."""
+class _Pooling:
+    """Forward pre-hook on an encoder's pooling: it gets the tokens that are left, and their mask."""
 
     def __call__(self, module: Any, args: Any) -> Any:
-        if len(args) < 2 or args[1] is None:
+        rows, *masks = args
+        if PASS.kept is not None:
+            rows = rows.gather(1, PASS.kept.long()[:, :, None].expand(-1, -1, rows.shape[2]))
+        elif not masks or masks[0] is None or masks[0].shape[1] == rows.shape[1]:
             return None
-        rows, mask = args[:2]
-        if mask.shape[1] == rows.shape[1]:
-            return None
-        return rows, PASS.valid
+        return (rows, PASS.valid) if masks else (rows,)
 
 
 def watch_masks(tower: Any) -> None:
     """Let a patched model's encoder note masks, and its pooling take those of the tokens that are left."""
     tower.register_forward_pre_hook(_Masks(tower), with_kwargs=True)
-    if (pooling := masked_pooling(tower)) is not None:
-        pooling.register_forward_pre_hook(_MaskOfPooling())
+    if (pooling := getattr(tower, "head", None)) is not None:
+        pooling.register_forward_pre_hook(_Pooling())
 
 
 def forget_masks(tower: Any) -> None:
     """Undo :func:`watch_masks`."""
-    pooling = masked_pooling(tower)
-    for module, kind in ((tower, _Masks), *(() if pooling is None else ((pooling, _MaskOfPooling),))):
+    pooling = getattr(tower, "head", None)
+    for module, kind in ((tower, _Masks), *(() if pooling is None else ((pooling, _Pooling),))):
         _forget(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, kind)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...reducers import ModelShape
-from ...tokens import Tokens
+from ...tokens import Tokens, compose_kept
 from ..registry import Host, Looks, find_host, hosted, library_of, register_host
 from . import parts as _parts
 from .hidden_states import (
@@ -43,6 +43,8 @@ _BY_CLASS = frozenset(
     | {"DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "ASTForAudioClassification"}
     | {"CLIPModel", "CLIPVisionModelWithProjection", "MetaClip2Model", "MetaClip2VisionModelWithProjection"}
 )
+# Models that look at what the encoder's own pooling by attention makes, and at no token.
+_BY_POOLING = frozenset({"SiglipModel", "Siglip2Model", "Aimv2Model", "VisionTextDualEncoderModel"})
 _REASONS = {
     "swin": "its windows need the full grid",
     "swinv2": "its windows need the full grid",
@@ -164,6 +166,12 @@ class EncoderHost(Host):
         """Return whether the encoder itself pools by attention."""
         return getattr(self._tower(model)[0], "head", None) is not None
 
+    def _is_within(self, model: Any) -> bool:
+        """Return whether an encoder that pools is inside of a model that may look at its tokens all the same."""
+        known = {*_MEANS, *_BY_POOLING, known_name(type(self._tower(model)[0]))}
+        bases = type(self.inside(model)).__mro__
+        return self._pools(model) and known.isdisjoint(known_name(base) for base in bases)
+
     def weighs(self, model: Any) -> str | None:
         """Say why a pooling cannot leave rows out: only a mean can, that no norm comes before."""
         if self.looks(model) != "patches" or _MEANS.get(self._kind(model)) is False:
@@ -183,7 +191,7 @@ class EncoderHost(Host):
             return True
         if type(tower).__name__ == "IJepaModel" and getattr(tower, "pooler", None) is not None:  # of the first patch
             return True
-        return model.reducers.hidden_states == "full" and self.looks(model) == "tokens"
+        return model.reducers.hidden_states == "full" and (self.looks(model) == "tokens" or self._is_within(model))
 
     def asks_for_inputs(self, model: Any) -> bool:
         """Return whether dropped patches will be shown as they were."""
@@ -195,12 +203,18 @@ class EncoderHost(Host):
             tokens = tokens.unpacked()
         if PASS.wanted:
             PASS.tokens = tokens
-        if tokens.valid is not None and masked_pooling(self._tower(model)[0]) is not None and not self._is_full(model):
-            if any(plan.merges for plan in tokens.plans):
+        full, merged = self._is_full(model), any(plan.merges for plan in tokens.plans)
+        if full and self._is_within(model):
+            if tokens.policy is not None:
+                self.check_pooling(model, model.reducers.name)
+            if not merged and len(tokens.plans) > 0:
+                PASS.kept, PASS.valid = compose_kept(tokens.plans, tokens.batch), tokens.valid
+        elif tokens.valid is not None and not full and masked_pooling(self._tower(model)[0]) is not None:
+            if merged:
                 return tokens.dense()  # every patch counts once, by the mask of the input
             PASS.valid = tokens.valid
             return tokens.x
-        return tokens.dense(model.reducers.fill) if self._is_full(model) else super().finish(model, tokens)
+        return tokens.dense(model.reducers.fill) if full else super().finish(model, tokens)
 
     def is_checkpointing(self, model: Any) -> bool:
         """Return whether some layer runs again in the backward pass."""

@@ -114,7 +114,11 @@ class Layer(Parts):
             raise ValueError(
                 "a reduced encoder takes no mask of positions: it is of the input's tokens, others are left"
             )
-        if not masks or not PASS.masked or block._site.index != block._site.model.reducers.first:
+        if not masks or block._site.index != block._site.model.reducers.first:
+            return None
+        # A checkpointed layer runs again in the backward pass, by when PASS is of another pass or another thread.
+        again = block.training and getattr(block, "gradient_checkpointing", False) and not is_captured()
+        if not (PASS.masked or again):
             return None
         real = _real_tokens(masks[0])
         # Of a mask that hides nothing, newer versions of the library make none.
