@@ -388,7 +388,7 @@ class ReducedBlock:
             logits = logits + bias
         if heads.mix is not None:
             sizes = None if tokens.bias is None else tokens.sizes
-            return parts.mixed_weights(self, logits.softmax(dim=-1), sizes).to(v.dtype) @ v
+            return parts.mixed_weights(self, logits.softmax(dim=-1).to(v.dtype), sizes) @ v
         return parts.dropped(self, logits.softmax(dim=-1).to(v.dtype)) @ v
 
     def _check_policy(self, heads: Heads, dropout: float | None) -> None:

@@ -191,6 +191,19 @@ def test_equals_the_plain_algorithm(name, method):
     torch.testing.assert_close(run(reduced, images), expected, rtol=0, atol=1e-8 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("method", ["topk", "tome", "evit", "kmedoids"])
+@pytest.mark.parametrize("name", MODELS)
+def test_lower_precision(name, method):
+    """A bias of float32 on the logits (ToMe's sizes) does not make the rest of the attention float32."""
+    model, images = build(name)
+    fastreduce.patch(model, method, keep_rate=0.5, at=AT)
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float16):
+            rough = model.to(dtype)(images.to(dtype))
+            assert rough.dtype == dtype
+            assert rough.isfinite().all()
+
+
 COMPILED = ("dinov3", "rope-mixed", "beit", "relpos", "parallel", "parallel-things", "naflex", "qwen3", "gemma4")
 COMPILED += ("deepseek", *OTHERS)  # one of every layout: the others would take half a minute more
 
@@ -318,5 +331,5 @@ def test_refusals_say_what_is_in_the_way():
         .view(1, 16, 2)
         .expand(2, -1, -1)
     )
-    with pytest.raises(ValueError, match="attn_mask"):
+    with pytest.raises(ValueError, match="not dictionaries of patches"):
         model({"patches": patches, "patch_coord": where, "patch_valid": torch.ones(2, 16, dtype=torch.bool)})

@@ -28,7 +28,7 @@ class EvaParts(TimmParts):
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Read the rotary table (..., P, 2 D), sines first; take no mask."""
-        check_no_mask(args[1:], kwargs)
+        check_no_mask(block, args[1:], kwargs)
         rope = args[0] if args else kwargs.get("rope")
         if rope is None:
             return None

@@ -38,7 +38,7 @@ class Gemma4Parts(EvaParts):
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Read cosines and sines, (B, P, D) each; take no mask."""
         given = {**dict(zip(("rope_cos", "rope_sin", "attn_mask"), args, strict=False)), **kwargs}
-        check_no_mask((), given)
+        check_no_mask(block, (), given)
         cos, sin = given["rope_cos"], given["rope_sin"]
         return Beside((_together(cos)[:, None], _together(sin)[:, None]), call={"rope_cos": cos, "rope_sin": sin})
 

@@ -25,10 +25,12 @@ class TimmHost(Host):
     Attributes:
         base: the class whose methods the bridge knows.
         methods: names of its methods that must be as timm has them.
+        no_mask: why its blocks take no mask, for the error.
     """
 
     base: type
     methods: tuple[str, ...] = ("forward_features", "forward_intermediates")
+    no_mask: str = "a reduced model takes no attn_mask and no is_causal: its tokens are not the input's"
 
     def check(self, model: Any) -> None:
         """Raise unless methods and container are timm's."""

@@ -18,6 +18,7 @@ class NaFlexHost(TimmHost):
 
     base = naflexvit.NaFlexVit
     methods = ("forward_features",)
+    no_mask = "a reduced NaFlexVit takes images (B, 3, height, width), not dictionaries of patches, and no attn_mask"
 
     def embedding(self, model: Any) -> Any:
         """Return ``embeds``."""
@@ -46,7 +47,7 @@ class NaFlexHost(TimmHost):
     def embed(self, model: Any, images: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the tokens, and the table that each block is called with."""
         if not isinstance(images, Tensor):
-            raise ValueError("a reduced NaFlexVit takes images (B, 3, height, width), not dictionaries of patches")
+            raise ValueError(self.no_mask)
         made = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
         rope = made.get("rope_embeds")
         if rope is None:

@@ -72,7 +72,7 @@ class TimmParts(Parts):
 
     def beside(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Beside | None:
         """Take no mask."""
-        check_no_mask(args, kwargs)
+        check_no_mask(block, args, kwargs)
         return None
 
     def norm1(self, block: Any) -> nn.Module | None:
@@ -202,11 +202,11 @@ class TimmParts(Parts):
         return mlp.drop2(linear(mlp.fc2, hidden))
 
 
-def check_no_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for a mask: it is of the input's tokens, and others are left."""
+def check_no_mask(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError for a mask, as the model's host has it: it is of the input's tokens, and others are left."""
     given = (*args, kwargs.get("attn_mask"), kwargs.get("is_causal"))
     if any(one is not None and one is not False for one in given):
-        raise ValueError("a reduced model takes no attn_mask and no is_causal: its tokens are not the input's")
+        raise ValueError(block._site.host.no_mask)
 
 
 class BlockParts(TimmParts):
