@@ -237,6 +237,10 @@ def test_a_mean_by_a_mask_gets_every_patch():
     found = run(fastreduce.patch(model, "topk", keep=KEEP, at=AT), "siglip2", output_hidden_states=True)
     full = model.vision_model.post_layernorm(found.hidden_states[-1])
     torch.testing.assert_close(found.logits, model.classifier(full.mean(1)))
+    fastreduce.patch(fastreduce.unpatch(model), "topk", keep=KEEP, at=AT, fill="zero")  # what dense features show
+    again = run(model, "siglip2", output_hidden_states=True)
+    assert torch.equal(again.logits, found.logits)
+    assert again.hidden_states[-1].eq(0).all(2).sum(1).tolist() == [12, 12]
 
 
 def test_eager_attention_is_respected():

@@ -195,7 +195,11 @@ class EncoderHost(Host):
 
     def asks_for_inputs(self, model: Any) -> bool:
         """Return whether dropped patches will be shown as they were."""
-        return model.reducers.fill == "last" and (PASS.wanted or self._is_full(model))
+        return (model.reducers.fill == "last" and PASS.wanted) or (self._is_full(model) and self._fill(model) == "last")
+
+    def _fill(self, model: Any) -> str:
+        """Return what a dropped patch is where the model's own code gets every patch: not zero where that is a mean."""
+        return "last" if self._kind(model) == "Siglip2ForImageClassification" else model.reducers.fill
 
     def finish(self, model: Any, tokens: Tokens) -> Tensor:
         """Return what the model's own code behind the layers gets."""
@@ -214,7 +218,7 @@ class EncoderHost(Host):
                 return tokens.dense()  # every patch counts once, by the mask of the input
             PASS.valid = tokens.valid
             return tokens.x
-        return tokens.dense(model.reducers.fill) if full else super().finish(model, tokens)
+        return tokens.dense(self._fill(model)) if full else super().finish(model, tokens)
 
     def is_checkpointing(self, model: Any) -> bool:
         """Return whether some layer runs again in the backward pass."""
