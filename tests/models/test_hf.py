@@ -537,6 +537,43 @@ def test_a_compiled_model_gives_the_same_hidden_states(name):
         torch.testing.assert_close(one, other)
 
 
+class TestSubclasses:
+    """A class of the user's with the library's forward is that of the library; with a forward of its own it is new."""
+
+    @pytest.mark.parametrize("name", ["vit", "videomae", "siglip", "dinov3", "vjepa2"])
+    def test_same_numbers(self, name):
+        model = build(name)
+        other = type("Mine", (type(model),), {})(model.config).eval()
+        other.load_state_dict(model.state_dict())
+        for one in (model, other):
+            fastreduce.patch(one, "topk", keep=KEEP, at=AT)
+        expected, found = (run(one, name, output_hidden_states=True) for one in (model, other))
+        assert torch.equal(answer(found), answer(expected))
+        states = zip(found.hidden_states, expected.hidden_states, strict=True)
+        assert all(torch.equal(one, two) for one, two in states)
+
+    @pytest.mark.parametrize(
+        ("kind", "options", "words"),
+        [
+            ("ViTForMaskedImageModeling", {}, "reconstructs"),
+            ("VideoMAEForVideoClassification", {"num_frames": 4, "use_mean_pooling": False}, "first patch"),
+        ],
+    )
+    def test_same_refusals(self, kind, options, words):
+        base = getattr(transformers, kind)
+        config = base.config_class(**IMAGE | options)
+        with pytest.raises(TypeError, match=words):
+            fastreduce.patch(type("Mine", (base,), {})(config), "topk", keep=KEEP, at=AT)
+
+    def test_a_forward_of_its_own_gets_the_full_grid(self):
+        class Dense(transformers.ViTForImageClassification):
+            def forward(self, pixel_values):
+                return self.vit(pixel_values).last_hidden_state
+
+        model = fastreduce.patch(Dense(transformers.ViTConfig(**IMAGE)).eval(), "topk", keep=KEEP, at=AT)
+        assert run(model, "vit").shape == (2, 17, 32)
+
+
 class TestRefusals:
     def test_attentions(self):
         model = fastreduce.patch(build("clip"), "topk", keep=KEEP, at=AT)

@@ -20,7 +20,7 @@ from .hidden_states import (
     watch_masks,
     watch_passes,
 )
-from .towers import Tower, holder_of, known_name, known_of, layers_at, owner_of, towers_in
+from .towers import Tower, holder_of, known_name, known_of, layers_at, library_class, owner_of, towers_in
 
 __all__ = ["EncoderHost"]
 
@@ -71,7 +71,8 @@ class EncoderHost(Host):
         return model
 
     def _kind(self, model: Any) -> str:
-        return type(self.inside(model)).__name__
+        """Return the name of the model's class, of a subclass that changes no forward that of the library's."""
+        return library_class(type(self.inside(model))).__name__
 
     def _tower(self, model: Any) -> tuple[Any, Tower]:
         """Return the encoder, and what is known of its class."""
@@ -169,8 +170,7 @@ class EncoderHost(Host):
     def _is_within(self, model: Any) -> bool:
         """Return whether an encoder that pools is inside of a model that may look at its tokens all the same."""
         known = {*_MEANS, *_BY_POOLING, known_name(type(self._tower(model)[0]))}
-        bases = type(self.inside(model)).__mro__
-        return self._pools(model) and known.isdisjoint(known_name(base) for base in bases)
+        return self._pools(model) and known_name(type(self.inside(model))) not in known
 
     def weighs(self, model: Any) -> str | None:
         """Say why a pooling cannot leave rows out: only a mean can, that no norm comes before."""
@@ -185,11 +185,11 @@ class EncoderHost(Host):
     def _is_full(self, model: Any) -> bool:
         """Return whether what is behind the layers gets every patch: no head is known that could do with less."""
         tower, kind = self._tower(model)[0], self._kind(model)
-        if type(tower).__name__ == "VJEPA2Model":  # its predictor counts patches
+        if known_name(type(tower)) == "VJEPA2Model":  # its predictor counts patches
             return kind != "VJEPA2ForVideoClassification"
         if kind == "Siglip2ForImageClassification":  # its mean is by the mask of the input's patches
             return True
-        if type(tower).__name__ == "IJepaModel" and getattr(tower, "pooler", None) is not None:  # of the first patch
+        if known_name(type(tower)) == "IJepaModel" and getattr(tower, "pooler", None) is not None:  # of the first patch
             return True
         return model.reducers.hidden_states == "full" and (self.looks(model) == "tokens" or self._is_within(model))
 

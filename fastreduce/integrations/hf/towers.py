@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-__all__ = ["TOWERS", "Tower", "holder_of", "images_in", "known_name", "known_of", "layers_at", "owner_of", "towers_in"]
+__all__ = [
+    *("TOWERS", "Tower", "holder_of", "images_in", "known_name", "known_of", "layers_at", "library_class", "owner_of"),
+    "towers_in",
+]
 
 Axes = Callable[[Any], tuple[int, ...]]
 
@@ -93,19 +96,27 @@ for _name in ("DINOv3ViTModel", "DINOv3ViTBackbone"):
     TOWERS[_name] = Tower("model.layer", owner="model", rotary=True)
 
 
+def library_class(kind: Any) -> Any:
+    """Return the class of transformers that a subclass of the user's has its forward of; other classes as they are."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("transformers.") and getattr(base, "forward", None) is kind.forward:
+            return base
+    return kind
+
+
 def known_name(kind: type) -> str:
-    """Return the name that a class of encoders has in :data:`TOWERS`.
+    """Return the name that a class of encoders, or a subclass with the same forward, has in :data:`TOWERS`.
 
     Up to transformers 5.4, ``CLIPVisionModel`` and its kin hold a ``CLIPVisionTransformer``, which models of images
     and text have without it.
     """
-    name = kind.__name__
+    name = library_class(kind).__name__
     return f"{name.removesuffix('Transformer')}Model" if name.endswith("VisionTransformer") else name
 
 
 def known_of(module: nn.Module) -> Tower | None:
     """Return what is known of an encoder's class; None for other modules, and for what only holds an encoder."""
-    kind = type(module)
+    kind = library_class(type(module))
     if not kind.__module__.startswith("transformers.") or (known := TOWERS.get(known_name(kind))) is None:
         return None
     return None if "vision_model" in module._modules else known
@@ -132,7 +143,7 @@ def owner_of(model: Any, path: str, known: Tower) -> str:
     Raises:
         TypeError: up to transformers 5.4 that may be the module that holds the encoder, which is not in the model.
     """
-    kind: Any = type(tower := model.get_submodule(path))
+    kind: Any = library_class(type(tower := model.get_submodule(path)))
     if kind.__name__ != known_name(kind) and not hasattr(kind.forward, "__wrapped__"):  # the library decorates it
         if not path:
             raise TypeError(
