@@ -611,6 +611,9 @@ class TestRefusals:
             ("VideoMAEForVideoClassification", "VideoMAEConfig", IMAGE | {"use_mean_pooling": False}, "first patch"),
             ("LlamaModel", "LlamaConfig", {"num_hidden_layers": 1, "vocab_size": 9}, "none of the encoders"),
             ("SwinModel", "SwinConfig", {"depths": [1], "num_heads": [1], "embed_dim": 8}, "windows"),
+            ("DonutSwinModel", "DonutSwinConfig", {"depths": [1], "num_heads": [1], "embed_dim": 8}, "windows"),
+            ("SegformerModel", "SegformerConfig", {}, "hierarchy"),
+            ("ViTMAEModel", "ViTMAEConfig", IMAGE, "leaves patches out itself"),
         ],
     )
     def test_models(self, kind, config, options, words):

@@ -45,12 +45,10 @@ _BY_CLASS = frozenset(
 )
 # Models that look at what the encoder's own pooling by attention makes, and at no token.
 _BY_POOLING = frozenset({"SiglipModel", "Siglip2Model", "Aimv2Model", "VisionTextDualEncoderModel"})
-_REASONS = {
-    "swin": "its windows need the full grid",
-    "swinv2": "its windows need the full grid",
-    "hiera": "its hierarchy of grids needs every patch in its place",
-    "sam": "its windows need the full grid",
-}
+_WINDOWS, _HIERARCHY = "its windows need the full grid", "its hierarchy of grids needs every patch in its place"
+_REASONS = dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin", "sam", "sam_vision_model"), _WINDOWS)
+_REASONS |= dict.fromkeys(("hiera", "pvt", "pvt_v2", "segformer", "cvt", "levit"), _HIERARCHY)
+_REASONS |= {"vit_mae": "it leaves patches out itself, at random, before its layers"}
 
 
 def _at(module: nn.Module, path: str) -> Any:
