@@ -196,6 +196,31 @@ def test_a_run_goes_on_from_its_tables(tuner, model, monkeypatch, tmp_path):
         other.tabulate()
 
 
+@pytest.mark.parametrize("changed", ["weights", "images"])
+def test_tables_of_other_weights_or_images_are_not_taken(tuner, model, monkeypatch, tmp_path, changed):
+    """A checkpoint of the same name after more training, or other pictures under the same names."""
+    other, images = create_copy(model), _images(3, seed=int(changed == "images"))
+    if changed == "weights":
+        other.blocks[3].mlp.fc1.bias.data[0] += 1
+    again = Tuner(other, images, _images(2, seed=1), METHODS, 2, saved=tmp_path / "tables.json", key={"a": 1})
+    again.tabulate()
+    fresh = Tuner(other, images, _images(2, seed=1), METHODS, 2)
+    fresh.tabulate()
+    losses = {name: table.losses for name, table in again.losses.items()}
+    assert losses == {name: table.losses for name, table in fresh.losses.items()}
+    assert losses != {name: table.losses for name, table in tuner.losses.items()}
+
+
+def test_without_a_target_a_divergence_is_kept_small(tuner):
+    """0.99 is a fidelity: of two schedules the one with a divergence above it was taken."""
+    tuner.look_for(speed_up=1.5)
+    tuner.measure_name, tuner.unreduced = "kl", [2.0]
+    for choice, kl, seconds in zip(tuner.choices, (0.1, 3.0, 0.5, 2.0), (1.5, 1.0, 1.4, 1.2), strict=True):
+        choice.seen = fastreduce.Fidelity({"kl": torch.full((3,), kl)})
+        choice.seconds = [seconds]
+    assert tuner.best() is tuner.choices[0]
+
+
 def test_wrong_arguments_are_said(model):
     with pytest.raises(ValueError, match="0 and 2"):
         Tuner(model, _images(0), _images(2), METHODS, 2)
