@@ -31,11 +31,11 @@ def export(
     pretrained: given.Pretrained = False,
     method: given.OneMethod = None,
     method_option: given.MethodOption = None,
-    keep_rate: Annotated[str, typer.Option(help="Keep rate.")] = "0.7",
+    keep_rate: Annotated[str | None, typer.Option(help="Keep rate. (default: 0.7)")] = None,
     at: given.At = None,
     config: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON of fastreduce tune or config_of, in place of --method."),
+        typer.Option(metavar="FILE", help="JSON of fastreduce tune or save_config, in place of --method and the like."),
     ] = None,
     image: Annotated[str, typer.Option(help="The picture whose views it is checked on.")] = "flower.jpg",
     batch: Annotated[
@@ -53,6 +53,10 @@ def export(
     the same way.
     """
     with user_errors():
+        others = {"--method": method, "--method-option": method_option, "--keep-rate": keep_rate, "--at": at}
+        for option, value in others.items():
+            if config is not None and value is not None:
+                raise ValueError(f"give either --config or {option}")
         settings = ExportSettings(
             out=out,
             to=to,
@@ -62,7 +66,7 @@ def export(
             pretrained=bool(pretrained),
             method=",".join(given.names("--method", method)) or "topk",
             method_options=tuple(method_option or ()),
-            keep_rate=given.number("--keep-rate", keep_rate),
+            keep_rate=0.7 if keep_rate is None else given.number("--keep-rate", keep_rate),
             at=numbers("--at", "3,6,9", at, int),
             image=image,
             batches=numbers("--batch", "1,8", batch, int) or (1, 8),

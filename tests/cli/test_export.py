@@ -14,7 +14,7 @@ from fastreduce.speed.settings import ExportSettings
 RUNNER = CliRunner()
 WRONG = {
     "no ending": (["--out", "model"], r"--out must end in .onnx (onnx), .xml (openvino), .pt2 (pt2), got 'model'"),
-    "another ending": (["--out", "model.onnx", "--to", "pt2"], "--out must end in"),
+    "another ending": (["--out", "model.onnx", "--to", "pt2"], "--out must end in .pt2 (pt2), got 'model.onnx'"),
     "unknown format": (["--out", "model.onnx", "--to", "onx"], "unknown format 'onx'; did you mean 'onnx'?"),
     "unknown method": (["--out", "model.pt2", "--method", "topq"], "unknown method 'topq'; did you mean 'topk'?"),
     "several methods": (["--out", "model.pt2", "--method", "topk,tome"], "export takes one method, got 'topk,tome'"),
@@ -22,6 +22,10 @@ WRONG = {
     "rounds": (["--out", "model.pt2", "--rounds", "-1"], "rounds must not be negative, got -1"),
     "batch": (["--out", "model.pt2", "--batch", "0"], "batch must be positive, got 0"),
     "no config": (["--out", "model.pt2", "--config", "none.json"], "there is no file 'none.json'"),
+    "config and method": (["--out", "a.pt2", "--config", "x", "--method", "topk"], "give either --config or --method"),
+    "config and rate": (["--out", "a.pt2", "--config", "x", "--keep-rate", "1"], "give either --config or --keep-rate"),
+    "config and blocks": (["--out", "a.pt2", "--config", "x", "--at", "1"], "give either --config or --at"),
+    "config and option": (["--out", "a.pt2", "--config", "x", "--method-option", "y=1"], "or --method-option"),
 }
 
 
