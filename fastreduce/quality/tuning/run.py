@@ -83,7 +83,7 @@ def _digest(model: nn.Module, images: Tensor) -> str:
     for tensor in (*model.parameters(), *model.buffers(), images):
         numbers = tensor.detach().cpu().contiguous()
         digest.update(f"{numbers.dtype} {tuple(numbers.shape)}".encode())
-        digest.update(memoryview(numbers.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(numbers.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
