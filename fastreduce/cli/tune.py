@@ -253,7 +253,12 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
         else:
             words = f"does not beat the paper's schedule on unseen images ({ahead:+.3f}, {faster:.2f} times as fast)"
         lines.append(f"{name}: {words}.")
-    if result["chosen"] is None:
+    if (chosen := result["chosen"]) is not None:
+        lines.append(
+            f"Chosen: {chosen['method']} at {_stages(chosen)}, {chosen['measured']['speedup']:.2f} times as fast, "
+            f"{measure} {chosen['unseen'][measure]['mean']:.3f} on unseen images."
+        )
+    else:
         fastest = max((row["measured"]["speedup"] for row in result["choices"]), default=0.0)
         words = f"; the fastest measured is {fastest:.2f} times as fast" if fastest else _by_the_tables(result)
         lines.append(f"Do not reduce: nothing here pays and keeps what was asked for{words}.")

@@ -48,6 +48,9 @@ def test_from_the_command_to_the_model(monkeypatch, tmp_path):
         assert f"{row['unseen']['pooled_cosine']['mean']:.3f}" in words
         assert row["predicted"]["speedup"] > 1.39
     assert f'fastreduce.patch(model, config="{tmp_path / "tune.json"}")' in done.stdout
+    chosen = result["chosen"]
+    stages = " ".join(f"{block}:{tokens}" for block, tokens in zip(chosen["at"], chosen["tokens"], strict=True))
+    assert f"Chosen: {chosen['method']} at {stages}, {chosen['measured']['speedup']:.2f} times as fast" in words
     model = fastreduce.patch(create_model("test_vit"), config=tmp_path / "tune.json")
     assert fastreduce.reduced_counts(model) == result["chosen"]["tokens"]
 
