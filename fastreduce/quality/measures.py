@@ -196,8 +196,8 @@ def fidelity(
         an interval for their difference.
 
     Raises:
-        ValueError: a model that is not patched, no images, wrong shapes, two models with different classes, labels
-            without a head, out of its range or for some of the batches.
+        ValueError: a model that is not patched, or an unreduced one that is; no images, wrong shapes, two models with
+            different classes, labels without a head, out of its range or for some of the batches.
         TypeError: a model whose features cannot be had, batches that are none, labels or a batch size that are no
             integers.
         ImportError: labels without scipy.
@@ -214,6 +214,8 @@ def fidelity(
         if not is_patched(model):
             raise ValueError("the model is not patched: call fastreduce.patch first, or give the unreduced model")
         unreduced = unreduced_copy(model)
+    elif is_patched(unreduced):
+        raise ValueError("the model given as unreduced is patched: give one that is not, or leave it out")
     check_kind(unreduced)
     collected = _Collected()
     with _evaluating(model, unreduced):

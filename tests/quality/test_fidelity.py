@@ -222,6 +222,13 @@ def test_wrong_arguments_are_said(arguments, error, words):
         fastreduce.fidelity(model, **arguments)
 
 
+def test_a_patched_model_is_no_unreduced_one():
+    """Against itself a patched model lost most of its patches."""
+    model = fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)
+    with pytest.raises(ValueError, match="given as unreduced is patched"):
+        fastreduce.fidelity(model, _images(), unreduced=model)
+
+
 def test_logits_that_are_nan_agree_with_nothing():
     """The index of the largest of them would be that of the first NaN, class 0 where all are."""
     model = fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)

@@ -231,7 +231,9 @@ def test_wrong_arguments_are_said(model):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "not JSON"),
+        ("{", "x.json is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"method": "topk", "method": "tome"}', "'method' occurs twice"),
         ('{"config": null}', "no schedule pays"),
         ('{"at": [1]}', "names no method"),
         ("[1]", "names no method"),
@@ -242,6 +244,13 @@ def test_wrong_files_are_said(tmp_path, content, words):
     file.write_text(content)
     with pytest.raises(ValueError, match=words):
         read_config(file)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    """Some editors put one before every file."""
+    file = tmp_path / "x.json"
+    file.write_text('{"method": "topk"}', encoding="utf-8-sig")
+    assert read_config(file) == {"method": "topk"}
 
 
 def test_config_stands_alone(model):
