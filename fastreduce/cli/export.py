@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from . import options as given
 from .options import UserError, numbers, output_file, user_errors
 from .output import Output, stoppable
 from .screen import Page, progress_bar
+
+if TYPE_CHECKING:
+    from ..speed.comparison import Comparison
 
 __all__ = ["export"]
 
@@ -93,7 +96,7 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
     from ..deploy import export as write
     from ..deploy.check import fidelity, speed
     from ..deploy.export import check
-    from ..integrations.timm import config_of, patch
+    from ..integrations.timm import config_of
     from ..measure import environment, load_average
     from ..speed.comparison import Comparison
 
@@ -102,9 +105,10 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
     progress("building the model", 0, steps)
     with user_errors():
         comparison = Comparison(settings.as_comparison())
-        unreduced, reduced = comparison.model, comparison.entries[0].model
+        unreduced, (entry,) = comparison.model, comparison.entries
+        reduced, layers = entry.model, entry.layers
         if settings.config is not None:
-            reduced = patch(copy.deepcopy(unreduced), config=settings.config)
+            reduced, layers = _configured(comparison, Path(settings.config))
         images = comparison.views(max(8, *settings.batches))
         check(reduced, images, to)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +135,7 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
         "model": settings.model,
         "weights": comparison.weights,
         "config": config_of(reduced),
+        "layers": layers,
         "image": settings.image,
         "fidelity": dataclasses.asdict(found),
         "faithful": found.faithful,
@@ -139,6 +144,20 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
         "load": load,
         "environment": environment(comparison.device),
     }
+
+
+def _configured(comparison: Comparison, config: Path) -> tuple[Any, str | None]:
+    """Return the model as a file says, and where its method's layers are from: the checkpoint, or beside the file."""
+    from ..integrations.saving import load_config
+    from ..integrations.timm import patch
+
+    reduced, beside = copy.deepcopy(comparison.model), config.with_suffix(".safetensors").is_file()
+    if config.suffix == ".json":
+        load_config(reduced, config)
+    else:
+        patch(reduced, config=config)
+    layers = comparison.load_layers(reduced)
+    return reduced, "config" if layers == "random" and beside else layers
 
 
 def _files(file: Path) -> list[Path]:
@@ -170,6 +189,11 @@ def _print(page: Page, result: dict[str, Any]) -> None:
         ]
         heads = ["batch", "unreduced, images/s", "reduced, images/s", "times as fast"]
         page.table(f"{found['runtime']}, both exported the same way, {counted(result['rounds'], 'round')}", heads, rows)
+    if result["layers"] == "random":
+        page.line(
+            f"The layers of {result['config']['method']} have random weights: train them, and give --checkpoint.",
+            "bold",
+        )
     if not result["faithful"]:
         page.line(
             "It differs by more than rounding: a decision between two nearly equal tokens fell otherwise, or the "

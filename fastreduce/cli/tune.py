@@ -262,6 +262,11 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
         fastest = max((row["measured"]["speedup"] for row in result["choices"]), default=0.0)
         words = f"; the fastest measured is {fastest:.2f} times as fast" if fastest else _by_the_tables(result)
         lines.append(f"Do not reduce: nothing here pays and keeps what was asked for{words}.")
+    if result["untrained"]:
+        lines.append(
+            f"Layers of their own, with random weights: {', '.join(result['untrained'])}. "
+            "Fidelity here says nothing about trained ones."
+        )
     lines += [f"Not searched: {name}: {reason}." for name, reason in result["refused"].items()]
     if result["random_weights"]:
         lines.append("The weights are random: the schedule says nothing about a trained model.")

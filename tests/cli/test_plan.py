@@ -294,7 +294,7 @@ def test_counts_that_rounding_does_not_change_are_not_timed(monkeypatch, method,
 
 
 def test_stages_that_round_to_the_same_count_are_no_news(recwarn):
-    """That such stages do nothing is advice on ``keep``, which the user did not give."""
+    """The warning that such stages do nothing is advice on ``keep``, which the user did not give."""
     settings = payoff.Settings(MODEL, keep_rates=(0.5,), batches=(1,), rounds=1, round_to="64")
     assert payoff.Planner(settings).entries[0.5].counts == (63, 63, 63)
     assert not [str(one.message) for one in recwarn if "keep=" in str(one.message)]

@@ -103,6 +103,7 @@ def test_accuracy_stands_in_the_table_and_equals_are_called_so(cosines, words):
         **{"model": "x", "weights": "y", "dtype": "float32", "batch": 1, "rounds": 3, "measure": "pooled_cosine"},
         **{"images_seen": 10, "images_unseen": 10, "images": {"source": "of 20 in z"}, "environment": {}},
         **{"choices": choices, "chosen": None, "config": None, "refused": {}, "random_weights": False},
+        **{"untrained": ["sit"]},
     }
     result["environment"]["device_name"] = "cpu"
     page = Page(io.StringIO())
@@ -111,6 +112,7 @@ def test_accuracy_stands_in_the_table_and_equals_are_called_so(cosines, words):
     printed = " ".join(page.stream.getvalue().split())
     assert words in printed
     assert "points lost unseen block:tokens" in printed
+    assert "Layers of their own, with random weights: sit." in printed
     assert f"{cosines[0]:.3f} 10.0 10.0 1:50" in printed
     assert f"{cosines[1]:.3f} 0.0 0.0 1:50" in printed
 

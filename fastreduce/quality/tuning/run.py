@@ -104,6 +104,7 @@ class Tuner:
 
     Attributes:
         refused: methods that cannot serve this model, with the reason.
+        untrained: methods with layers of their own, whose weights are random.
     """
 
     def __init__(
@@ -134,11 +135,14 @@ class Tuner:
         self.saved, self.clock = saved, clock
         self.key = {**(key or {}), "content": _digest(model, seen)} if saved is not None else {}
         self.refused: dict[str, str] = {}
+        self.untrained: list[str] = []
         self.methods: dict[str, dict[str, Any]] = {}
         for name, arguments in methods.items():
             try:
-                with patched(self.seen.model, keep_rate=0.7, **arguments):
+                with patched(self.seen.model, keep_rate=0.7, **arguments) as reduced:
                     self.methods[name] = dict(arguments)
+                    if any(True for _ in reduced.reducers.parameters()):
+                        self.untrained.append(name)
             except ValueError as error:
                 self.refused[name] = str(error)
         if not self.methods:
@@ -460,6 +464,7 @@ class Tuner:
             "images_seen": len(self.seen.images),
             "images_unseen": len(self.unseen.images),
             "refused": self.refused,
+            "untrained": self.untrained,
             "unreduced_seconds": statistics.median(self.unreduced),
             "times": dataclasses.asdict(self.times),
             "losses": {

@@ -173,6 +173,7 @@ def test_every_method_has_stages_where_it_can(model, monkeypatch):
     monkeypatch.setattr(run, "LEVELS", 4)
     tuner = Tuner(model, _images(2), _images(1, seed=1), methods, 2)
     tuner.tabulate()
+    assert tuner.untrained == ["dpcknn", "dynamicvit", "patchmerger", "sinkhorn", "sit"]
     blocks = {name: sorted(table.losses) for name, table in tuner.losses.items()}
     assert blocks == {name: list(range(name == "kmedoids", 6)) for name in methods}
     assert not any(0 in one.at for one in tuner.fronts["kmedoids"])
