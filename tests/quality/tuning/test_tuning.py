@@ -10,7 +10,7 @@ import fastreduce
 from bench.proof.tiny import randomize
 from fastreduce.config import read_config
 from fastreduce.integrations.timm import create_model
-from fastreduce.quality.tuning import run
+from fastreduce.quality.tuning import run, times
 from fastreduce.quality.tuning.losses import Calibration, LossTable
 from fastreduce.quality.tuning.run import Tuner
 from fastreduce.quality.tuning.times import TimeTable, measure_times
@@ -104,6 +104,27 @@ def test_times_add_up():
     assert table.of("tome", (2,), (8,)) == pytest.approx(0.5 + 2 + (0.5 + 0.1) + 3 * 0.5)
     assert table.stage_seconds("tome", 16, 8) == pytest.approx(0.6)
     assert table.stage_seconds("tome", 12, 6) == pytest.approx(6 / 16 + 0.1)
+
+
+def test_noise_makes_no_block_free():
+    """Extras measured on a busy machine were below zero, and a schedule was 19 times as fast by the table."""
+    table = _table(decision=-5.0)
+    table.after["tome"] = [[16.0, 0.0], [2.0, -5.0]]
+    assert table.stage_seconds("tome", 16, 8) == table.block_seconds("tome", 4, True) == min(table.block)
+    assert table.of("tome", (0,), (2,)) >= table.fixed + table.depth * min(table.block)
+
+
+@pytest.mark.parametrize("method", ["tome", "ats"])
+def test_a_stage_takes_no_less_than_a_block_of_its_output(model, method):
+    """The clock here says less. For ATS that may be, since an image may keep fewer tokens than the count."""
+    table = TimeTable(2, 6, [16, 8, 4], [1.0, 1.0, 1.0], 0.0)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        seconds = {"stage": 0.5, "after": 0.25, "plain": 1.0, "before": 1.0}
+        patch.setattr(times, "_rounds", lambda calls, *_: {name: seconds[name] for name in calls})
+        tokens = Calibration(model, _images(2)).entering[0][3]
+        times._measure_method(table, model, method, {"method": method}, tokens, 3, 1, None, {})
+    assert {extra for _, _, extra in table.stages[method]} == ({-0.5} if method == "ats" else {0.0})
+    assert {extra for _, extra in table.after[method]} == ({-0.75} if method == "ats" else {0.0})
 
 
 def test_table_of_times_on_this_device(model):
