@@ -302,7 +302,7 @@ WRONG = {  # what is wrong: arguments, and what the message must say
     "two weights": ("--checkpoint FOLDER/other.pth --pretrained", "either --pretrained or --checkpoint"),
     "block": ("--at 2,6", "block indices between 0 and 5, got 6"),
     "blocks descend": ("--at 4,2", "strictly increasing"),
-    "block a word": ("--at 2,x", "--at takes numbers, like 3,6,9, got '2,x'"),
+    "block a word": ("--at 2,x", "--at takes whole numbers, like 3,6,9, got '2,x'"),
     "device": ("--device tpu", "unknown device 'tpu'; expected cpu, cuda or cuda:N"),
     "dtype": ("--dtype float8", "unknown dtype 'float8'"),
     "backend": ("--backend cuda", "unknown backend 'cuda'"),
