@@ -311,7 +311,7 @@ WRONG = {  # what is wrong: arguments, and what the message must say
     "rounds": ("--rounds -1", "rounds must be positive, got -1"),
     "threads": ("--threads 0", "threads must be positive, got 0"),
     "seconds": ("--seconds nan", "seconds must be positive, got nan"),
-    "endless": ("--seconds inf", "seconds must be positive, got inf"),
+    "endless": ("--seconds inf", "seconds must be finite, got inf"),
     "option": ("--fast", "--fast"),
     "json is a folder": ("--json FOLDER", "is a folder, not a file"),
     "json below a file": ("--json FOLDER/text.jpg/result.json", "text.jpg"),

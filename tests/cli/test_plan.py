@@ -458,7 +458,7 @@ WRONG = {  # what is wrong: arguments, and what the message must say
     "backend": ("--backend cuda", "unknown backend 'cuda'"),
     "batch 0": ("--batch 4,0", "batch must be positive, got 0"),
     "batch a word": ("--batch many", "--batch takes whole numbers, like 1,16, got '2,many'"),
-    "batch not whole": ("--batch 2.5", "--batch takes numbers"),
+    "batch not whole": ("--batch 2.5", "--batch takes whole numbers, like 1,16"),
     "rounds": ("--rounds -1", "rounds must be positive, got -1"),
     "threads": ("--threads 0", "threads must be positive, got 0"),
     "seconds": ("--seconds nan", "seconds must be positive, got nan"),
