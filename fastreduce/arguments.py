@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["as_tuple", "counted", "integer", "is_number", "number", "plain", "switch"]
+__all__ = ["as_tuple", "counted", "fixed", "integer", "is_number", "number", "plain", "switch"]
 
 
 def counted(number: float, thing: str, form: str = "") -> str:
@@ -14,6 +14,11 @@ def counted(number: float, thing: str, form: str = "") -> str:
     if number != 1:
         thing += "es" if thing.endswith(("s", "x", "ch", "sh")) else "s"
     return f"{number:{form}} {thing}"
+
+
+def fixed(number: float, digits: int) -> str:
+    """Return a number with so many digits after the point; what rounds to zero has no sign."""
+    return f"{round(number, digits) + 0.0:.{digits}f}"
 
 
 def plain(value: Any) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
+
+from ._files import read_json
 
 __all__ = ["read_config"]
 
@@ -30,11 +31,7 @@ def read_config(config: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str,
         name = os.fspath(config)
         if not os.path.isfile(name):
             raise ValueError(f"there is no file {name!r}")
-        try:
-            with open(name, encoding="utf-8") as file:
-                found = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{name!r} is not JSON: {error}") from error
+        found = read_json(name)
     if isinstance(found, Mapping) and "config" in found:
         if found["config"] is None:
             raise ValueError(f"{name!r} says that no schedule pays: leave the model as it is")

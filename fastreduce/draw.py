@@ -40,6 +40,8 @@ _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 
 def _cells(image: Pixels, rows: int, columns: int) -> NDArray[np.float32]:
     """Cut (rows * h, columns * w, 3) into cells (rows, h, columns, w, 3) in [0, 255]."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"a picture must be (height, width, 3) uint8, got {image.shape} {image.dtype}")
     height, width, _ = image.shape
     if height % rows or width % columns:
         raise ValueError(f"a picture of {height} x {width} pixels cannot be cut into a grid of {rows} x {columns}")
@@ -62,6 +64,9 @@ def grey_dropped(image: Pixels, kept: NDArray[np.bool_]) -> Pixels:
 
     Returns:
         A new picture; the inside of a kept patch stays as it was.
+
+    Raises:
+        ValueError: a picture of another shape or dtype, or one that the grid does not divide.
     """
     rows, columns = kept.shape
     cells = _cells(image, rows, columns)
@@ -80,6 +85,9 @@ def fill_merged(image: Pixels, slot: NDArray[np.int64]) -> Pixels:
 
     Returns:
         A new picture.
+
+    Raises:
+        ValueError: as :func:`grey_dropped`.
     """
     rows, columns = slot.shape
     cells = _cells(image, rows, columns)
@@ -117,10 +125,15 @@ def side_by_side(panels: Sequence[Panel], title: str, subtitle: str = "", note: 
         title: in bold above them.
         subtitle: in grey, on the right of the title.
         note: a line of small print below.
+
+    Raises:
+        ValueError: no picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if not panels:
+        raise ValueError("give at least one picture")
     height, width, _ = panels[0][0].shape
     gap, margin, top, caption = 28, 28, 96, 84
     bottom = margin + (40 if note else 0)

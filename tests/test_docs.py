@@ -10,7 +10,7 @@ import typer
 
 import fastreduce
 from bench.tables import TABLES
-from fastreduce.arguments import counted
+from fastreduce.arguments import counted, fixed
 from fastreduce.cli.app import app
 from fastreduce.cli.study import study
 from fastreduce.reducers import REDUCERS, _options
@@ -124,6 +124,7 @@ def test_one_round_is_no_plural():
     assert [counted(2, thing) for thing in ("patch", "class", "pass")] == ["2 patches", "2 classes", "2 passes"]
     assert (counted(1.0, "point", "g"), counted(0.5, "point", "g")) == ("1 point", "0.5 points")
     assert counted(1200, "image", ",") == "1,200 images"
+    assert [fixed(number, 1) for number in (-0.04, -0.0, 0.04, -0.06, 1.25)] == ["0.0", "0.0", "0.0", "-0.1", "1.2"]
     files = [path for room in ("fastreduce", "bench") for path in (ROOT / room).glob("**/*.py")]
     files = [path for path in files if not {"ops", "kernels"} & set(path.relative_to(ROOT).parts)]
     assert len(files) > 150

@@ -95,6 +95,26 @@ def test_pictures_that_do_not_fit_the_grid_are_refused():
         draw.grey_dropped(picture(), np.ones((5, 4), bool))
 
 
+@pytest.mark.parametrize("draw_on", [draw.grey_dropped, draw.fill_merged])
+@pytest.mark.parametrize(
+    ("photo", "words"),
+    [
+        (np.zeros((48, 64, 3), np.float32), r"\(48, 64, 3\) float32"),
+        (np.zeros((48, 64), np.uint8), r"\(48, 64\) uint8"),
+        (np.zeros((3, 48, 64), np.uint8), r"\(3, 48, 64\) uint8"),
+    ],
+)
+def test_what_is_no_picture_of_eight_bits_is_refused(draw_on, photo, words):
+    """Floats from 0 to 1 became a black picture."""
+    with pytest.raises(ValueError, match=words):
+        draw_on(photo, np.ones((3, 4), bool if draw_on is draw.grey_dropped else int))
+
+
+def test_no_panels_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="at least one picture"):
+        draw.save_panels(tmp_path / "x.png", [], "title")
+
+
 def test_panels_keep_every_pixel(tmp_path):
     first, second = picture(seed=1), picture(brightness=180, seed=2)
     file = tmp_path / "panels.png"

@@ -99,6 +99,9 @@ def compare(
             seed=given.whole_number("--seed", seed),
         )
         settings.check()
+        given.check_fidelity(
+            fidelity, images=images, image_count=image_count, at_least=at_least, at_most_lost=at_most_lost
+        )
         output = Output(json_file, out if pictures else None, (image, checkpoint))
     with stoppable("building models"), progress_bar(lines=True) as progress:
         from ..speed.comparison import Comparison

@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from . import options as given
 from .options import UserError, numbers, output_file, user_errors
 from .output import Output, stoppable
 from .screen import Page, progress_bar
+
+if TYPE_CHECKING:
+    from ..speed.comparison import Comparison
 
 __all__ = ["export"]
 
@@ -31,11 +34,11 @@ def export(
     pretrained: given.Pretrained = False,
     method: given.OneMethod = None,
     method_option: given.MethodOption = None,
-    keep_rate: Annotated[str, typer.Option(help="Keep rate.")] = "0.7",
+    keep_rate: Annotated[str | None, typer.Option(help="Keep rate. (default: 0.7)")] = None,
     at: given.At = None,
     config: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="JSON of fastreduce tune or config_of, in place of --method."),
+        typer.Option(metavar="FILE", help="JSON of fastreduce tune or save_config, in place of --method and the like."),
     ] = None,
     image: Annotated[str, typer.Option(help="The picture whose views it is checked on.")] = "flower.jpg",
     batch: Annotated[
@@ -53,6 +56,10 @@ def export(
     the same way.
     """
     with user_errors():
+        others = {"--method": method, "--method-option": method_option, "--keep-rate": keep_rate, "--at": at}
+        for option, value in others.items():
+            if config is not None and value is not None:
+                raise ValueError(f"give either --config or {option}")
         settings = ExportSettings(
             out=out,
             to=to,
@@ -62,7 +69,7 @@ def export(
             pretrained=bool(pretrained),
             method=",".join(given.names("--method", method)) or "topk",
             method_options=tuple(method_option or ()),
-            keep_rate=given.number("--keep-rate", keep_rate),
+            keep_rate=0.7 if keep_rate is None else given.number("--keep-rate", keep_rate),
             at=numbers("--at", "3,6,9", at, int),
             image=image,
             batches=numbers("--batch", "1,8", batch, int) or (1, 8),
@@ -89,7 +96,7 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
     from ..deploy import export as write
     from ..deploy.check import fidelity, speed
     from ..deploy.export import check
-    from ..integrations.timm import config_of, patch
+    from ..integrations.timm import config_of
     from ..measure import environment, load_average
     from ..speed.comparison import Comparison
 
@@ -98,9 +105,10 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
     progress("building the model", 0, steps)
     with user_errors():
         comparison = Comparison(settings.as_comparison())
-        unreduced, reduced = comparison.model, comparison.entries[0].model
+        unreduced, (entry,) = comparison.model, comparison.entries
+        reduced, layers = entry.model, entry.layers
         if settings.config is not None:
-            reduced = patch(copy.deepcopy(unreduced), config=settings.config)
+            reduced, layers = _configured(comparison, Path(settings.config))
         images = comparison.views(max(8, *settings.batches))
         check(reduced, images, to)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +135,7 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
         "model": settings.model,
         "weights": comparison.weights,
         "config": config_of(reduced),
+        "layers": layers,
         "image": settings.image,
         "fidelity": dataclasses.asdict(found),
         "faithful": found.faithful,
@@ -135,6 +144,20 @@ def _run(settings: ExportSettings, progress: Any) -> dict[str, Any]:
         "load": load,
         "environment": environment(comparison.device),
     }
+
+
+def _configured(comparison: Comparison, config: Path) -> tuple[Any, str | None]:
+    """Return the model as a file says, and where its method's layers are from: the checkpoint, or beside the file."""
+    from ..integrations.saving import load_config
+    from ..integrations.timm import patch
+
+    reduced, beside = copy.deepcopy(comparison.model), config.with_suffix(".safetensors").is_file()
+    if config.suffix == ".json":
+        load_config(reduced, config)
+    else:
+        patch(reduced, config=config)
+    layers = comparison.load_layers(reduced)
+    return reduced, "config" if layers == "random" and beside else layers
 
 
 def _files(file: Path) -> list[Path]:
@@ -166,6 +189,11 @@ def _print(page: Page, result: dict[str, Any]) -> None:
         ]
         heads = ["batch", "unreduced, images/s", "reduced, images/s", "times as fast"]
         page.table(f"{found['runtime']}, both exported the same way, {counted(result['rounds'], 'round')}", heads, rows)
+    if result["layers"] == "random":
+        page.line(
+            f"The layers of {result['config']['method']} have random weights: train them, and give --checkpoint.",
+            "bold",
+        )
     if not result["faithful"]:
         page.line(
             "It differs by more than rounding: a decision between two nearly equal tokens fell otherwise, or the "

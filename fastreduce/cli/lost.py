@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import counted
+from ..arguments import counted, fixed
+from .options import user_errors
 from .screen import Page
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ class Lost:
     def measure(
         self, unreduced: Any, models: Mapping[Any, Any], config: Mapping[str, Any], progress: Callable[..., None]
     ) -> None:
-        """Run every model on the same pictures, as many as there are or as fit into the time."""
+        """Run every model on the same pictures, as many as there are or as fit into the time.
+
+        Raises:
+            UserError: a picture that cannot be read.
+        """
         from ..quality import fidelities
 
         settings = self.settings
@@ -63,17 +68,21 @@ class Lost:
         found = fidelities(
             unreduced,
             models,
-            self.images.batches(config, _BATCH),
+            self._batches(config),
             seconds=limit,
             progress=lambda done: progress("fidelity", done, len(self.images)),
         )
         self.rows = {name: one.summary() for name, one in found.items()}
 
+    def _batches(self, config: Mapping[str, Any]) -> Iterator[Any]:
+        with user_errors():  # of reading alone: what the models raise does not come through here
+            yield from self.images.batches(config, _BATCH)
+
     def keeps(self, name: Any) -> bool:
         """Return whether a setting keeps what was asked for, or 0.99 if nothing was."""
         row = self.rows[name]
         if self.settings.at_most_lost is not None:
-            return bool(-100 * row["accuracy"]["difference"] <= self.settings.at_most_lost)
+            return bool(row["accuracy"]["points_lost"] <= self.settings.at_most_lost)
         least = AT_LEAST if self.settings.at_least is None else self.settings.at_least
         return bool(headline(row) >= least)
 
@@ -115,13 +124,16 @@ FIDELITY_NAMES = {
 }
 
 
-def print_losses(page: Page, result: Mapping[str, Any], rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def print_losses(
+    page: Page, result: Mapping[str, Any], rows: Sequence[tuple[str, Mapping[str, Any]]], batch: int | None = None
+) -> None:
     """Print the table of fidelity: a line for every setting, with the worst decile of the pooled cosine.
 
     Args:
         page: to print on.
         result: of the command, with ``fidelity`` in it.
         rows: what each line is called, and the setting's row, with ``fidelity`` and ``speedup``.
+        batch: the batch of the speeds, where there are several.
     """
     rows = [(name, row) for name, row in rows if row.get("fidelity")]
     if not rows:
@@ -141,22 +153,25 @@ def print_losses(page: Page, result: Mapping[str, Any], rows: Sequence[tuple[str
             low, high = (-100 * value for value in reversed(accuracy["interval"]))
             line += [
                 f"{100 * accuracy['after']:.1f}",
-                f"{-100 * accuracy['difference']:.1f}",
-                f"{low:.1f} to {high:.1f}",
+                fixed(accuracy["points_lost"], 1),
+                f"{fixed(low, 1)} to {fixed(high, 1)}",
             ]
         cells.append(line)
     page.table(f"fidelity, {counted(about['images'], 'image')}", headings, cells)
-    for words in _legend(result, rows, labelled):
+    for words in _legend(result, rows, labelled, batch):
         page.line(words, "dim")
 
 
-def _legend(result: Mapping[str, Any], rows: Sequence[tuple[str, Mapping[str, Any]]], labelled: bool) -> list[str]:
-    about = result["fidelity"]
+def _legend(
+    result: Mapping[str, Any], rows: Sequence[tuple[str, Mapping[str, Any]]], labelled: bool, batch: int | None
+) -> list[str]:
+    about, at_batch = result["fidelity"], "" if batch is None else f" at batch {batch}"
     words = [
         f"Fidelity to the unreduced model, means over {counted(about['images'], 'image')} ({about['source']}). same "
         "class: share with the same top-1. The others are cosines: of the class token, of what the head reads "
         "(pooled), of the patches on the full grid, where a dropped one has zeros, or its last token (p. last). "
-        "worst 10 %: a tenth of the images have a lower pooled cosine. full: times as fast as the unreduced model."
+        "worst 10 %: a tenth of the images have a lower pooled cosine. full: times as fast as the unreduced "
+        f"model{at_batch}."
     ]
     if labelled:
         before = rows[0][1]["fidelity"]["accuracy"]["before"]

@@ -17,6 +17,7 @@ from ..speed.settings import DTYPES
 
 __all__ = [
     "UserError",
+    "check_fidelity",
     "names",
     "number",
     "numbers",
@@ -145,6 +146,13 @@ def names(option: str, words: list[str] | None) -> tuple[str, ...]:
     return found
 
 
+def check_fidelity(fidelity: bool, **wishes: object) -> None:
+    """Raise ValueError for an option of fidelity beside --no-fidelity; ``wishes`` are what they were given."""
+    for name, value in wishes.items():
+        if not fidelity and value is not None:
+            raise ValueError(f"give either --no-fidelity or --{name.replace('_', '-')}")
+
+
 def numbers(option: str, example: str, words: list[str] | None, kind: Callable[[str], Any]) -> tuple[Any, ...] | None:
     """Turn ``["0.7,0.5", "0.3"]`` into ``(0.7, 0.5, 0.3)``, None if the option was not given."""
     if not words:
@@ -152,7 +160,8 @@ def numbers(option: str, example: str, words: list[str] | None, kind: Callable[[
     try:
         return tuple(kind(part) for word in words for part in word.split(","))
     except ValueError:
-        raise ValueError(f"{option} takes numbers, like {example}, got {','.join(words)!r}") from None
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} takes {what}, like {example}, got {','.join(words)!r}") from None
 
 
 def whole_number(option: str, word: str | None) -> Any:
@@ -223,13 +232,21 @@ def output_folder(option: str, given: str) -> Path:
     return _output(option, given, "a folder", _check_folder)
 
 
-def output_file(option: str, given: str, inputs: Iterable[str | None] = ()) -> Path:
+def output_file(option: str, given: str, inputs: Iterable[str | None] = (), what: str = "a file") -> Path:
     """Return the path of a file to write, whose folder need not be there yet.
+
+    Args:
+        option: under which it was given.
+        given: the path.
+        inputs: files that must not be written to.
+        what: the option takes, in words.
 
     Raises:
         ValueError: it cannot be written, or is one of the ``inputs``.
     """
-    path = _output(option, given, "a file, or - for standard output", _check_file)
+    if given == "-":
+        raise ValueError(f"{option} got '-': give {what}")
+    path = _output(option, given, what, _check_file)
     for other in inputs:
         if other is not None and os.path.exists(other) and path.exists() and path.samefile(other):
             raise ValueError(f"{option}: {given!r} is what is read here; it would be lost")

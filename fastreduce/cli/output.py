@@ -64,7 +64,7 @@ class Output:
         self.folder = None if folder is None else given.output_folder("--out", folder)
         self.json_file = None
         if json_file is not None and not self.to_stdout:
-            self.json_file = given.output_file("--json", json_file, inputs)
+            self.json_file = given.output_file("--json", json_file, inputs, "a file, or - for standard output")
         self.troubles: list[str] = []
 
     def make(self, file: Path, content: Callable[[Path], object] | str) -> bool:

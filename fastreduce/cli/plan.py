@@ -107,6 +107,9 @@ def plan(
             seed=given.whole_number("--seed", seed),
         )
         settings.check()
+        given.check_fidelity(
+            fidelity, images=images, image_count=image_count, at_least=at_least, at_most_lost=at_most_lost
+        )
         output = Output(json_file, out if pictures else None, (checkpoint,))
         table = None if csv_file is None else given.output_file("--csv", csv_file, (checkpoint,))
     with stoppable("building models"), progress_bar(lines=True) as progress:
@@ -150,9 +153,10 @@ def _print(page: Page, result: dict[str, Any]) -> None:
     print_plan(page, result)
     if "fidelity" not in result or not result["batches"]:
         return
-    speeds = {row["keep_rate"]: row["speedup"] for row in result["batches"][-1]["rates"]}
+    last = result["batches"][-1]
+    speeds = {row["keep_rate"]: row["speedup"] for row in last["rates"]}
     rows = [(f"{row['keep_rate']:g}", {**row, "speedup": speeds[row["keep_rate"]]}) for row in result["rates"]]
-    print_losses(page, result, rows)
+    print_losses(page, result, rows, last["batch"] if len(result["batches"]) > 1 else None)
 
 
 def _with_losses(result: dict[str, Any], lost: Lost | None) -> dict[str, Any]:

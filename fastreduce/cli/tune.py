@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..arguments import counted
+from ..arguments import counted, fixed
 from ..names import compared_methods
-from ..speed.settings import TuneSettings
+from ..speed.settings import MEASURES, TuneSettings
 from . import options as given
 from .options import user_errors
 from .output import INTERRUPTED, Output, print_error, stoppable, tell
@@ -25,6 +25,7 @@ __all__ = ["tune"]
 METHODS = ("topk", "evit", "ats", "tome", "kmedoids")
 _SEEN = 8  # photographs that a search takes of a folder, and as many that it does not see
 _ROUNDS = 7
+_TOLD_APART = 5e-4  # differences of fidelity that three digits show
 
 
 def tune(
@@ -44,9 +45,7 @@ def tune(
     ] = None,
     at_least: given.AtLeast = None,
     at_most_lost: given.AtMostLost = None,
-    measure: Annotated[
-        str, typer.Option(help="What counts: pooled_cosine, class_cosine, patch_cosine, patch_cosine_last, agreement.")
-    ] = "pooled_cosine",
+    measure: Annotated[str, typer.Option(help="What counts: " + ", ".join(MEASURES) + ".")] = "pooled_cosine",
     rounds: Annotated[str | None, typer.Option(metavar="N", help="Rounds in which the choices are timed.")] = None,
     device: given.Device = None,
     dtype: given.Dtype = "float32",
@@ -88,7 +87,7 @@ def tune(
             seed=given.whole_number("--seed", seed),
         )
         settings.check()
-        output = Output(json_file or str(Path(out) / "tune.json"), out, (checkpoint,))
+        output = Output(str(Path(out) / "tune.json") if json_file is None else json_file, out, (checkpoint,))
     with stoppable("building models"), progress_bar(lines=True) as progress:
         with user_errors():
             tuner, about = _tuner(settings, Path(out))
@@ -201,18 +200,25 @@ def _print(page: Page, result: Mapping[str, Any], output: Output) -> None:
         f"{counted(result['images_seen'], 'image')} for the search, {result['images_unseen']} unseen, "
         f"{result['images']['source']}"
     )
+    labelled = any("accuracy" in row["unseen"] for row in result["choices"])
     cells: list[list[Cell]] = [
         [
             *(row["method"], row["origin"], f"{row['predicted']['speedup']:.2f}", f"{row['measured']['speedup']:.2f}"),
             *(f"{row['predicted']['fidelity']:.3f}", f"{row['seen'][measure]['mean']:.3f}"),
-            *(f"{row['unseen'][measure]['mean']:.3f}", _stages(row)),
+            f"{row['unseen'][measure]['mean']:.3f}",
+            *((fixed(row[half]["accuracy"]["points_lost"], 1) for half in ("seen", "unseen")) if labelled else ()),
+            _stages(row),
         ]
         for row in result["choices"]
     ]
     if cells:
         page.table(
             "schedules",
-            ("method", "", "faster, table", "measured", f"{measure}, table", "measured", "unseen", "block:tokens"),
+            (
+                *("method", "", "faster, table", "measured", f"{measure}, table", "measured", "unseen"),
+                *(("points lost", "unseen") if labelled else ()),
+                "block:tokens",
+            ),
             cells,
             bold=lambda row, column: result["chosen"] is not None and _is_chosen(result, row),
         )
@@ -240,15 +246,27 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
         name = f"{tuned['method']}, {tuned['target']}"
         if faster < 0.98:
             words = f"the tuned schedule is {faster:.2f} times as fast as the paper's: not at equal speed"
+        elif abs(ahead) < _TOLD_APART:
+            words = f"as close on unseen images as the paper's schedule, {faster:.2f} times as fast as it"
         elif ahead > 0:
             words = f"beats the paper's schedule on unseen images by {ahead:.3f}, {faster:.2f} times as fast as it"
         else:
             words = f"does not beat the paper's schedule on unseen images ({ahead:+.3f}, {faster:.2f} times as fast)"
         lines.append(f"{name}: {words}.")
-    if result["chosen"] is None:
+    if (chosen := result["chosen"]) is not None:
+        lines.append(
+            f"Chosen: {chosen['method']} at {_stages(chosen)}, {chosen['measured']['speedup']:.2f} times as fast, "
+            f"{measure} {chosen['unseen'][measure]['mean']:.3f} on unseen images."
+        )
+    else:
         fastest = max((row["measured"]["speedup"] for row in result["choices"]), default=0.0)
         words = f"; the fastest measured is {fastest:.2f} times as fast" if fastest else _by_the_tables(result)
         lines.append(f"Do not reduce: nothing here pays and keeps what was asked for{words}.")
+    if result["untrained"]:
+        lines.append(
+            f"Layers of their own, with random weights: {', '.join(result['untrained'])}. "
+            "Fidelity here says nothing about trained ones."
+        )
     lines += [f"Not searched: {name}: {reason}." for name, reason in result["refused"].items()]
     if result["random_weights"]:
         lines.append("The weights are random: the schedule says nothing about a trained model.")
@@ -256,7 +274,13 @@ def _sentences(result: Mapping[str, Any]) -> list[str]:
 
 
 def _by_the_tables(result: Mapping[str, Any]) -> str:
-    """Say how fast the fastest schedule could be, where none was worth measuring."""
+    """Say why none was worth measuring: none was found that keeps enough, or how fast the fastest could be."""
+    wanted = result["wanted"]
+    if wanted["at_least"] is not None:
+        return f"; no schedule was found with fidelity at least {wanted['at_least']:g} on the images of the search"
+    if wanted["at_most_lost"] is not None:
+        points = counted(wanted["at_most_lost"], "point", "g")
+        return f"; no schedule was found that loses at most {points} on the images of the search"
     most = max((one["speedup"] for front in result["fronts"].values() for one in front), default=1.0)
     return f"; by the table of times no schedule is more than {most:.2f} times as fast at this batch"
 

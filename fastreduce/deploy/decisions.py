@@ -79,7 +79,7 @@ def settled(tensors: Sequence[Tensor], kinds: Sequence[Kind]) -> list[Tensor]:
         slot = rest.pop(0).long() if kind.slot else None
         if kept is None:  # a matching leaves tokens in an order of its own, whatever their scores
             assert slot is not None
-            found.append(slot)
+            found.append(slot[:, slot.shape[1] - kind.num_in :])  # without the prefix, which no matching touches
             continue
         if labels is None:
             labels = torch.arange(kind.num_in).expand(len(kept), -1)

@@ -124,8 +124,11 @@ def folder_images(folder: str, classes: int = 0, most: int | None = None) -> Ima
         files = [files[index * len(files) // most] for index in range(most)]
     parts = [path.relative_to(root).parts for path in files]
     labels: tuple[int, ...] = ()
+    loose = [part[0] for part in parts if len(part) == 1]
     note = "no class folders, so no labels"
-    if all(len(part) > 1 for part in parts):
+    if loose and len(loose) < len(parts):
+        note = f"{counted(len(loose), 'picture')} outside class folders, {loose[0]} first, so no labels"
+    if not loose:
         folders = [part[0] for part in parts]
         classes_here = (path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
         index, note = _class_indices(sorted(classes_here), classes)
@@ -154,9 +157,16 @@ def _class_indices(folders: Sequence[str], classes: int) -> tuple[dict[str, int]
         known = imagenet_indices(classes)
         if known is not None and all(name in known for name in folders):
             return {name: known[name] for name in folders}, f"labels: ImageNet's, {len(folders)} of {fitting}"
+        strange = next((name for name in folders if known is not None and name not in known), None)
+        if strange is not None:
+            return None, f"{strange} is none of ImageNet's classes for a head of {fitting}, so no labels"
         return None, f"the folders are ImageNet's classes, which do not fit a head of {fitting}, so no labels"
-    if all(re.fullmatch(r"\d+", name) for name in folders) and all(int(name) < classes for name in folders):
-        return {name: int(name) for name in folders}, f"labels: folder names, {len(folders)} of {fitting}"
+    indices = {name: int(name) for name in folders if re.fullmatch("[0-9]+", name)}
+    if len(indices) == len(folders) and max(indices.values()) < classes:
+        return indices, f"labels: folder names, {len(folders)} of {fitting}"
     if len(folders) == classes:
         return {name: number for number, name in enumerate(folders)}, f"labels: {fitting}, folders in their order"
+    if len(indices) == len(folders):
+        largest = max(indices.values())
+        return None, f"the folders are indices up to {largest}, and the head has {fitting}, so no labels"
     return None, f"{counted(len(folders), 'class folder')} for a head of {fitting}, so no labels"

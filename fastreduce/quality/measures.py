@@ -100,14 +100,15 @@ def image_fidelity(before: Outputs, after: Outputs) -> dict[str, Tensor]:
     """Compare the outputs of the same images -> (B,) float32 for each measure; see :class:`Fidelity`."""
     found: dict[str, Tensor] = {}
     if before.logits is not None and after.logits is not None:
-        mine, theirs = after.logits.float(), before.logits.float()
+        # In float64, since float32 cannot tell a small divergence from rounding; on the CPU, as some devices lack it.
+        mine, theirs = (side.logits.cpu().double() for side in (after, before))  # type: ignore[union-attr]
         if mine.shape != theirs.shape:
             raise ValueError(f"both models must have the same classes, got {theirs.shape[1]} and {mine.shape[1]}")
         # NaN logits have no top class: none agrees with a reduced model's, and the unreduced model's is unknown.
         agreement = ((mine.argmax(1) == theirs.argmax(1)) & ~mine.isnan().any(1)).float()
         found["agreement"] = agreement.masked_fill(theirs.isnan().any(1), math.nan)
         logs, reference = mine.log_softmax(1), theirs.log_softmax(1)
-        found["kl"] = F.kl_div(logs, reference, reduction="none", log_target=True).sum(1).clamp_min(0)
+        found["kl"] = F.kl_div(logs, reference, reduction="none", log_target=True).sum(1).clamp_min(0).float()
     if before.class_token is not None and after.class_token is not None:
         found["class_cosine"] = _cosine(before.class_token, after.class_token)
     found["pooled_cosine"] = _cosine(before.pooled, after.pooled)
@@ -195,8 +196,8 @@ def fidelity(
         an interval for their difference.
 
     Raises:
-        ValueError: a model that is not patched, no images, wrong shapes, two models with different classes, labels
-            without a head, out of its range or for some of the batches.
+        ValueError: a model that is not patched, or an unreduced one that is; no images, wrong shapes, two models with
+            different classes, labels without a head, out of its range or for some of the batches.
         TypeError: a model whose features cannot be had, batches that are none, labels or a batch size that are no
             integers.
         ImportError: labels without scipy.
@@ -213,6 +214,8 @@ def fidelity(
         if not is_patched(model):
             raise ValueError("the model is not patched: call fastreduce.patch first, or give the unreduced model")
         unreduced = unreduced_copy(model)
+    elif is_patched(unreduced):
+        raise ValueError("the model given as unreduced is patched: give one that is not, or leave it out")
     check_kind(unreduced)
     collected = _Collected()
     with _evaluating(model, unreduced):

@@ -223,7 +223,7 @@ class Comparison:
         torch.manual_seed(self.settings.seed)  # so that the method's layers do not depend on what else is compared
         patched = patch(share(self.model), method, at=self.settings.at, backend=self.settings.backend, **chosen)
         self.blocks = stage_blocks(self.settings.at, len(self.model.blocks))
-        layers = self._load_layers(patched)
+        layers = self.load_layers(patched)
         plain = self._plain(self.model, method, chosen, patched)
         counts = tuple(reduced_counts(patched))
         return Entry(method, options, keep_rate, chosen, patched, plain, counts, layers)
@@ -238,7 +238,7 @@ class Comparison:
             self.refused[method] = str(error)
             return None
 
-    def _load_layers(self, patched: nn.Module) -> str | None:
+    def load_layers(self, patched: nn.Module) -> str | None:
         """Give the method's own layers the checkpoint's weights if it has them; says in words which they have."""
         names = [name for name, _ in patched.named_parameters() if name.startswith("reducers.")]
         if not names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import load_official, read_checkpoint
+from ..integrations.hub import hub_tried_once
 from ..integrations.timm import create_model, create_pretrained, model_names
 from ..names import nearest
 from .settings import DTYPES as DTYPE_NAMES
@@ -70,14 +72,17 @@ def build_model(settings: Any) -> Built:
         note = f"pretrained weights cannot be had ({reason}), so they are random"
         torch.manual_seed(settings.seed)
     pretrained = bool(wanted) and settings.checkpoint is None
+    trouble = None
     try:
-        model = create_model(name, pretrained=pretrained).eval()
+        asked = pretrained and not name.startswith("local-dir:")
+        with hub_tried_once() if asked else contextlib.nullcontext() as trouble:
+            model = create_model(name, pretrained=pretrained).eval()
     except Exception as error:
         names = model_names()
         if ":" not in name and name.split(".", 1)[0] not in names:
             raise ValueError(f"unknown model {name!r}{nearest(name, names)}") from error
         what = "pretrained weights" if pretrained else "model"
-        raise ValueError(f"the {what} {name!r} cannot be had: {error}") from error
+        raise ValueError(f"the {what} {name!r} cannot be had: {trouble or error}") from error
     if settings.checkpoint is not None:
         read = read_checkpoint(settings.checkpoint)
         state = read.state

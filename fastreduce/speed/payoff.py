@@ -15,6 +15,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,7 +131,9 @@ class Planner:
             return entry
         fused = 1 if self.method == "evit" else 0  # a token more than were kept, wherever any were dropped
         keep = [count if count == patches else count - fused for count in counts]
-        rounded = self.comparison.build_entry(self.method, self.options, entry.keep_rate, keep)
+        with warnings.catch_warnings():  # stages that round to the same count are in the table
+            warnings.filterwarnings("ignore", r"\w+ with keep=.* will do nothing", UserWarning)
+            rounded = self.comparison.build_entry(self.method, self.options, entry.keep_rate, keep)
         if rounded.layers != entry.layers:
             made_for = " ".join(map(str, entry.counts))
             raise ValueError(f"the checkpoint's layers of {self.method} are made for {made_for} tokens, not others")

@@ -48,7 +48,7 @@ _DEVICE = re.compile(r"(cpu)(?::0)?|cuda(?::[0-9]{1,4})?", re.ASCII)
 def check_positive(name: str, value: float | None) -> None:
     """Raise ValueError for what is neither None nor a positive, finite number."""
     if value is not None and not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive, got {value:g}")
+        raise ValueError(f"{name} must be {'finite' if value == math.inf else 'positive'}, got {value:g}")
 
 
 def _check_whole(name: str, value: int | None, most: int = _MOST) -> None:
@@ -412,7 +412,8 @@ class ExportSettings(_Common):
 
     def check(self) -> None:
         """Raise ValueError for everything that is known to be wrong without torch."""
-        endings = ", ".join(f"{known.ending} ({name})" for name, known in EXPORT_FORMATS.items())
+        chosen = {name: one for name, one in EXPORT_FORMATS.items() if self.to is None or name == self.format}
+        endings = ", ".join(f"{known.ending} ({name})" for name, known in chosen.items())
         if self.to is not None:
             one_of("format", self.format, list(EXPORT_FORMATS))
         if not self.format or EXPORT_FORMATS[self.format].ending != Path(self.out).suffix:

@@ -1,6 +1,8 @@
 """``fastreduce export``: what it refuses in one line, and what it writes and says."""
 
 import dataclasses
+import importlib
+import io
 import json
 
 import pytest
@@ -8,13 +10,17 @@ import timm
 import torch
 from typer.testing import CliRunner
 
+import fastreduce
 from fastreduce.cli.app import app
+from fastreduce.cli.screen import Page
+from fastreduce.integrations.timm import create_model
 from fastreduce.speed.settings import ExportSettings
+from tests.helpers.inputs import seeded
 
 RUNNER = CliRunner()
 WRONG = {
     "no ending": (["--out", "model"], r"--out must end in .onnx (onnx), .xml (openvino), .pt2 (pt2), got 'model'"),
-    "another ending": (["--out", "model.onnx", "--to", "pt2"], "--out must end in"),
+    "another ending": (["--out", "model.onnx", "--to", "pt2"], "--out must end in .pt2 (pt2), got 'model.onnx'"),
     "unknown format": (["--out", "model.onnx", "--to", "onx"], "unknown format 'onx'; did you mean 'onnx'?"),
     "unknown method": (["--out", "model.pt2", "--method", "topq"], "unknown method 'topq'; did you mean 'topk'?"),
     "several methods": (["--out", "model.pt2", "--method", "topk,tome"], "export takes one method, got 'topk,tome'"),
@@ -22,6 +28,10 @@ WRONG = {
     "rounds": (["--out", "model.pt2", "--rounds", "-1"], "rounds must not be negative, got -1"),
     "batch": (["--out", "model.pt2", "--batch", "0"], "batch must be positive, got 0"),
     "no config": (["--out", "model.pt2", "--config", "none.json"], "there is no file 'none.json'"),
+    "config and method": (["--out", "a.pt2", "--config", "x", "--method", "topk"], "give either --config or --method"),
+    "config and rate": (["--out", "a.pt2", "--config", "x", "--keep-rate", "1"], "give either --config or --keep-rate"),
+    "config and blocks": (["--out", "a.pt2", "--config", "x", "--at", "1"], "give either --config or --at"),
+    "config and option": (["--out", "a.pt2", "--config", "x", "--method-option", "y=1"], "or --method-option"),
 }
 
 
@@ -54,6 +64,54 @@ def test_the_format_follows_the_ending():
     for ending, name in ((".onnx", "onnx"), (".xml", "openvino"), (".pt2", "pt2")):
         assert ExportSettings(out=f"model{ending}").format == name
     assert dataclasses.replace(ExportSettings(), method="radial").variant == "radial-l2"
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "config", "random"])
+def test_trained_layers_are_exported(tmp_path, monkeypatch, source):
+    """With --config, they were left out of the file without a word."""
+    written = []
+
+    def write(model, images, file, to):
+        written.append((model, images))
+        raise RuntimeError("not written in this test")
+
+    monkeypatch.setattr("fastreduce.deploy.export", write)
+    trained = create_model("test_vit")
+    fastreduce.patch(trained, "dynamicvit", keep=[60, 30], at=(1, 3))
+    for parameter in trained.reducers.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=seeded(2)))
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    fastreduce.save_config(trained, tmp_path / "config.json")
+    weights = ["--random", "--seed", "10"]
+    if source == "checkpoint":
+        weights = ["--checkpoint", str(tmp_path / "weights.pth")]
+    if source != "config":
+        (tmp_path / "config.safetensors").unlink()
+    config, out = ["--config", str(tmp_path / "config.json")], ["--out", str(tmp_path / "x.onnx")]
+    done = RUNNER.invoke(app, ["export", "--model", "test_vit", *weights, *config, *out])
+    assert "not written in this test" in done.stderr, done.output
+    ((model, images),) = written
+    mine, theirs = model.reducers.state_dict(), trained.reducers.state_dict()
+    assert all(torch.equal(value, mine[name]) for name, value in theirs.items()) == (source != "random")
+    if source == "checkpoint":
+        with torch.no_grad():
+            assert torch.equal(model(images), trained.eval()(images))
+
+
+def test_random_layers_are_said():
+    page = Page(io.StringIO())
+    found = {"runtime": "x", "images": 8, "wrong": 0, "decisions": 10, "difference": 0.0, "relative": 0.0}
+    result = {
+        **{"file": "x.onnx", "bytes": 1, "weights": "pretrained weights", "config": {"method": "sit"}},
+        **{"fidelity": {**found, "same_class": 8}, "image": "flower.jpg", "speeds": [], "faithful": True},
+    }
+    command = importlib.import_module("fastreduce.cli.export")  # the package has the function under this name
+    for layers in ("random", "checkpoint", "config", None):
+        page = Page(io.StringIO())
+        command._print(page, {**result, "layers": layers})
+        page.write()
+        said = "The layers of sit have random weights" in " ".join(page.stream.getvalue().split())
+        assert said == (layers == "random")
 
 
 def test_an_onnx_file_held_against_eager_mode(tmp_path, monkeypatch):

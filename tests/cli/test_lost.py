@@ -1,5 +1,6 @@
 """Fidelity in ``compare`` and ``plan``: right values, and verdicts that follow; pretrained weights out of reach."""
 
+import io
 import json
 import re
 
@@ -8,9 +9,11 @@ import torch
 from PIL import Image
 
 import fastreduce
-from fastreduce.cli.lost import choose
+from fastreduce.cli.lost import choose, print_losses
+from fastreduce.cli.screen import Page
 from fastreduce.integrations import hub
 from fastreduce.integrations.timm import create_model, input_config
+from fastreduce.quality import paired_accuracy
 from fastreduce.quality.images import folder_images
 from fastreduce.speed import verdicts
 from fastreduce.speed.advice import advice
@@ -123,6 +126,34 @@ def test_labels_that_fit_give_accuracy(folder, tmp_path, monkeypatch):
     assert result["fidelity"]["wanted"] == "at most 100 points of accuracy lost"
 
 
+def test_a_loss_of_nothing_has_no_sign():
+    page, row = Page(io.StringIO()), {"speedup": 1.5, "fidelity": {}}
+    same = fastreduce.Fidelity({"pooled_cosine": torch.ones(10)}, paired_accuracy([True] * 10, [True] * 10))
+    row["fidelity"] = same.summary()
+    about = {"images": 10, "source": "of 10 in x", "labels": "labels: 2 classes"}
+    print_losses(page, {"fidelity": about, "random_weights": False}, [("topk 0.5", row)], batch=16)
+    page.write()
+    printed = " ".join(page.stream.getvalue().split())
+    assert "topk 0.5 1.50 1.000 1.000 100.0 0.0 -30.8 to 30.8" in printed
+    assert "as fast as the unreduced model at batch 16." in printed
+
+
+@pytest.mark.parametrize("command", ["compare", "plan", "tune"])
+@pytest.mark.parametrize("content", [b"no picture", None])
+def test_a_picture_that_cannot_be_read_is_one_line(folder, tmp_path, command, content):
+    """None stands for the first half of a picture."""
+    whole = next((folder[0] / "photos").rglob("*.png")).read_bytes()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "whole.png").write_bytes(whole)
+    (tmp_path / "photos" / "broken.png").write_bytes(whole[: len(whole) // 2] if content is None else content)
+    quick = ("--model", MODEL, "--random", "--batch", "1", "--rounds", "1", "--methods", "topk", "--no-pictures")
+    rates = () if command == "tune" else ("--keep-rate", "0.5")
+    done = run(command, *quick, *rates, "--images", tmp_path / "photos", "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert "broken.png cannot be read as an image" in done.stderr
+    assert "Traceback" not in done.output
+
+
 def test_points_of_accuracy_need_labels(folder):
     done = run("plan", "--model", MODEL, "--random", "--images", folder[0] / "photos", "--at-most-lost", "1")
     assert done.exit_code == 2
@@ -189,6 +220,28 @@ def test_pretrained_weights_are_tried_once_and_missed_in_one_line(monkeypatch):
     notes = [line for line in done.stderr.splitlines() if line.startswith("note:")]
     assert notes == ["note: pretrained weights cannot be had (the hub cannot be reached: no route), so they are random"]
     assert "random weights (seed 10)" in done.stdout
+
+
+def test_demanded_weights_are_tried_once_too(monkeypatch):
+    """The hub's own client tries again for a minute."""
+    from huggingface_hub import constants
+
+    offline = []
+
+    def create(name, **_):
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise OSError("nothing in the cache")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("fastreduce.speed.models.create_model", create)
+    monkeypatch.setattr(hub, "_hub_trouble", lambda seconds: "the hub cannot be reached: no route")
+    done = run("compare", "--model", MODEL, "--pretrained", "--no-pictures")
+    assert done.exit_code == 2, done.output
+    assert done.stderr.splitlines()[-1] == (
+        "error: the pretrained weights 'test_vit' cannot be had: the hub cannot be reached: no route"
+    )
+    assert offline == [True]
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_a_hub_that_does_not_answer_is_given_up(monkeypatch):

@@ -293,6 +293,13 @@ def test_counts_that_rounding_does_not_change_are_not_timed(monkeypatch, method,
     assert f"keep_rate={rate}, at=" in words(done)
 
 
+def test_stages_that_round_to_the_same_count_are_no_news(recwarn):
+    """The warning that such stages do nothing is advice on ``keep``, which the user did not give."""
+    settings = payoff.Settings(MODEL, keep_rates=(0.5,), batches=(1,), rounds=1, round_to="64")
+    assert payoff.Planner(settings).entries[0.5].counts == (63, 63, 63)
+    assert not [str(one.message) for one in recwarn if "keep=" in str(one.message)]
+
+
 def test_layers_of_a_checkpoint_are_not_rounded_away(monkeypatch, tmp_path):
     model = fastreduce.patch(create_model(MODEL), "sit", keep_rate=0.5)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -450,8 +457,8 @@ WRONG = {  # what is wrong: arguments, and what the message must say
     "dtype": ("--dtype float8", "unknown dtype 'float8'"),
     "backend": ("--backend cuda", "unknown backend 'cuda'"),
     "batch 0": ("--batch 4,0", "batch must be positive, got 0"),
-    "batch a word": ("--batch many", "--batch takes numbers, like 1,16, got '2,many'"),
-    "batch not whole": ("--batch 2.5", "--batch takes numbers"),
+    "batch a word": ("--batch many", "--batch takes whole numbers, like 1,16, got '2,many'"),
+    "batch not whole": ("--batch 2.5", "--batch takes whole numbers, like 1,16"),
     "rounds": ("--rounds -1", "rounds must be positive, got -1"),
     "threads": ("--threads 0", "threads must be positive, got 0"),
     "seconds": ("--seconds nan", "seconds must be positive, got nan"),

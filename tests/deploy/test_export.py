@@ -90,6 +90,12 @@ def test_decisions_in_a_form_without_order():
     assert labels[0].tolist() == [[0, 2, 2]]
 
 
+def test_a_matching_decides_nothing_of_the_class_token():
+    matching = settled([torch.tensor([[0, 2, 1, 2]])], [Kind(False, True, 3)])
+    assert [one.tolist() for one in matching] == [[[2, 1, 2]]]
+    assert differing(matching, matching) == (0, 3)
+
+
 def test_a_change_of_places_is_seen_in_no_later_stage():
     """Kept tokens change places in the first stage; the second one keeps the same patches, and then other ones."""
     selections = [Kind(True, False, 5, True), Kind(True, False, 4, True)]

@@ -20,6 +20,14 @@ def test_counts_and_mcnemar():
     assert found.p_value == pytest.approx(2 * 79 / 4096)
 
 
+def test_points_lost_are_the_nearest_numbers():
+    """-100 * -0.007 is more than 0.7, so a loss of exactly 0.7 points was one above a bound of 0.7."""
+    found = paired_accuracy(*_pairs(900, 12, 5, 83))
+    assert -100 * found.difference > 0.7
+    assert found.points_lost == found.summary()["points_lost"] == 0.7
+    assert paired_accuracy(*_pairs(1, 0, 2, 1)).points_lost == -50
+
+
 def test_interval_is_that_of_a_bootstrap_over_images():
     before, after = (np.array(side) for side in _pairs(140, 25, 10, 25))
     found = paired_accuracy(before, after)

@@ -51,6 +51,19 @@ def test_kl_is_of_the_unreduced_model_to_the_reduced():
     assert image_fidelity(before, after)["kl"].item() == pytest.approx(wanted, rel=1e-5)
 
 
+def test_a_small_kl_is_told_from_rounding():
+    """In float32 the terms of 1,000 classes cancel to some 1e-7, whatever the divergence is."""
+    logits = torch.randn(8, 1000, generator=seeded(5))
+    other = logits + 1e-4 * torch.randn(8, 1000, generator=seeded(6))
+    pooled = torch.ones(8, 4)
+    found = image_fidelity(Outputs(pooled, logits, None), Outputs(pooled, other, None))["kl"]
+    p, q = logits.double().softmax(1), other.double().softmax(1)
+    wanted = (p * (p / q).log()).sum(1)
+    assert wanted.max() < 1e-7
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), wanted, rtol=1e-4, atol=0)
+
+
 def test_a_reduction_that_keeps_everything_loses_nothing():
     model = fastreduce.patch(_model(), "topk", keep_rate=1.0, at=AT)
     found = fastreduce.fidelity(model, _images())
@@ -207,6 +220,13 @@ def test_wrong_arguments_are_said(arguments, error, words):
     model = fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)
     with pytest.raises(error, match=words):
         fastreduce.fidelity(model, **arguments)
+
+
+def test_a_patched_model_is_no_unreduced_one():
+    """Against itself a patched model lost most of its patches."""
+    model = fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)
+    with pytest.raises(ValueError, match="given as unreduced is patched"):
+        fastreduce.fidelity(model, _images(), unreduced=model)
 
 
 def test_logits_that_are_nan_agree_with_nothing():

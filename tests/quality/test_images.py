@@ -42,9 +42,11 @@ def test_pictures_are_normalised(tmp_path):
         (("cat", "dog"), 3, (), "2 class folders for a head of 3 classes"),
         (("cat", "dog"), 0, (), "no head"),
         (("2", "10"), 11, (10, 2), "folder names"),
-        (("2", "10"), 5, (), "2 class folders for a head of 5 classes"),
+        (("2", "10"), 5, (), "indices up to 10, and the head has 5 classes"),
+        (("2", "x"), 5, (), "2 class folders for a head of 5 classes"),
+        (("1", "2"), 2, (0, 1), "2 classes, folders in their order"),
         (("n01440764", "n01484850"), 1000, (0, 2), "ImageNet"),
-        (("n01440764", "n99999999"), 1000, (), "do not fit a head of 1000 classes"),
+        (("n01440764", "n99999999"), 1000, (), "n99999999 is none of ImageNet's classes for a head of 1000 classes"),
         (("n01440764", "n01484850"), 10, (), "do not fit a head of 10 classes"),
     ],
 )
@@ -56,6 +58,19 @@ def test_class_folders_give_labels_that_fit_the_head(tmp_path, folders, classes,
     assert len(batch) == (2 if labels else 1)
     if labels:
         assert batch[1].tolist() == list(labels)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("x.png", "y.png"), "no class folders, so no labels"),
+        (("x.png", "cat/x.png", "dog/x.png"), "1 picture outside class folders, x.png first, so no labels"),
+        (("x.png", "y.png", "cat/x.png"), "2 pictures outside class folders, x.png first, so no labels"),
+    ],
+)
+def test_pictures_outside_class_folders_are_said(tmp_path, names, words):
+    images = folder_images(_folder(tmp_path, names), 2)
+    assert (images.labels, images.note) == ((), words)
 
 
 def test_a_class_without_a_picture_keeps_its_index(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,16 @@ class Choice:
         return self.method, self.at, self.keep
 
 
+def _digest(model: nn.Module, images: Tensor) -> str:
+    """Return a digest of weights and images: a file of the same name may hold others."""
+    digest = hashlib.sha256()
+    for tensor in (*model.parameters(), *model.buffers(), images):
+        numbers = tensor.detach().cpu().contiguous()
+        digest.update(f"{numbers.dtype} {tuple(numbers.shape)}".encode())
+        digest.update(numbers.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class Tuner:
     """Looks for schedules of a model; :meth:`tabulate`, then :meth:`look_for`, then :meth:`measure`, in this order.
 
@@ -88,11 +99,12 @@ class Tuner:
         measure: the measure that counts, of :data:`fastreduce.quality.MEASURES`.
         labels: (N,) and (M,) class indices, or None.
         saved: a file for the tables, so that an interrupted run goes on where it was; None for none.
-        key: of the tables in that file: everything that they depend on.
+        key: of the tables in that file: everything that they depend on, beside weights and images.
         clock: gives the seconds of a call on a device.
 
     Attributes:
         refused: methods that cannot serve this model, with the reason.
+        untrained: methods with layers of their own, whose weights are random.
     """
 
     def __init__(
@@ -120,13 +132,17 @@ class Tuner:
         self.patches = int(model.patch_embed.num_patches)  # type: ignore[union-attr, arg-type]
         self._least_rate = max(0.25, round((2 / self.patches) ** (1 / 3), 2))  # below it, r³ would leave no token
         self.counts = count_levels(self.patches, LEVELS)
-        self.saved, self.key, self.clock = saved, dict(key or {}), clock
+        self.saved, self.clock = saved, clock
+        self.key = {**(key or {}), "content": _digest(model, seen)} if saved is not None else {}
         self.refused: dict[str, str] = {}
+        self.untrained: list[str] = []
         self.methods: dict[str, dict[str, Any]] = {}
         for name, arguments in methods.items():
             try:
-                with patched(self.seen.model, keep_rate=0.7, **arguments):
+                with patched(self.seen.model, keep_rate=0.7, **arguments) as reduced:
                     self.methods[name] = dict(arguments)
+                    if any(True for _ in reduced.reducers.parameters()):
+                        self.untrained.append(name)
             except ValueError as error:
                 self.refused[name] = str(error)
         if not self.methods:
@@ -333,7 +349,9 @@ class Tuner:
     def _fastest(self, name: str, at_least: float | None, at_most_lost: float | None) -> Choice | None:
         """Return the fastest schedule of a method that measures as good as it has to be on the images of the search."""
         budget = 1 - at_least if at_least is not None else 0.05
-        words = f"fidelity {at_least:g}" if at_least is not None else counted(at_most_lost or 0, "point", "g")
+        words = f"at most {counted(at_most_lost or 0, 'point', 'g')} lost"
+        if at_least is not None:
+            words = f"fidelity at least {at_least:g}"
         for _ in range(_TRIES):
             one = fastest_within(self.fronts[name], loss=budget)
             if not one.at:
@@ -355,7 +373,7 @@ class Tuner:
         """Return whether a choice keeps what it has to on the images of the search."""
         if at_most_lost is not None:
             assert choice.seen is not None
-            return choice.seen.accuracy is not None and -100 * choice.seen.accuracy.difference <= at_most_lost
+            return choice.seen.accuracy is not None and choice.seen.accuracy.points_lost <= at_most_lost
         return at_least is None or self.fidelity_of(choice, unseen=False) >= at_least
 
     @torch.inference_mode()
@@ -403,7 +421,8 @@ class Tuner:
             reaching = [one for one in paying if self.speed_up(one) >= _REACHES * speed_up]
             return max(reaching, key=self._worth, default=None)
         if at_least is None and at_most_lost is None:
-            kept = [one for one in paying if self.keeps(one, _AT_LEAST, None)]
+            # Less divergence is better, and no amount of it is known to do.
+            kept = [one for one in paying if MEASURES[self.measure_name] and self.keeps(one, _AT_LEAST, None)]
             return max(kept, key=self.speed_up) if kept else max(paying, key=self._worth, default=None)
         kept = [one for one in paying if self.keeps(one, at_least, at_most_lost)]
         return max(kept, key=self.speed_up, default=None)
@@ -445,6 +464,7 @@ class Tuner:
             "images_seen": len(self.seen.images),
             "images_unseen": len(self.unseen.images),
             "refused": self.refused,
+            "untrained": self.untrained,
             "unreduced_seconds": statistics.median(self.unreduced),
             "times": dataclasses.asdict(self.times),
             "losses": {

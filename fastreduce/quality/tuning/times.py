@@ -58,7 +58,7 @@ class TimeTable:
         if not reduced:
             return self.plain(count)
         counts, extra = zip(*sorted(map(tuple, self.after[method])), strict=True)
-        return self.plain(count) + float(np.interp(count, counts, extra))
+        return self._at_least_a_block(self.plain(count) + float(np.interp(count, counts, extra)))
 
     def stage_seconds(self, method: str, before: int, after: int) -> float:
         """Return the seconds of a block with a stage."""
@@ -71,7 +71,11 @@ class TimeTable:
         for start in starts:
             shares, extras = zip(*sorted(rows[start]), strict=True)
             at.append(float(np.interp(after / before, shares, extras)))
-        return self.plain(after) + float(np.interp(before, starts, at))
+        return self._at_least_a_block(self.plain(after) + float(np.interp(before, starts, at)))
+
+    def _at_least_a_block(self, seconds: float) -> float:
+        """Return the time, or that of the fastest block if noise has made it less: a sum must not fall by a block."""
+        return max(seconds, min(self.block))
 
     def of(self, method: str, at: Sequence[int], keep: Sequence[int]) -> float:
         """Return the seconds that the table predicts for a schedule."""
@@ -192,8 +196,8 @@ def _measure_method(
                     state = model.blocks[index](state, **beside)
                 return state
 
-            handed_on = run()
-            if not model.reducers.ragged:  # ATS keeps what an image calls for; the schedule only bounds it
+            handed_on, ragged = run(), model.reducers.ragged
+            if not ragged:  # ATS keeps what an image calls for; the schedule only bounds it
                 wanted = handed_on.num_patches
                 short = tokens[:, : prefix + wanted].contiguous()
             following = model.blocks[middle + 1]
@@ -206,7 +210,10 @@ def _measure_method(
             found = _rounds(calls, device, rounds, clock)
         pace = table.plain(wanted) / found["plain"]  # a machine that is busier now than it was is no cost of the method
         extra = found["stage"] - (middle - first) * found["before"] - found["plain"]
+        later = found["after"] - found["plain"]
+        if not ragged:  # a stage does all that a block of its output does; less is noise
+            extra, later = max(0.0, extra), max(0.0, later)
         stages.append([float(before), float(wanted), pace * extra])
-        after[wanted] = pace * (found["after"] - found["plain"])
+        after[wanted] = pace * later
     table.stages[name] = stages
     table.after[name] = [[float(count), seconds] for count, seconds in after.items()]

@@ -10,7 +10,7 @@ import fastreduce
 from bench.proof.tiny import randomize
 from fastreduce.config import read_config
 from fastreduce.integrations.timm import create_model
-from fastreduce.quality.tuning import run
+from fastreduce.quality.tuning import run, times
 from fastreduce.quality.tuning.losses import Calibration, LossTable
 from fastreduce.quality.tuning.run import Tuner
 from fastreduce.quality.tuning.times import TimeTable, measure_times
@@ -106,6 +106,27 @@ def test_times_add_up():
     assert table.stage_seconds("tome", 12, 6) == pytest.approx(6 / 16 + 0.1)
 
 
+def test_noise_makes_no_block_free():
+    """Extras measured on a busy machine were below zero, and a schedule was 19 times as fast by the table."""
+    table = _table(decision=-5.0)
+    table.after["tome"] = [[16.0, 0.0], [2.0, -5.0]]
+    assert table.stage_seconds("tome", 16, 8) == table.block_seconds("tome", 4, True) == min(table.block)
+    assert table.of("tome", (0,), (2,)) >= table.fixed + table.depth * min(table.block)
+
+
+@pytest.mark.parametrize("method", ["tome", "ats"])
+def test_a_stage_takes_no_less_than_a_block_of_its_output(model, method):
+    """The clock here says less. For ATS that may be, since an image may keep fewer tokens than the count."""
+    table = TimeTable(2, 6, [16, 8, 4], [1.0, 1.0, 1.0], 0.0)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        seconds = {"stage": 0.5, "after": 0.25, "plain": 1.0, "before": 1.0}
+        patch.setattr(times, "_rounds", lambda calls, *_: {name: seconds[name] for name in calls})
+        tokens = Calibration(model, _images(2)).entering[0][3]
+        times._measure_method(table, model, method, {"method": method}, tokens, 3, 1, None, {})
+    assert {extra for _, _, extra in table.stages[method]} == ({-0.5} if method == "ats" else {0.0})
+    assert {extra for _, extra in table.after[method]} == ({-0.75} if method == "ats" else {0.0})
+
+
 def test_table_of_times_on_this_device(model):
     table = measure_times(Calibration(model, _images(2)), METHODS, 2, (16, 8, 4), rounds=1)
     assert (table.batch, table.depth, table.counts) == (2, 6, [16, 8, 4])
@@ -173,6 +194,7 @@ def test_every_method_has_stages_where_it_can(model, monkeypatch):
     monkeypatch.setattr(run, "LEVELS", 4)
     tuner = Tuner(model, _images(2), _images(1, seed=1), methods, 2)
     tuner.tabulate()
+    assert tuner.untrained == ["dpcknn", "dynamicvit", "patchmerger", "sinkhorn", "sit"]
     blocks = {name: sorted(table.losses) for name, table in tuner.losses.items()}
     assert blocks == {name: list(range(name == "kmedoids", 6)) for name in methods}
     assert not any(0 in one.at for one in tuner.fronts["kmedoids"])
@@ -196,6 +218,31 @@ def test_a_run_goes_on_from_its_tables(tuner, model, monkeypatch, tmp_path):
         other.tabulate()
 
 
+@pytest.mark.parametrize("changed", ["weights", "images"])
+def test_tables_of_other_weights_or_images_are_not_taken(tuner, model, monkeypatch, tmp_path, changed):
+    """A checkpoint of the same name after more training, or other pictures under the same names."""
+    other, images = create_copy(model), _images(3, seed=int(changed == "images"))
+    if changed == "weights":
+        other.blocks[3].mlp.fc1.bias.data[0] += 1
+    again = Tuner(other, images, _images(2, seed=1), METHODS, 2, saved=tmp_path / "tables.json", key={"a": 1})
+    again.tabulate()
+    fresh = Tuner(other, images, _images(2, seed=1), METHODS, 2)
+    fresh.tabulate()
+    losses = {name: table.losses for name, table in again.losses.items()}
+    assert losses == {name: table.losses for name, table in fresh.losses.items()}
+    assert losses != {name: table.losses for name, table in tuner.losses.items()}
+
+
+def test_without_a_target_a_divergence_is_kept_small(tuner):
+    """0.99 is a fidelity: of two schedules the one with a divergence above it was taken."""
+    tuner.look_for(speed_up=1.5)
+    tuner.measure_name, tuner.unreduced = "kl", [2.0]
+    for choice, kl, seconds in zip(tuner.choices, (0.1, 3.0, 0.5, 2.0), (1.5, 1.0, 1.4, 1.2), strict=True):
+        choice.seen = fastreduce.Fidelity({"kl": torch.full((3,), kl)})
+        choice.seconds = [seconds]
+    assert tuner.best() is tuner.choices[0]
+
+
 def test_wrong_arguments_are_said(model):
     with pytest.raises(ValueError, match="0 and 2"):
         Tuner(model, _images(0), _images(2), METHODS, 2)
@@ -206,7 +253,9 @@ def test_wrong_arguments_are_said(model):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "not JSON"),
+        ("{", "x.json is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"method": "topk", "method": "tome"}', "'method' occurs twice"),
         ('{"config": null}', "no schedule pays"),
         ('{"at": [1]}', "names no method"),
         ("[1]", "names no method"),
@@ -217,6 +266,13 @@ def test_wrong_files_are_said(tmp_path, content, words):
     file.write_text(content)
     with pytest.raises(ValueError, match=words):
         read_config(file)
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    """Some editors put one before every file."""
+    file = tmp_path / "x.json"
+    file.write_text('{"method": "topk"}', encoding="utf-8-sig")
+    assert read_config(file) == {"method": "topk"}
 
 
 def test_config_stands_alone(model):
