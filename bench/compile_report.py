@@ -98,6 +98,7 @@ class _Gates:
         self.loads = Gate("widest load", 16, KNOWN["loads"], at_least=True)
         self.stores = Gate("widest store", 16, KNOWN["stores"], at_least=True)
         self.overwrites = Gate("buffers overwritten under an asynchronous dot", 0)
+        self.serial = Gate("asynchronous products that wait for each other", 0)
         self.tensor = Gate("tensor-core instructions", 1, KNOWN["tensor cores"], at_least=True)
 
     def all(self) -> list[Gate]:
@@ -111,6 +112,7 @@ class _Gates:
             self.float64.check(key, report.float64_ops),
             self.shared.check(key, report.shared_bytes / SHARED_LIMIT[report.arch]),
             self.overwrites.check(key, report.overwrites),
+            self.serial.check(key, int(report.serial)),
         ]
         if wide:
             verdicts.append(self.loads.check(key, max(report.load_bytes, default=0)))
@@ -151,6 +153,7 @@ def _row(report: KernelReport, arch: str, primitive: str, shape: str, dtype: tor
         "tensor": report.mma_ops,
         "tensor_dots": report.tensor_dots,
         "overwrites": report.overwrites,
+        "serial": report.serial,
         "hash": report.hash,
         "load_bytes": report.load_bytes,
         "store_bytes": report.store_bytes,

@@ -93,6 +93,11 @@ def last_rows(rows: int, step: int) -> int:
     return min(step, max(16, next_power_of_2(left))) if left else 0
 
 
+def last_keys(keys: int, step: int) -> int:
+    """Count the keys of the last step, where it stands apart; -1 if there is no whole step before it, so none does."""
+    return last_rows(keys, step) if keys >= step else -1
+
+
 def has_last_step(head_dim: int, dtype: torch.dtype, unit: int) -> bool:
     """Return whether only the last step is masked, in separate code; wider rows lack the registers for that."""
     return dtype != torch.float32 and unit > 1 and padded_head_dim(head_dim) <= 64

@@ -18,6 +18,7 @@ from ._attention import (
     chosen_rows,
     clear_rows,
     has_last_step,
+    last_keys,
     last_rows,
     launches,
     load_bias,
@@ -144,7 +145,7 @@ def _attend_rows(
     policy_strides,
     bias_strides,
     index_strides,
-    MAY_SEE_NONE: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -179,6 +180,8 @@ def _attend_rows(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     MASKED: tl.constexpr = LAST_N < 0  # every step
     whole = last_n if MASKED else first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
+    if not PACKED:
+        tl.assume(whole > first_n)
     for start in range(first_n, whole, BLOCK_N):
         acc, seen_max, seen_sum, row_max = _step(
             *(start + tl.arange(0, BLOCK_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
@@ -203,7 +206,7 @@ def _attend_rows(
         tl.store(logsumexp + row, (row_max + tl.log2(denominator)) * LN_2, mask=in_m)
     else:
         tl.store(logsumexp + row, (seen_max + tl.log2(seen_sum)) * LN_2, mask=in_m)
-        if MAY_SEE_NONE:
+        if bias is not None or PACKED:
             seen_sum = tl.where(seen_sum == 0.0, 1.0, seen_sum)  # no key: the result is zero
         acc = acc / seen_sum[:, None]
     targets = out + ((batch * queries + offsets_m[:, None]) * heads + head) * D + offsets_d[None, :]
@@ -260,21 +263,21 @@ def attention_kernel(
         first_n, last_n = tl.load(key_offsets + batch), tl.load(key_offsets + batch + 1)
         last_n = tl.where(first_m + tl.program_id(0) * BLOCK_M < last_m, last_n, first_n)  # nothing to do
         batch = tl.full((), 0, tl.int64)
-    MAY_SEE_NONE: tl.constexpr = (bias is not None) or (key_offsets is not None)
+    PACKED: tl.constexpr = key_offsets is not None
     begin = first_m + tl.program_id(0) * BLOCK_M
     if LAST_M < BLOCK_M and begin + BLOCK_M > last_m:
         _attend_rows(
             *(begin + tl.arange(0, LAST_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
             *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
             *(q_strides, k_strides, v_strides, policy_strides, bias_strides, index_strides),
-            *(MAY_SEE_NONE, D, UNIT, LAST_M, BLOCK_N, LAST_N, BLOCK_D),
+            *(PACKED, D, UNIT, LAST_M, BLOCK_N, LAST_N, BLOCK_D),
         )
     else:
         _attend_rows(
             *(begin + tl.arange(0, BLOCK_M), first_m, last_m, first_n, last_n, head, batch, q, k, v, policy, bias),
             *(index, mean, out, logsumexp, total, scale_log2, log2_e, eps, heads, queries, prefix),
             *(q_strides, k_strides, v_strides, policy_strides, bias_strides, index_strides),
-            *(MAY_SEE_NONE, D, UNIT, BLOCK_M, BLOCK_N, LAST_N, BLOCK_D),
+            *(PACKED, D, UNIT, BLOCK_M, BLOCK_N, LAST_N, BLOCK_D),
         )
     if query_offsets is not None:
         clear_rows(out, query_offsets, queries, heads, D, BLOCK_M, BLOCK_D)
@@ -393,7 +396,7 @@ def _forward_tile(
         D=head_dim,
         UNIT=unit,
         LAST_M=(not packed and apart and last_rows(queries, own)) or own,
-        LAST_N=-1 if not apart else step if packed else last_rows(keys, step),
+        LAST_N=last_keys(keys, step) if apart and not packed else -1,
         BLOCK_D=padded_head_dim(head_dim),
     )
 

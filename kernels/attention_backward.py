@@ -15,7 +15,7 @@ from ._attention import (
     chosen_rows,
     clear_rows,
     has_last_step,
-    last_rows,
+    last_keys,
     launches,
     load_bias,
     load_columns,
@@ -256,6 +256,8 @@ def grad_queries_kernel(
     offset = tl.sum(upstream.to(tl.float32) * result, 1)
     MASKED: tl.constexpr = LAST_N < 0
     whole = last_n if MASKED else first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
+    if query_offsets is not None:
+        whole = tl.maximum(whole, first_n + 1)  # an image without keys takes a step in which all are masked
     if grad_scores is not None:
         # The attention times the gradient of the scores. With CLASS it is zero in all rows but the first.
         weighted = tl.zeros((BLOCK_M,), tl.float32)
@@ -274,6 +276,7 @@ def grad_queries_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_peak = tl.zeros((BLOCK_M,), tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    tl.assume(whole > first_n)
     for start in range(first_n, whole, BLOCK_N):
         acc, row_max, row_peak = _step(
             *(start + tl.arange(0, BLOCK_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
@@ -565,7 +568,7 @@ def _backward(
             *(grad_k if whole else None, grad_v if whole else None, parts if whole else None, delta, peak, peak_grad),
             *numbers,
             *(*all_strides, strides(out, 3)),
-            LAST_N=-1 if not apart else last_rows(keys, tile["BLOCK_N"]) if offsets is None else tile["BLOCK_N"],
+            LAST_N=last_keys(keys, tile["BLOCK_N"]) if apart and offsets is None else -1,
             **shape,
             **tile,
         )

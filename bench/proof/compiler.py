@@ -57,6 +57,8 @@ class KernelReport:
         store_bytes: the same of stores.
         warpgroup_ops: how many of ``mma_ops`` take four warps together (sm_90).
         overwrites: writes to a shared buffer that an asynchronous dot may still be reading (``bench.proof.buffers``).
+        serial: whether the assembler made every product of four warps wait for the one before, since it takes
+            accumulators for being used under way.
         hash: of the compiled kernel.
     """
 
@@ -75,6 +77,7 @@ class KernelReport:
     tensor_dots: bool
     warpgroup_ops: int = 0
     overwrites: int = 0
+    serial: bool = False
     hash: str = ""
 
 
@@ -150,6 +153,15 @@ def _tensor_dots(ttir: str) -> bool:
     return any("tf32" in dot or re.search(r":.*x(?:f16|bf16)>", dot.split("->")[0]) for dot in dots)
 
 
+def _is_serial(ptx: str, sass: str) -> bool:
+    """Return whether there is a wait after every product of four warps, though the kernel asks for fewer.
+
+    ptxas tells of it with the numbers C7510 to C7515, which Triton does not pass on.
+    """
+    products, waits = len(re.findall(r"\bwgmma\.mma_async\b", ptx)), len(re.findall(r"\bwgmma\.wait_group\b", ptx))
+    return waits < products and sass.count("WARPGROUP.DEPBAR") >= sass.count("HGMMA.") > 0
+
+
 def _nvidia_report(compiled: Any, arch: int) -> KernelReport:
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -179,6 +191,7 @@ def _nvidia_report(compiled: Any, arch: int) -> KernelReport:
         tensor_dots=_tensor_dots(compiled.asm["ttir"]),
         warpgroup_ops=opcodes["HGMMA"],
         overwrites=len(overwritten(compiled.asm["ttgir"])),
+        serial=_is_serial(ptx, sass),
         hash=compiled.hash,
     )
 

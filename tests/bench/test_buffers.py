@@ -1,4 +1,4 @@
-"""bench.proof.buffers finds buffers that are overwritten while an asynchronous dot may still read them."""
+"""The gates find buffers overwritten while an asynchronous dot may still read them, and dots made to wait."""
 
 import os
 
@@ -126,3 +126,32 @@ def test_the_gate_finds_the_idiom():
     for other in (planted(90, twice=True), planted(80, twice=False)):
         assert other.overwrites == 0
         assert _Gates().check("planted_kernel", other) == "ok"
+
+
+@triton.jit
+def two_steps_kernel(x, out, count, SURE: tl.constexpr, BLOCK: tl.constexpr):
+    """Multiply tiles in a loop, scale what came of it, and add one product more."""
+    rows = x + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first = tl.load(rows)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    if SURE:
+        tl.assume(count > 0)
+    for step in range(0, count):
+        tile = tl.load(rows + step * BLOCK * BLOCK)
+        weight = tl.exp2(tl.dot(first, tl.trans(tile)))
+        acc = tl.dot(weight.to(tile.dtype), tile, acc * 0.5)
+    tile = tl.load(rows + count * BLOCK * BLOCK)
+    acc = tl.dot(first, tile, acc * 0.5)
+    targets = out + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(targets, acc)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process cannot compile")
+def test_the_gate_finds_products_that_wait():
+    """A loop that may be skipped, and a product behind it: the assembler takes the skipped loop's zeros for a use."""
+    x, out = torch.zeros(4 * 64, 64, dtype=torch.float16), torch.zeros(64, 64)
+    for arch, sure, expected in ((90, False, True), (90, True, False), (80, False, False)):
+        with compiled_for(arch) as reports:
+            two_steps_kernel[(1,)](x, out, 3, SURE=sure, BLOCK=64, num_warps=4, num_stages=2)
+        assert reports[0].serial == expected
+        assert _Gates().check("two_steps_kernel", reports[0]) == ("MISSED" if expected else "ok")

@@ -19,8 +19,8 @@ def with_dtypes(classes: Sequence[Any]) -> list[tuple[Any, torch.dtype]]:
 def check_gates(
     arch: int, launches: Callable[[], object], *, wide: bool = True, mma: bool = False
 ) -> list[KernelReport]:
-    """Compile all that ``launches`` launches; no spill, no atomic, no float64, shared memory within the limit, and no
-    buffer overwritten that an asynchronous dot may still be reading.
+    """Compile all that ``launches`` launches; no spill, no atomic, no float64, shared memory within the limit, no buffer
+    overwritten that an asynchronous dot may still be reading, and no such dots that wait for one another.
 
     ``wide``: at least one load and one store of the last kernel are 16 bytes a thread. ``mma``: tensor cores are used.
     """
@@ -33,6 +33,7 @@ def check_gates(
         assert report.float64_ops == 0, report
         assert report.shared_bytes <= SHARED_LIMIT[arch], report
         assert report.overwrites == 0, report
+        assert not report.serial, report
     if wide:
         assert 16 in reports[-1].load_bytes, reports[-1]
         assert 16 in reports[-1].store_bytes, reports[-1]

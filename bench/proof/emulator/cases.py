@@ -186,6 +186,9 @@ def _attentions(draw: _Draw) -> list[Primitive]:
         parts = dict(zip("qkv", (draw.tokens(*size) for _ in range(3)), strict=True))
         extra = {"bias": draw.weights(2, 70)} if dim == 72 else {}
         found.append(_case(f"attention D={dim}", ops.attention, "q k v", **parts, **extra))
+    # A step of 64 keys in a loop, and a narrower one behind it.
+    steps = dict(zip("qkv", (draw.tokens(1, 2, 65, 64) for _ in range(3)), strict=True))
+    found.append(_case("attention 65", ops.attention, "q k v", **steps))
     q, k = draw.tokens(2, 3, 70, 72), draw.tokens(2, 3, 70, 72)
     return [*found, _case("received_scores D=72", ops.received_scores, "q k", q=q, k=k)]
 
