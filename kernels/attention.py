@@ -180,20 +180,19 @@ def _attend_rows(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     MASKED: tl.constexpr = LAST_N < 0  # every step
     whole = last_n if MASKED else first_n + (last_n - first_n) // BLOCK_N * BLOCK_N
+    if LAST_N > 0:  # first of all: a product behind the loop would read the loop's accumulators while they are filled
+        acc, seen_max, seen_sum, row_max = _step(
+            *(whole + tl.arange(0, LAST_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
+            *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
+            *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, True),
+        )
     if not PACKED:
-        tl.assume(whole > first_n)
+        tl.assume(whole > first_n)  # ptxas lets products overlap where the loop cannot be skipped
     for start in range(first_n, whole, BLOCK_N):
         acc, seen_max, seen_sum, row_max = _step(
             *(start + tl.arange(0, BLOCK_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
             *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
             *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, MASKED),
-        )
-    if LAST_N > 0:
-        # A packed image may have no key left here; then all keys of the step are masked.
-        acc, seen_max, seen_sum, row_max = _step(
-            *(whole + tl.arange(0, LAST_N), last_n, query, offsets_m, key_rows, value_rows, policy_row, bias_row),
-            *(scale_log2, log2_e, k_strides, v_strides, policy_strides, bias_strides),
-            *(acc, seen_max, seen_sum, row_max, D, UNIT, BLOCK_D, True),
         )
 
     row = (batch * heads + head) * queries + offsets_m

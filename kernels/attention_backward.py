@@ -140,9 +140,11 @@ def _step(
         of_scores = _upstream_of_scores(score_row, columns, columns < last_n, scores_strides[1], prefix, heads, CLASS)
         slope += tl.where(offsets_m[:, None] == 0, of_scores[None, :], 0.0) if CLASS else of_scores[None, :]
     if policy_row is not None:
-        # The first key that reaches a row's largest logit.
+        # The first key that reaches a row's largest logit; the last keys come first.
         tile_max, tile_peak = tl.max(logit, 1, return_indices=True, return_indices_tie_break_left=True)
-        row_peak = tl.where(tile_max > row_max, tl.min(columns, 0) + tile_peak, row_peak)
+        tile_peak += tl.min(columns, 0)
+        sooner = (tile_max > row_max) | ((tile_max == row_max) & (tile_peak < row_peak))
+        row_peak = tl.where(sooner, tile_peak, row_peak)
         row_max = tl.maximum(row_max, tile_max)
         visible = load_columns(policy_row, columns, in_n, policy_strides[1])
         own = offsets_m[:, None] == columns[None, :]
@@ -276,20 +278,20 @@ def grad_queries_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_peak = tl.zeros((BLOCK_M,), tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    tl.assume(whole > first_n)
-    for start in range(first_n, whole, BLOCK_N):
-        acc, row_max, row_peak = _step(
-            *(start + tl.arange(0, BLOCK_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
-            *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
-            *(prefix, k_strides, v_strides, policy_strides, bias_strides, scores_strides),
-            *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, MASKED),
-        )
     if LAST_N > 0:
         acc, row_max, row_peak = _step(
             *(whole + tl.arange(0, LAST_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
             *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
             *(prefix, k_strides, v_strides, policy_strides, bias_strides, scores_strides),
             *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, True),
+        )
+    tl.assume(whole > first_n)  # see the forward kernel
+    for start in range(first_n, whole, BLOCK_N):
+        acc, row_max, row_peak = _step(
+            *(start + tl.arange(0, BLOCK_N), last_n, query, upstream, offsets_m, lse, offset, key_rows, value_rows),
+            *(policy_row, bias_row, score_row, grad_keys, grad_values, of_keys, scale, scale_log2, log2_e, heads),
+            *(prefix, k_strides, v_strides, policy_strides, bias_strides, scores_strides),
+            *(acc, row_max, row_peak, CLASS, D, UNIT, BLOCK_D, MASKED),
         )
 
     if grad_k is None:
