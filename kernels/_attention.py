@@ -65,7 +65,7 @@ def attention_tiles(
 
 
 @functools.cache
-def whole_tile(queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, with_options: bool) -> Tile | None:
+def whole_tile(queries: int, head_dim: int, dtype: torch.dtype, aligned: bool) -> Tile | None:
     """Return the tile of a program that has all queries of a head, or None where two passes are needed.
 
     Such a program computes the gradients with five products. Two passes need seven: each computes the logits and the
@@ -76,7 +76,7 @@ def whole_tile(queries: int, head_dim: int, dtype: torch.dtype, aligned: bool, w
     own, width = max(64, next_power_of_2(queries)), padded_head_dim(head_dim)
     if not aligned or dtype == torch.float32 or width != head_dim or own * max(64, width) > 16384:
         return None
-    return _tile(own, 16 if own == 256 and with_options else 32, max(4, own // 32))
+    return _tile(own, 16 if own == 256 else 32, max(4, own // 32))
 
 
 def takes_whole() -> bool:

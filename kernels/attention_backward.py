@@ -555,7 +555,7 @@ def _backward(
     shape = {"D": head_dim, "UNIT": unit, "CLASS": kind == "class", "BLOCK_D": padded_head_dim(head_dim)}
     _, queries_tile, keys_tile = attention_tiles(head_dim, q.dtype, unit > 1, with_options=used)
     alone = not hidden and grad_scores is None and takes_whole()
-    at_once = whole_tile(rows, head_dim, q.dtype, unit > 1, with_options=used) if alone else None
+    at_once = whole_tile(rows, head_dim, q.dtype, unit > 1) if alone else None
     whole, tile = at_once is not None, at_once or queries_tile
     apart = not whole and has_last_step(head_dim, q.dtype, unit)
     delta = peak = peak_grad = None

@@ -6,7 +6,7 @@ import torch
 from bench.proof.compiler import compiled_for
 from fastreduce.kernels import attention as kernels
 from fastreduce.kernels import attention_backward as backward
-from fastreduce.kernels._attention import last_rows, takes_whole, whole_tile
+from fastreduce.kernels._attention import last_keys, last_rows, takes_whole, whole_tile
 from fastreduce.kernels._rows import unit_of
 from tests.compiled.gates import ARCHES, check_gates
 
@@ -152,11 +152,12 @@ def test_gates_of_rows_that_are_not_aligned(shape, width, dtype, options, arch):
 )
 def test_the_last_step_is_as_narrow_as_what_is_left(rows, step, last):
     assert last_rows(rows, step) == last
+    assert last_keys(rows, step) == (last if rows >= step else -1)  # no step apart where there is no other
 
 
 def test_where_one_program_takes_all_queries():
     def own(queries, head_dim=64, dtype=torch.float16, aligned=True):
-        tile = whole_tile(queries, head_dim, dtype, aligned, with_options=False)
+        tile = whole_tile(queries, head_dim, dtype, aligned)
         return None if tile is None else tile["BLOCK_M"]
 
     assert [own(queries) for queries in (1, 64, 65, 197, 256, 257)] == [64, 64, 128, 256, 256, None]
