@@ -254,11 +254,13 @@ def misshapen(outputs: Outputs, exact: Outputs) -> str | None:
     return None
 
 
-def disagreement(outputs: Outputs, exact: Outputs, others: Sequence[Outputs], share: float) -> str | None:
+def disagreement(
+    outputs: Outputs, exact: Outputs, others: Sequence[Outputs], share: float, floor: float = 0.0
+) -> str | None:
     """Return what is wrong with the outputs, or None.
 
-    Floats may be off from ``exact`` (float64) by ``share`` of the largest value and by the errors of all ``others``.
-    Integers must be equal.
+    Floats may be off from ``exact`` (float64) by ``share`` of the largest value, but of no less than ``floor``, and by
+    the errors of all ``others``. Integers must be equal.
     """
     if (wrong := misshapen(outputs, exact)) is not None:
         return wrong
@@ -269,7 +271,7 @@ def disagreement(outputs: Outputs, exact: Outputs, others: Sequence[Outputs], sh
             continue
         if not truth.numel():
             continue
-        allowed = share * truth.abs().max().item()
+        allowed = share * max(truth.abs().max().item(), floor)
         allowed += sum(_error(other[place], truth) for other in others)
         if not _error(output, truth) <= allowed:  # NaN is wrong too
             return f"output {place} is off by {_error(output, truth):.2e}, allowed are {allowed:.2e}"

@@ -78,10 +78,10 @@ def _goes_at_once(inputs: Inputs, queries: int) -> bool:
     """Return whether one program holds all queries of a head, and makes all gradients."""
     from fastreduce.kernels._attention import takes_whole, whole_tile
 
-    q, with_options = inputs["q"], any(name in inputs for name in ("bias", "index", "offsets"))
+    q = inputs["q"]
     if "policy" in inputs or not takes_whole():
         return False
-    return whole_tile(queries, q.shape[3], q.dtype, aligned=True, with_options=with_options) is not None
+    return whole_tile(queries, q.shape[3], q.dtype, aligned=True) is not None
 
 
 def _backward_tiled(inputs: Inputs, scored: bool = False) -> int:
