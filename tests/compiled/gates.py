@@ -19,9 +19,9 @@ def with_dtypes(classes: Sequence[Any]) -> list[tuple[Any, torch.dtype]]:
 def check_gates(
     arch: int, launches: Callable[[], object], *, wide: bool = True, mma: bool = False
 ) -> list[KernelReport]:
-    """Compile all that ``launches`` launches; no spill, no atomic, no float64, shared memory within the limit, no shared
-    buffer overwritten that an asynchronous dot may still be reading, and no such dots that wait for one another.
+    """Compile all that ``launches`` launches; no spill, no atomic, no float64, shared memory within the limit.
 
+    No shared buffer is overwritten that an asynchronous dot may still be reading, and no such dots wait for one another.
     ``wide``: at least one load and one store of the last kernel are 16 bytes a thread. ``mma``: tensor cores are used.
     """
     with compiled_for(arch) as reports:
