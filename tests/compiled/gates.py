@@ -21,7 +21,7 @@ def check_gates(
 ) -> list[KernelReport]:
     """Compile all that ``launches`` launches; no spill, no atomic, no float64, shared memory within the limit.
 
-    No shared buffer is overwritten that an asynchronous dot may still be reading, and no such dots wait for one another.
+    No shared buffer is overwritten that an asynchronous dot may still be reading. No such dots wait for one another.
     ``wide``: at least one load and one store of the last kernel are 16 bytes a thread. ``mma``: tensor cores are used.
     """
     with compiled_for(arch) as reports:
