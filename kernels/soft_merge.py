@@ -272,6 +272,8 @@ def soft_merge_backward_kernel(
 ):
     """Compute a tile of grad_logits or of grad_x in each program; grid (both in turn, blocks of tokens, images)."""
     clusters = clusters // UNIT * UNIT
+    tl.assume(clusters > 0)  # loops that cannot be skipped let the products of tensor cores overlap
+    tl.assume(channels > 0)
     logits_stride_b = logits_strides[0] // UNIT * UNIT
     logits_stride_n = logits_strides[1] // UNIT * UNIT
     program = tl.program_id(0)
