@@ -331,28 +331,29 @@ def soft_merge_backward(
     clusters = logits.shape[2]
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=x.device)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if batch * clusters * channels == 0:
+        return grad_logits.zero_(), grad_x.zero_()
     delta = torch.empty_like(logsumexp)
     unit = logits_unit(logits)
     tile = backward_tile(tokens, clusters, channels, out.dtype, unit)
+    block_c = row_tile(channels)["BLOCK_C"]
+    rows = 1024 // block_c  # 2,048 elements of each of two operands would spill without alignment
+    row_delta_kernel[(cdiv(clusters, rows), batch)](
+        *(grad, out, delta),
+        *(clusters, channels),
+        out.shape[1] - clusters,
+        strides(grad, 2),
+        ROWS=rows,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
     programs = cdiv(clusters, tile["BLOCK_K"]) + cdiv(channels, tile["BLOCK_C"])
-    if batch and programs:
-        block_c = row_tile(channels)["BLOCK_C"]
-        rows = 1024 // block_c  # 2,048 elements of each of two operands would spill without alignment
-        row_delta_kernel[(max(cdiv(clusters, rows), 1), batch)](
-            *(grad, out, delta),
-            *(clusters, channels),
-            out.shape[1] - clusters,
-            strides(grad, 2),
-            ROWS=rows,
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
-        soft_merge_backward_kernel[(programs, cdiv(tokens, tile["BLOCK_N"]), batch)](
-            *(grad, logits, x, logsumexp, delta, grad_logits, grad_x),
-            *(tokens, clusters, channels),
-            out.shape[1] - clusters,
-            *(strides(grad, 2), strides(logits, 3), strides(x, 2)),
-            UNIT=unit,
-            **tile,
-        )
+    soft_merge_backward_kernel[(programs, cdiv(tokens, tile["BLOCK_N"]), batch)](
+        *(grad, logits, x, logsumexp, delta, grad_logits, grad_x),
+        *(tokens, clusters, channels),
+        out.shape[1] - clusters,
+        *(strides(grad, 2), strides(logits, 3), strides(x, 2)),
+        UNIT=unit,
+        **tile,
+    )
     return grad_logits, grad_x
