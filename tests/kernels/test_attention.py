@@ -81,6 +81,16 @@ def dominated(gap, dtype):
     return q, k, v, policy
 
 
+@pytest.mark.parametrize("places", [(3, 66), (3, 40), (66, 68)])
+def test_the_first_of_the_largest_logits_gets_the_gradient_of_the_maximum(places):
+    """Keys 64 to 69 are a step of their own, which comes before the others."""
+    q, k, v = (t.clone() for t in packed(1, 2, 70, 64, torch.float16, strength=0.1))
+    q[..., 0], k[..., 0] = 4.0, 0.0
+    k[:, :, list(places)] = k[:, :, places[:1]]
+    k[:, :, list(places), 0] = 8.0
+    check(q, k, v, policies(1, 70, torch.float16), eps=1.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gap", [8.0, 13.0])
 def test_hidden_keys_that_dominate_the_row(gap, dtype):
