@@ -26,7 +26,7 @@ TUNED = "tune-saliency-2026-11-29"
 HOSTS = "hosts-cpu-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
 STUDY = "study-cifar10-off-the-shelf-2026-11-29"
-ONE_EPOCH = "study-cifar10-one-epoch-2026-11-29"
+ONE_EPOCH = {0.5: "study-cifar10-one-epoch-2026-11-29", 0.25: "study-cifar10-one-epoch-0.25-2026-11-29"}
 DEPLOYED, SMALL, INT8, COMPILED = "deploy-cpu", "deploy-small-batches-cpu", "deploy-int8-cpu", "compiled-cpu"
 RATES = (0.7, 0.5)
 
@@ -197,13 +197,13 @@ def study_gaps() -> list[str]:
     return _by_rate(_read(STUDY), lambda model: "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**model["gap"]))
 
 
-def study_one_epoch() -> list[str]:
-    """Return the accuracy at a keep rate of 0.5 on CIFAR-10, off the shelf and after an epoch, and what it loses."""
+def study_one_epoch(rate: float) -> list[str]:
+    """Return the accuracy at a keep rate on CIFAR-10, off the shelf and after an epoch, and what it loses."""
     before = {
-        model["method"]: model["accuracy"] for model in _read(STUDY)["models"] if model["keep_rate"] in (None, 0.5)
+        model["method"]: model["accuracy"] for model in _read(STUDY)["models"] if model["keep_rate"] in (None, rate)
     }
     rows = []
-    for model in _read(ONE_EPOCH)["models"]:
+    for model in _read(ONE_EPOCH[rate])["models"]:
         method, gap = model["method"], model["gap"]
         title = "unreduced" if model["keep_rate"] is None else TITLES[method]
         shelf = f"{before[method]['top1']:.2f}" if method in before else ""
@@ -240,7 +240,7 @@ TABLES = {
     "README.md": [first_figures()],
     "docs/speed.md": [*map(compared, RATES), compared_alone(), forward(), training(), primitives()],
     "docs/models.md": [hosts()],
-    "docs/study.md": [study_accuracy(), study_gaps(), study_one_epoch()],
+    "docs/study.md": [study_accuracy(), study_gaps(), *map(study_one_epoch, ONE_EPOCH)],
 }
 
 
