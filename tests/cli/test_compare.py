@@ -9,6 +9,7 @@ from PIL import Image
 
 import fastreduce
 from bench.proof import tiny
+from fastreduce.integrations import hub
 from fastreduce.integrations.timm import create_model
 from fastreduce.measure import count_gmacs
 from fastreduce.ops import unchecked
@@ -343,7 +344,10 @@ def test_pretrained_weights_out_of_reach(monkeypatch):
         raise OSError("no route\nto the hub")
 
     monkeypatch.setattr(built, "create_model", unreachable)
-    assert_one_line(run(*QUICK, "--pretrained"), "the pretrained weights 'test_vit' cannot be had: no route to the hub")
+    message = "the pretrained weights 'test_vit' cannot be had: "
+    assert_one_line(run(*QUICK, "--pretrained"), f"{message}HF_HUB_OFFLINE is set")
+    monkeypatch.setattr(hub, "_hub_trouble", lambda seconds: None)
+    assert_one_line(run(*QUICK, "--pretrained"), f"{message}no route to the hub")
 
 
 def test_out_of_memory(monkeypatch):

@@ -20,5 +20,5 @@ def assert_one_line(done, message):
     assert done.exit_code == 2, (done.output, done.exception)
     assert done.stderr.startswith("error: "), done.stderr
     assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+    assert message in done.stderr, done.stderr
     assert done.stdout == ""
