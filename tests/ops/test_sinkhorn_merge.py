@@ -109,7 +109,10 @@ def test_zero_tokens_and_float32_at_a_small_eps():
         torch.testing.assert_close(ours.double(), value, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+_QUICK = [torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.float64))]
+
+
+@pytest.mark.parametrize("dtype", _QUICK)
 @pytest.mark.parametrize("num_head", [0, 2])
 def test_opcheck(num_head, dtype):
     x, centers, head = inputs(dtype=dtype, num_head=num_head)

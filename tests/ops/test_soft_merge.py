@@ -35,7 +35,10 @@ def opcheck_both(logits, x, head):
         torch.library.opcheck(NATIVE.soft_merge_backward.default, arguments, test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+_QUICK = [torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.float64))]
+
+
+@pytest.mark.parametrize("dtype", _QUICK)
 def test_opcheck(dtype):
     logits, x, head = inputs(dtype=dtype)
     opcheck_both(logits, x, head)

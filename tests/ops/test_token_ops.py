@@ -58,7 +58,11 @@ def test_opcheck_gather(dtype):
         torch.library.opcheck(NATIVE.gather_tokens_backward.default, (grad, index, 1, 8), test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# Shapes and aliases do not depend on the dtype; bfloat16 finds what is not cast.
+ONE_QUICK = [one if one == torch.bfloat16 else pytest.param(one, marks=pytest.mark.slow) for one in DTYPES]
+
+
+@pytest.mark.parametrize("dtype", ONE_QUICK)
 def test_opcheck_merge(dtype):
     slot, residual = slots(), tokens(2, 4, 5, dtype=dtype, seed=1)
     torch.library.opcheck(NATIVE.group_slots.default, (slot, 4), test_utils=OPCHECKS)
@@ -83,7 +87,7 @@ def test_opcheck_merge(dtype):
             torch.library.opcheck(NATIVE.merge_tokens_size_backward.default, arguments, test_utils=OPCHECKS)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ONE_QUICK)
 def test_opcheck_norms(dtype):
     x, slot, order = tokens(2, 9, 5, dtype=dtype), slots(), distinct_indices(2, 8, 8)
     weight, bias, residual = tokens(5, seed=5), tokens(5, seed=6, dtype=dtype), tokens(2, 4, 5, dtype=dtype, seed=1)
