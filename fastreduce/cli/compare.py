@@ -261,15 +261,16 @@ def _save_tradeoff(result: dict[str, Any], file: Path) -> None:
         point = (row["speedup"], headline(row["fidelity"]), f"{row['keep_rate']:g}")
         lines.setdefault(row["label"], []).append(point)
     about = result["fidelity"]
-    chosen = None
+    chosen, note = None, f"keep rates beside the points; {counted(about['images'], 'image')}"
     if about["chosen"] is not None:
         chosen = about["chosen"]["label"], f"{about['chosen']['keep_rate']:g}"
+        note += f"; ring: the fastest with {about['wanted']}"
     draw.save_tradeoff(
         file,
         list(lines.items()),
         "What a speed-up costs",
         f"{result['model']}, {result['weights']}, {result['environment']['device_name']}, batch {result['batch']}",
-        f"keep rates beside the points; {counted(about['images'], 'image')}; ring: the fastest with {about['wanted']}",
+        note,
         chosen,
     )
 

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 import fastreduce
+from fastreduce import draw
+from fastreduce.cli.compare import _save_tradeoff
 from fastreduce.cli.lost import choose, print_losses
 from fastreduce.cli.screen import Page
 from fastreduce.integrations import hub
@@ -263,3 +265,14 @@ def test_a_hub_that_does_not_answer_is_given_up(monkeypatch):
     assert hub._hub_trouble(0.05) == "the hub did not answer within 0.05 seconds"
     assert time.perf_counter() - start < 10
     released.set()
+
+
+@pytest.mark.parametrize("chosen", [None, {"label": "topk", "keep_rate": 0.5}])
+def test_the_plot_tells_of_a_ring_where_there_is_one(monkeypatch, tmp_path, chosen):
+    notes = []
+    monkeypatch.setattr(draw, "save_tradeoff", lambda *given: notes.append(given[4]))
+    about = {"images": 2, "wanted": "fidelity at least 0.99", "chosen": chosen}
+    result = {"methods": [], "fidelity": about, "model": "m", "weights": "w", "batch": 1}
+    _save_tradeoff(result | {"environment": {"device_name": "d"}}, tmp_path / "tradeoff.png")
+    ring = "" if chosen is None else "; ring: the fastest with fidelity at least 0.99"
+    assert notes == [f"keep rates beside the points; 2 images{ring}"]
