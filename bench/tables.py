@@ -28,6 +28,7 @@ PRIMITIVES = "micro-cpu-2026-11-23"
 STUDY = "study-cifar10-off-the-shelf-2026-11-29"
 ONE_EPOCH = {0.5: "study-cifar10-one-epoch-2026-11-29", 0.25: "study-cifar10-one-epoch-0.25-2026-11-29"}
 DEPLOYED, SMALL, ONE = "deploy-cpu", "deploy-small-batches-cpu", "deploy-compiled-cpu"
+SEVERAL = "deploy-compiled-batches-cpu"
 INT8, COMPILED = "deploy-int8-cpu", "compiled-cpu"
 RATES = (0.7, 0.5)
 
@@ -222,7 +223,7 @@ def _latest(name: str) -> Any:
 def deployed() -> list[list[str]]:
     """Return the tables of deployment that were measured: runtimes, small batches, int8, torch.compile."""
     tables = []
-    for name in (DEPLOYED, SMALL, ONE):
+    for name in (DEPLOYED, SMALL, ONE, SEVERAL):
         if (result := _latest(name)) is not None:
             ways = tuple(dict.fromkeys(row["way"] for row in result["rows"]))
             tables.append(deploy_tables.speed_lines(result["rows"], ways))
