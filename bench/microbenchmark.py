@@ -170,11 +170,11 @@ class Microbenchmark:
         shaken_work, _ = self._work(self.primitive.plain, shaken(inputs))
         return inputs, work(), [reference(), shaken_work()]
 
-    def parity(self, contender: str, more: float = 0.0, floor: float = 0.0) -> str | None:
+    def parity(self, contender: str, more: float = 0.0) -> str | None:
         """Say what is wrong with the contender's result, on up to four images, or None; ask before any timing.
 
-        Our own results may be off by ``more`` of the largest value beyond their four roundings, and what is smaller
-        than ``floor`` counts as that large.
+        Our own results may be off by ``more`` of the largest value beyond their four roundings. In float32 a value
+        counts as no less than the primitive's ``terms``.
         """
         inputs, exact, others = self._truth
         work, _ = self._work(self.contenders[contender], inputs)
@@ -184,6 +184,7 @@ class Microbenchmark:
         if contender == "plain" or contender in self.primitive.others:
             steps = self.primitive.plain_steps * torch.finfo(self.shape.dtype).eps
             return disagreement(outputs, exact, (), steps)
+        floor = self.primitive.terms if self.shape.dtype == torch.float32 else 0.0
         return disagreement(outputs, exact, others, 4 * torch.finfo(self.shape.dtype).eps + more, floor)
 
     def once(self, contender: str) -> Outputs:

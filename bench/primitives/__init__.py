@@ -146,6 +146,7 @@ class Primitive:
             reference.
         plain_steps: roundings of the largest value that the plain algorithm and others may be off in their own dtype.
         others: more contenders by name.
+        terms: in float32, how large the terms are of results that they cancel to; 0 where results are their size.
     """
 
     name: str
@@ -160,6 +161,7 @@ class Primitive:
     compare: Callable[[Inputs, Outputs, Outputs], str | None] | None = None
     plain_steps: float = 32.0
     others: Mapping[str, Other] = dataclasses.field(default_factory=dict, hash=False)
+    terms: float = 0.0
 
 
 def nbytes(*tensors: Tensor) -> int:

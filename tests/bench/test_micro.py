@@ -83,6 +83,11 @@ class TestBudget:
         assert disagreement(self._off(3.2e-6), self.EXACT, (self._off(1e-6), self._off(1.1e-6)), 1e-6) is not None
         assert disagreement(self._off(float("nan")), self.EXACT, (self._off(1.0),), 1.0) is not None
 
+    def test_terms_that_cancel_leave_their_roundings(self):
+        assert disagreement(self._off(3e-6), self.EXACT, (), 1e-6, floor=4.0) is None
+        assert disagreement(self._off(5e-6), self.EXACT, (), 1e-6, floor=4.0) is not None
+        assert disagreement(self._off(3e-6), self.EXACT, (), 4e-6, floor=0.1) is None  # never less than the largest
+
     def test_inputs_are_shaken_by_one_rounding_and_no_more(self):
         inputs = {"x": torch.randn(50), "index": torch.arange(3), "k": 4}
         first, second = shaken(inputs), shaken(inputs)

@@ -9,6 +9,7 @@ import torch
 
 import fastreduce
 from bench.proof import tiny
+from tests.helpers.cases import slow_but
 from tests.helpers.inputs import seeded
 
 TINY = {"embed_dim": 48, "num_heads": 3}
@@ -211,9 +212,7 @@ COMPILED += ("deepseek", *OTHERS)  # one of every layout: the others would take 
 _QUICK = {"eva02", "dinov3", "rope-mixed", "grouped", "beit", "relpos-class", "naflex"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in _QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.parametrize("name", slow_but(MODELS, *_QUICK))
 def test_gradients_checkpoints_and_graphs(name):
     """One step of training: as it is, with checkpoints, and in one graph."""
     results = []

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastreduce import ops
 from fastreduce.ops.sinkhorn_merge import SinkhornMerge
+from tests.helpers.cases import slow_but
 from tests.helpers.inputs import DTYPES, tokens
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -109,10 +110,7 @@ def test_zero_tokens_and_float32_at_a_small_eps():
         torch.testing.assert_close(ours.double(), value, atol=1e-4, rtol=1e-4)
 
 
-_QUICK = [torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.float64))]
-
-
-@pytest.mark.parametrize("dtype", _QUICK)
+@pytest.mark.parametrize("dtype", slow_but((torch.float32, torch.bfloat16, torch.float64), torch.bfloat16))
 @pytest.mark.parametrize("num_head", [0, 2])
 def test_opcheck(num_head, dtype):
     x, centers, head = inputs(dtype=dtype, num_head=num_head)

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastreduce import ops, reference
 from fastreduce.ops.soft_merge import SoftMerge
+from tests.helpers.cases import slow_but
 from tests.helpers.inputs import DTYPES, tokens
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -35,10 +36,7 @@ def opcheck_both(logits, x, head):
         torch.library.opcheck(NATIVE.soft_merge_backward.default, arguments, test_utils=OPCHECKS)
 
 
-_QUICK = [torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.float64))]
-
-
-@pytest.mark.parametrize("dtype", _QUICK)
+@pytest.mark.parametrize("dtype", slow_but((torch.float32, torch.bfloat16, torch.float64), torch.bfloat16))
 def test_opcheck(dtype):
     logits, x, head = inputs(dtype=dtype)
     opcheck_both(logits, x, head)

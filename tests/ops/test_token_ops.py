@@ -14,6 +14,7 @@ from fastreduce.ops.fuse_tokens import FuseTokens
 from fastreduce.ops.gather_tokens import GatherTokens
 from fastreduce.ops.merge_tokens import MergeTokens, UnmergeTokens
 from tests.helpers.budget import EPS
+from tests.helpers.cases import slow_but
 from tests.helpers.inputs import distinct_indices, seeded, tokens
 from tests.helpers.matching import assert_slots_by_value, exact_metric, plain_slots
 
@@ -59,7 +60,7 @@ def test_opcheck_gather(dtype):
 
 
 # Shapes and aliases do not depend on the dtype; bfloat16 finds what is not cast.
-ONE_QUICK = [one if one == torch.bfloat16 else pytest.param(one, marks=pytest.mark.slow) for one in DTYPES]
+ONE_QUICK = slow_but(DTYPES, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", ONE_QUICK)

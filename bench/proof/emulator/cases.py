@@ -40,7 +40,7 @@ def _compare_matches(inputs: Inputs, outputs: Outputs, exact: Outputs) -> str | 
 _COMPARED = {ops.match_tokens: _compare_matches, ops.sample_tokens: SAMPLE_TOKENS.compare}
 
 
-def _case(name: str, call: Callable[..., Any], gradients: str = "", **inputs: Any) -> Primitive:
+def _case(name: str, call: Callable[..., Any], gradients: str = "", *, terms: float = 0.0, **inputs: Any) -> Primitive:
     """Make a case of an operator: ``call(**inputs, backend=)``, and the names of the inputs that get a gradient."""
 
     def ours(**arguments: Any) -> Outputs:
@@ -54,7 +54,7 @@ def _case(name: str, call: Callable[..., Any], gradients: str = "", **inputs: An
 
     names = tuple(gradients.split())
     compare = None if inputs.get("prefix") == 0 else _COMPARED.get(call)  # they take one prefix token for granted
-    return Primitive(name, make, ours, plain, lambda *_: 0, names, compare=compare)
+    return Primitive(name, make, ours, plain, lambda *_: 0, names, compare=compare, terms=terms)
 
 
 class _Draw:
@@ -281,6 +281,7 @@ def _edge_attentions(draw: _Draw) -> list[Primitive]:
     one = {name: draw.tokens(1, 1, 1, 64) for name in "qkv"}
     pair = {name: one[name] for name in "qk"}
     two = draw.tokens(1, 1, 2, 64)
+    cancelling: dict[str, Any] = {"terms": 4.0, **one}  # gradients of 0 and scores of 1 come of logits and values
     return [
         _case("cls_scores 1", ops.cls_scores, "q k", q=one["q"][:, :, 0], k=one["k"], prefix=0),
         _case(
@@ -293,9 +294,9 @@ def _edge_attentions(draw: _Draw) -> list[Primitive]:
         ),
         _case("received_scores 1", ops.received_scores, "q k", **pair),
         _case("attention 1", ops.attention, "q k v", **one),
-        _case("attention policy", ops.attention_policy, "q k v policy", policy=torch.ones(1, 1), **one),
-        _case("attention_cls_scores 1", ops.attention_cls_scores, "q k v", prefix=0, **one),
-        _case("attention_received_scores 1", ops.attention_received_scores, "q k v", **one),
+        _case("attention policy", ops.attention_policy, "q k v policy", policy=torch.ones(1, 1), **cancelling),
+        _case("attention_cls_scores 1", ops.attention_cls_scores, "q k v", prefix=0, **cancelling),
+        _case("attention_received_scores 1", ops.attention_received_scores, "q k v", **cancelling),
     ]
 
 
