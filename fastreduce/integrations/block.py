@@ -680,7 +680,10 @@ def _bias(heads: Heads, q: Tensor, kept: Tensor | None) -> Tensor:
         pair = pair.expand(len(kept), -1, -1, -1)
         pair = pair.gather(2, rows[:, None, :, None].expand(-1, pair.shape[1], -1, pair.shape[3]))
     if tokens.bias is not None:
-        bias = tokens.bias[:, None, None, :]
+        batch, num_keys = tokens.bias.shape
+        bias = tokens.bias.view(batch, 1, 1, num_keys)  # one operator: an index with None is three
+        if bias.dtype == q.dtype and pair is None:
+            return bias
     if pair is not None:
         bias = pair if bias is None else pair + bias
     assert bias is not None

@@ -37,7 +37,8 @@ def match_tokens(metric: Tensor, r: int, prefix: int) -> Tensor:
     vectors. Ties go to the lower index, of destinations and of merged tokens. Prefix tokens neither merge nor receive.
     """
     if metric.ndim == 4:
-        metric = metric.mean(1)
+        # A sum has the same cosines, for one operator less; half precision could overflow.
+        metric = metric.sum(1) if metric.dtype == accumulator(metric.dtype) else metric.mean(1)
     batch, tokens, _ = metric.shape
     metric = metric.to(accumulator(metric.dtype))
     unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(1e-12)
