@@ -2,7 +2,7 @@
 
 ``python -m bench.deploy`` prints unreduced ÷ reduced in eager mode, ONNX Runtime and OpenVINO at batch 1 and 8, for the
 shapes of DeiT-S and of CLIP's ViT-B/16. ``--small-batches`` prints batch 1, 2, 4 and 8 in eager mode, compiled and in
-ONNX Runtime; ``--int8`` what ONNX Runtime's quantisation makes of the models, with what it changes.
+ONNX Runtime. ``python -m bench.int8`` is about int8.
 
 All models of a row take turns, round after round. Every exported model is held against eager mode first.
 """
@@ -28,7 +28,7 @@ from fastreduce.plain import FreeSlice
 from fastreduce.speed.comparison import Comparison
 from fastreduce.speed.settings import CompareSettings
 
-from .deploy_tables import Row, int8_lines, slower, speed_lines
+from .deploy_tables import Row, slower, speed_lines
 
 __all__ = ["main", "measure"]
 
@@ -126,62 +126,6 @@ def _rows(
         yield row
 
 
-def _quantised(file: Path, images: Tensor, kind: str) -> Path:
-    """Write what ONNX Runtime's quantisation makes of a model, dynamic or static -> the file."""
-    from onnxruntime import quantization
-
-    out, weights = file.with_name(f"{file.stem}-{kind}.onnx"), quantization.QuantType.QInt8
-    if kind == "dynamic":
-        quantization.quantize_dynamic(
-            file, out, weight_type=quantization.QuantType.QInt8, op_types_to_quantize=["MatMul"]
-        )
-        return out
-
-    class Images(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = list(images.split(1))
-
-        def get_next(self) -> Any:
-            return {"images": self.left.pop(0).numpy()} if self.left else None
-
-    layers = ["MatMul", "Gemm"]
-    quantization.quantize_static(
-        file, out, Images(), per_channel=True, op_types_to_quantize=layers, weight_type=weights
-    )
-    return out
-
-
-def _int8(given: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    """Yield a row for every model, method and kind of int8: speed beside float32 in ONNX Runtime, and fidelity."""
-    for name in given.models:
-        comparison = _comparison(name, given.methods, given.keep_rates[0], given)
-        models: dict[str, nn.Module] = {_UNREDUCED: comparison.model}
-        models |= {entry.label: entry.model for entry in comparison.entries}
-        calibration, images = comparison.views(16), comparison.views(32)
-        for label, model in models.items():
-            file = export(model, images[:2], folder / f"int8-{name}-{label.replace(' ', '-')}.onnx")
-            with torch.no_grad():
-                expected = model(images)
-            plain = load(file)
-            for kind in ("dynamic", "static"):
-                runtime = load(_quantised(file, calibration, kind))
-                found = runtime(images)[0]
-                batch = images[: given.batches[0]]
-                calls = {"float32": lambda: plain(batch), "int8": lambda: runtime(batch)}  # noqa: B023
-                seconds = take_turns(calls, torch.device("cpu"), given.rounds)
-                yield {
-                    "model": name,
-                    "keep_rate": 1.0 if label == _UNREDUCED else given.keep_rates[0],
-                    "batch": len(batch),
-                    "method": label,
-                    "int8": kind,
-                    "ratio": speed_of(len(batch), seconds["int8"], seconds["float32"]).ratio,
-                    "same_class": (found.argmax(1) == expected.argmax(1)).float().mean().item(),
-                    "difference": ((found - expected).abs().max() / expected.abs().max()).item(),
-                    "weights": comparison.weights,
-                }
-
-
 def _save(given: argparse.Namespace, rows: Sequence[Row], load: float | None) -> None:
     """Write what there is so far."""
     if given.json is not None:
@@ -202,7 +146,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=lambda text: tuple(map(int, _words(text))), default=None)
     parser.add_argument("--ways", type=_words, default=None, help=f"of {', '.join(WAYS)}")
     parser.add_argument("--small-batches", action="store_true", help="batch 1, 2, 4, 8; eager, compiled, onnxruntime")
-    parser.add_argument("--int8", action="store_true", help="ONNX Runtime's int8, dynamic and static")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--checkpoint")
@@ -227,18 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for row in (_int8 if given.int8 else measure)(given, Path(folder)):
+            for row in measure(given, Path(folder)):
                 rows.append(row)
                 _save(given, rows, load_before)
                 print(".", end="", file=sys.stderr, flush=True)
         except (ValueError, TypeError) as error:
             parser.error(str(error))
     print(file=sys.stderr)
-    print(*(int8_lines(rows) if given.int8 else speed_lines(rows, given.ways)), sep="\n")
+    print(*speed_lines(rows, given.ways), sep="\n")
     print(f"\nUnreduced ÷ reduced, {counted(given.rounds, 'round')} in turns; load before: {load_before}")
-    if not given.int8:
-        print(*slower(rows), sep="\n", end="")
-    wrong = [row for row in rows if not given.int8 and row["difference"] > _TOLERANCE]
+    print(*slower(rows), sep="\n", end="")
+    wrong = [row for row in rows if row["difference"] > _TOLERANCE]
     for row in wrong:
         print(f"{row['model']} {row['method']} {row['way']}: differs from eager mode by {row['difference']:.1e}")
     return int(bool(wrong))

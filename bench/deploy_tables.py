@@ -34,13 +34,22 @@ def speed_lines(rows: Iterable[Row], ways: Sequence[str]) -> list[str]:
     return markdown_table(heads, lines)
 
 
-def int8_lines(rows: Iterable[Row]) -> list[str]:
-    """Return a table in Markdown: a line for each model, method and kind of int8."""
+def int8_lines(rows: Sequence[Row]) -> list[str]:
+    """Return a table in Markdown: a line for each model and kind of numbers; with labels also the accuracy."""
     lines = []
     for row in rows:
-        cells = [row["model"], _title(row["method"]), row["int8"], f"{row['ratio']:.2f}"]
-        lines.append([*cells, f"{row['same_class']:.0%}", f"{row['difference']:.1%}"])
-    return markdown_table(["model", "method", "int8", "times float32", "same class", "largest difference"], lines)
+        cells = [_title(row["method"]), row["int8"], f"{row['over_unreduced']:.2f}", f"{row['ratio']:.2f}"]
+        if "accuracy" in row:
+            low, high = (100 * bound for bound in row["accuracy"]["interval"])
+            change = f"{100 * row['accuracy']['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+            change = "" if row["int8"] == "float32" else change
+            cells += [f"{100 * row['accuracy']['after']:.2f}", change]
+        else:
+            cells += [f"{row['same_class']:.0%}", f"{row['difference']:.1%}"]
+        lines.append(cells)
+    labelled = any("accuracy" in row for row in rows)
+    last = ["accuracy", "points against float32"] if labelled else ["same class", "largest difference"]
+    return markdown_table(["method", "numbers", "times unreduced", "times float32", *last], lines)
 
 
 def slower(rows: Sequence[Row]) -> Iterator[str]:
