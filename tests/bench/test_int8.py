@@ -1,4 +1,4 @@
-"""What of a reduced model ONNX Runtime quantises, and the table of it."""
+"""Layers that ONNX Runtime quantises in a reduced model, and the table of them."""
 
 from collections import Counter
 
