@@ -22,8 +22,11 @@ from types import UnionType
 from typing import IO, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = [
+    "PICTURES",
     "check_weights_file",
     "from_json",
+    "is_picture",
+    "natural_key",
     "one_line",
     "parse_json",
     "pictures_in",
@@ -36,7 +39,7 @@ __all__ = [
 
 Data = TypeVar("Data")
 
-_PICTURES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+PICTURES = frozenset([".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
 
 def _is_device(path: Path) -> bool:
@@ -112,6 +115,18 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     return path
 
 
+def is_picture(path: str) -> bool:
+    """Tell by its ending whether a file is a picture; hidden ones, and those in hidden folders, are none."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return os.path.splitext(path)[1].lower() in PICTURES and not any(part.startswith(".") for part in parts)
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Return the key that sorts names with numbers by these (dog9 before dog10), letters of either case alike."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
 def pictures_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the pictures in a folder and in folders in it, by their endings; hidden files and folders are left out.
 
@@ -125,11 +140,11 @@ def pictures_in(folder: str | os.PathLike[str]) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(place, name)
-            if not name.startswith(".") and path.suffix.lower() in _PICTURES and path.is_file():
+            if is_picture(name) and path.is_file():
                 found = True
                 yield path
     if not found:
-        endings = ", ".join(sorted(_PICTURES))
+        endings = ", ".join(sorted(PICTURES))
         raise ValueError(f"there is no picture in {os.fspath(folder)!r} (endings: {endings})")
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .._files import pictures_in
+from .._files import natural_key, pictures_in
 from ..arguments import counted
 from ..integrations.timm import imagenet_indices
 from ..pictures import cut, open_picture, sample_photos
@@ -108,7 +108,8 @@ def folder_images(folder: str, classes: int = 0, most: int | None = None) -> Ima
     Hidden files and folders are left out.
 
     Labels are class indices of the head: of ImageNet's names of classes (``n01440764``), of folders that are named by
-    index (``0``, ``17``), or, where there are as many folders as classes, of the folders in alphabetical order.
+    index (``0``, ``17``), or, where there are as many folders as classes, of the folders in their order. That must be
+    certain: torchvision sorts names by letters (``c10`` before ``c2``), timm and ``fastreduce study`` by numbers.
 
     Args:
         folder: with pictures in it, or in folders in it.
@@ -165,6 +166,14 @@ def _class_indices(folders: Sequence[str], classes: int) -> tuple[dict[str, int]
     if len(indices) == len(folders) and max(indices.values()) < classes:
         return indices, f"labels: folder names, {len(folders)} of {fitting}"
     if len(folders) == classes:
+        numbered = sorted(folders, key=natural_key)
+        if (
+            odd := next((pair for pair in zip(folders, numbered, strict=True) if pair[0] != pair[1]), None)
+        ) is not None:
+            return None, (
+                f"{odd[0]} stands before {odd[1]} by letters and behind it by numbers or small letters, so no labels: "
+                "name the folders by class index"
+            )
         return {name: number for number, name in enumerate(folders)}, f"labels: {fitting}, folders in their order"
     if len(indices) == len(folders):
         largest = max(indices.values())

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data.readers import create_reader
+from timm.data.readers import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from .._files import one_line, read_json
+from .._files import PICTURES, is_picture, natural_key, one_line, pictures_in, read_json
 from .images import DataSet, Members, Pictures, photos
 from .protocol import Augmentation, Crops, find_split
 
@@ -47,11 +47,24 @@ def _with_training(parts: list[Pictures]) -> list[Pictures]:
     return parts if len(parts) == 2 else [nothing, *parts]
 
 
+def _is_picture_in(folder: Path, path: str) -> bool:
+    return is_picture(os.path.relpath(path, folder))
+
+
+class _ClassFolders(ImageFolder):
+    """Class folders as torchvision reads them, without hidden ones."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Return the names of the classes, and the index of each."""
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return classes, {name: index for index, name in enumerate(classes)}
+
+
 def _imagenet(root: Path, size: int, how: Augmentation, wanted: Sequence[str] = _SPLITS) -> DataSet:
     splits = []
     for split in wanted:
         try:
-            splits.append(ImageFolder(str(root / split)))
+            splits.append(_ClassFolders(str(root / split), is_valid_file=partial(_is_picture_in, root / split)))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{root / split} must hold one folder of images for each class: {error}") from error
     _check_same_classes([root / split for split in wanted], [split.classes for split in splits])
@@ -105,19 +118,77 @@ def _table(path: Path, images: dict[str, str] | None = None) -> dict[str, str]:
     return table
 
 
-def _read_split(path: Path) -> tuple[tuple[str, ...], Members, Tensor]:
-    """Read the classes, pictures and labels of a split with timm's readers."""
-    tars = path.is_file() or any(child.suffix == ".tar" for child in path.iterdir())
+def _read_split(path: Path) -> tuple[tuple[str, ...], Pictures]:
+    """Read the classes, pictures and labels of a split: class folders, or tar files of them."""
+    if path.is_file() or any(child.suffix == ".tar" for child in path.iterdir()):
+        return _read_tars(path)
     try:
-        reader: Any = ReaderImageInTar(os.fspath(path)) if tars else create_reader("", os.fspath(path))
+        files = list(pictures_in(path))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a folder of images for each class: {one_line(error)}") from error
+    files.sort(key=lambda file: natural_key(os.fspath(file)))
+    inside = [os.fspath(file.relative_to(path)) for file in files]
+    classes, labels = _labels_of(path, inside, [os.path.dirname(name) for name in inside])
+    return classes, (files, labels)
+
+
+def _read_tars(path: Path) -> tuple[tuple[str, ...], Pictures]:
+    """Read a split from a tar file of class folders, or from several, or from one for each class."""
+    try:
+        with _more_endings():
+            reader: Any = ReaderImageInTar(os.fspath(path))
     except (OSError, RuntimeError, ValueError, tarfile.TarError) as error:
         raise ValueError(f"{path} must hold a folder of images for each class: {one_line(error)}") from error
-    index = reader.class_name_to_idx if tars else reader.class_to_idx
-    labels = reader.targets if tars else [label for _, label in reader.samples]
-    if "" in index:
-        inside = reader.filename(list(labels).index(index[""]))
-        raise ValueError(f"{path} must hold a folder of images for each class; {inside} is in none")
-    return tuple(index), Members(path, reader), torch.tensor(list(map(int, labels)))
+    reader.samples = reader.samples[[is_picture(member.path) for member, _, _ in reader.samples]]
+    if not len(reader.samples):
+        raise ValueError(f"{path} must hold a folder of images for each class: it has no picture")
+    inside, folders = [], []
+    for member, tar, child in reader.samples:
+        name = os.path.normpath(member.path)
+        outer = child.name if child is not None else tar  # of a file for each class, the class
+        inside.append(name)
+        folders.append(os.path.dirname(name) or ("" if outer is None else os.path.splitext(os.path.basename(outer))[0]))
+    classes, labels = _labels_of(
+        path, inside, folders, [(tar, child and child.name) for _, tar, child in reader.samples]
+    )
+    return classes, (Members(path, reader), labels)
+
+
+@contextmanager
+def _more_endings() -> Iterator[None]:
+    """Let timm's readers find all pictures that the package reads, by their endings."""
+    before = get_img_extensions()
+    set_img_extensions(sorted(PICTURES))
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
+
+
+def _labels_of(
+    path: Path, inside: Sequence[str], folders: Sequence[str], files: Sequence[Any] | None = None
+) -> tuple[tuple[str, ...], Tensor]:
+    """Return the classes, in natural order, and the class of every picture: the folder that it is in.
+
+    Raises:
+        ValueError: pictures in no folder, or class folders in other folders than one, which leave open what a class is.
+    """
+    if (loose := next((name for name, folder in zip(inside, folders, strict=True) if not folder), None)) is not None:
+        raise ValueError(f"{path} must hold a folder of images for each class; {loose} is in none")
+    first: dict[Any, tuple[str, str]] = {}  # by tar file, where the class folders are, and a picture there
+    for name, folder, file in zip(inside, folders, files or [None] * len(inside), strict=True):
+        place, known = first.setdefault(file, (os.path.dirname(folder), name))
+        if place != os.path.dirname(folder) or (file is None and place):
+            deep = max(name, known, key=lambda one: one.count(os.sep))
+            outer, inner = os.path.dirname(deep).split(os.sep)[-2:]
+            raise ValueError(
+                f"{path} must hold a folder of images for each class, without folders in it: the class of {deep} may "
+                f"be {outer!r} or {inner!r}"
+            )
+    names = [os.path.basename(folder) for folder in folders]
+    classes = sorted({*names}, key=natural_key)
+    index = {name: place for place, name in enumerate(classes)}
+    return tuple(classes), torch.tensor([index[name] for name in names])
 
 
 def _folder(
@@ -125,9 +196,8 @@ def _folder(
 ) -> DataSet:
     paths = [find_split(root, split) for split in wanted]
     splits = [_read_split(path) for path in paths]
-    _check_same_classes(paths, [classes for classes, _, _ in splits])
-    parts: list[Pictures] = [(pictures, labels) for _, pictures, labels in splits]
-    return photos(name, splits[-1][0], size, how, *_with_training(parts))
+    _check_same_classes(paths, [classes for classes, _ in splits])
+    return photos(name, splits[-1][0], size, how, *_with_training([pictures for _, pictures in splits]))
 
 
 def _nabirds(root: Path, size: int, how: Augmentation) -> DataSet:

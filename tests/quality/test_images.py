@@ -45,6 +45,10 @@ def test_pictures_are_normalised(tmp_path):
         (("2", "10"), 5, (), "indices up to 10, and the head has 5 classes"),
         (("2", "x"), 5, (), "2 class folders for a head of 5 classes"),
         (("1", "2"), 2, (0, 1), "2 classes, folders in their order"),
+        # Torchvision and timm sort these in two ways.
+        (("c1", "c2", "c10"), 3, (), "c10 stands before c2 by letters"),
+        (("Zebra", "ant"), 2, (), "Zebra stands before ant by letters"),
+        (("1", "2", "10"), 3, (), "name the folders by class index"),
         (("n01440764", "n01484850"), 1000, (0, 2), "ImageNet"),
         (("n01440764", "n99999999"), 1000, (), "n99999999 is none of ImageNet's classes for a head of 1000 classes"),
         (("n01440764", "n01484850"), 10, (), "do not fit a head of 10 classes"),

@@ -144,6 +144,56 @@ def test_malformed_folders(root, tmp_path):
         open_data("folder", root, augmentation=Shifts())
 
 
+def draw(root, names):
+    for name in names:
+        for split in ("train", "val"):
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels(1, 1)).save(root / split / name)
+
+
+def pack(root, target):
+    """Make a tar file of every split, of members with a leading dot."""
+    target.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(target / f"{split}.tar", "w") as tar:
+            tar.add(root / split, ".")
+    return target
+
+
+def test_every_sort_of_picture_counts_and_nothing_hidden(tmp_path):
+    draw(
+        tmp_path, ["cat/1.png", "cat/2.webp", "dog/1.bmp", "dog/2.TIFF", "dog/.3.png", ".saved/1.png", "dog/.old/4.png"]
+    )
+    for place in (tmp_path, pack(tmp_path, tmp_path / "packed")):
+        data = open_data("folder", place, image_size=16)
+        assert data.classes == ("cat", "dog")
+        assert data.val.labels.tolist() == [0, 0, 1, 1]
+        assert len({round(data.val[index][0].sum().item()) for index in range(4)}) == 1
+    assert open_data("imagenet", tmp_path, image_size=16).classes == ("cat", "dog")
+    assert len(open_data("imagenet", tmp_path, image_size=16).val) == 4
+
+
+@pytest.mark.parametrize("names", [("cat/a/1.png", "dog/a/1.png"), ("cat/1.png", "cat/a/1.png", "dog/1.png")])
+def test_a_class_that_may_be_two_is_refused(tmp_path, names):
+    draw(tmp_path, names)
+    for place in (tmp_path, pack(tmp_path, tmp_path / "packed")):
+        with pytest.raises(ValueError, match=r"the class of (cat|dog)/a/1\.png may be '(cat|dog)' or 'a'"):
+            open_data("folder", place)
+
+
+def test_a_picture_beside_the_class_folders_of_a_tar_file_is_said(tmp_path):
+    draw(tmp_path, ("cat/1.png", "2.png"))
+    with pytest.raises(ValueError, match=r"must hold a folder of images for each class; 2\.png is in none"):
+        open_data("folder", pack(tmp_path, tmp_path / "packed"))
+
+
+def test_classes_that_differ_in_case_or_zeros_have_one_order(tmp_path):
+    names = ("a1", "a01", "A1", "b")
+    draw(tmp_path, [f"{name}/1.png" for name in names])
+    for place in (tmp_path, pack(tmp_path, tmp_path / "packed")):
+        assert open_data("folder", place).classes == ("A1", "a01", "a1", "b")
+
+
 def test_a_damaged_member_is_named(root, tmp_path):
     write_tars(root, tmp_path / "tars")
     data = open_data("folder", tmp_path / "tars", image_size=16)
