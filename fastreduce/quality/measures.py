@@ -18,7 +18,7 @@ from ..recording import is_patched
 from .accuracy import Accuracy, paired_accuracy
 from .outputs import Outputs, check_kind, model_outputs, unreduced_copy
 
-__all__ = ["MEASURES", "Fidelity", "fidelities", "fidelity", "image_fidelity"]
+__all__ = ["MEASURES", "Fidelity", "fidelities", "fidelity", "image_fidelity", "top_classes"]
 
 # name: whether more is better
 MEASURES = {
@@ -142,6 +142,8 @@ def _batches(images: Any, labels: Any, batch_size: int) -> Iterator[tuple[Tensor
         pair = batch if isinstance(batch, (tuple, list)) else (batch,)
         if not pair or not isinstance(pair[0], Tensor):
             raise TypeError(f"a batch must be a tensor or a pair of images and labels, got {type(batch).__name__}")
+        if pair[0].ndim != 4:
+            raise ValueError(f"a batch must be (N, channels, height, width), got images {tuple(pair[0].shape)}")
         yield pair[0], _as_labels(pair[1]) if len(pair) > 1 else None
 
 
@@ -240,7 +242,7 @@ class _Collected:
             self.parts.setdefault(name, []).append(values.cpu())
         if targets is not None:
             for side, outputs in zip(self.right, (before, after), strict=True):
-                side.append(_correct(outputs.logits, targets))
+                side.append(_correct(outputs, targets))
 
     def fidelity(self) -> Fidelity:
         """Return all of it; ValueError if there was no image."""
@@ -296,14 +298,24 @@ def _moved(images: Tensor, model: nn.Module) -> Tensor:
     return images.to(*_place_of(model))
 
 
-def _correct(logits: Tensor | None, targets: Tensor) -> Tensor:
+def top_classes(outputs: Outputs) -> Tensor:
+    """Return (B,) int64 on the CPU, the class of the largest logit, -1 without a head or where the logits have NaN."""
+    if outputs.logits is None:
+        return torch.full((len(outputs.pooled),), -1)
+    return outputs.logits.argmax(1).masked_fill(outputs.logits.isnan().any(1), -1).cpu()
+
+
+def _correct(outputs: Outputs, targets: Tensor) -> Tensor:
     """Return (B,) bool, whether the largest logit is the label's."""
+    logits = outputs.logits
     if logits is None:
         raise ValueError("labels were given, but the model has no head")
     classes = logits.shape[1]
-    if targets.is_floating_point() or targets.shape != logits.shape[:1]:
+    if targets.is_floating_point():
+        raise TypeError(f"labels must be class indices, got {targets.dtype}")
+    if targets.shape != logits.shape[:1]:
         raise ValueError(f"labels must be ({len(logits)},) class indices, got {tuple(targets.shape)} {targets.dtype}")
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         wrong = int(targets.min()) if targets.min() < 0 else int(targets.max())
         raise ValueError(f"labels must lie between 0 and {classes - 1}, the classes of the head, got {wrong}")
-    return (logits.argmax(1).cpu() == targets.cpu()) & ~logits.isnan().any(1).cpu()
+    return top_classes(outputs) == targets.cpu()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..integrations.hf.images import head_of, hold_input
 from ..integrations.registry import host_of
 from ..integrations.timm import unpatch
 from ..recording import Stage, is_patched, patched_model, record
@@ -93,14 +94,17 @@ def _has_dense_features(host: Any) -> bool:
 
 def _answer(host: nn.Module, images: Tensor) -> Outputs:
     """Return what a call of any other model gives: a tensor, or an output with logits or pooled features."""
-    found: Any = host(images)
+    seen: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        if (head := head_of(host)) is not None:
+            stack.callback(head.register_forward_pre_hook(hold_input(seen)).remove)
+        found: Any = host(images)
     found = found[0] if isinstance(found, tuple) and type(found) is tuple else found
     if isinstance(found, Tensor) and found.ndim == 2:
         return Outputs(found, None, None)
     logits = getattr(found, "logits", None)
-    pooled = next(
-        (one for name in ("pooler_output", "image_embeds") if (one := getattr(found, name, None)) is not None), logits
-    )
+    given = (seen.get("pooled"), *(getattr(found, name, None) for name in ("pooler_output", "image_embeds")), logits)
+    pooled = next((one for one in given if one is not None), None)
     if pooled is None or pooled.ndim != 2:
         raise TypeError(
             "fidelity takes a timm Vision Transformer, or a model that gives (B, C) features or logits, and "

@@ -23,7 +23,7 @@ from ..integrations.timm import is_patched, reduced_counts, reducer_of
 from ..measure import count_gmacs, quartiles, take_turns
 from .data import DataSet
 from .measures import mean_average_precision
-from .record import Recording, record_images
+from .record import Recording, best_classes, record_images
 
 __all__ = [
     "LEAST_ROUNDS",
@@ -99,8 +99,7 @@ def _accuracy(data: DataSet, logits: list[Tensor], labels: list[Tensor]) -> dict
     together, truth = torch.cat(logits), torch.cat(labels)
     if data.multi_label:
         return {"map": mean_average_precision(together.numpy(), truth.numpy())}
-    best = together.topk(min(5, data.num_classes)).indices
-    return _shares_right(best.numpy(), truth.numpy())
+    return _shares_right(best_classes(together).numpy(), truth.numpy())
 
 
 def _shares_right(best: NDArray[Any], truth: NDArray[Any]) -> dict[str, float]:

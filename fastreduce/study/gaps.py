@@ -23,7 +23,8 @@ class Gap:
 
     Attributes:
         mean: over images.
-        low, high: its 95 % interval, a bootstrap over images.
+        low, high: its 95 % interval, a bootstrap over images. Where the models never differ, the largest difference
+            that as many images would miss in one of forty cases.
         images: how many.
         p_value: of McNemar's exact test where two models are compared, two-sided; None for averages over models.
     """
@@ -87,6 +88,11 @@ def measure_gap(first: NDArray[np.float64], second: NDArray[np.float64], *, seed
     # Drawing images again is drawing these kinds of images, and each kind counts alike.
     draws = np.random.default_rng(seed).multinomial(images, counts / images, _DRAWS) @ values / images
     low, high = np.quantile(draws, _TAILS)
+    if not values.any():  # as fastreduce.fidelity has it: models that never differ here are not certain to be equal
+        from scipy import stats
+
+        high = 100 * stats.binomtest(0, images).proportion_ci(_TAILS[1] - _TAILS[0]).high
+        low = -high
     p_value = None
     if {*np.unique(first), *np.unique(second)} <= {0.0, 100.0}:
         from scipy import stats

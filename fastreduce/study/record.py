@@ -33,7 +33,16 @@ from ..integrations.timm import Stage, is_patched, record, reduced_counts, reduc
 from ..tokens import Tokens
 from .measures import mean_average_precision
 
-__all__ = ["UNREDUCED", "ColumnWriter", "Recording", "Run", "feature_blocks", "open_recording", "record_images"]
+__all__ = [
+    "UNREDUCED",
+    "ColumnWriter",
+    "Recording",
+    "Run",
+    "best_classes",
+    "feature_blocks",
+    "open_recording",
+    "record_images",
+]
 
 UNREDUCED = "none"
 _FORMAT = "fastreduce-recording-1"
@@ -88,8 +97,9 @@ class Recording:
         slots: by block (images, P) integer, the token that every original patch is in; merging methods only. Soft
             merging: the token that it weighs most in.
         features: by block (images, C) floating, the class token after it.
-        outputs: ``prediction`` (images, up to 5) integer, best first, with ``target`` (images,) integer; of multi-label
-            data ``scores`` (images, classes) float32 with ``target`` (images, classes) uint8.
+        outputs: ``prediction`` (images, up to 5) integer, best first, -1 where the logits have NaN, with ``target``
+            (images,) integer; of multi-label data ``scores`` (images, classes) float32 with ``target`` (images,
+            classes) uint8.
     """
 
     run: Run
@@ -370,14 +380,19 @@ def _stage_columns(stages: Sequence[Stage], widths: Mapping[int, int], patches: 
     return columns
 
 
+def best_classes(logits: Tensor) -> Tensor:
+    """Return (B, up to 5) classes, best first, of equal logits the lower one; -1 for images whose logits have NaN."""
+    best = logits.sort(dim=1, descending=True, stable=True).indices[:, :5]
+    return best.masked_fill(logits.isnan().any(1, keepdim=True), -1)
+
+
 def _output_columns(logits: Tensor, target: Tensor) -> dict[str, Array]:
     if target.ndim == 2:
         scores = logits.float().cpu().numpy()
         return {"outputs.scores": scores, "outputs.target": (target > 0).cpu().numpy().astype(np.uint8)}
     small = _smallest(-1, max(5, logits.shape[1]))
-    best = logits.topk(min(5, logits.shape[1])).indices
     return {
-        "outputs.prediction": best.cpu().numpy().astype(small),
+        "outputs.prediction": best_classes(logits).cpu().numpy().astype(small),
         "outputs.target": target.cpu().numpy().astype(small),
     }
 

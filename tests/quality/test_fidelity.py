@@ -1,5 +1,6 @@
 """Fidelity against the unreduced model: right values, streaming, and a model that is left as it was."""
 
+import copy
 import math
 from functools import partial
 
@@ -10,8 +11,10 @@ from torch import nn
 
 import fastreduce
 from bench.proof.tiny import randomize
+from fastreduce.integrations.hf.images import ImageModel
 from fastreduce.quality import Outputs, model_outputs, unreduced_copy
 from fastreduce.quality.measures import image_fidelity
+from fastreduce.quality.tuning.losses import Calibration
 from tests.helpers.inputs import seeded
 
 AT = (1, 3)
@@ -205,6 +208,12 @@ def test_summary_has_mean_median_and_worst_decile():
         ({"images": 7}, TypeError, "7"),
         ({"images": []}, ValueError, "no images"),
         ({"images": [{"x": 1}]}, TypeError, "dict"),
+        (
+            {"images": torch.zeros(2, 3, 64, 64).unbind()},
+            ValueError,
+            r"a batch must be \(N, .* got images \(3, 64, 64\)",
+        ),
+        ({"images": torch.zeros(2, 3, 64, 64), "labels": [1.0, 2.0]}, TypeError, "class indices, got torch.float32"),
         ({"images": torch.zeros(2, 3, 64, 64), "labels": [1]}, ValueError, r"\(1,\)"),
         ({"images": torch.zeros(2, 3, 64, 64), "labels": [1, 7]}, ValueError, "between 0 and 6.*got 7"),
         ({"images": torch.zeros(2, 3, 64, 64), "labels": [-1, 2]}, ValueError, "got -1"),
@@ -241,6 +250,11 @@ def test_logits_that_are_nan_agree_with_nothing():
     unreduced, broken = _model(), fastreduce.patch(_model(), "topk", keep_rate=0.6, at=AT)
     torch.nn.init.constant_(broken.head.bias, torch.nan)
     assert fastreduce.fidelity(broken, images[::2], unreduced=unreduced).mean("agreement") == 0
+    # tune counts them as wrong, too
+    with torch.no_grad():
+        classes = Calibration(unreduced, images).measured("topk", keep_rate=0.6, at=AT)[1:]
+    assert [one[1] for one in classes] == [-1, -1]
+    assert classes[0][::2].tolist() == unreduced(images[::2]).argmax(1).tolist()
 
 
 def test_models_of_other_libraries_are_compared_by_their_answer():
@@ -252,11 +266,17 @@ def test_models_of_other_libraries_are_compared_by_their_answer():
     model = transformers.ViTForImageClassification(config).eval()
     images = _images(3)
     with torch.no_grad():
-        before = model(images).logits
-        after = fastreduce.patch(model, "topk", keep_rate=0.3, at=AT)(images).logits
+        before = model.vit(images).last_hidden_state[:, 0]
+        fastreduce.patch(model, "topk", keep_rate=0.3, at=AT)
+        after = model.vit(images).last_hidden_state[:, 0]
     found = fastreduce.fidelity(model, images)
     assert set(found.values) == {"agreement", "kl", "pooled_cosine"}
+    # what the head reads, as compare has it, not the logits
     assert torch.allclose(found.values["pooled_cosine"], torch.cosine_similarity(before, after), atol=1e-5)
+    size = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "crop_mode": "squash"}
+    wrapped = fastreduce.patch(ImageModel(fastreduce.unpatch(copy.deepcopy(model)), size), "topk", keep_rate=0.3, at=AT)
+    for name, values in found.values.items():
+        assert torch.allclose(fastreduce.fidelity(wrapped, images).values[name], values, atol=1e-6)
     assert found.values["pooled_cosine"].max() < 1
     assert fastreduce.is_patched(model)
 

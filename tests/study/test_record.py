@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import fastreduce
 from bench.proof.tiny import build, images, randomize
 from fastreduce.study.comparison import compare, token_statistics
-from fastreduce.study.record import ColumnWriter, Run, feature_blocks, open_recording, record_images
+from fastreduce.study.record import ColumnWriter, Run, best_classes, feature_blocks, open_recording, record_images
 from tests.helpers.inputs import rewrite, seeded
 
 BATCHES = (4, 3)
@@ -122,6 +122,31 @@ def test_recordings_are_compared_from_their_files(tmp_path):
     statistics = token_statistics(opened[1])
     assert list(statistics.share) == [8 / 16, 4 / 16]
     assert statistics.depth.mean() == statistics.pooled[0] == (8 * 1 + 4 * 2 + 4 * 4) / 16
+
+
+def test_equal_logits_go_to_the_lower_class_and_nan_to_none():
+    """As fidelity counts them: torch.topk takes any of several largest, and NaN for the largest."""
+    logits = torch.randn(3000, 40, generator=seeded(2)).bfloat16()
+    best = best_classes(logits)
+    tied = (logits == logits.amax(1, keepdim=True)).sum(1) > 1
+    assert tied.sum() > 20
+    assert torch.equal(best[:, 0], logits.argmax(1))
+    again = np.argsort(-logits.float().numpy(), axis=1, kind="stable")[:, :5]
+    assert np.array_equal(best.numpy(), again)
+    logits[1, 30] = torch.nan
+    assert best_classes(logits)[:3, 0].tolist() == [again[0, 0], -1, again[2, 0]]
+    assert best_classes(logits[:, :3]).shape == (3000, 3)
+
+
+def test_logits_that_are_nan_are_right_for_no_image(tmp_path):
+    model = build()
+    torch.nn.init.constant_(model.head.bias, torch.nan)
+    pictures, _ = data(model)
+    recording = record_images(
+        model, [(pictures, torch.zeros(len(pictures), dtype=torch.int64))], tmp_path / "a", dataset="", backbone=""
+    )
+    assert recording.run.accuracy == 0
+    assert (recording.outputs["prediction"] == -1).all()
 
 
 def test_several_labels_an_image(tmp_path):

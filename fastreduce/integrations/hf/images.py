@@ -15,7 +15,7 @@ from .hosts import EncoderHost
 from .plain import PlainView, wanted_options
 from .towers import images_in, layers_at, towers_in
 
-__all__ = ["ImageModel"]
+__all__ = ["ImageModel", "head_of", "hold_input"]
 
 # What a head is called that turns features into logits; its input is what fidelity compares.
 _HEADS = ("classifier", "cls_classifier")
@@ -119,7 +119,7 @@ class ImageModel(nn.Module):
         return self._head() is not None
 
     def _head(self) -> Any:
-        return next((head for name in _HEADS if (head := self.model._modules.get(name)) is not None), None)
+        return head_of(self.model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images (B, 3, height, width) into (B, classes) logits, or (B, C) an embedding or the pooled token."""
@@ -155,7 +155,7 @@ class ImageModel(nn.Module):
         seen = self._watching = {}
         handles = [self.blocks[-1].register_forward_hook(_hold_rows(seen))]
         if (head := self._head()) is not None:
-            handles.append(head.register_forward_pre_hook(_hold_pooled(seen)))
+            handles.append(head.register_forward_pre_hook(hold_input(seen)))
         try:
             answer = self(images)
         finally:
@@ -207,11 +207,18 @@ def _hold_rows(seen: dict[str, Any]) -> Callable[..., None]:
     return hold
 
 
-def _hold_pooled(seen: dict[str, Any]) -> Callable[..., None]:
+def hold_input(seen: dict[str, Any]) -> Callable[..., None]:
+    """Return a hook before a forward pass that keeps the first argument under ``pooled``."""
+
     def hold(module: nn.Module, args: Any) -> None:
         seen["pooled"] = args[0]
 
     return hold
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """Return what turns the features of a model of transformers into logits, or None."""
+    return next((head for name in _HEADS if (head := model._modules.get(name)) is not None), None)
 
 
 class _ImageHost(EncoderHost):

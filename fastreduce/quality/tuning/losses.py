@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...integrations.timm import patch, unpatch
-from ..measures import MEASURES, image_fidelity
+from ..measures import MEASURES, image_fidelity, top_classes
 from ..outputs import Outputs, block_inputs, model_outputs, shared_copy
 
 __all__ = ["SHARES", "Calibration", "LossTable"]
@@ -53,7 +53,8 @@ class Calibration:
         """Measure a schedule that :func:`fastreduce.patch` takes.
 
         Returns:
-            (N,) of every measure, and (N,) top-1 classes of the unreduced and of the reduced model, -1 without a head.
+            (N,) of every measure, and (N,) top-1 classes of the unreduced and of the reduced model, -1 without a
+            head or where the logits have NaN.
         """
         found: dict[str, list[Tensor]] = {}
         classes: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -63,8 +64,7 @@ class Calibration:
                 for name, values in image_fidelity(before, after).items():
                     found.setdefault(name, []).append(values.cpu())
                 for side, outputs in zip(classes, (before, after), strict=True):
-                    none = outputs.pooled.new_full((len(outputs.pooled),), -1, dtype=torch.int64)
-                    side.append((none if outputs.logits is None else outputs.logits.argmax(1)).cpu())
+                    side.append(top_classes(outputs))
         joined = {name: torch.cat(parts) for name, parts in found.items()}
         return joined, torch.cat(classes[0]), torch.cat(classes[1])
 
