@@ -28,7 +28,8 @@ __all__ = ["LEAST_ABOVE_CHANCE", "Finding", "Floors", "Verdict", "find", "image_
 LEAST_ABOVE_CHANCE = 10.0  # points
 
 Verdict = Literal["holds", "does not hold", "undecided", "not examined"]
-_Shares = Mapping[tuple[str, str, float | None], float]  # of patches after the first stage, by backbone, method, rate
+# The block of the first stage and the share of the patches after it, by backbone, method and rate.
+_Shares = Mapping[tuple[str, str, float | None], tuple[int, float]]
 _AGREES = 0.5  # share of what chance leaves
 _MODERATE = 0.3  # a correlation
 _Scores = Mapping[tuple[str, float | None], NDArray[np.float64]]  # per cent by image, for every method and keep rate
@@ -240,21 +241,33 @@ def _static_beats_soft(scores: _Scores, rates: Sequence[float]) -> Finding:
 
 def _shares(tokens: Sequence[TokenStatistics]) -> _Shares:
     return {
-        (entry.run.backbone, entry.run.method, entry.run.keep_rate): float(entry.share[0])
+        (entry.run.backbone, entry.run.method, entry.run.keep_rate): (entry.blocks[0], float(entry.share[0]))
         for entry in tokens
         if len(entry.share)
     }
+
+
+def _first_stages(row: Row, measure: str, shares: _Shares) -> tuple[float, float, float] | None:
+    """Return a measure of the two first stages and the share that each leaves; None where these are not comparable.
+
+    Backbones of several depths have their first stages at several blocks: what both have at one block is then a later
+    stage of one of them, of which chance alone expects something else.
+    """
+    blocks = [_block(name) for name in row if name.startswith(f"{measure}_") and "_std_" not in name]
+    ends = [shares.get((row[f"backbone_{end}"], row[f"method_{end}"], row[f"keep_rate_{end}"])) for end in "ab"]
+    if not blocks or ends[0] is None or ends[1] is None or {end[0] for end in ends if end} != {min(blocks)}:
+        return None
+    return float(row[f"{measure}_{min(blocks)}"]), ends[0][1], ends[1][1]
 
 
 def _agreements(rows: Sequence[Row], shares: _Shares) -> dict[str, list[float]]:
     """Return for every pruning method how much of B's first stage lies in A's: 0 as by chance, 1 all of it."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        columns = [name for name in row if name.startswith("ioa_") and "_std_" not in name]
-        chance = shares.get((row["backbone_a"], row["method_a"], row["keep_rate_a"]), 1.0)
-        if row["method_a"] in FAMILIES["Pruning"] and columns and chance < 1:
-            value = row[min(columns, key=_block)]
-            found.setdefault(row["method_a"], []).append(float((value - chance) / (1 - chance)))
+        stages = _first_stages(row, "ioa", shares)
+        if row["method_a"] in FAMILIES["Pruning"] and stages is not None and stages[1] < 1:
+            value, chance, _ = stages
+            found.setdefault(row["method_a"], []).append((value - chance) / (1 - chance))
     return {method: found[method] for method in FAMILIES["Pruning"] if method in found}
 
 
@@ -279,12 +292,10 @@ def _radial_disagrees(across_methods: Sequence[Row], tokens: Sequence[TokenStati
     shares = _shares(tokens)
     beyond: dict[str, list[float]] = {}
     for row in across_methods:
-        columns = [name for name in row if name.startswith("iou_") and "_std_" not in name]
-        if row["method_a"] in FAMILIES["Pruning"] and row["method_b"] in FAMILIES["Static"] and columns:
-            a, b = (shares.get((row[f"backbone_{c}"], row[f"method_{c}"], row[f"keep_rate_{c}"]), 1.0) for c in "ab")
-            chance = chance_iou(a, b)
+        stages = _first_stages(row, "iou", shares)
+        if row["method_a"] in FAMILIES["Pruning"] and row["method_b"] in FAMILIES["Static"] and stages is not None:
+            value, chance = stages[0], chance_iou(*stages[1:])
             if row["keep_rate_a"] == row["keep_rate_b"] and chance < 1:
-                value = row[min(columns, key=_block)]
                 beyond.setdefault(row["method_a"], []).append((value - chance) / (1 - chance))
     if not beyond:
         return Finding(claim, "not examined", "needs a pruning method and a radial pattern at one keep rate")

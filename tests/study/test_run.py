@@ -305,6 +305,9 @@ def test_a_page_says_what_it_was_given_and_nothing_else(tmp_path):
         write_report(tmp_path / "p.html", "t", [], [Section("S", (), [Table(["a", "b"], [[1]])])])
 
 
+RUN_FIELDS = ("dataset", "backbone", "method", "keep_rate", "accuracy")
+
+
 class TestFindings:
     """Findings on recordings whose accuracies are chosen."""
 
@@ -402,3 +405,17 @@ class TestFindings:
             found = find([], tokens, {axis: [row | {column: value, "difference": 0.0}]})[finding]
             assert found.verdict == verdict
             assert found.evidence.endswith(f"beyond chance: Top-K {beyond:.2f}")
+
+    def test_backbones_of_two_depths_have_no_first_stage_in_common(self):
+        """At block 2 stands the second stage of the shallow model: chance expects 0.25 of it, not 0.5."""
+        runs = [Run("digits", name, "topk", 0.5, 90.0) for name in ("shallow", "deep")]
+        shares = np.array([0.5, 0.25])
+        tokens = [
+            TokenStatistics(run, blocks, shares, shares, None, None, (0.0, 0.0))
+            for run, blocks in zip(runs, ((1, 2), (2, 4)), strict=True)
+        ]
+        row = {f"{name}_{end}": getattr(run, name) for end, run in zip("ab", runs, strict=True) for name in RUN_FIELDS}
+        assert find([], tokens, {"backbone": [row | {"ioa_2": 0.25, "difference": 0.0}]})[6].verdict == "not examined"
+        tokens = [dataclasses.replace(entry, blocks=(1, 2)) for entry in tokens]
+        found = find([], tokens, {"backbone": [row | {"ioa_1": 0.5, "ioa_2": 0.9, "difference": 0.0}]})[6]
+        assert (found.verdict, found.evidence[-10:]) == ("holds", "Top-K 0.00")
