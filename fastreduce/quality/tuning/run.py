@@ -226,6 +226,7 @@ class Tuner:
 
     def _search(self, name: str) -> list[Schedule]:
         times, losses, least = self.times, self.losses[name], self._least_share(name)
+        fewest = 1 + int(self.methods[name]["method"] == "evit")  # the fused token stands beside one that is kept
         return front_of(
             times.depth,
             self.counts,
@@ -233,7 +234,7 @@ class Tuner:
             lambda before, after: times.stage_seconds(name, before, after),
             losses.stage,
             fixed_seconds=times.fixed,
-            allowed=lambda before, after: after >= least * before,
+            allowed=lambda before, after: after >= max(fewest, least * before),
         )
 
     def _fit(self, name: str) -> None:

@@ -203,6 +203,21 @@ def test_every_method_has_stages_where_it_can(model, monkeypatch):
         fastreduce.patch(create_copy(model), **choice.config)
 
 
+@pytest.mark.parametrize("method", ["evit", "topk", "tome"])
+def test_every_schedule_of_a_front_can_stand(model, monkeypatch, method):
+    """Where few patches are left, one token of EViT would be the fused one alone, and patch refuses to keep none."""
+    methods = {method: {"method": method}}
+    monkeypatch.setattr(run, "measure_times", lambda *_, **__: _table(methods))
+    tuner = Tuner(model, _images(2), _images(1, seed=1), methods, 2)
+    tuner.tabulate()
+    fewest = min(count for one in tuner.fronts[method] for count in one.keep)
+    assert fewest == (2 if method == "evit" else 1)
+    for one in tuner.fronts[method]:
+        if one.at:
+            config = tuner._choice(method, one, "").config
+            assert fastreduce.reduced_counts(fastreduce.patch(create_copy(model), **config)) == list(one.keep)
+
+
 def test_a_run_goes_on_from_its_tables(tuner, model, monkeypatch, tmp_path):
     def forbidden(*_, **__):
         raise AssertionError("measured again")
