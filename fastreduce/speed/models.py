@@ -87,12 +87,22 @@ def build_model(settings: Any) -> Built:
         read = read_checkpoint(settings.checkpoint)
         state = read.state
         layers = {key: state.pop(key) for key in list(state) if key.startswith("reducers.")}
+        _fit_head(model, state.get("head.weight"))
         load_official(model, state)
         chosen = f" ({read.taken})" if len(read.sets) > 1 else ""
         return Built(model, f"checkpoint {Path(settings.checkpoint).name}{chosen}", layers)
     if pretrained:
         return Built(model, "pretrained weights", {})
     return Built(model, f"random weights (seed {settings.seed})", {}, True, note)
+
+
+def _fit_head(model: Any, weight: Any) -> None:
+    """Give a model a head of as many classes as the checkpoint's, which may be trained for others than ImageNet's."""
+    own = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if isinstance(own, nn.Linear) and isinstance(weight, Tensor) and weight.ndim == 2:
+        classes, width = weight.shape
+        if width == own.in_features and classes != own.out_features:
+            model.reset_classifier(classes)
 
 
 def _build_hugging_face(settings: Any) -> Built:
