@@ -198,7 +198,7 @@ def train(
     fastreduce study train …`; in several processes on a CPU: `torchrun --nproc-per-node 2 -m fastreduce study
     train --cpu …`, since `accelerate launch --cpu` starts one unless it is given MPI's host file.
     """
-    from ..study.protocol import protocol_for
+    from ..study.protocol import augmentation_for, protocol_for
     from ..study.recipe import EMBEDDED
 
     with working(f"; the same command goes on at the last checkpoint in {out}"):
@@ -228,7 +228,8 @@ def train(
             from ..study.data import open_data
             from ..study.train import train as fine_tune
 
-            data = open_data(dataset, root, image_size=image_size(dataset, backbone) if dataset != "digits" else None)
+            size = image_size(dataset, backbone) if dataset != "digits" else None
+            data = open_data(dataset, root, image_size=size, augmentation=augmentation_for(dataset, backbone))
             done = fine_tune(
                 data,
                 backbone,

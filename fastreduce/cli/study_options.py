@@ -343,10 +343,12 @@ def make_recipe(
                 check_model(name, True)
         recipe = paper_recipe(dataset, backbone.name, [name for name in further if name != "none"])
         recipe = dataclasses.replace(recipe, backbone=backbone, image_size=image_size(dataset, backbone))
-    elif backbone.checkpoint is not None:
+    elif backbone.has_weights:
         # Further backbones are trained only where they are asked for.
         training = recipe.training if {*further} - {"none"} else None
-        recipe = dataclasses.replace(recipe, backbone=backbone, training=training)
+        size = recipe.image_size if dataset == "digits" else image_size(dataset, backbone)
+        recipe = dataclasses.replace(recipe, backbone=backbone, training=training, image_size=size)
+    recipe = _normalised(recipe, dataset)
     recipe = dataclasses.replace(recipe, fine_tuning=changed_protocol(recipe.fine_tuning, {**changes, "seed": seed}))
     if recipe.training is not None:
         own = {"seed": seed} | ({} if backbone_epochs is None else {"epochs": backbone_epochs})
@@ -363,6 +365,22 @@ def make_recipe(
         recipe = dataclasses.replace(recipe, reductions=chosen)
     recipe = _with_capacities(recipe, further)
     return recipe if recipe.fine_tuning.epochs else _off_the_shelf(recipe, wanted)
+
+
+def _normalised(recipe: Recipe, dataset: str) -> Recipe:
+    """Return the recipe with the normalisation that pretrained weights want; ValueError for several that differ."""
+    from ..study.protocol import augmentation_for
+
+    if not recipe.backbone.pretrained:
+        return recipe
+    how = augmentation_for(dataset, recipe.backbone)
+    for capacity in recipe.capacities:
+        if capacity.backbone.pretrained and augmentation_for(dataset, capacity.backbone) != how:
+            raise ValueError(
+                f"the weights of {capacity.name} want images that are normalised in another way than those of "
+                f"{recipe.backbone.name}: give it a study of its own"
+            )
+    return dataclasses.replace(recipe, augmentation=how)
 
 
 def _off_the_shelf(recipe: Recipe, wanted: tuple[str, ...]) -> Recipe:

@@ -185,7 +185,7 @@ def fidelity(
 
     Args:
         model: patched, on any device; it is put into evaluation mode meanwhile. Of a model that is not timm's only the
-            answer is compared: logits, and pooled features or an embedding.
+            answer is compared: logits with what the head reads, and pooled features or an embedding.
         images: (N, 3, height, width) floating, normalised as the model wants it; or an iterable of batches, such as a
             ``DataLoader``, each of them images or a pair of images and labels. One batch is in memory at a time.
         labels: (N,) class indices, where ``images`` is a tensor.

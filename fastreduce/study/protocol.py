@@ -30,6 +30,7 @@ __all__ = [
     "Protocol",
     "Reduction",
     "Shifts",
+    "augmentation_for",
     "default_augmentation",
     "find_split",
     "load_trained",
@@ -245,6 +246,20 @@ class Backbone:
             where = "no weights" if not self.has_weights else "no head"
             raise ValueError(f"{self.name} cannot teach: it has {where} for {counted(num_classes, 'class')}")
         return self.build(num_classes)
+
+
+def augmentation_for(name: str, backbone: Backbone) -> Augmentation | Crops | Shifts:
+    """Return how a data set's images are augmented for a backbone, and normalised as timm's weights for it want them.
+
+    Weights of a file may be of any training: for these the data set's own normalisation stands.
+    """
+    own = default_augmentation(name)
+    if not backbone.pretrained or isinstance(own, Shifts):
+        return own
+    from timm.models import get_pretrained_cfg
+
+    known = get_pretrained_cfg(backbone.name)
+    return own if known is None else dataclasses.replace(own, mean=tuple(known.mean), std=tuple(known.std))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,12 @@ pytest.importorskip("typer")
 
 from safetensors.torch import load_file, save_file
 
-from fastreduce.cli.study_options import parse_model_options
+from fastreduce.cli.study_options import make_recipe, parse_model_options
 from fastreduce.integrations.timm import patch
 from fastreduce.study import layouts as reading
 from fastreduce.study import run as running
 from fastreduce.study.data import Augmentation, Crops, Shifts, open_data
-from fastreduce.study.protocol import Backbone, Reduction
+from fastreduce.study.protocol import Backbone, Reduction, augmentation_for
 from fastreduce.study.recipe import CIFAR10, without_training
 from fastreduce.study.train import train
 from tests.cli.test_study import refused, run
@@ -272,6 +272,32 @@ def test_a_study_off_the_shelf(tars, tmp_path, monkeypatch):
 
 def _untrained():
     return without_training(CIFAR10).reductions
+
+
+def test_images_are_normalised_as_pretrained_weights_want_them():
+    """Off the shelf they would else be judged on other pixels than compare --images shows them."""
+    half, imagenet = (0.5,) * 3, Augmentation().mean
+    for name, mean in (("vit_small_patch16_224.augreg_in21k_ft_in1k", half), ("deit_small_patch16_224", imagenet)):
+        backbone = Backbone(name, pretrained=True)
+        for dataset in ("folder", "imagenet", "cifar10"):
+            assert augmentation_for(dataset, backbone).mean == mean
+            arguments = (dataset, False, ["topk"], ["0.5"], 0, backbone, None, {"epochs": 0})
+            assert make_recipe(*arguments).augmentation.mean == mean
+        assert augmentation_for("folder", Backbone(name)) == Augmentation()
+    further = make_recipe(*("folder", False, ["topk"], ["0.5"], 0, backbone, None, {}), ["deit_tiny_patch16_224"])
+    assert [one.name for one in further.capacities] == ["deit_tiny_patch16_224"]
+    with pytest.raises(ValueError, match="vit_tiny_patch16_224 want images that are normalised in another way"):
+        make_recipe(*("folder", False, ["topk"], ["0.5"], 0, backbone, None, {}), ["vit_tiny_patch16_224"])
+
+
+@pytest.mark.parametrize("dataset", ["digits", "cifar10"])
+def test_an_embedded_study_takes_the_pretrained_backbone_that_it_is_given(dataset):
+    """It trained its own in silence."""
+    backbone = Backbone("vit_tiny_patch16_224", {"img_size": 64}, pretrained=True)
+    recipe = make_recipe(dataset, False, ["topk"], ["0.5"], 0, backbone, None, {})
+    assert (recipe.backbone, recipe.training) == (backbone, None)
+    assert recipe.image_size == (32 if dataset == "digits" else 64)
+    assert [one.place for one in recipe.models] == ["unreduced", "topk-0.5"]
 
 
 def test_off_the_shelf_leaves_out_what_has_to_be_trained():
