@@ -32,6 +32,7 @@ PROBES = (0.8, 0.6)  # keep rates of the paper's schedule, which the prediction 
 LEVELS = 32
 _FITS = 2
 _TRIES = 5
+_FIRST_BUDGET = 0.05  # of the measure, where points of accuracy are what may be lost
 _HALF = 0.5  # one matching merges at most half of the tokens
 _PAYS = 1.02
 _REACHES = 0.97  # share of the speed-up asked for that counts as reached: a clock spreads
@@ -349,20 +350,35 @@ class Tuner:
 
     def _fastest(self, name: str, at_least: float | None, at_most_lost: float | None) -> Choice | None:
         """Return the fastest schedule of a method that measures as good as it has to be on the images of the search."""
-        budget = 1 - at_least if at_least is not None else 0.05
-        words = f"at most {counted(at_most_lost or 0, 'point', 'g')} lost"
-        if at_least is not None:
-            words = f"fidelity at least {at_least:g}"
+        if at_least is None:
+            return self._fastest_by_accuracy(name, at_most_lost or 0.0)
+        budget = 1 - at_least
         for _ in range(_TRIES):
             one = fastest_within(self.fronts[name], loss=budget)
             if not one.at:
                 return None
-            choice = self._measured(self._choice(name, one, words))
-            if self.keeps(choice, at_least, at_most_lost):
+            choice = self._measured(self._choice(name, one, f"fidelity at least {at_least:g}"))
+            if self.keeps(choice, at_least, None):
                 return choice
             lost = max(1 - self.fidelity_of(choice, unseen=False), 1e-6)
-            budget *= min(0.8, 0.95 * (1 - at_least) / lost) if at_least is not None else 0.6
+            budget *= min(0.8, 0.95 * (1 - at_least) / lost)
         return None
+
+    def _fastest_by_accuracy(self, name: str, points: float) -> Choice | None:
+        """Return the same for points of accuracy: the table knows none, so its losses may grow until a schedule fails."""
+        budget, best, failed = _FIRST_BUDGET, None, False
+        for _ in range(2 * _TRIES):
+            one = fastest_within(self.fronts[name], loss=budget)
+            if one.at and (best is None or (one.at, one.keep) != (best.at, best.keep)):
+                choice = self._measured(self._choice(name, one, f"at most {counted(points, 'point', 'g')} lost"))
+                if self.keeps(choice, None, points):
+                    best = choice
+                else:
+                    failed = True
+            if failed and (best is not None or not one.at):
+                break
+            budget *= 0.6 if failed else 2.0
+        return best
 
     def fidelity_of(self, choice: Choice, *, unseen: bool) -> float:
         """Return the mean of the measure that counts."""

@@ -168,6 +168,23 @@ def test_at_least_is_held_on_the_images_of_the_search(tuner):
         assert tuner.fidelity_of(tuned, unseen=False) >= 0.9
 
 
+def test_the_more_points_may_be_lost_the_faster(tuner, monkeypatch):
+    """The first budget was kept whatever was asked for: 100 points gave the schedule of one that loses 0.05."""
+    tuner.labels = ([0, 1, 2], [3, 4])
+    tuner.look_for(at_most_lost=100)
+    for tuned, _ in tuner.pairs():
+        fastest = tuner.fronts[tuned.method][0]
+        assert (tuned.at, tuned.keep) == (fastest.at, fastest.keep)
+    # Points that follow the loss of the table: the fastest that keeps them is between half of the budget and all of it.
+    monkeypatch.setattr(Tuner, "keeps", lambda self, choice, _, points: 100 * (1 - choice.predicted[1]) <= points)
+    for points in (1, 3, 20):
+        tuner.look_for(at_most_lost=points)
+        for tuned, _ in tuner.pairs():
+            half = run.fastest_within(tuner.fronts[tuned.method], loss=points / 200)
+            assert 100 * (1 - tuned.predicted[1]) <= points
+            assert tuner.times.of(tuned.method, tuned.at, tuned.keep) <= half.seconds + 1e-9
+
+
 def test_the_file_is_what_patch_takes(tuner, model, tmp_path):
     tuner.look_for(speed_up=1.5)
     tuner.measure(rounds=1)
