@@ -365,7 +365,7 @@ class Tuner:
         return None
 
     def _fastest_by_accuracy(self, name: str, points: float) -> Choice | None:
-        """Return the same for points of accuracy: the table knows none, so its losses may grow until a schedule fails."""
+        """Return the same for points of accuracy: its losses may grow until a schedule fails."""
         budget, best, failed = _FIRST_BUDGET, None, False
         for _ in range(2 * _TRIES):
             one = fastest_within(self.fronts[name], loss=budget)
