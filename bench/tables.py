@@ -26,7 +26,11 @@ TUNED = "tune-saliency-2026-11-29"
 HOSTS = "hosts-cpu-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
 STUDY = "study-cifar10-off-the-shelf-2026-11-29"
-ONE_EPOCH = {0.5: "study-cifar10-one-epoch-2026-11-29", 0.25: "study-cifar10-one-epoch-0.25-2026-11-29"}
+ONE_EPOCH = {
+    0.5: "study-cifar10-one-epoch-2026-11-29",
+    0.25: "study-cifar10-one-epoch-0.25-2026-11-29",
+    0.9: "study-cifar10-one-epoch-0.9-2026-11-29",
+}
 DEPLOYED, SMALL, ONE = "deploy-cpu", "deploy-small-batches-cpu", "deploy-compiled-cpu"
 SEVERAL = "deploy-compiled-batches-cpu"
 INT8, COMPILED = "deploy-int8-cpu", "compiled-cpu"
