@@ -345,6 +345,12 @@ class ReducedBlock:
         """Attend for every query, or the chosen ones, over the keys of its own image -> (1, H, T, D)."""
         keys = heads.tokens.packing
         assert keys is not None
+        if self.parts.softmax(self)[1] != 0.0:  # also outside of training, of a module that the user put there
+            drop = getattr(self.parts.attention(self), "attn_drop", None)
+            raise ValueError(
+                f"packed tokens have no matrix of attention weights, which the attn_drop of block {self.index} "
+                f"({type(drop).__name__}) would see: patch the model with packed=False"
+            )
         queries = queries or keys
         if heads.v.shape[3] > heads.k.shape[3]:  # a width of keys at a time
             parts = heads.v.split(heads.k.shape[3], dim=3)

@@ -325,3 +325,25 @@ def test_capacity_rows_mean_nothing():
         lambda x: reference.linear_packed_backward(x, x, tokens(3, 3), offsets[0])[1],
     ):
         assert torch.equal(call(spoilt), call(x))
+
+
+@pytest.mark.parametrize("change", ["another module", "a hook", "dropout outside of training", "fused dropout"])
+def test_what_has_to_see_the_weights_is_refused(change):
+    """There is no matrix of weights: what the user put in their way is not left out in silence."""
+    model = tiny.build(attn_drop_rate=0.3).eval()
+    for block in model.blocks:
+        attention = block.attn
+        attention.fused_attn = change == "fused dropout"
+        if change == "another module":
+            attention.attn_drop = torch.nn.Softmax(-1)
+        elif change == "a hook":
+            attention.attn_drop.register_forward_hook(lambda module, inputs, output: output * 0.5)
+        elif change == "fused dropout":
+            attention.training = True
+        else:
+            attention.attn_drop.train()
+    padded, packed = both(model)
+    images = tiny.images(model, batch=4)
+    assert padded(images).isfinite().all()
+    with pytest.raises(ValueError, match=r"attn_drop of block 1 .*packed=False"):
+        packed(images)
