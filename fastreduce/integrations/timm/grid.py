@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...arguments import counted
@@ -28,7 +29,8 @@ class _Grid:
         self.grid: tuple[int, int] | None = None
 
     def __call__(self, module: Any, inputs: Any, output: Tensor) -> None:
-        self.grid = feature_size(module, inputs[0].shape[-2:])
+        if not isinstance(output, torch.fx.Proxy):  # of which the blocks say that they cannot be traced
+            self.grid = feature_size(module, inputs[0].shape[-2:])
 
 
 def watch_grid(embedding: Any) -> None:
