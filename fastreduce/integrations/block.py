@@ -515,9 +515,10 @@ class ReducedBlock:
         if self.__dict__.get("_is_replica") and not model.__dict__.get("_is_replica"):
             raise ValueError("call the replicas of nn.DataParallel as models: their blocks alone would use the first's")
         first = torch.compiler.is_compiling() and self._site.index == reducer.first
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a block that is compiled by itself must not come upon itself in the tree
+        # A block that is compiled by itself must not come upon itself in the tree.
+        if not torch.compiler.is_compiling():
+            if reducer.generator is not None and host.is_checkpointing(model):
+                self._check_noise()
             for block in getattr(model, host.container) if host.container else host.blocks(model):
                 if isinstance(block, ReducedBlock) or not _WRAPPED.isdisjoint(block._modules):
                     reduced = block if isinstance(block, ReducedBlock) else reduced_block(block)
@@ -525,6 +526,8 @@ class ReducedBlock:
                         first = reduced is self
                         break
         if not first:
+            if host.is_checkpointing(model):  # some ways of it make a plain tuple of Tokens
+                host.check_checkpointing(model)
             raise TypeError(
                 f"block {self.index} of a reduced model takes fastreduce.Tokens, as the block before it gives them, "
                 f"got {type(x).__name__}"
@@ -567,22 +570,27 @@ class ReducedBlock:
         site = self._site
         model, host = site.model, site.host
         reducer: Reducer = model.reducers
-        checkpoints = host.is_checkpointing(model)
-        if checkpoints and self.training and reducer.generator is not None:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"gradient checkpointing runs blocks twice, and {reducer.name} would draw other noise from its "
-                "own generator the second time: use torch's global one, which checkpointing restores, or no noise"
-            )
         if reducer.packed and self.parts.softmax(self)[1] != 0.0:
             drop = getattr(self.parts.attention(self), "attn_drop", None)
             raise ValueError(
                 f"packed tokens cannot be trained with attention dropout, and block {self.index} has "
                 f"attn_drop={getattr(drop, 'p', drop)}: patch the model with packed=False"
             )
-        if checkpoints:
+        if host.is_checkpointing(model):
+            self._check_noise()
             host.check_checkpointing(model)
         if self._backward_hooks or self._backward_pre_hooks:  # type: ignore[attr-defined]
             raise ValueError(f"block {self.index} has {_NO_BACKWARD_HOOKS}")
+
+    def _check_noise(self) -> None:
+        """Raise where blocks that run again in the backward pass would draw other noise."""
+        reducer: Reducer = self._site.model.reducers
+        draws = self.training or (reducer.draws_in_evaluation and torch.is_grad_enabled())  # type: ignore[attr-defined]
+        if draws and reducer.generator is not None:
+            raise ValueError(
+                f"gradient checkpointing runs blocks twice, and {reducer.name} would draw other noise from its "
+                "own generator the second time: use torch's global one, which checkpointing restores, or no noise"
+            )
 
     def _is_last(self, blocks: Any) -> bool:
         """Return whether no reduced block comes after this one in the container."""

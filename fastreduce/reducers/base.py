@@ -64,6 +64,7 @@ class Reducer(nn.Module, abc.ABC):
         name: the method's name in :func:`fastreduce.patch`.
         grid: the model's own patch grid (rows, columns) where the method's patterns follow from the grid, else None.
         generator: where the method draws its noise from, or None for torch's global generator or no noise.
+        draws_in_evaluation: whether it draws from there outside of training too.
         leaves_padding: whether ``Tokens.valid`` may be given from the start: padding is kept last, and counts nowhere.
         ragged: whether images keep different numbers of tokens, so that ``Tokens.valid`` and padding occur.
         packed: whether such tokens are packed in one row instead.
@@ -80,6 +81,7 @@ class Reducer(nn.Module, abc.ABC):
     grid: tuple[int, int] | None = None
     generator: torch.Generator | None = None
     ragged: ClassVar[bool] = False
+    draws_in_evaluation: ClassVar[bool] = False
     leaves_padding: ClassVar[bool] = False
     packed: bool = False
     positions: str = "place"

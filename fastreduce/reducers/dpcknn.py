@@ -57,6 +57,7 @@ class DPCKNN(ScheduledReducer):
     """
 
     name = "dpcknn"
+    draws_in_evaluation = True
 
     def __init__(
         self,

@@ -739,14 +739,17 @@ class TestForwards:
             torch.testing.assert_close(checkpointed, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
 
     @only_with_checkpoints
-    def test_reentrant_checkpointing_is_refused(self):
+    @pytest.mark.parametrize("training", [True, False])
+    def test_reentrant_checkpointing_is_refused(self, training):
         """Reentrant checkpointing looks for tensors among a block's inputs, and would give no gradients."""
-        model = fastreduce.patch(tiny.build(), "topk", **SCHEDULE).train()
+        model = fastreduce.patch(tiny.build(), "topk", **SCHEDULE).train(training)
         model.set_grad_checkpointing()
         timm.layers.set_reentrant_ckpt(True)
         try:
             with pytest.raises(ValueError, match="set_reentrant_ckpt"):
                 model(tiny.images(model))
+            if not training:  # our own way of calling the blocks is another
+                assert model.forward_intermediates(tiny.images(model))[0].requires_grad
         finally:
             timm.layers.set_reentrant_ckpt(False)
         model(tiny.images(model)).sum().backward()

@@ -219,8 +219,8 @@ class EncoderHost(Host):
         return tokens.dense(self._fill(model)) if full else super().finish(model, tokens)
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Return whether some layer runs again in the backward pass."""
-        return any(getattr(layer, "gradient_checkpointing", False) for layer in self.blocks(model))
+        """Return whether some layer runs again in the backward pass, which it does in training alone."""
+        return any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in self.blocks(model))
 
     def check_checkpointing(self, model: Any) -> None:
         """Raise for reentrant checkpoints."""
