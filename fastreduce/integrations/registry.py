@@ -134,7 +134,8 @@ class Host(abc.ABC):
         """
         outside = self.pooled_prefix(model)
         count = F.pad(count.to(tokens.x.dtype), (tokens.prefix - outside, 0), value=1.0)
-        scale = count * (count.shape[1] / count.sum(1, keepdim=True))
+        # Of no patch at all (DynamicViT in training) the mean is zero, not zero divided by zero.
+        scale = count * (count.shape[1] / count.sum(1, keepdim=True).clamp_min(0.5))
         return tokens.x * F.pad(scale, (outside, 0), value=1.0).unsqueeze(-1)
 
     def check_pooling(self, model: Any, method: str) -> None:
@@ -143,7 +144,7 @@ class Host(abc.ABC):
             raise ValueError(f"{method} keeps another number of tokens in every image, which {reason}")
 
     def is_checkpointing(self, model: Any) -> bool:
-        """Return whether the model runs its blocks again in the backward pass."""
+        """Return whether the model runs its blocks again in the backward pass of the pass at hand."""
         return False
 
     def check_checkpointing(self, model: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..arguments import switch
 from ..ops import unchecked as ops
@@ -102,7 +103,7 @@ class ATS(ScheduledReducer):
         if torch.jit.is_tracing():
             self._check_traced()
             return False
-        return trim and not is_captured() and index.device.type != "meta" and len(index) > 0
+        return trim and not is_captured() and not _has_no_values(index) and len(index) > 0
 
     def _check_traced(self) -> None:
         """Raise where ``torch.jit.trace`` would make constants of how many tokens the example's images keep."""
@@ -126,11 +127,11 @@ class ATS(ScheduledReducer):
         heads = block.heads(tokens, "select")
         index, valid = self._sample(_scores(heads), tokens, stage)
         index, seen = self._without_padding(index, valid, tokens.prefix)
-        packs = self.packed and seen is not None and not _stays_padded(tokens.backend)
+        packs = self.packed and seen is not None and not _stays_padded(tokens.backend, index)
         if tokens.packing is not None or packs:
             return self._keep_packed(block, tokens, heads, index, seen)
         x, normed = keep_tokens(block, heads, index)
-        bias = None if seen is None else seen.log()  # 0 and -inf
+        bias = None if seen is None else seen.float().log()  # 0 and -inf
         return tokens.reduced(x, _plan(block, tokens, index, seen), normed=normed, bias=bias, valid=seen)
 
     def _keep_packed(
@@ -162,12 +163,18 @@ class ATS(ScheduledReducer):
         return keys.reduced(x, _plan(block, keys, index, seen), valid=seen, packing=queries, before=before)
 
 
-def _stays_padded(backend: str) -> bool:
-    """Return whether tokens cannot be packed.
+def _stays_padded(backend: str, index: Tensor) -> bool:
+    """Return whether tokens cannot be packed, since PyTorch's operators cannot know how many rows there are.
 
-    An exported graph of PyTorch's operators has no number of rows of its own.
+    So it is in an exported graph, under transforms of torch.func, and with tensors of shapes alone.
     """
-    return backend == "reference" and torch.compiler.is_exporting()
+    unknown = torch.compiler.is_exporting() or torch._C._functorch.peek_interpreter_stack() is not None
+    return backend == "reference" and (unknown or _has_no_values(index))
+
+
+def _has_no_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has a shape and no numbers, as on the meta device and in ``FakeTensorMode``."""
+    return tensor.device.type == "meta" or (not torch.compiler.is_compiling() and isinstance(tensor, FakeTensor))
 
 
 def _scores(heads: Heads) -> Tensor:

@@ -92,7 +92,8 @@ class DPCKNN(ScheduledReducer):
         patches = tokens.x[:, prefix:]
         noise = None
         if self.generator is not None:
-            noise = 1e-6 * torch.rand(patches.shape[:2], generator=self.generator, device=patches.device)
+            options: dict[str, Any] = {"generator": self.generator, "device": patches.device, "dtype": torch.float32}
+            noise = 1e-6 * torch.rand(patches.shape[:2], **options)
         centers, label, groups = ops.cluster_dpc_knn_groups(
             patches, keep, neighbors=self.k_neighbors, noise=noise, backend=backend
         )

@@ -1,8 +1,11 @@
 """Single methods: what is particular to them, beyond the numbers that test_golden.py and test_families.py hold."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastreduce
 from bench.proof import tiny
@@ -126,6 +129,42 @@ class TestATS:
         with pytest.raises(ValueError, match="global_pool='max'"):
             _run(model, tiny.images(model, batch=4))
 
+    def test_another_default_dtype(self):
+        """The padding's bias belongs to the model's own numbers."""
+        images = tiny.images(tiny.build(), batch=4)
+        model = fastreduce.patch(tiny.build(), "ats", keep_rate=0.9, at=tiny.AT, trim=False)
+        expected = _run(model, images)
+        for dtype in (torch.float64, torch.float16):
+            torch.set_default_dtype(dtype)
+            try:
+                assert torch.equal(_run(model, images), expected)
+            finally:
+                torch.set_default_dtype(torch.float32)
+
+    def test_tensors_without_numbers(self):
+        """Nobody can know how long the images are: padding stays."""
+        model = fastreduce.patch(tiny.build(), "ats", keep_rate=0.9, at=tiny.AT, packed=True)
+        images = tiny.images(model)
+        expected = _run(model, images)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert _run(model, torch.empty_like(images)).shape == expected.shape
+        assert torch.equal(_run(model, images), expected)
+        meta = copy.deepcopy(model).to("meta")
+        assert _run(meta, images.to("meta")).shape == expected.shape
+
+    @pytest.mark.parametrize("mode", ["batches", "per image"])
+    def test_packed_under_transforms(self, mode):
+        model = fastreduce.patch(tiny.build().double(), "ats", keep_rate=0.9, at=tiny.AT, packed=True)
+        images = tiny.images(model, batch=4, dtype=torch.float64)
+        expected = images.clone().requires_grad_()
+        model(expected).square().sum().backward()
+        if mode == "per image":
+            each = torch.func.vmap(torch.func.grad(lambda image: model(image[None]).square().sum()))(images)
+            torch.testing.assert_close(each, expected.grad, rtol=1e-6, atol=1e-9)
+        else:
+            logits = torch.func.vmap(model)(images.unflatten(0, (2, 2))).flatten(0, 1)
+            torch.testing.assert_close(logits, _run(model, images), rtol=1e-9, atol=1e-9)
+
 
 class TestDynamicViT:
     def test_predictor(self):
@@ -144,6 +183,20 @@ class TestDynamicViT:
         predictor.load_state_dict(golden.below(units, "sd/"))
         assert units["out_all_zero_is_nan"].any()
         assert predictor(units["x"], torch.zeros(2, 11)).isfinite().all()
+
+    def test_a_mean_of_nothing_is_zero(self):
+        """Where every patch was dropped a mean over patches has nothing to divide by."""
+        model = fastreduce.patch(tiny.build(global_pool="avg", fc_norm=True), "dynamicvit", keep_rate=0.5, at=tiny.AT)
+        with torch.no_grad():
+            for layers in model.reducers.score_predictor:
+                layers.out_conv[4].bias.copy_(torch.tensor([-60.0, 60.0]))
+        with fastreduce.record(model.train()) as seen:
+            logits = model(tiny.images(model))
+        assert seen.decisions[-1].sum() == 0
+        of_zeros = model.head(model.fc_norm(torch.zeros(2, model.embed_dim)))
+        torch.testing.assert_close(logits, of_zeros)
+        logits.square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
     def test_decisions_only_shrink_and_follow_the_generator(self):
         generator = torch.Generator()
@@ -278,6 +331,33 @@ class TestDPCKNN:
 
         assert torch.equal(kept(None), kept(None))
         assert torch.equal(kept(torch.Generator().manual_seed(1)), kept(torch.Generator().manual_seed(1)))
+
+    def test_noise_does_not_depend_on_the_default_dtype(self):
+        model = fastreduce.patch(tiny.build(), "dpcknn", keep_rate=0.5, at=tiny.AT, equal_weight=True)
+        images = torch.zeros_like(tiny.images(model))  # with noise alone to tell tokens apart
+        model.pos_embed.data.zero_()
+        found = []
+        for dtype in (torch.float32, torch.float64, torch.float16):
+            model.reducers.generator = torch.Generator().manual_seed(1)
+            torch.set_default_dtype(dtype)
+            try:
+                with fastreduce.record(model) as seen:
+                    _run(model, images)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            found.append(torch.cat([stage.kept for stage in seen.stages], dim=1))
+        assert torch.equal(found[1], found[0])
+        assert torch.equal(found[2], found[0])
+
+    def test_checkpointing_in_evaluation(self):
+        """There too blocks run twice, and the noise is drawn twice."""
+        model = fastreduce.patch(tiny.build(), "dpcknn", keep_rate=0.5, at=tiny.AT, noise=torch.Generator()).eval()
+        model.set_grad_checkpointing()
+        images = tiny.images(model)
+        for call in (model, model.forward_intermediates):
+            with pytest.raises(ValueError, match="other noise"):
+                call(images)
+        _run(model, images)  # without a gradient nothing runs twice
 
     def test_noise_breaks_ties(self):
         """Two equal tokens are equally dense, so neither stands below the other: only noise makes one the peak."""
