@@ -91,7 +91,8 @@ def fidelity(model: nn.Module, file: Path, images: Tensor, to: str, threads: int
             )
             theirs = telling(images)[1:]
         wrong, decisions = differing(settled(ours, decided.kinds), settled(theirs, decided.kinds))
-    difference = max((found - logits).abs().max().item(), (first - alone).abs().max().item())
+    differences = (found - logits).abs().max(), (first - alone).abs().max()
+    difference = torch.stack(differences).max().item()  # NaN if one of them is, as Python's max is not
     largest = logits.abs().max().item()
     same = int((found.flatten(1).argmax(1) == logits.flatten(1).argmax(1)).sum())
     return Fidelity(runtime.name, len(images), wrong, decisions, difference, difference / max(largest, 1e-30), same)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..names import EXPORT_FORMATS as FORMATS
+from .runtimes import IMAGES, described
 
 __all__ = ["FORMATS", "check", "export"]
 
@@ -33,8 +35,9 @@ def check(model: nn.Module, images: Any, to: str) -> None:
     if not isinstance(images, Tensor) or images.ndim < 2 or not images.shape[0]:
         shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"images must be a tensor with at least one image, got {shape}")
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() before exporting it")
+    if (training := next((name for name, one in model.named_modules() if one.training), None)) is not None:
+        part = f"its part {training} is" if training else "the model is"
+        raise ValueError(f"{part} in training mode: call model.eval() before exporting it")
     missing = [name for name in FORMATS[to].packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'to={to!r} needs {", ".join(missing)}: pip install "fastreduce[deploy]"')
@@ -54,8 +57,11 @@ def _quietly() -> Iterator[None]:
 
 
 def _example(images: Tensor) -> Tensor:
-    """Return two example images or more: torch.export takes a size of one for a constant."""
-    return images if images.shape[0] > 1 else torch.cat([images, images])
+    """Return two example images or more, contiguous: torch.export takes a size of one for a constant.
+
+    AOTInductor compiles for the strides of the example, and checks none.
+    """
+    return (images if images.shape[0] > 1 else torch.cat([images, images])).contiguous()
 
 
 def _shapes() -> tuple[Any]:
@@ -129,7 +135,12 @@ def _write_pt2(model: nn.Module, images: Tensor, file: Path, names: Sequence[str
         program = torch.export.export(Leaves(model), (_example(images),), dynamic_shapes=_shapes())
         # Or the number of threads of this process would be compiled into the code.
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(file), inductor_configs={"cpp.dynamic_threads": True}
+            program,
+            package_path=str(file),
+            inductor_configs={
+                "cpp.dynamic_threads": True,
+                "aot_inductor.metadata": {IMAGES: json.dumps(described(images))},
+            },
         )
 
 
@@ -146,26 +157,31 @@ def export(
     """Write a model to a file that another runtime reads; any number of images goes in.
 
     Args:
-        model: reduced or not, in evaluation mode. Methods whose images keep different numbers of tokens (ATS) are
-            written with padding.
-        images: (B, channels, height, width), an example; its size is the file's.
+        model: reduced or not, compiled or not, in evaluation mode. Methods whose images keep different numbers of
+            tokens (ATS) are written with padding.
+        images: (B, channels, height, width), an example; its size and dtype are the file's.
         file: where to write. OpenVINO's weights go beside it, with the ending ``.bin``; an ONNX model of more than
             1 GB has its weights beside it too.
-        to: ``"onnx"``, ``"openvino"`` or ``"pt2"`` (AOTInductor: compiled code for this kind of processor).
+        to: ``"onnx"``, ``"openvino"`` or ``"pt2"`` (AOTInductor: compiled code for this kind of processor; without
+            :func:`load` it takes contiguous images, and checks neither size nor dtype nor memory format).
         names: what the results are called.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: an unknown format, packages that are missing, a model in training mode, or one that the format
-            cannot hold.
+        ValueError: an unknown format, packages that are missing, no such folder, a model in training mode, or one that
+            the format cannot hold.
         TypeError: ``model`` is no module.
         RuntimeError: the model cannot be captured for any number of images.
     """
     check(model, images, to)
+    if isinstance(model, torch._dynamo.OptimizedModule):  # what torch.compile made of a model, which is not exported
+        model = model._orig_mod
     file = Path(file)
     if file.suffix != FORMATS[to].ending:
         raise ValueError(f"a file for to={to!r} ends in {FORMATS[to].ending!r}, got {file.name!r}")
+    if not file.parent.is_dir():
+        raise ValueError(f"there is no folder {str(file.parent)!r} to write {file.name!r} to")
     _WRITE[to](model, images, file, names)
     return file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Runtime", "load"]
+__all__ = ["IMAGES", "Runtime", "described", "load"]
+
+IMAGES = "fastreduce.images"  # where a .pt2 file keeps which images it is for
 
 
 class Runtime:
@@ -18,15 +21,39 @@ class Runtime:
 
     Attributes:
         name: of the runtime, as people say it.
+        expects: dtype, and the shape without the batch, of the images that the file was written for; None if only the
+            runtime knows, which then checks them.
     """
 
-    def __init__(self, name: str, run: Callable[[Tensor], Sequence[Any]]):
+    def __init__(self, name: str, run: Callable[[Tensor], Sequence[Any]], expects: tuple[str, list[int]] | None = None):
         self.name = name
+        self.expects = expects
         self._run = run
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """Run the model on images (B, channels, height, width) -> its results."""
-        return [torch.as_tensor(one) for one in self._run(images)]
+        """Run the model on images (B, channels, height, width) in any memory format -> its results.
+
+        Raises:
+            ValueError: images of another size or dtype than those that a ``.pt2`` file was written for.
+        """
+        if self.expects is not None and (found := described(images)) != self.expects:
+            raise ValueError(
+                f"the file takes images of shape (B, {', '.join(map(str, self.expects[1]))}) in {self.expects[0]}, "
+                f"got {tuple(images.shape)} in {found[0]}"
+            )
+        return [torch.as_tensor(one) for one in self._run(images.detach().contiguous())]
+
+
+def described(images: Tensor) -> tuple[str, list[int]]:
+    """Return dtype, and shape without the batch, of images."""
+    return str(images.dtype).removeprefix("torch."), list(images.shape[1:])
+
+
+def _numbers(images: Tensor) -> Any:
+    """Return images as the runtimes outside of torch take them."""
+    if images.dtype == torch.bfloat16:
+        raise ValueError("images come as a NumPy array, which has no bfloat16: export the model in float32 or float16")
+    return images.numpy()
 
 
 def _onnxruntime(file: Path, threads: int) -> Runtime:
@@ -39,7 +66,7 @@ def _onnxruntime(file: Path, threads: int) -> Runtime:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return Runtime("ONNX Runtime", lambda images: session.run(None, {name: images.numpy()}))
+    return Runtime("ONNX Runtime", lambda images: session.run(None, {name: _numbers(images)}))
 
 
 def _openvino(file: Path, threads: int) -> Runtime:
@@ -48,7 +75,7 @@ def _openvino(file: Path, threads: int) -> Runtime:
     # By itself OpenVINO may compute float32 models in bfloat16, and for throughput on several streams.
     wanted = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(str(file), "CPU", wanted)
-    return Runtime("OpenVINO", lambda images: [compiled([images.numpy()])[port].copy() for port in compiled.outputs])
+    return Runtime("OpenVINO", lambda images: [compiled([_numbers(images)])[port].copy() for port in compiled.outputs])
 
 
 def _aotinductor(file: Path, threads: int) -> Runtime:
@@ -58,7 +85,9 @@ def _aotinductor(file: Path, threads: int) -> Runtime:
         found = package(images)
         return found if isinstance(found, (list, tuple)) else [found]
 
-    return Runtime("AOTInductor", run)
+    # The compiled code reads the memory of its input as it was told, without a look at size, dtype and strides.
+    expects = package.get_metadata().get(IMAGES)
+    return Runtime("AOTInductor", run, None if expects is None else tuple(json.loads(expects)))
 
 
 _LOADERS = {".onnx": _onnxruntime, ".xml": _openvino, ".pt2": _aotinductor}

@@ -81,7 +81,19 @@ def _place_layers(reducer: Reducer, blocks: Sequence[nn.Module]) -> None:
         for layer, index in zip(layers, reducer.blocks, strict=True):
             weight = next((p for p in blocks[index].parameters() if p.is_floating_point()), None)
             if weight is not None:
-                layer.to(weight.device, weight.dtype)
+                layer.to(_device_of(weight, blocks[index]), weight.dtype)
+
+
+def _device_of(weight: torch.Tensor, block: nn.Module) -> torch.device:
+    """Return where a block runs: accelerate keeps offloaded weights elsewhere, and leaves empty ones in the block."""
+    if weight.device.type != "meta":
+        return weight.device
+    for module in block.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in (hook, *getattr(hook, "hooks", ())):
+            if (device := getattr(one, "execution_device", None)) is not None:
+                return torch.device(device)
+    return weight.device
 
 
 Model = TypeVar("Model", bound=nn.Module)

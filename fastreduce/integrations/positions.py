@@ -37,17 +37,8 @@ def _mean_rows(cos: Tensor, sin: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor
 
     A patch that was dropped is in no token.
     """
-    slot = compose_slots(tokens.plans, tokens.batch).long() + 1  # (B, P), 0 for dropped
-    means = []
-    for table in (cos, sin):
-        full = table[(None,) * (4 - table.ndim)].expand(tokens.batch, -1, -1, -1)
-        index = slot[:, None, :, None].expand_as(full)
-        sums = full.new_zeros(*full.shape[:2], tokens.num_patches + 1, full.shape[3])
-        means.append(sums.scatter_add(2, index, full)[:, :, 1:])
-    length = torch.hypot(*means)
-    found = length > 1e-6
-    length = length.clamp_min(1e-6)
-    return torch.where(found, means[0] / length, 1.0), torch.where(found, means[1] / length, 0.0)
+    slot = compose_slots(tokens.plans, tokens.batch).long()  # (B, P), -1 for dropped
+    return reference.mean_rows(cos, sin, slot, tokens.num_patches)
 
 
 def pairs_at(pair: Tensor, tokens: Tokens) -> Tensor:

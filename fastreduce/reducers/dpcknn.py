@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import reference
 from ..arguments import integer, switch
 from ..ops import unchecked as ops
 from ..tokens import Plan, Tokens
@@ -37,7 +38,7 @@ def _weights(score: Tensor, label: Tensor, clusters: int) -> Tensor:
 
     They would overflow; the weighted means are the same, as :func:`fastreduce.ops.merge_tokens` has them.
     """
-    greatest = score.new_full((score.shape[0], clusters), 40.0).scatter_reduce(1, label, score.detach(), "amax")
+    greatest = reference.greatest_of_slots(score.detach(), label, clusters, 40.0)
     return (score - (greatest - 40.0).gather(1, label)).exp()
 
 

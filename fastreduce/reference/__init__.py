@@ -7,6 +7,7 @@ On the CPU an image gets the same bits in every batch, and with and without grad
 a given memory layout of the image. PyTorch's own layers (linear, convolution) and compiled graphs do not promise this.
 """
 
+from ._export import greatest_of_slots
 from ._norm import layer_norm, layer_norm_backward, with_norm
 from ._rows import accumulator, with_prefix
 from .attention import (
@@ -48,7 +49,13 @@ from .merge_tokens import (
     unmerge_tokens,
 )
 from .received_scores import received_scores, received_scores_backward
-from .rotate_tokens import rotate_tokens, rotate_tokens_backward, rotate_tokens_table_backward, table_rows
+from .rotate_tokens import (
+    mean_rows,
+    rotate_tokens,
+    rotate_tokens_backward,
+    rotate_tokens_table_backward,
+    table_rows,
+)
 from .sample_tokens import sample_tokens
 from .select_topk import select_topk
 from .sinkhorn_merge import sinkhorn_merge, sinkhorn_merge_backward, sinkhorn_merge_inference
@@ -76,6 +83,7 @@ __all__ = [
     "gather_packed",
     "gather_packed_backward",
     "gather_tokens",
+    "greatest_of_slots",
     "group_slots",
     "key_scores",
     "layer_norm",
@@ -84,6 +92,7 @@ __all__ = [
     "linear_packed",
     "linear_packed_backward",
     "match_tokens",
+    "mean_rows",
     "merge_tokens",
     "merge_tokens_backward",
     "merge_tokens_size_backward",

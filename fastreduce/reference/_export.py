@@ -15,17 +15,30 @@ __all__ = [
     "first_of_slots",
     "for_onnx",
     "greatest_of_slots",
+    "hypot",
     "lowest_first",
     "marks",
     "nearest_in_row",
     "number_below",
+    "sums_of_rows",
     "sums_of_slots",
 ]
 
 
 def for_onnx() -> bool:
-    """Return whether ``torch.onnx.export`` is capturing the graph."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    """Return whether ``torch.onnx.export`` is capturing the graph.
+
+    Raises:
+        ValueError: the exporter that traces (``dynamo=False``), which has no stable sort, search or safe scatter.
+    """
+    if torch.compiler.is_exporting():
+        return torch.onnx.is_in_onnx_export()
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "torch.onnx.export(dynamo=False) has no operators for this method: use dynamo=True, or "
+            "fastreduce.deploy.export"
+        )
+    return False
 
 
 def lowest_first(values: Tensor, k: int) -> Tensor:
@@ -71,6 +84,20 @@ def sums_of_slots(x: Tensor, weights: Tensor | None, slot: Tensor, num_out: int)
     if weights is not None:
         share = share * weights.unsqueeze(1)
     return share @ x, share.sum(2)
+
+
+def sums_of_rows(rows: Tensor, slot: Tensor, num_out: int) -> Tensor:
+    """Sum rows (1 or B, H, N, D) over the tokens of each slot (B, N), -1 for none -> (B, H, num_out, D)."""
+    if for_onnx():
+        return _members(slot, num_out).to(rows.dtype).unsqueeze(1) @ rows
+    rows = rows.expand(slot.shape[0], -1, -1, -1)
+    sums = rows.new_zeros(*rows.shape[:2], num_out + 1, rows.shape[3])  # a row more, for what is in no slot
+    return sums.scatter_add(2, (slot + 1)[:, None, :, None].expand_as(rows), rows)[:, :, 1:]
+
+
+def hypot(first: Tensor, second: Tensor) -> Tensor:
+    """Return the square root of ``first**2 + second**2``."""
+    return (first.square() + second.square()).sqrt() if for_onnx() else torch.hypot(first, second)
 
 
 def greatest_of_slots(values: Tensor, slot: Tensor, num_out: int, least: float) -> Tensor:

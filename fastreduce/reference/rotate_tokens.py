@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rotate_tokens", "rotate_tokens_backward", "rotate_tokens_table_backward", "table_rows", "turned"]
+from ._export import hypot, sums_of_rows
+
+__all__ = [
+    "mean_rows",
+    "rotate_tokens",
+    "rotate_tokens_backward",
+    "rotate_tokens_table_backward",
+    "table_rows",
+    "turned",
+]
 
 
 def turned(x: Tensor, half: bool) -> Tensor:
@@ -31,6 +40,18 @@ def table_rows(table: Tensor, place: Tensor | None, still: float) -> Tensor:
     else:
         rows = table.gather(2, index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
     return rows.masked_fill((place < 0)[:, None, :, None], still)
+
+
+def mean_rows(cos: Tensor, sin: Tensor, slot: Tensor, num_out: int) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the mean angle in each slot, (B, 1 or H, num_out, D) each; 1 and 0 if angles cancel.
+
+    cos and sin as :func:`table_rows` takes them, slot (B, P) with -1 for none.
+    """
+    sums = [sums_of_rows(table[(None,) * (4 - table.ndim)], slot, num_out) for table in (cos, sin)]
+    length = hypot(*sums)
+    found = length > 1e-6
+    length = length.clamp_min(1e-6)
+    return torch.where(found, sums[0] / length, 1.0), torch.where(found, sums[1] / length, 0.0)
 
 
 def rotate_tokens(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None, prefix: int, half: bool) -> Tensor:

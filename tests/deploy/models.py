@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch.nn.utils.parametrize import register_parametrization
 
 import fastreduce
 
@@ -32,6 +33,7 @@ VARIANTS = {
     "kmedoids-stages": {"at": (1, 2)},
     "kmedoids-members": {"cost": "members", "at": (1,)},
     "kmedoids-equal": {"equal_weight": True, "first": 1, "keep": [5]},
+    "dpcknn-parametrized": {},
     "evit-received": {"class_token": False, "global_pool": "avg"},
 }
 # PatchMerger's graph is SiT's with another projection, and a pattern is a selection without scores. EViT's graph has
@@ -60,7 +62,10 @@ def patched(name):
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of random weights
-        return fastreduce.patch(build(at[-1] + 1, **of_model), method, at=at, **options).eval()
+        model = fastreduce.patch(build(at[-1] + 1, **of_model), method, at=at, **options).eval()
+    if name == "dpcknn-parametrized":  # whose scores are made by the layer itself, not in the merge
+        register_parametrization(model.reducers.cluster_layers[0].score, "weight", torch.nn.Tanh())
+    return model
 
 
 def images(batch, seed=5):

@@ -1,13 +1,19 @@
 """torch.export and torch.jit.trace of reduced models, and what the export refuses."""
 
+import io
+import math
+
 import pytest
 import torch
 
 import fastreduce
+from fastreduce import reference
 from fastreduce.deploy import Decided, differing, export, load, settled
+from fastreduce.deploy.check import fidelity
 from fastreduce.deploy.decisions import Kind
-from fastreduce.deploy.export import check
+from fastreduce.deploy.export import _WRITE, check
 from fastreduce.reducers import radial
+from fastreduce.reference import _export
 from fastreduce.tokens import Plan
 
 from .models import METHODS, VARIANTS, build, images, patched, run_alone
@@ -16,8 +22,12 @@ BATCH = torch.export.Dim("batch", min=1, max=64)
 
 
 def eager(model, batch):
+    return eager_of(model, images(batch, seed=batch))
+
+
+def eager_of(model, batch):
     with torch.no_grad():
-        return model(images(batch, seed=batch))
+        return model(batch)
 
 
 @pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
@@ -62,8 +72,13 @@ def test_what_cannot_be_exported():
         check("model", images(2), "pt2")
     with pytest.raises(ValueError, match=r"at least one image, got \(0, 3, 32, 32\)"):
         check(model, images(0), "pt2")
-    with pytest.raises(ValueError, match="training mode"):
+    model.blocks[1].mlp.drop1.train()
+    with pytest.raises(ValueError, match=r"its part blocks\.1\.mlp\.drop1 is in training mode"):
+        check(model, images(2), "pt2")
+    with pytest.raises(ValueError, match="the model is in training mode"):
         check(model.train(), images(2), "pt2")
+    with pytest.raises(ValueError, match=r"dynamo=False.*use dynamo=True"):
+        torch.onnx.export(model.eval(), (images(2),), io.BytesIO(), dynamo=False)
 
 
 def test_endings(tmp_path):
@@ -73,6 +88,91 @@ def test_endings(tmp_path):
         load("model.bin")
     with pytest.raises(ValueError, match="no such file"):
         load(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"no folder '.*missing' to write 'model\.onnx' to"):
+        export(patched("topk"), images(2), tmp_path / "missing" / "model.onnx")
+
+
+def _other_layouts(batch):
+    """Return the same images in other memory formats: of cameras and image libraries, and a part of larger ones."""
+    larger = batch.repeat_interleave(2, dim=2)
+    return [batch.to(memory_format=torch.channels_last), larger[:, :, ::2]]
+
+
+def test_compiled_code_reads_memory_as_it_was_told(tmp_path, monkeypatch):
+    """Compiled code checks neither strides nor size nor dtype of its input: the example and all images are brought to
+    one memory format, and others than the example's size and dtype are refused."""
+    kept, given = {}, []
+
+    class Package:
+        def get_metadata(self):
+            return kept["inductor_configs"]["aot_inductor.metadata"]
+
+        def __call__(self, batch):
+            given.append(batch)
+            return batch.sum((1, 2, 3))
+
+    def package(program, **options):
+        kept.update(options, example=program.example_inputs[0][0])
+        tmp_path.joinpath("model.pt2").touch()
+
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", package)
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda file: Package())
+    batch = images(2)
+    for example in (batch, *_other_layouts(batch)):
+        runtime = load(export(patched("radial"), example, tmp_path / "model.pt2", to="pt2"))
+        assert kept["example"].is_contiguous()
+        for one in (batch, *_other_layouts(batch), batch.clone().requires_grad_()):
+            torch.testing.assert_close(runtime(one), [batch.sum((1, 2, 3))])
+            assert torch.equal(given[-1], batch)
+            assert given[-1].is_contiguous()
+            assert not given[-1].requires_grad
+    for wrong in (batch.half(), batch.double(), batch[..., 1:], batch[:, :1]):
+        with pytest.raises(ValueError, match=r"shape \(B, 3, 32, 32\) in float32, got \(2, "):
+            runtime(wrong)
+
+
+def test_files_of_others_are_run_without_a_check_of_size(tmp_path, monkeypatch):
+    package = lambda batch: batch + 1  # noqa: E731
+    package.get_metadata = lambda: {"AOTI_DEVICE_KEY": "cpu"}
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda file: package)
+    tmp_path.joinpath("model.pt2").touch()
+    assert torch.equal(load(tmp_path / "model.pt2")(torch.ones(2, 3))[0], torch.full((2, 3), 2.0))
+
+
+def test_a_result_that_is_nan_for_one_image_is_not_faithful(monkeypatch):
+    model = patched("sit")  # decides nothing, so that no second file is written
+
+    def runtime(batch):
+        return [eager_of(model, batch) * (torch.nan if len(batch) == 1 else 1.0)]
+
+    runtime.name = "a runtime"
+    monkeypatch.setattr("fastreduce.deploy.check.load", lambda *rest: runtime)
+    found = fidelity(model, None, images(4), "onnx")
+    assert math.isnan(found.difference)
+    assert not found.faithful
+
+
+def test_a_compiled_model_is_exported_as_it_was(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setitem(_WRITE, "pt2", lambda model, *rest: written.append(model))
+    model = patched("radial")
+    export(torch.compile(model), images(2), tmp_path / "model.pt2", to="pt2")
+    assert written == [model]
+
+
+def test_sums_and_lengths_are_the_same_in_a_graph(monkeypatch):
+    """An ONNX graph has no scatter that adds and no hypot: positions of merged tokens are means over their patches."""
+    cos, sin = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(3)).unbind(0)
+    slot = torch.tensor([[0, 1, -1, 1, 0, 2], [2, 2, 2, -1, 0, -1]])
+    for lead in ((), (None,), (None, None)):
+        table = cos[lead], sin[lead]
+        expected = reference.mean_rows(*table, slot, 3)
+        monkeypatch.setattr(_export, "for_onnx", lambda: True)
+        torch.testing.assert_close(reference.mean_rows(*table, slot, 3), expected)
+        monkeypatch.undo()
+    first = torch.stack([cos[1] + cos[3], sin[1] + sin[3]]) / torch.hypot(cos[1] + cos[3], sin[1] + sin[3])
+    torch.testing.assert_close(torch.stack([one[0, 0, 1] for one in expected]), first)
+    assert [one[1, 0, 1].unique().tolist() for one in expected] == [[1.0], [0.0]]  # an empty slot is not turned
 
 
 def test_decisions_in_a_form_without_order():
@@ -134,7 +234,10 @@ def test_aotinductor(tmp_path):
     for batch, found in zip((1, 5), run_alone(file, [images(1, seed=1), images(5, seed=5)], tmp_path), strict=True):
         expected = eager(model, batch)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(load(file)(images(batch, seed=batch)), [expected], rtol=1e-5, atol=1e-5)
+        for one in (images(batch, seed=batch), *_other_layouts(images(batch, seed=batch))):
+            torch.testing.assert_close(load(file)(one), [expected], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"shape \(B, 3, 32, 32\) in float32, got \(2, 3, 32, 32\) in float16"):
+        load(file)(images(2).half())
 
 
 def test_first_members_are_the_same_in_a_graph(monkeypatch):

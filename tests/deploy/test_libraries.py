@@ -42,14 +42,22 @@ def open_clip():
     return VisionTransformer(image_size=32, patch_size=8, width=32, layers=1, heads=4, mlp_ratio=2.0, output_dim=16)
 
 
+def eva():
+    from timm.models.eva import Eva
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
+    return Eva(**size, use_rot_pos_emb=True)
+
+
 @pytest.mark.parametrize(
     ("build", "method"),
     [
         (hugging_face, "topk"),
+        pytest.param(eva, "tome", marks=pytest.mark.slow),
         pytest.param(dinov3, "evit", marks=pytest.mark.slow),
         pytest.param(open_clip, "tome", marks=pytest.mark.slow),
     ],
-    ids=["vit", "dinov3", "open_clip"],
+    ids=["vit", "eva", "dinov3", "open_clip"],
 )
 def test_as_eager_in_onnx_runtime(build, method):
     torch.manual_seed(0)
@@ -57,7 +65,8 @@ def test_as_eager_in_onnx_runtime(build, method):
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
-    fastreduce.patch(model, method, keep=KEEP, at=AT)
+    mean = {"positions": "mean"} if build is eva else {}
+    fastreduce.patch(model, method, keep=KEEP, at=AT, **mean)
     decided = _Decided(model) if build is hugging_face else Decided(model)
     with torch.no_grad():
         expected = {batch: decided(images(batch)) for batch in (1, 2, 5)}

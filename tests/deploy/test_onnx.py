@@ -67,6 +67,8 @@ def test_idle_threads_of_the_runtime_do_not_spin(tmp_path, monkeypatch):
     torch.onnx.export(model, (torch.ones(1, 4),), tmp_path / "linear.onnx", dynamo=True, verbose=False)
     (found,) = load(tmp_path / "linear.onnx", threads=2)(torch.ones(1, 4))
     torch.testing.assert_close(found, model(torch.ones(1, 4)).detach())
-    (options,) = given
+    with pytest.raises(ValueError, match="no bfloat16: export the model in float32 or float16"):
+        load(tmp_path / "linear.onnx", threads=2)(torch.ones(1, 4, dtype=torch.bfloat16))
+    options = given[0]
     assert options.intra_op_num_threads == 2
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"

@@ -104,6 +104,24 @@ def test_treatment_before_and_after_patching(name, method):
     assert not torch.allclose(after, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize("method", ["dynamicvit", "dpcknn", "sit", "patchmerger", "sinkhorn"])
+def test_layers_of_a_method_on_an_offloaded_model(method):
+    """Its blocks hold empty weights: the layers go where the blocks run, with their values."""
+    accelerate = pytest.importorskip("accelerate", reason="this recipe is accelerate's")
+
+    def run_patched(model):
+        torch.manual_seed(4)
+        return run(patched(model, 0.6, method))
+
+    expected = run_patched(build())
+    offloaded = accelerate.cpu_offload(build(), torch.device("cpu"))
+    torch.testing.assert_close(run_patched(offloaded), expected)
+    assert {weight.device.type for weight in offloaded.reducers.parameters()} == {"cpu"}
+    meta = patched(build().to("meta"), 0.6, method)
+    assert {weight.device.type for weight in meta.reducers.parameters()} == {"meta"}
+
+
 def test_lora_before_and_after_merged_and_not():
     peft = pytest.importorskip("peft", reason="this recipe is peft's")
 
