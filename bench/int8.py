@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastreduce.arguments import counted
-from fastreduce.deploy import export, load
+from fastreduce.deploy import export, float_nodes, load
 from fastreduce.deploy.check import speed_of
 from fastreduce.measure import environment, keep_memory, load_average, take_turns
 from fastreduce.quality.accuracy import paired_accuracy
@@ -64,7 +64,7 @@ def quantised(file: Path, images: Tensor, kind: str) -> Path:
     options: dict[str, Any] = {
         "weight_type": quantization.QuantType.QInt8,
         "op_types_to_quantize": ["MatMul", "Gemm"],
-        "extra_options": {"MatMulConstBOnly": True},
+        "nodes_to_exclude": float_nodes(prepared),
     }
     if kind == "dynamic":
         quantization.quantize_dynamic(prepared, out, **options)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..names import EXPORT_FORMATS as FORMATS
 from .runtimes import IMAGES, described
 
-__all__ = ["FORMATS", "check", "export"]
+__all__ = ["FORMATS", "check", "export", "float_nodes"]
 
 MOST_IMAGES = 4096
 _SINGLE_FILE = 1 << 30  # protobuf ends at 2 GB: larger weights go into a file of their own
@@ -185,3 +185,27 @@ def export(
         raise ValueError(f"there is no folder {str(file.parent)!r} to write {file.name!r} to")
     _WRITE[to](model, images, file, names)
     return file
+
+
+def float_nodes(file: str | Path) -> list[str]:
+    """Return the names of the products in an ONNX file that must not be quantised, for ``nodes_to_exclude``.
+
+    These are products of two computed tensors: of attention, of decisions and of merges. ONNX Runtime's static
+    quantisation takes them by default. Eight bits for the tokens that are merged falsify the result.
+
+    Args:
+        file: written by :func:`export`, also after ``onnxruntime.quantization.shape_inference.quant_pre_process``.
+
+    Raises:
+        ValueError: onnx is missing, or such a product has no name.
+    """
+    if importlib.util.find_spec("onnx") is None:
+        raise ValueError('reading an ONNX file needs onnx: pip install "fastreduce[deploy]"')
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and not weights & {*node.input}]
+    if not all(node.name for node in products):
+        raise ValueError(f"a product in {str(file)!r} has no name by which it can be excluded")
+    return [node.name for node in products]

@@ -40,6 +40,12 @@ def test_layers_with_weights_are_quantised_and_nothing_else(model, method, tmp_p
     assert dynamic["MatMulInteger"] == layers
     assert dynamic["MatMul"] == before["MatMul"] + before["Gemm"] - dynamic["MatMulInteger"]
 
+    nodes = onnx.load(int8.quantised(file, images, "static")).graph.node
+    scaled = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    products = [{*node.input} <= scaled for node in nodes if node.op_type == "MatMul"]
+    assert sum(products) + sum(node.op_type == "Gemm" for node in nodes) == layers
+    assert not any(scaled & {*node.input} for node in nodes if node.op_type == "MatMul" and not {*node.input} <= scaled)
+
 
 def test_what_it_changes_is_measured(model, tmp_path):
     reduced = fastreduce.patch(model, "topk", keep_rate=0.5, at=(1,))
