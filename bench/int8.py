@@ -4,8 +4,9 @@
 difference to float32 on views of a picture. ``--root FOLDER --checkpoint FILE`` takes the study's model for CIFAR-10
 in its place, and adds the accuracy on the test images, with what int8 loses.
 
-Layers with weights are quantised, and no other product: those of a decision stay in float32. Static scales come from
-16 views of the picture, or from 64 training images. All models take turns, in float32 and in int8.
+Layers with weights are quantised; products of two computed tensors stay in float32, without ``--all-products``.
+Static scales come from 16 views of the picture, or from 64 training images. All models take turns, in float32 and in
+int8.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ class Subject(NamedTuple):
     labels: Tensor | None = None
 
 
-def quantised(file: Path, images: Tensor, kind: str) -> Path:
-    """Write what ONNX Runtime's quantisation makes of a model, ``"dynamic"`` or ``"static"`` -> the file."""
+def quantised(file: Path, images: Tensor, kind: str, every: bool = False) -> Path:
+    """Write what ONNX Runtime's quantisation makes of a model, ``"dynamic"`` or ``"static"`` -> the file.
+
+    With ``every``, products of two computed tensors are quantised too.
+    """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -64,7 +68,7 @@ def quantised(file: Path, images: Tensor, kind: str) -> Path:
     options: dict[str, Any] = {
         "weight_type": quantization.QuantType.QInt8,
         "op_types_to_quantize": ["MatMul", "Gemm"],
-        "nodes_to_exclude": float_nodes(prepared),
+        "nodes_to_exclude": [] if every else float_nodes(prepared),
     }
     if kind == "dynamic":
         quantization.quantize_dynamic(prepared, out, **options)
@@ -106,13 +110,14 @@ def _on_cifar10(given: argparse.Namespace) -> Subject:
     return Subject("cifar10", models, calibration, torch.stack(images), torch.stack(labels))
 
 
-def measure(subject: Subject, batch: int, rounds: int, folder: Path) -> Iterator[Row]:
+def measure(subject: Subject, batch: int, rounds: int, folder: Path, every: bool = False) -> Iterator[Row]:
     """Yield a row for each model and kind: speed beside its float32 and the unreduced model, and what it changes."""
     runtimes, images = {}, subject.images
     for label, model in subject.models.items():
         file = export(model, images[:2], folder / f"{label.replace(' ', '-')}.onnx")
         for kind in KINDS:
-            runtimes[label, kind] = load(file if kind == "float32" else quantised(file, subject.calibration, kind))
+            made = file if kind == "float32" else quantised(file, subject.calibration, kind, every)
+            runtimes[label, kind] = load(made)
     some = images[:batch]
     calls = {key: (lambda runtime=runtime: runtime(some)) for key, runtime in runtimes.items()}
     seconds = take_turns(calls, torch.device("cpu"), rounds)
@@ -139,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, help="folder of CIFAR-10, in place of a timm model")
     parser.add_argument("--checkpoint", type=Path, help="weights of the study's model for it")
     parser.add_argument("--images", type=int, help="test images, evenly chosen (default: all)")
+    parser.add_argument("--all-products", action="store_true", help="quantise also those of two computed tensors")
     parser.add_argument("--batch", type=int, default=8, help="of the speeds")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int)
@@ -161,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(measure(subject, given.batch, given.rounds, Path(folder)))
+        rows = list(measure(subject, given.batch, given.rounds, Path(folder), given.all_products))
     print(*int8_lines(rows), sep="\n")
     print(f"\nBatch {given.batch}, {counted(given.rounds, 'round')} in turns; load before: {before}")
     if given.json is not None:

@@ -33,7 +33,7 @@ ONE_EPOCH = {
 }
 DEPLOYED, SMALL, ONE = "deploy-cpu", "deploy-small-batches-cpu", "deploy-compiled-cpu"
 SEVERAL = "deploy-compiled-batches-cpu"
-INT8, COMPILED = "deploy-int8-cpu", "compiled-cpu"
+INT8, COMPILED = ("int8-cpu", "int8-cifar10-cpu"), "compiled-cpu"
 RATES = (0.7, 0.5)
 
 
@@ -231,8 +231,9 @@ def deployed() -> list[list[str]]:
         if (result := _latest(name)) is not None:
             ways = tuple(dict.fromkeys(row["way"] for row in result["rows"]))
             tables.append(deploy_tables.speed_lines(result["rows"], ways))
-    if (result := _latest(INT8)) is not None:
-        tables.append(deploy_tables.int8_lines(result["rows"]))
+    for name in INT8:
+        if (result := _latest(name)) is not None:
+            tables.append(deploy_tables.int8_lines(result["rows"]))
     if (result := _latest(COMPILED)) is not None:
         tables.append(deploy_tables.count_lines(result["counts"]))
         if result["rows"]:
