@@ -235,9 +235,7 @@ def deployed() -> list[list[str]]:
         if (result := _latest(name)) is not None:
             tables.append(deploy_tables.int8_lines(result["rows"]))
     if (result := _latest(COMPILED)) is not None:
-        tables.append(deploy_tables.count_lines(result["counts"]))
-        if result["rows"]:
-            tables.append(deploy_tables.time_lines(result["rows"]))
+        tables.append(deploy_tables.time_lines(result["rows"]))
     return tables
 
 
