@@ -220,7 +220,7 @@ def test_every_method_has_stages_where_it_can(model, monkeypatch):
         fastreduce.patch(create_copy(model), **choice.config)
 
 
-@pytest.mark.parametrize("method", ["evit", "topk", "tome"])
+@pytest.mark.parametrize("method", ["evit", "topk", "ats", "tome"])
 def test_every_schedule_of_a_front_can_stand(model, monkeypatch, method):
     """Where few patches are left, one token of EViT would be the fused one alone, and patch refuses to keep none."""
     methods = {method: {"method": method}}
