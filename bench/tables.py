@@ -25,11 +25,12 @@ QUALITY = "quality-saliency-2026-11-29"
 TUNED = "tune-saliency-2026-11-29"
 HOSTS = "hosts-cpu-2026-11-29"
 PRIMITIVES = "micro-cpu-2026-11-23"
-STUDY = "study-cifar10-off-the-shelf-2026-11-29"
+# The radial patterns of two norms were run later than everything else.
+STUDY = ("study-cifar10-off-the-shelf-2026-11-29", "study-cifar10-off-the-shelf-radial-2026-11-29")
 ONE_EPOCH = {
-    0.5: "study-cifar10-one-epoch-2026-11-29",
-    0.25: "study-cifar10-one-epoch-0.25-2026-11-29",
-    0.9: "study-cifar10-one-epoch-0.9-2026-11-29",
+    0.5: ("study-cifar10-one-epoch-2026-11-29", "study-cifar10-one-epoch-radial-2026-11-29"),
+    0.25: ("study-cifar10-one-epoch-0.25-2026-11-29", "study-cifar10-one-epoch-0.25-radial-2026-11-29"),
+    0.9: ("study-cifar10-one-epoch-0.9-2026-11-29",),
 }
 DEPLOYED, SMALL, ONE = "deploy-cpu", "deploy-small-batches-cpu", "deploy-compiled-cpu"
 SEVERAL = "deploy-compiled-batches-cpu"
@@ -182,9 +183,16 @@ def hosts() -> list[str]:
     return markdown_table(["model", "patches", "batch", "`topk`", "`tome`"], rows)
 
 
-def _by_rate(result: Any, cell: Callable[[Any], str]) -> list[str]:
-    """Return a row a method and a column a keep rate of a study's result."""
-    reduced = [model for model in result["models"] if model["keep_rate"] is not None]
+def _models(names: Iterable[str]) -> list[Any]:
+    """Return the models of several runs of a study, of the unreduced ones, which are equal, the first."""
+    models = [model for name in names for model in _read(name)["models"]]
+    unreduced = next(model for model in models if model["keep_rate"] is None)
+    return [unreduced, *(model for model in models if model["keep_rate"] is not None)]
+
+
+def _by_rate(names: Iterable[str], cell: Callable[[Any], str]) -> list[str]:
+    """Return a row a method and a column a keep rate of a study's results."""
+    reduced = _models(names)[1:]
     rates = sorted({model["keep_rate"] for model in reduced}, reverse=True)
     rows = []
     for method in dict.fromkeys(model["method"] for model in reduced):
@@ -195,21 +203,19 @@ def _by_rate(result: Any, cell: Callable[[Any], str]) -> list[str]:
 
 def study_accuracy() -> list[str]:
     """Return the accuracy of every method and keep rate on CIFAR-10, in per cent."""
-    return _by_rate(_read(STUDY), lambda model: f"{model['accuracy']['top1']:.2f}")
+    return _by_rate(STUDY, lambda model: f"{model['accuracy']['top1']:.2f}")
 
 
 def study_gaps() -> list[str]:
     """Return what every method loses on CIFAR-10, in points, with its interval."""
-    return _by_rate(_read(STUDY), lambda model: "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**model["gap"]))
+    return _by_rate(STUDY, lambda model: "{mean:+.2f} ({low:+.2f} to {high:+.2f})".format(**model["gap"]))
 
 
 def study_one_epoch(rate: float) -> list[str]:
     """Return the accuracy at a keep rate on CIFAR-10, off the shelf and after an epoch, and what it loses."""
-    before = {
-        model["method"]: model["accuracy"] for model in _read(STUDY)["models"] if model["keep_rate"] in (None, rate)
-    }
+    before = {model["method"]: model["accuracy"] for model in _models(STUDY) if model["keep_rate"] in (None, rate)}
     rows = []
-    for model in _read(ONE_EPOCH[rate])["models"]:
+    for model in _models(ONE_EPOCH[rate]):
         method, gap = model["method"], model["gap"]
         title = "unreduced" if model["keep_rate"] is None else TITLES[method]
         shelf = f"{before[method]['top1']:.2f}" if method in before else ""
