@@ -33,7 +33,7 @@ ONE_EPOCH = {
     0.9: ("study-cifar10-one-epoch-0.9-2026-11-29",),
 }
 DEPLOYED, SMALL, ONE = "deploy-cpu", "deploy-small-batches-cpu", "deploy-compiled-cpu"
-SEVERAL = "deploy-compiled-batches-cpu"
+SEVERAL, FOUR = "deploy-compiled-batches-cpu", "deploy-compiled-batch-4-cpu"
 INT8, COMPILED = ("int8-cpu", "int8-cifar10-cpu"), "compiled-cpu"
 RATES = (0.7, 0.5)
 
@@ -233,7 +233,7 @@ def _latest(name: str) -> Any:
 def deployed() -> list[list[str]]:
     """Return the tables of deployment that were measured: runtimes, small batches, int8, torch.compile."""
     tables = []
-    for name in (DEPLOYED, SMALL, ONE, SEVERAL):
+    for name in (DEPLOYED, SMALL, ONE, SEVERAL, FOUR):
         if (result := _latest(name)) is not None:
             ways = tuple(dict.fromkeys(row["way"] for row in result["rows"]))
             tables.append(deploy_tables.speed_lines(result["rows"], ways))
