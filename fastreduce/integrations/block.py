@@ -346,7 +346,7 @@ class ReducedBlock:
         keys = heads.tokens.packing
         assert keys is not None
         if self.parts.softmax(self)[1] != 0.0:  # also outside of training, of a module that the user put there
-            drop = getattr(self.parts.attention(self), "attn_drop", None)
+            drop = self._attention_dropout()
             raise ValueError(
                 f"packed tokens have no matrix of attention weights, which the attn_drop of block {self.index} "
                 f"({type(drop).__name__}) would see: patch the model with packed=False"
@@ -397,6 +397,10 @@ class ReducedBlock:
             return parts.mixed_weights(self, logits.softmax(dim=-1).to(v.dtype), sizes) @ v
         return parts.dropped(self, logits.softmax(dim=-1).to(v.dtype)) @ v
 
+    def _attention_dropout(self) -> Any:
+        """Return the module that drops attention weights, for messages, or None."""
+        return getattr(self.parts.attention(self), "attn_drop", None)
+
     def _check_policy(self, heads: Heads, dropout: float | None) -> None:
         """Raise where attention that is masked in training would leave something out."""
         reducer: Reducer = self._site.model.reducers
@@ -411,7 +415,7 @@ class ReducedBlock:
                 f"to every pair of tokens in block {self.index}: train another method, or use it in evaluation"
             )
         if dropout is None:
-            drop = getattr(self.parts.attention(self), "attn_drop", None)
+            drop = self._attention_dropout()
             raise ValueError(
                 f"{reducer.name} masks attention in training, whose weights the attn_drop of block "
                 f"{self.index} ({type(drop).__name__}) would not see"
@@ -571,7 +575,7 @@ class ReducedBlock:
         model, host = site.model, site.host
         reducer: Reducer = model.reducers
         if reducer.packed and self.parts.softmax(self)[1] != 0.0:
-            drop = getattr(self.parts.attention(self), "attn_drop", None)
+            drop = self._attention_dropout()
             raise ValueError(
                 f"packed tokens cannot be trained with attention dropout, and block {self.index} has "
                 f"attn_drop={getattr(drop, 'p', drop)}: patch the model with packed=False"
